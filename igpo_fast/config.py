@@ -1,0 +1,400 @@
+"""Every setting of a run: sections of plain values, two levels deep, checked at birth.
+
+``load(file, overrides)`` reads a YAML file, lays ``section.key=value`` overrides over it, fills what the
+chosen ``algorithm.preset`` sets and the user did not, and refuses unknown keys with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from igpo_fast.errors import InputError
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+AboveZero = Annotated[float, Field(gt=0)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value, info):
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("true and false are not values of this key")
+        return value
+
+
+class Run(Section):
+    dir: str = "runs/quickstart"
+    """The run folder: config, metrics, rollouts, checkpoints. An existing one is resumed."""
+    tracker: Literal["none", "tensorboard"] = "none"
+    """Where metrics go beside metrics.jsonl."""
+    cache: str = "runs/cache"
+    """Where warm-started models are kept for the next run with the same settings."""
+
+
+class Model(Section):
+    path: str | None = None
+    """A Hugging Face model directory or name. Empty builds a small random Qwen2 of the sizes below."""
+    tokenizer: str = "world"
+    """`world` (words of the made-up world), `bpe` (byte-level BPE trained on the corpus), or a tokenizer
+    directory. Ignored with `path`, which brings its own."""
+    vocab_size: Positive = 8192
+    """Size of a `bpe` tokenizer's vocabulary."""
+    hidden_size: Positive = 128
+    """Width of the built model."""
+    layers: Positive = 2
+    """Its decoder layers."""
+    heads: Positive = 4
+    """Its attention heads."""
+    kv_heads: Positive = 4
+    """Its key and value heads; divides `heads`."""
+    ffn_size: Positive = 320
+    """Width of its feed-forward layers."""
+    tie_embeddings: bool = True
+    """One matrix for its embeddings and its LM head."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What weights and activations are held in."""
+    device: str = "auto"
+    """`auto` takes CUDA where there is one."""
+    kernels: Literal["auto", "torch", "reference", "triton"] = "auto"
+    """Which implementation of igpo_kernels runs; chosen once and logged."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, one more forward."""
+    probe: bool = True
+    """Check at load that the architecture gives the same results in a packed tree as in separate passes."""
+
+
+class Data(Section):
+    source: Literal["world", "files"] = "world"
+    """`world` makes up a knowledge world (section `world`); `files` reads the paths below."""
+    train: str | None = None
+    """Training questions: .jsonl, .parquet (own, verl's or TRL's columns), or a datasets-hub name with
+    `:split`."""
+    eval: str | None = None
+    """Evaluation questions, in the same forms. Empty holds out the last `eval.questions` of `train`."""
+    corpus: str | None = None
+    """Passages for search, JSON lines of id, title, text."""
+    max_answer_tokens: Positive = 64
+    """Accepted answers longer than this are cut to it for scoring."""
+    max_answers: Positive = 4
+    """Accepted answers that are scored, the first ones; all count for F1."""
+
+
+class World(Section):
+    persons: Positive = 40
+    """People in a world."""
+    companies: Positive = 16
+    """Companies in a world."""
+    cities: Positive = 16
+    """Cities in a world."""
+    countries: Positive = 8
+    """Countries in a world."""
+    min_hops: Annotated[int, Field(ge=1, le=4)] = 3
+    """Fewest facts a question rests on."""
+    max_hops: Annotated[int, Field(ge=1, le=4)] = 4
+    """Most facts a question rests on."""
+    seed: int = 7
+    """Worlds are drawn from it: the same seed, the same worlds."""
+    sft_worlds: Positive = 300
+    """Worlds of the warm start."""
+    train_worlds: Positive = 20
+    """Worlds that reinforcement learning asks about."""
+    eval_worlds: Positive = 4
+    """Held-out worlds."""
+
+
+class Sft(Section):
+    """Warm start on imperfect demonstrations. 0 steps everywhere: none."""
+
+    clean_steps: Count = 600
+    """Steps on nearly clean demonstrations."""
+    noisy_steps: Count = 300
+    """Steps on demonstrations with wrong queries, early stops and wrong answers."""
+    hard_steps: Count = 120
+    """Steps on noisier ones still: a start from which outcome-only training often stalls."""
+    batch_size: Positive = 32
+    """Demonstrations a step."""
+    lr: AboveZero = 3e-3
+    """Falls linearly to 0."""
+    response_weight: NonNegative = 0.2
+    """Loss weight of the tokens that tools wrote."""
+
+
+class Rollout(Section):
+    engine: Literal["torch"] = "torch"
+    """What samples: `torch` runs the trainer's own model with a KV cache."""
+    group_size: Positive = 8
+    """Rollouts of each question."""
+    max_turns: Positive = 6
+    """Turns after which a rollout ends, answered or not."""
+    max_turn_tokens: Positive = 24
+    """Tokens the policy may sample in a turn."""
+    max_tokens: Positive = 512
+    """Tokens of a whole rollout, prompt and responses included."""
+    temperature: AboveZero = 1.0
+    """Divides the logits, in sampling and in every log-probability of the step."""
+    top_p: TopP = 1.0
+    """Must stay 1 in training."""
+    top_k: Count = 0
+    """Must stay 0 in training."""
+    repetition_penalty: AboveZero = 1.0
+    """Must stay 1 in training."""
+    dialect: Literal["tags", "chat"] = "tags"
+    """How a turn is written: Search-R1 tags, or the model's own chat template and tool calls."""
+    system: str | None = None
+    """Instructions before the question; null takes the dialect's own, "" has none."""
+    concurrency: Positive = 256
+    """Rollouts in flight in the engine."""
+
+
+class Search(Section):
+    url: str | None = None
+    """A server that speaks the Search-R1 retrieval protocol. Empty searches the corpus in process."""
+    top_k: Positive = 2
+    """Passages a search returns."""
+    max_passage_tokens: Positive = 128
+    """Longer passages are cut."""
+
+
+class Algorithm(Section):
+    name: Literal["igpo", "ig_only", "grpo", "dr_grpo", "rloo", "reinforce_pp", "gspo"] = "igpo"
+    """What is rewarded and how: `ig_only` is igpo without the outcome; the others are outcome-only."""
+    preset: Literal["paper", "paper_v1", "robust"] = "paper"
+    """Sets the eight keys that follow, unless given."""
+    basis: Literal["log_prob", "prob"] = "log_prob"
+    """What a value is: mean log-probability of the answer's tokens, or its exp."""
+    pool: Literal["separate", "joint", "scaled_separate"] = "separate"
+    """How gains and outcomes are normalised."""
+    ig_gate: NonNegative = 0.0
+    """Gains smaller than this count as 0."""
+    ig_center: bool = True
+    """Subtract the mean gain of the group."""
+    ig_min_std: NonNegative = 1e-6
+    """Added to the gains' standard deviation."""
+    format_penalty: float = -2.0
+    """Outcome of a rollout without a well-formed answer."""
+    kl: NonNegative = 0.001
+    """Coefficient of the k3 KL to the reference; 0 removes the reference model and its forward."""
+    entropy: NonNegative = 0.001
+    """Coefficient of the entropy bonus."""
+    outcome: Literal["f1", "em"] = "f1"
+    """What the last turn earns: word-level F1 or exact match."""
+    f1_normalisation: Literal["igpo", "squad"] = "igpo"
+    """`igpo`: lower case, punctuation to spaces. `squad`: also drops articles, and punctuation outright."""
+    answers: Literal["first", "max", "mean"] = "first"
+    """Which accepted answers a value is of."""
+    gamma: Fraction = 1.0
+    """Discount of later turns' rewards; outcome-only algorithms use 1."""
+    passes: Literal["auto", "one", "two"] = "auto"
+    """Passes over a rollout's tokens per update."""
+    clip_low: NonNegative = 0.2
+    """Ratios below 1 - clip_low are clipped."""
+    clip_high: NonNegative = 0.2
+    """Ratios above 1 + clip_high are clipped."""
+    dual_clip: float | None = None
+    """Bound on the loss of tokens with negative advantage (usually 3.0); must exceed 1."""
+    aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"] = "seq_mean_token_mean"
+    """How token losses become one number."""
+    importance: Literal["none", "token", "sequence"] = "none"
+    """Correct for an engine whose probabilities differ from the trainer's."""
+    importance_mode: Literal["truncate", "mask"] = "truncate"
+    """What happens to importance weights above the cap."""
+    importance_cap: AboveZero = 2.0
+    """Largest importance weight; beyond it a token or sequence is truncated to it or masked."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values):
+        preset = values.get("preset", "paper") if isinstance(values, dict) else None
+        return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip must exceed 1, got {self.dual_clip}")
+        return self
+
+
+PRESETS: dict[str, dict] = {
+    "robust": dict(
+        basis="prob", pool="separate", ig_gate=0.02, ig_center=False, ig_min_std=0.05,
+        format_penalty=0.0, kl=0.0, entropy=0.0,
+    ),
+    "paper": dict(
+        basis="log_prob", pool="separate", ig_gate=0.0, ig_center=True, ig_min_std=1e-6,
+        format_penalty=-2.0, kl=0.001, entropy=0.001,
+    ),
+    "paper_v1": dict(
+        basis="prob", pool="joint", ig_gate=0.0, ig_center=True, ig_min_std=1e-6,
+        format_penalty=-2.0, kl=0.001, entropy=0.001,
+    ),
+}  # fmt: skip
+
+
+class Train(Section):
+    steps: Positive = 100
+    """Steps of the whole run."""
+    seed: int = 0
+    """Keys sampling, question order and initial weights."""
+    questions: Positive = 16
+    """Questions a step; times `rollout.group_size` rollouts."""
+    updates: Positive = 1
+    """Optimiser updates per batch, each on its share of the questions."""
+    token_budget: Positive = 16384
+    """Most packed tokens a forward reads."""
+    lr: AboveZero = 1e-6
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up, to 0 at the last step unless `constant`."""
+    warmup_steps: Count = 0
+    """Steps over which the learning rate rises from 0."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """AdamW's."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's."""
+    max_grad_norm: AboveZero = 1.0
+    """Gradients are scaled down to this norm."""
+    checkpoint_every: Positive = 20
+    """Steps between checkpoints; one more at the end."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints that are kept."""
+    threads: Count = 0
+    """CPU threads of torch; 0 leaves torch's own choice."""
+
+
+class Eval(Section):
+    every: Count = 20
+    """Steps between evaluations; 0 evaluates only at the start and the end."""
+    questions: Positive = 128
+    """Questions of an evaluation."""
+    temperature: NonNegative = 1.0
+    """0 is greedy."""
+    top_p: TopP = 1.0
+    """Sample from the smallest set of tokens with this probability."""
+    top_k: Count = 0
+    """Sample from the k likeliest tokens; 0 keeps all."""
+    repetition_penalty: AboveZero = 1.0
+    """Divides the score of tokens already present; 1 is none."""
+
+
+class Config(Section):
+    run: Run = Run()
+    model: Model = Model()
+    data: Data = Data()
+    world: World = World()
+    sft: Sft = Sft()
+    rollout: Rollout = Rollout()
+    search: Search = Search()
+    algorithm: Algorithm = Algorithm()
+    train: Train = Train()
+    eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.data.source == "files":
+            for key in ("train", "corpus"):
+                if getattr(self.data, key) is None and not (key == "corpus" and self.search.url):
+                    raise ValueError(f"data.{key} is needed with data.source=files; give data.{key}=FILE")
+        if self.model.path is None and self.model.tokenizer == "world" and self.data.source != "world":
+            raise ValueError(
+                "model.tokenizer=world only knows the made-up world; use model.tokenizer=bpe or model.path="
+            )
+        r = self.rollout
+        if (r.top_p, r.top_k, r.repetition_penalty) != (1, 0, 1):
+            raise ValueError(
+                "rollout.top_p, top_k and repetition_penalty change the distribution that is trained; "
+                "leave them at 1, 0, 1 (eval.* has its own)"
+            )
+        if self.train.questions % self.train.updates:
+            raise ValueError(
+                f"train.updates={self.train.updates} must divide train.questions={self.train.questions}"
+            )
+        if self.world.min_hops > self.world.max_hops:
+            raise ValueError(
+                f"world.min_hops={self.world.min_hops} exceeds world.max_hops={self.world.max_hops}"
+            )
+        if self.model.heads % self.model.kv_heads or self.model.hidden_size % self.model.heads:
+            raise ValueError("model.kv_heads must divide model.heads, and model.heads model.hidden_size")
+        return self
+
+    def dump(self) -> str:
+        """As YAML, every default visible."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _nearest(path: tuple[str, ...]) -> str:
+    """The known key most like an unknown one, as a remedy."""
+    known = {f"{s}.{k}": k for s, f in Config.model_fields.items() for k in f.annotation.model_fields}
+    known |= {section: section for section in Config.model_fields}
+    wanted = ".".join(path)
+    elsewhere = [full for full, key in known.items() if key == path[-1] and len(path) > 1]
+    near = elsewhere[:1] or difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else "see docs/config.md for the known keys"
+
+
+def _explain(error: ValidationError, where: str) -> InputError:
+    first = error.errors()[0]
+    path = tuple(str(part) for part in first["loc"])
+    name = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return InputError(f"{where}: unknown key {name}; {_nearest(path)}")
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(first["input"], (dict, BaseModel)) else f", got {first['input']!r}"
+    return InputError(f"{where}: {name + ': ' if name else ''}{message}{got}")
+
+
+def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        file: a YAML file of sections; None takes the defaults.
+        overrides: ``section.key=value`` strings, values in YAML; later ones win.
+    Raises:
+        InputError: missing or malformed file, unknown key, wrong type or value.
+    """
+    values: dict = {}
+    if file is not None:
+        try:
+            values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise InputError(
+                f"{file}: cannot read the configuration ({error.strerror}); give an existing file"
+            ) from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{file}: not valid YAML ({reason}); correct the file") from None
+        if isinstance(values, dict):
+            values = {section: {} if keys is None else keys for section, keys in values.items()}
+        if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
+            raise InputError(
+                f"{file}: a configuration is sections of key: value, like 'train: {{steps: 10}}'"
+            )
+    where = str(file or "configuration")
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        section, dot, key = name.partition(".")
+        if not equals or not dot:
+            raise InputError(f"{override!r}: overrides are written section.key=value, like train.steps=10")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"{override!r}: {value!r} is not a YAML value; quote it") from None
+        values.setdefault(section, {})[key] = parsed
+        where = f"{file or 'configuration'} with overrides"
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, where) from None

@@ -1,0 +1,78 @@
+"""What a rollout engine is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Training refuses everything but the temperature: with the rest, sampled
+    log-probabilities would be of another distribution than the trainer's."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    repetition_penalty: float = 1.0
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether tokens come from the policy's own distribution at its temperature."""
+        return self.temperature > 0 and self.top_p == 1 and self.top_k == 0 and self.repetition_penalty == 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """Continue one rollout by one turn."""
+
+    key: tuple[int, ...]
+    """(seed, step, question, rollout): with the token's index it keys the sampling noise, and it names the rollout
+    whose keys and values the engine keeps between turns."""
+    ids: np.ndarray
+    """The whole rollout so far: int32 [L]. It extends what the same key sent and got before, token for token."""
+    max_tokens: int
+    """Most tokens to sample."""
+    stop_ids: tuple[int, ...]
+    """Sampling ends with any of these tokens, which is kept."""
+    stop_strings: tuple[str, ...]
+    """Sampling ends with the token whose text completes any of these in the text sampled this turn; it is kept."""
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The tokens of one turn."""
+
+    ids: np.ndarray
+    """int32 [n], 1 <= n <= max_tokens."""
+    logp: np.ndarray
+    """log pi(token | everything before) at the sampling temperature, in nats: float32 [n]."""
+    finished: bool
+    """Ended with a stop token or string, not by length."""
+
+
+class Engine(Protocol):
+    """Requests of many rollouts run together; each finishes on its own."""
+
+    name: str
+    version: int
+    """Raised by ``load_weights``: which weights the engine samples from."""
+
+    async def generate(self, request: Request) -> Generation:
+        """One turn. The draw depends on the key and the weights only, not on what else runs."""
+        ...
+
+    def release(self, key: tuple[int, ...]) -> None:
+        """The rollout is over: its cache may go."""
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take the trainer's weights, drop every cache, raise ``version``."""
+        ...

@@ -1,0 +1,280 @@
+"""The one seam to transformers: any causal LM whose attention goes through AttentionInterface.
+
+``hidden_states`` runs the decoder on one flat row of tokens and hands each layer's attention to ``attend``: a packed
+tree when training (``TreeAttend``), slots of a key-value cache when sampling (engines/torch.py). No per-model patches;
+``probe`` refuses at load the architectures for which a flat row is not equal to separate sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+
+from igpo_fast.errors import InputError
+from igpo_kernels import Branch, RolloutTokens, Tree, TreePlan, pack, tree_attention
+
+ATTENTION = "igpo"
+"""The name of the attention implementation that models are set to."""
+
+
+class Attend(Protocol):
+    """Attention of one layer over a flat row of S tokens."""
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        *, scale: float, softcap: float, window: int | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """q [S, Hq, D], k and v [S, Hkv, D] -> [S, Hq, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class TreeAttend:
+    """Attention under a TreePlan's mask."""
+
+    plan: TreePlan
+    backend: str = "auto"
+
+    def __call__(self, layer, q, k, v, *, scale, softcap, window):
+        return tree_attention(q, k, v, self.plan, scale, softcap, window, self.backend)
+
+
+def _attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
+    attend: Attend | None = None, **_,
+):  # fmt: skip
+    """transformers' attention signature: [1, heads, S, D] in, [1, S, heads, D] out."""
+    if attend is None:
+        raise RuntimeError(f"{type(module).__name__} got no attend=: run it through igpo_fast.model.hidden_states")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    out = attend(module.layer_idx, q, k, v, scale=scale, softcap=softcap or 0.0, window=sliding_window)
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+def hidden_states(
+    lm: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, attend: Attend
+) -> torch.Tensor:
+    """The decoder's last hidden states.
+
+    Args:
+        lm: a causal LM made by ``load``. input_ids, position_ids: int64 [S].
+    Returns:
+        [S, H], in the model's dtype.
+    """
+    decoder = getattr(lm, lm.base_model_prefix)
+    out = decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, attend=attend)
+    return out.last_hidden_state[0]
+
+
+@dataclass(frozen=True)
+class LmHead:
+    """What turns hidden states into logits: ``softcap(hidden @ weight.T + bias)``."""
+
+    weight: torch.Tensor
+    """[V, H]"""
+    bias: torch.Tensor | None
+    """[V]"""
+    softcap: float
+    """0: none."""
+
+
+def lm_head(lm: PreTrainedModel) -> LmHead:
+    head = lm.get_output_embeddings()
+    return LmHead(head.weight, head.bias, getattr(lm.config, "final_logit_softcapping", None) or 0.0)
+
+
+def build(
+    vocab_size: int, *, hidden_size: int, layers: int, heads: int, kv_heads: int, ffn_size: int, max_tokens: int,
+    tie_embeddings: bool, seed: int, eos_token_id: int | None = None,
+) -> PreTrainedModel:  # fmt: skip
+    """A small random Qwen2 in float32, its weights drawn from ``seed`` alone."""
+    config = Qwen2Config(
+        vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, intermediate_size=ffn_size, max_position_embeddings=max_tokens,
+        tie_word_embeddings=tie_embeddings, bos_token_id=None, eos_token_id=eos_token_id, pad_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
+    return lm.eval()
+
+
+def load(path: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", check: bool = True) -> PreTrainedModel:
+    """A causal LM from a Hugging Face directory or name, set to run under ``hidden_states``.
+
+    Args:
+        check: run ``probe``.
+    Raises:
+        InputError: nothing loadable there, or an architecture that the probe refuses.
+    """
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"model.path={path}: no causal LM loads from there ({reason[:200]})") from None
+    lm = lm.to(device).eval()
+    return probe(lm) if check else use_attend(lm)
+
+
+def use_attend(lm: PreTrainedModel) -> PreTrainedModel:
+    lm.set_attn_implementation(ATTENTION)
+    return lm
+
+
+@torch.no_grad()
+def probe(lm: PreTrainedModel) -> PreTrainedModel:
+    """Set ``lm`` to run under ``hidden_states``, having shown that a packed tree equals separate sequences.
+
+    Two trees with shared prompts and branches, one of them beyond RoPE's original length, run once packed and path
+    by path through the model's own eager attention, with attention logits of real size (random weights make tiny
+    ones, under which faults hide). A layer that does not attend through the interface, or results that differ, mean
+    that state leaks between branches (recurrent layers), or that the mask or the frequencies depend on more than
+    the path (ALiBi, sinks, dynamic RoPE).
+
+    Raises:
+        InputError: the model differs, naming the layer type.
+    """
+    use_attend(lm)
+    trees = _probe_trees(lm.config.vocab_size)
+    plan = pack(trees)
+    offset = _beyond_rope(lm)
+    in_second = plan.tree_start > 0
+    plan = replace(plan, position_ids=plan.position_ids + offset * in_second)
+    recorder = _Recorder(TreeAttend(plan))
+    tensors = [plan.tensor(name, lm.device) for name in ("input_ids", "position_ids", "row")]
+    hidden_states(lm, tensors[0], tensors[1], recorder)
+    silent = [name for i, name in enumerate(_mixers(lm)) if i not in recorder.layers]
+    if silent:
+        raise InputError(
+            f"{type(lm).__name__} cannot run packed: {silent[0]} does not attend through transformers' attention "
+            "interface, so branches would see each other; use a model whose every layer is softmax attention"
+        )
+    with _scaled_logits(lm, recorder.largest):
+        packed = hidden_states(lm, tensors[0], tensors[1], TreeAttend(plan))[tensors[2]]
+        separate, logits = _separate(lm, trees, offset)
+    head = lm_head(lm)
+    ours = packed @ head.weight.T + (0 if head.bias is None else head.bias)
+    ours = head.softcap * torch.tanh(ours / head.softcap) if head.softcap else ours
+    tolerance = 1e-4 if packed.dtype == torch.float32 else 5e-2
+    error = float((packed - separate).abs().max() / separate.abs().max())
+    if not error <= tolerance:
+        raise InputError(
+            f"{type(lm).__name__} cannot run packed: {_mixers(lm)[0]}{_rope_type(lm)} gives hidden states that differ "
+            f"by {error:.1e} (relative) from separate sequences; its attention depends on more than the visible path"
+        )
+    head_error = float((ours - logits).abs().max() / logits.abs().max())
+    if not head_error <= tolerance:
+        raise InputError(
+            f"{type(lm).__name__}: its logits differ by {head_error:.1e} (relative) from hidden @ weight + bias; "
+            f"the LM head {type(lm.get_output_embeddings()).__name__} does more than that"
+        )
+    return use_attend(lm)
+
+
+class _Recorder:
+    """An Attend that notes which layers called it and the size of their logits."""
+
+    def __init__(self, inner: Attend):
+        self.inner, self.layers, self.largest = inner, set(), 0.0
+
+    def __call__(self, layer, q, k, v, *, scale, softcap, window):
+        self.layers.add(layer)
+        norms = q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max() * scale
+        self.largest = max(self.largest, float(norms))
+        return self.inner(layer, q, k, v, scale=scale, softcap=softcap, window=window)
+
+
+@contextmanager
+def _scaled_logits(lm: PreTrainedModel, largest: float) -> Iterator[None]:
+    """Attention logits of about 10, by way of each attention's ``scaling``."""
+    modules = [m for m in lm.modules() if isinstance(getattr(m, "scaling", None), float)]
+    factor = max(1.0, 10 / max(largest, 1e-6))
+    before = [m.scaling for m in modules]
+    for m in modules:
+        m.scaling *= factor
+    try:
+        yield
+    finally:
+        for m, scaling in zip(modules, before, strict=True):
+            m.scaling = scaling
+
+
+def _probe_trees(vocab: int) -> list[Tree]:
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.integers(0, vocab, n)  # noqa: E731
+    trees = []
+    for prompt_length in (5, 9):
+        prompt, shared_turn = draw(prompt_length), draw(4)
+        first = np.concatenate([prompt, shared_turn, draw(11)])
+        second = np.concatenate([prompt, shared_turn, draw(7)])
+        boundaries = np.array([prompt_length, prompt_length + 4])
+        turn = lambda ids, p=prompt_length: np.where(np.arange(len(ids)) < p, -1, 0)  # noqa: E731
+        rollouts = [RolloutTokens(i, ids, turn(ids), boundaries) for i, ids in enumerate((first, second))]
+        trees.append(Tree(rollouts, [Branch(draw(6), 2, 6), Branch(draw(5), 3, 5)]))
+    return trees
+
+
+def _separate(lm: PreTrainedModel, trees: list[Tree], offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``pack(trees)``'s pairs predict from, one unpadded sequence a forward: hidden [M, H], logits [M, V]."""
+    lm.set_attn_implementation("eager")
+    decisions, answers = [], []
+
+    def run(ids, rows, start):
+        position = torch.arange(len(ids), device=lm.device)[None] + start
+        out = lm(
+            input_ids=torch.as_tensor(ids, device=lm.device)[None], position_ids=position, use_cache=False,
+            output_hidden_states=True,
+        )  # fmt: skip
+        return out.hidden_states[-1][0, rows], out.logits[0, rows]
+
+    for number, tree in enumerate(trees):
+        start = offset if number else 0
+        for rollout in tree.rollouts:
+            token = np.flatnonzero(rollout.turn >= 0)
+            decisions.append(run(rollout.ids[: token[-1]], token - 1, start))
+    for number, tree in enumerate(trees):
+        start = offset if number else 0
+        for rollout in tree.rollouts:
+            for boundary in rollout.boundaries:
+                for branch in tree.branches:
+                    ids = np.concatenate([rollout.ids[:boundary], branch.ids])
+                    rows = boundary + np.arange(branch.start, branch.stop) - 1
+                    answers.append(run(ids, rows, start))
+    use_attend(lm)
+    return tuple(torch.cat(parts) for parts in zip(*decisions, *answers, strict=True))
+
+
+def _beyond_rope(lm: PreTrainedModel) -> int:
+    """A position offset with which the second probe tree crosses RoPE's original length; 0 without RoPE."""
+    if not hasattr(lm.config, "rope_parameters"):
+        return 0
+    return max(0, lm.config.max_position_embeddings - 8)
+
+
+def _rope_type(lm: PreTrainedModel) -> str:
+    rope = getattr(lm.config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    return "" if kind == "default" else f" with {kind} RoPE"
+
+
+def _mixers(lm: PreTrainedModel) -> list[str]:
+    """The class name of each decoder layer's token mixer: its attention, or what stands in its place."""
+    decoder = getattr(lm, lm.base_model_prefix)
+    layers = next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList))
+    names = []
+    for layer in layers:
+        children = [type(child).__name__ for child in layer.children()]
+        mixers = [n for n in children if "Attention" in n or "Delta" in n or "Mamba" in n or "SSM" in n]
+        names.append(mixers[0] if mixers else children[0])
+    return names

@@ -1,0 +1,171 @@
+"""From a pack to numbers: one read of its tokens gives answer values, decision log-probabilities and the loss.
+
+``Policy.forward`` owns the LM head and everything that touches it, so that a sharded weight is whole exactly there,
+and runs no collective of its own: the weights of the loss are global numbers known beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from igpo_fast.model import TreeAttend, hidden_states, lm_head
+from igpo_fast.types import Group
+from igpo_kernels import (
+    ANSWER,
+    Branch,
+    LossSettings,
+    RolloutTokens,
+    Tree,
+    TreePlan,
+    linear_logprob,
+    linear_policy_loss,
+    policy_loss,
+)
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What the loss needs beside the model, one number a decision pair of the plan: float32 [D], D decision pairs."""
+
+    weights: np.ndarray
+    """Global: they are the aggregation."""
+    advantages: np.ndarray | None
+    """None in one-pass mode, where they come from the pass itself."""
+    old_logp: np.ndarray | None = None
+    """None is ratio 1."""
+    engine_logp: np.ndarray | None = None
+    ref_logp: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class PackScores:
+    """What a pass over a pack found."""
+
+    answer_logp: np.ndarray
+    """log pi of each answer pair, in the plan's order: float64 [M - D]; empty without branches."""
+    decision_logp: np.ndarray | None = None
+    """log pi of each decision pair: float32 [D]."""
+    loss: torch.Tensor | None = None
+    sums: dict[str, float] | None = None
+    """``policy_loss``'s sums."""
+
+
+AdvantagesOf = Callable[[np.ndarray], np.ndarray]
+"""Answer log-probabilities [M - D] -> advantages [D], on the host, between the answers and the loss of a pass."""
+
+
+class Policy(torch.nn.Module):
+    """A causal LM that reads packs.
+
+    Args:
+        lm: made by ``igpo_fast.model``.
+        temperature: divides every logit, as in sampling.
+        backend: which implementation of igpo_kernels runs.
+    """
+
+    def __init__(self, lm: PreTrainedModel, temperature: float, settings: LossSettings, backend: str = "auto"):
+        super().__init__()
+        self.lm, self.temperature, self.settings, self.backend = lm, temperature, settings, backend
+        self.tokens_read = 0
+        """Packed tokens that ``forward`` has read so far."""
+
+    def forward(
+        self, plan: TreePlan, inputs: LossInputs | None = None, advantages_of: AdvantagesOf | None = None
+    ) -> PackScores:
+        """One pass over a pack.
+
+        Args:
+            inputs: None scores only (answers and decisions, no gradient). With it the loss is computed;
+                ``inputs.advantages`` may then be None if ``advantages_of`` is given, which is called with the
+                answers' log-probabilities of this very pass (one-pass mode).
+        """
+        device = self.lm.device
+        with torch.set_grad_enabled(inputs is not None and torch.is_grad_enabled()):
+            hidden = hidden_states(
+                self.lm, plan.tensor("input_ids", device), plan.tensor("position_ids", device),
+                TreeAttend(plan, self.backend),
+            )  # fmt: skip
+        self.tokens_read += plan.n_tokens
+        n = plan.n_decisions
+        answer_logp = np.zeros(0)
+        with torch.no_grad():
+            if plan.n_pairs > n:
+                answer_logp = self._logp(hidden.detach(), plan, slice(n, None)).double().cpu().numpy()
+            if inputs is None:
+                return PackScores(answer_logp, self._logp(hidden, plan, slice(0, n)).float().cpu().numpy())
+        if inputs.advantages is None:
+            inputs = replace(inputs, advantages=advantages_of(answer_logp))
+        loss, sums, logp = self._loss(hidden, plan, inputs)
+        return PackScores(
+            answer_logp, logp.float().cpu().numpy(), loss, {name: float(value) for name, value in sums.items()}
+        )
+
+    def _head(self) -> tuple[torch.Tensor, dict]:
+        head = lm_head(self.lm)
+        options = dict(bias=head.bias, softcap=head.softcap, temperature=self.temperature, backend=self.backend)
+        return head.weight, options
+
+    def _logp(self, hidden: torch.Tensor, plan: TreePlan, part: slice, **more):
+        weight, options = self._head()
+        row, label = (plan.tensor(name, hidden.device)[part] for name in ("row", "label"))
+        return linear_logprob(hidden, weight, label, row, **options, **more)
+
+    def _loss(self, hidden: torch.Tensor, plan: TreePlan, inputs: LossInputs):
+        """Loss, metric sums, and the decision pairs' log-probabilities without gradient."""
+        settings, device = self.settings, hidden.device
+        on = {
+            name: None if value is None else torch.as_tensor(value, dtype=torch.float32, device=device)
+            for name, value in vars(inputs).items()
+        }
+        part = slice(0, plan.n_decisions)
+        if settings.sequence_ratio or settings.importance != "none":
+            logp, entropy = self._logp(hidden, plan, part, entropy=True)
+            sequence = torch.unique(plan.tensor("rollout", device)[part], return_inverse=True)[1]
+            entropy = entropy if settings.entropy else entropy.detach()
+            loss, sums = policy_loss(logp, settings=settings, entropy=entropy, sequence=sequence, **on)
+            return loss, sums, logp.detach()
+        weight, options = self._head()
+        row, label = (plan.tensor(name, device)[part] for name in ("row", "label"))
+        loss, sums = linear_policy_loss(hidden, weight, label, row, settings=settings, **on, **options)
+        return loss, sums, sums.pop("logp")
+
+
+def make_trees(
+    groups: Sequence[Group], branches: Sequence[Sequence[Branch]] | None, numbers: Sequence[Sequence[int]]
+) -> list[Tree]:
+    """A tree for each group.
+
+    Args:
+        branches: the answers to force, a sequence for each group; None for passes without scoring.
+        numbers: each rollout's number in its batch, which comes back as ``TreePlan.rollout``.
+    """
+    return [
+        Tree(
+            [
+                RolloutTokens(number, rollout.ids, rollout.turn_of_token, rollout.boundaries)
+                for number, rollout in zip(group_numbers, group.rollouts, strict=True)
+            ],
+            () if branches is None else branches[i],
+        )
+        for i, (group, group_numbers) in enumerate(zip(groups, numbers, strict=True))
+    ]
+
+
+def answer_means(plan: TreePlan, answer_logp: np.ndarray) -> dict[int, np.ndarray]:
+    """Mean log-probability of each accepted answer after each prefix: rollout number -> float64 [answers, T]."""
+    at = plan.kind == ANSWER
+    rollout, turn, answer = plan.rollout[at], plan.turn[at], plan.answer[at]
+    means = {}
+    for number in np.unique(rollout):
+        mine = rollout == number
+        shape = answer[mine].max() + 1, turn[mine].max() + 1
+        total, count = np.zeros(shape), np.zeros(shape)
+        np.add.at(total, (answer[mine], turn[mine]), answer_logp[mine])
+        np.add.at(count, (answer[mine], turn[mine]), 1)
+        means[int(number)] = total / count
+    return means

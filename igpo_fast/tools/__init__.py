@@ -1,0 +1,1 @@
+"""Tools that a rollout can call."""

@@ -1,0 +1,158 @@
+"""The data that flows through a training step, as frozen dataclasses.
+
+Dimension letters, used as suffixes of names throughout (``old_logp_M``, ``gains_T``):
+
+    Q  questions in a batch            A  tokens of one accepted answer
+    G  rollouts of one question        N  packed tokens
+    R  rollouts in a batch (Q * G)     M  scored (row, label) pairs
+    T  turns of one rollout            L  tokens of one rollout
+    H  hidden size                     V  vocabulary size
+
+Imports only numpy, so that a machine without the trainer's dependencies can build batches and time updates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+SEARCH, ANSWER, INVALID = "search", "answer", "invalid"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One task: a question and the answers that count as right.
+
+    >>> Question("q1", "Who wrote Faust?", ("Goethe", "Johann Wolfgang von Goethe")).answers[0]
+    'Goethe'
+    """
+
+    id: str
+    """Unique within its data set."""
+    question: str
+    """The text the policy is asked."""
+    answers: tuple[str, ...]
+    """Accepted answers, the main one first; never empty."""
+    hops: int | None = None
+    """How many facts the answer rests on, where known."""
+    steps: tuple[dict, ...] = ()
+    """The supporting steps as the data set gives them (``passage_id``, optional ``question`` and ``answer``)."""
+    corpus: str = ""
+    """The collection that search looks in; empty for the only one."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of the policy and what the environment answered.
+
+    ``ids`` are the tokens exactly as they were sampled: training scores these, never a re-tokenised text.
+    """
+
+    ids: np.ndarray
+    """Sampled tokens, the end-of-turn token included: int32 [n], n >= 1."""
+    logp: np.ndarray
+    """The engine's log-probability of each, at the sampling temperature, in nats: float32 [n]."""
+    text: str
+    """``ids`` decoded, for people and for the parser."""
+    action: str
+    """``search``, ``answer`` or ``invalid``."""
+    argument: str
+    """The query or the answer; empty if invalid."""
+    response_ids: np.ndarray
+    """What the environment appended, up to and including the tokens that open the next turn: int32 [m]; m = 0
+    after the last turn."""
+    response: str = ""
+    """The environment's response as text."""
+    passages: tuple[str, ...] = ()
+    """Ids of the passages that the response shows."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A prompt followed by turns. Token by token it is ``prompt_ids + turn.ids + turn.response_ids + ...``."""
+
+    question: Question
+    index: int
+    """Its place in its group: 0 .. G-1."""
+    prompt_ids: np.ndarray
+    """int32 [p], p >= 1."""
+    turns: tuple[Turn, ...]
+    """1 .. max_turns of them."""
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """All tokens: int32 [L]."""
+        parts = [self.prompt_ids]
+        for turn in self.turns:
+            parts += [turn.ids, turn.response_ids]
+        return np.concatenate(parts).astype(np.int32)
+
+    @cached_property
+    def turn_of_token(self) -> np.ndarray:
+        """The turn (0-based) of each decision token, -1 for prompt and responses: int32 [L]."""
+        parts = [np.full(len(self.prompt_ids), -1)]
+        for t, turn in enumerate(self.turns):
+            parts += [np.full(len(turn.ids), t), np.full(len(turn.response_ids), -1)]
+        return np.concatenate(parts).astype(np.int32)
+
+    @cached_property
+    def boundaries(self) -> np.ndarray:
+        """Length of prefix_0 .. prefix_{T-1}: the prompt, then everything up to and including each response but
+        the last: int64 [T]."""
+        lengths = [len(turn.ids) + len(turn.response_ids) for turn in self.turns[:-1]]
+        return np.cumsum([len(self.prompt_ids), *lengths])
+
+    @cached_property
+    def logp(self) -> np.ndarray:
+        """The engine's log-probabilities of the decision tokens, in order: float32 [decision tokens]."""
+        return np.concatenate([turn.logp for turn in self.turns]).astype(np.float32)
+
+    @property
+    def decision_tokens(self) -> int:
+        return sum(len(turn.ids) for turn in self.turns)
+
+    @property
+    def answer(self) -> str | None:
+        """The final answer, or None if the rollout ended without a well-formed one."""
+        last = self.turns[-1]
+        return last.argument if last.action == ANSWER else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rollouts of one question: the unit of every per-group statistic, and one tree of the packed pass."""
+
+    question: Question
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True)
+class TurnScores:
+    """What one rollout earned, turn by turn (algorithm.md's v, ig, r and A)."""
+
+    values: np.ndarray
+    """v_t at prefix_0 .. prefix_{T-1}, in the configured basis: float64 [T]; NaN where undefined."""
+    gains: np.ndarray
+    """ig_t = v_t - v_{t-1}, credited to turns 1 .. T-1: float64 [T-1]."""
+    outcome: float
+    """F1 or EM of the final answer, or the format penalty."""
+    f1: float
+    em: float
+    advantages: np.ndarray
+    """A_t, after normalising and discounting: float64 [T]."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything one step trains on."""
+
+    step: int
+    groups: tuple[Group, ...]
+    scores: tuple[TurnScores, ...] = field(default=())
+    """One a rollout, in the order of ``rollouts``; empty until scored."""
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [rollout for group in self.groups for rollout in group.rollouts]

@@ -1,0 +1,56 @@
+"""Log-probabilities (and entropies) of labels under an LM head, without [M, V] logits."""
+
+from __future__ import annotations
+
+import torch
+
+from igpo_kernels.backend import choose
+from igpo_kernels.linear_logprob import reference, torch_path
+
+IMPLEMENTATIONS = {"reference": reference.linear_logprob, "torch": torch_path.linear_logprob}
+
+
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    rows: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    entropy: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``logp_m = z_m[labels_m] - logsumexp(z_m)``, ``z_m = softcap(hidden[rows_m] @ weight.T + bias) / temperature``.
+
+    Avoids the [M, V] logits and their gradient: at M 65,536, V 151,936 those are 80 GB in float32.
+
+    Args:
+        hidden: [N, H]. weight: [V, H]. bias: [V].
+        labels: int64 [M], in 0 .. V-1.
+        rows: int64 [M], in 0 .. N-1, repeats allowed; None is row m for pair m.
+        temperature: above 0.
+        softcap: ``c * tanh(z / c)`` where above 0 (Gemma-2's final logits).
+        entropy: also return ``-sum p log p`` of each pair's row, in nats.
+        backend: ``auto``, ``torch`` or ``reference``.
+    Returns:
+        logp [M], in nats, float32 or wider; with ``entropy`` also entropy [M]. Differentiable in hidden, weight, bias.
+    Raises:
+        ValueError: shapes or values that do not fit.
+    """
+    rows = check_pairs("linear_logprob", hidden, weight, labels, rows, temperature)
+    run = choose("linear_logprob", backend, hidden.device, IMPLEMENTATIONS)
+    return run(hidden, weight, labels, rows, bias, temperature, softcap, entropy)
+
+
+def check_pairs(op, hidden, weight, labels, rows, temperature) -> torch.Tensor:
+    """Validate what every LM-head op takes; returns ``rows``, filled in if None."""
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit")
+    if temperature <= 0:
+        raise ValueError(f"{op}: temperature must be above 0, got {temperature}")
+    if rows is None:
+        rows = torch.arange(len(hidden), device=hidden.device)
+    if labels.shape != rows.shape or labels.ndim != 1:
+        raise ValueError(f"{op}: {tuple(labels.shape)} labels for {tuple(rows.shape)} rows")
+    return rows

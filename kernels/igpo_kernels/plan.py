@@ -1,0 +1,353 @@
+"""TreePlan: several rollouts, their shared prefixes and their answer branches as one row of tokens.
+
+A pack is one token row: trees laid out depth-first, a trunk's continuation before the branches that leave it. With
+``subtree_end[k]`` the index just past the last token that descends from token k,
+
+    query q sees key k  <=>  k <= q < subtree_end[k]
+
+is the whole attention mask: causal, shared prompts, answer branches, sequence packing, any depth.
+
+The last token of a prefix predicts several next tokens, so what is scored are (row, label) pairs, one per owner: a
+token that two rollouts share is two pairs, and rows repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+DECISION, ANSWER = 0, 1
+"""Values of ``TreePlan.kind``."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """An answer in its wrapper, forced after every prefix: ``ids[start:stop]`` are the answer's own tokens, which
+    are scored; ``ids[:start]`` the wrapper's opening; what follows ``stop`` is context only and never read."""
+
+    ids: np.ndarray
+    """int32 [b]."""
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class RolloutTokens:
+    """One rollout as tokens."""
+
+    index: int
+    """The caller's number for it; comes back as ``TreePlan.rollout``."""
+    ids: np.ndarray
+    """int32 [L]."""
+    turn: np.ndarray
+    """The turn of each decision token, -1 for tokens that are not trained: int32 [L]. Token 0 is never trained."""
+    boundaries: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Lengths of the prefixes after which the answers are scored, increasing, >= 1: int64 [T]."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The rollouts of one question, and the answers to force after each of their prefixes (none: no scoring)."""
+
+    rollouts: Sequence[RolloutTokens]
+    branches: Sequence[Branch] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class TreePlan:
+    """One pack. All arrays are int64; N packed tokens, M pairs: decision pairs first (by tree, rollout, token), then
+    answer pairs (by rollout, turn, answer, token).
+
+    >>> prompt_and_turn = RolloutTokens(0, np.array([5, 6, 7]), np.array([-1, -1, 0]), np.array([2]))
+    >>> plan = pack([Tree([prompt_and_turn], [Branch(np.array([8, 9]), 1, 2)])])
+    >>> plan.input_ids.tolist()     # the prompt, then the branch's wrapper; 7 and 9 are labels only
+    [5, 6, 8]
+    >>> plan.subtree_end.tolist(), plan.row.tolist(), plan.label.tolist()
+    ([3, 3, 3], [1, 2], [7, 9])
+    """
+
+    input_ids: np.ndarray
+    """[N]"""
+    position_ids: np.ndarray
+    """Length of the path from the root: [N]."""
+    subtree_end: np.ndarray
+    """[N]"""
+    tree_start: np.ndarray
+    """Index of the first token of the tree: [N]."""
+    row: np.ndarray
+    """The packed token whose hidden state predicts the label: [M]."""
+    label: np.ndarray
+    """[M]"""
+    kind: np.ndarray
+    """DECISION or ANSWER: [M]."""
+    rollout: np.ndarray
+    """``RolloutTokens.index`` of the owner: [M]."""
+    turn: np.ndarray
+    """Of a decision token its turn, of an answer token the boundary (prefix) it follows: [M]."""
+    answer: np.ndarray
+    """Index of the accepted answer, -1 for decision tokens: [M]."""
+    token: np.ndarray
+    """Of a decision token its index in its rollout, of an answer token its index in the answer: [M]."""
+    trunk_tokens: int
+    """Tokens the rollouts would have unshared and without branches: the sum of their fed lengths."""
+    cache: dict = field(default_factory=dict, repr=False)
+    """Device copies and attention schedules, made once and shared by layers and passes."""
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.row)
+
+    @property
+    def n_decisions(self) -> int:
+        """Pairs ``[:n_decisions]`` are decision tokens, the rest answer tokens."""
+        return int(np.count_nonzero(self.kind == DECISION))
+
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """A field as a tensor on ``device``, copied once."""
+        key = (name, str(device))
+        if key not in self.cache:
+            self.cache[key] = torch.from_numpy(getattr(self, name)).to(device)
+        return self.cache[key]
+
+
+def pack(trees: Sequence[Tree], pad_to: int = 1) -> TreePlan:
+    """Lay out trees one after another in a single pack.
+
+    Args:
+        trees: at least one, each with at least one rollout.
+        pad_to: the pack's length is rounded up to a multiple of this with one-token trees that nothing scores.
+    Raises:
+        ValueError: an empty rollout, a trained first token, a boundary outside its rollout, an empty answer.
+    """
+    return _join([_layout(tree) for tree in trees], pad_to)
+
+
+def pack_within(
+    trees: Sequence[Tree], token_budget: int, *, split: bool = False, pad_to: int = 1
+) -> list[TreePlan]:
+    """Lay out trees in as few packs of at most ``token_budget`` tokens as first-fit-decreasing finds.
+
+    Args:
+        split: a tree over the budget is split into trees of fewer rollouts, which then share less; without it, it
+            raises. Per-group statistics that are computed inside one pass need whole groups.
+    Raises:
+        ValueError: a tree (with ``split``: a single rollout) over the budget; and what ``pack`` raises.
+    """
+    layouts: list[_Layout] = []
+    todo = list(reversed(trees))
+    while todo:
+        tree = todo.pop()
+        layout = _layout(tree)
+        if len(layout.input_ids) <= token_budget:
+            layouts.append(layout)
+        elif split and len(tree.rollouts) > 1:
+            half = len(tree.rollouts) // 2
+            todo += [Tree(tree.rollouts[half:], tree.branches), Tree(tree.rollouts[:half], tree.branches)]
+        else:
+            what = "rollout" if len(tree.rollouts) == 1 else f"group of {len(tree.rollouts)} rollouts"
+            raise ValueError(
+                f"a {what} packs to {len(layout.input_ids)} tokens, over the budget of {token_budget}; "
+                "raise the token budget or shorten rollouts"
+            )
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(layouts)), key=lambda i: -len(layouts[i].input_ids)):
+        size = len(layouts[i].input_ids)
+        for p, free in enumerate(room):
+            if size <= free:
+                packs[p].append(i)
+                room[p] -= size
+                break
+        else:
+            packs.append([i])
+            room.append(token_budget - size)
+    return [_join([layouts[i] for i in sorted(members)], pad_to) for members in packs]
+
+
+class _Layout(NamedTuple):
+    """One tree, indices relative to its start."""
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    subtree_end: np.ndarray
+    pairs: np.ndarray
+    """int64 [M, 7]: row, label, kind, rollout, turn, answer, token."""
+    trunk_tokens: int
+
+
+class _BranchBlock(NamedTuple):
+    """The trie of a tree's branches, laid out once and copied behind every boundary."""
+
+    input_ids: np.ndarray
+    depth: np.ndarray
+    subtree_end: np.ndarray
+    pairs: np.ndarray
+    """int64 [m, 4]: row (-1 is the boundary's own last token), label, answer, token."""
+
+
+def _shared_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    n = min(len(a), len(b))
+    differs = a[:n] != b[:n]
+    return int(differs.argmax()) if differs.any() else n
+
+
+def _paths(sequences: Sequence[np.ndarray]):
+    """Visit sequences in an order in which each shares its longest possible prefix with the one before.
+
+    Yields (index, shared with the one before, shared with the one after; -1 for the last).
+    """
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i].astype(">u4").tobytes())
+    shared = [_shared_prefix(sequences[a], sequences[b]) for a, b in zip(order, order[1:], strict=False)]
+    yield from zip(order, [0, *shared], [*shared, -1], strict=True)
+
+
+def _branch_block(branches: Sequence[Branch]) -> _BranchBlock:
+    for number, branch in enumerate(branches):
+        if not 0 <= branch.start < branch.stop <= len(branch.ids):
+            raise ValueError(
+                f"branch {number} scores tokens {branch.start}:{branch.stop} of {len(branch.ids)}; "
+                "an answer has at least one token, inside the branch"
+            )
+    fed = [np.asarray(branch.ids[: branch.stop - 1], np.int64) for branch in branches]
+    size = 0
+    path = np.zeros(0, np.int64)
+    ids, depths, ends, pairs = [], [], np.zeros(sum(map(len, fed)), np.int64), [None] * len(branches)
+    for a, before, after in _paths(fed):
+        new = len(fed[a]) - before
+        path = np.concatenate([path[:before], np.arange(size, size + new)])
+        ids.append(fed[a][before:])
+        depths.append(np.arange(before, len(fed[a])))
+        size += new
+        ends[path[max(after, 0) :]] = size
+        tokens = np.arange(branches[a].start, branches[a].stop)
+        rows = np.concatenate([[-1], path])[tokens]
+        labels = np.asarray(branches[a].ids, np.int64)[tokens]
+        pairs[a] = np.stack([rows, labels, np.full(len(tokens), a), tokens - tokens[0]], axis=1)
+    return _BranchBlock(np.concatenate(ids), np.concatenate(depths), ends[:size], np.concatenate(pairs))
+
+
+def _fed_length(rollout: RolloutTokens, scored: bool) -> int:
+    """How many of its tokens the model must read: those before the last label, and every scored prefix."""
+    n = len(rollout.ids)
+    if n == 0 or len(rollout.turn) != n:
+        raise ValueError(f"rollout {rollout.index} has {n} tokens and {len(rollout.turn)} turn numbers")
+    if rollout.turn[0] >= 0:
+        raise ValueError(f"rollout {rollout.index} trains its first token, which nothing predicts")
+    trained = np.flatnonzero(rollout.turn >= 0)
+    last = int(trained[-1]) if len(trained) else 1
+    if scored and len(rollout.boundaries):
+        b = np.asarray(rollout.boundaries)
+        if b[0] < 1 or b[-1] > n or (np.diff(b) <= 0).any():
+            raise ValueError(f"rollout {rollout.index}: boundaries {b.tolist()} must increase within 1..{n}")
+        last = max(last, int(b[-1]))
+    return last
+
+
+def _layout(tree: Tree) -> _Layout:
+    if not tree.rollouts:
+        raise ValueError("a tree needs at least one rollout")
+    scored = len(tree.branches) > 0
+    block = _branch_block(tree.branches) if scored else None
+    width = len(block.input_ids) if block else 0
+    rollouts = tree.rollouts
+    fed = [np.asarray(r.ids[: _fed_length(r, scored)], np.int64) for r in rollouts]
+
+    size = 0
+    path = np.zeros(0, np.int64)
+    open_boundaries: dict[int, list[tuple[int, int]]] = {}  # prefix length -> owners (rollout index, turn)
+    ids, positions, closings = [], [], []
+    decision_pairs: list = [None] * len(rollouts)
+    answer_pairs = []
+    for i, before, after in _paths(fed):
+        rollout, length = rollouts[i], len(fed[i])
+        path = np.concatenate([path[:before], np.arange(size, size + length - before)])
+        ids.append(fed[i][before:])
+        positions.append(np.arange(before, length))
+        size += length - before
+        decision_pairs[i] = _decision_pairs(rollout, path)
+        if scored:
+            for t, boundary in enumerate(rollout.boundaries):
+                open_boundaries.setdefault(int(boundary), []).append((rollout.index, t))
+        # What the next rollout does not share is complete: close it from its end, laying the branches of each
+        # boundary behind everything that continues the trunk.
+        top = length
+        for boundary in sorted((b for b in open_boundaries if b > after), reverse=True):
+            closings.append((path[boundary:top], size))
+            ids.append(block.input_ids)
+            positions.append(block.depth + boundary)
+            closings.append((np.arange(size, size + width), block.subtree_end + size))
+            answer_pairs += _answer_pairs(block, size, path[boundary - 1], open_boundaries.pop(boundary))
+            size += width
+            top = boundary
+        closings.append((path[max(after, 0) : top], size))
+
+    subtree_end = np.zeros(size, np.int64)
+    for where, end in closings:
+        subtree_end[where] = end
+    pairs = np.concatenate(decision_pairs)
+    if answer_pairs:
+        answers = np.concatenate(answer_pairs)
+        answers = answers[np.lexsort((answers[:, 6], answers[:, 5], answers[:, 4], answers[:, 3]))]
+        pairs = np.concatenate([pairs, answers])
+    return _Layout(
+        np.concatenate(ids), np.concatenate(positions), subtree_end, pairs, sum(len(f) for f in fed)
+    )
+
+
+def _decision_pairs(rollout: RolloutTokens, path: np.ndarray) -> np.ndarray:
+    token = np.flatnonzero(rollout.turn >= 0)
+    m = len(token)
+    columns = (
+        path[token - 1], np.asarray(rollout.ids)[token], np.full(m, DECISION), np.full(m, rollout.index),
+        np.asarray(rollout.turn)[token], np.full(m, -1), token,
+    )  # fmt: skip
+    return np.stack(columns, axis=1).astype(np.int64)
+
+
+def _answer_pairs(block: _BranchBlock, start: int, boundary_row: int, owners: list[tuple[int, int]]) -> list:
+    row = np.where(block.pairs[:, 0] < 0, boundary_row, block.pairs[:, 0] + start)
+    _, label, answer, token = block.pairs.T
+    kind = np.full(len(row), ANSWER)
+    return [
+        np.stack([row, label, kind, np.full(len(row), index), np.full(len(row), turn), answer, token], axis=1)
+        for index, turn in owners
+    ]
+
+
+def _join(layouts: Sequence[_Layout], pad_to: int) -> TreePlan:
+    if not layouts:
+        raise ValueError("nothing to pack: give at least one tree")
+    sizes = np.array([len(layout.input_ids) for layout in layouts])
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    padding = -starts[-1] % pad_to
+    pad = np.arange(starts[-1], starts[-1] + padding)
+    pairs = []
+    for layout, start in zip(layouts, starts, strict=False):
+        moved = layout.pairs.copy()
+        moved[:, 0] += start
+        pairs.append(moved)
+    pairs = np.concatenate(pairs)
+    pairs = pairs[np.argsort(pairs[:, 2], kind="stable")]
+    zeros = np.zeros(padding, np.int64)
+    columns = dict(zip(_PAIR_COLUMNS, np.ascontiguousarray(pairs.T), strict=True))
+    return TreePlan(
+        input_ids=np.concatenate([*(layout.input_ids for layout in layouts), zeros]),
+        position_ids=np.concatenate([*(layout.position_ids for layout in layouts), zeros]),
+        subtree_end=np.concatenate(
+            [*(layout.subtree_end + start for layout, start in zip(layouts, starts, strict=False)), pad + 1]
+        ),
+        tree_start=np.concatenate([np.repeat(starts[:-1], sizes), pad]),
+        trunk_tokens=sum(layout.trunk_tokens for layout in layouts),
+        **columns,
+    )
+
+
+_PAIR_COLUMNS = [f.name for f in fields(TreePlan)][4:11]

@@ -1,0 +1,66 @@
+"""The clipped policy-gradient loss of log-probabilities."""
+
+from __future__ import annotations
+
+import torch
+
+from igpo_kernels.backend import choose
+from igpo_kernels.policy_loss import reference
+from igpo_kernels.policy_loss.settings import LossSettings
+
+# Elementwise over M numbers: beside an LM head nothing to win on a CPU, so the definition is the torch path.
+IMPLEMENTATIONS = {"reference": reference.policy_loss, "torch": reference.policy_loss}
+
+
+def policy_loss(
+    logp: torch.Tensor,
+    old_logp: torch.Tensor | None,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    settings: LossSettings | None = None,
+    *,
+    engine_logp: torch.Tensor | None = None,
+    ref_logp: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
+    sequence: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """``sum_m w_m * (c_m * max(-r_m A_m, -clip(r_m) A_m) + kl * k3_m - entropy * H_m)``, ``r_m = exp(logp - old)``.
+
+    Args:
+        logp: [M], with gradient. old_logp: [M], or None for ratio 1 (the gradient is then the policy gradient's).
+        advantages: [M], one per token. weights: [M], global: they are the aggregation, nothing is divided here.
+        engine_logp: [M], what the rollout engine sampled with; gives ``mismatch`` and, with
+            ``settings.importance``, the correction c_m (of old_logp, or of logp without gradient).
+        ref_logp: [M] of the reference policy, for ``settings.kl``.
+        entropy: [M], with gradient, for ``settings.entropy``.
+        sequence: int64 [M], which rollout a pair belongs to; needed by sequence-level settings. A rollout's pairs
+            must all be here.
+    Returns:
+        The loss (a scalar), and sums over pairs of non-zero weight: ``tokens``, ``clipped``, ``ratio``, ``kl``,
+        ``mismatch``, ``entropy``; the maximum ``ratio_max``; and ``policy``, the loss without KL and entropy.
+    Raises:
+        ValueError: shapes that differ (advantages are never broadcast), or a missing input.
+    """
+    settings = settings or LossSettings()
+    inputs = dict(
+        old_logp=old_logp, advantages=advantages, weights=weights, engine_logp=engine_logp, ref_logp=ref_logp,
+        entropy=entropy, sequence=sequence,
+    )  # fmt: skip
+    check_inputs("policy_loss", logp.shape, settings, inputs)
+    run = choose("policy_loss", backend, logp.device, IMPLEMENTATIONS)
+    return run(logp, settings=settings, **inputs)
+
+
+def check_inputs(op: str, shape: torch.Size, settings: LossSettings, inputs: dict, exempt: tuple = ()) -> None:
+    """Every given input has one number a pair, and what the settings need is given."""
+    for name, x in inputs.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{op}: {name} is {tuple(x.shape)}, the pairs {tuple(shape)}; give one number a pair")
+    needs = {
+        "ref_logp": settings.kl, "entropy": settings.entropy, "engine_logp": settings.importance != "none",
+        "sequence": settings.sequence_ratio or settings.importance == "sequence",
+    }  # fmt: skip
+    for name, needed in needs.items():
+        if needed and inputs.get(name) is None and name not in exempt:
+            raise ValueError(f"{op}: the settings {settings} need {name}=")

@@ -1,0 +1,31 @@
+"""The knobs of the clipped loss, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """``loss = sum_m weights_m * (surrogate_m + kl * k3_m - entropy * H_m)``.
+
+    >>> LossSettings(clip_high=0.28).clip_low
+    0.2
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    dual_clip: float | None = None
+    """Where the advantage is negative, the surrogate loss is at most ``dual_clip * |advantage|``."""
+    kl: float = 0.0
+    """Coefficient of k3 to the reference, ``exp(ref - logp) - (ref - logp) - 1``."""
+    entropy: float = 0.0
+    """Coefficient of the entropy bonus."""
+    sequence_ratio: bool = False
+    """GSPO: one ratio a rollout, ``exp(mean(logp - old_logp))``."""
+    importance: str = "none"
+    """``none``, ``token`` or ``sequence``: weigh by pi_train / pi_engine of the token, or of the whole rollout."""
+    importance_mode: str = "truncate"
+    """``truncate``: min(weight, cap). ``mask``: drop where the weight exceeds the cap."""
+    importance_cap: float = 2.0

@@ -1,0 +1,105 @@
+"""The definition of ``turn_advantages``: plain loops over Python floats (float64)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import fsum, isfinite, sqrt
+from typing import Literal, get_args
+
+import torch
+
+GAIN, OUTCOME = 0, 1
+MIN_OUTCOME_SCALE, MAX_FACTOR = 0.3, 10.0
+
+Pool = Literal["separate", "joint", "scaled_separate"]
+Scope = Literal["group", "batch"]
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """How turn rewards become zero-one scaled numbers before they are discounted.
+
+    >>> Normaliser(gate=0.02, center=False, min_std=0.05).pool
+    'separate'
+    """
+
+    pool: Pool = "separate"
+    """Gains and outcomes apart, in one pool, or apart with the gains brought to the outcomes' size."""
+    gate: float = 0.0
+    """Gains smaller in magnitude count as 0."""
+    center: bool = True
+    """Subtract the pool's mean from gains; outcomes always lose theirs."""
+    min_std: float = 1e-6
+    """Added to the standard deviation that divides gains; outcomes have no floor."""
+    gain_weight: float = 1.0
+    """Multiplies normalised gains. A joint pool's statistics count them even at 0."""
+    outcome_weight: float = 1.0
+    """Multiplies normalised outcomes, likewise."""
+    scale_std: bool = True
+    """False divides nothing (Dr. GRPO)."""
+    leave_one_out: bool = False
+    """Outcomes lose the mean of the others in their pool instead of the mean of all (RLOO)."""
+    scope: Scope = "group"
+    """What a pool spans: one group, or the whole batch (REINFORCE++)."""
+
+    def __post_init__(self):
+        for name, known in (("pool", get_args(Pool)), ("scope", get_args(Scope))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"Normaliser.{name}: got {getattr(self, name)!r}; expected one of {known}")
+        for name in ("gate", "min_std"):
+            value = getattr(self, name)
+            if not isfinite(value) or value < 0:
+                raise ValueError(f"Normaliser.{name}: got {value}; expected a finite number >= 0")
+
+
+def turn_advantages_reference(
+    rewards: torch.Tensor,
+    kinds: torch.Tensor,
+    rollout_offsets: torch.Tensor,
+    group_offsets: torch.Tensor,
+    gamma: float,
+    normaliser: Normaliser,
+) -> torch.Tensor:
+    """Arguments and result as ``igpo_kernels.turn_advantages``; checks nothing."""
+    n, kinds = normaliser, kinds.tolist()
+    rollouts, groups = rollout_offsets.tolist(), group_offsets.tolist()
+    if n.scope == "batch":
+        groups = [0, groups[-1]]
+    r = [0.0 if k == GAIN and abs(x) < n.gate else x for x, k in zip(rewards.tolist(), kinds, strict=True)]
+    z = [0.0] * len(r)
+    for first, last in pairwise(groups):
+        turns = range(rollouts[first], rollouts[last])
+        gains, outcomes = ([s for s in turns if kinds[s] == kind] for kind in (GAIN, OUTCOME))
+        for pool in [turns] if n.pool == "joint" else [gains, outcomes]:
+            normalised = _normalise([r[s] for s in pool], [kinds[s] for s in pool], n)
+            for s, x in zip(pool, normalised, strict=True):
+                z[s] = x
+        if n.pool == "scaled_separate" and any(z[s] for s in gains):
+            outcome_size = fsum(abs(z[s]) for s in outcomes) / len(outcomes)
+            gain_size = fsum(abs(z[s]) for s in gains) / len(gains)
+            for s in gains:
+                z[s] *= min(max(outcome_size, MIN_OUTCOME_SCALE) / gain_size, MAX_FACTOR)
+    weights = {GAIN: n.gain_weight, OUTCOME: n.outcome_weight}
+    advantages = [x * weights[k] for x, k in zip(z, kinds, strict=True)]
+    for start, end in pairwise(rollouts):
+        for s in reversed(range(start, end - 1)):
+            advantages[s] += gamma * advantages[s + 1]
+    return torch.tensor(advantages, dtype=rewards.dtype, device=rewards.device)
+
+
+def _normalise(pool: list[float], kinds: list[int], n: Normaliser) -> list[float]:
+    # Decided before any mean is taken: the rounded mean of equal numbers can differ from them.
+    if not pool or max(pool) == min(pool):
+        return [0.0] * len(pool)
+    mean = fsum(pool) / len(pool)
+    std = sqrt(fsum((x - mean) ** 2 for x in pool) / len(pool))
+    if std == 0:  # the squares underflow
+        return [0.0] * len(pool)
+    others = len(pool) / (len(pool) - 1) if n.leave_one_out else 1.0
+    normalised = []
+    for x, kind in zip(pool, kinds, strict=True):
+        deviation = (x - mean * n.center) if kind == GAIN else (x - mean) * others
+        scale = std + (n.min_std if kind == GAIN else 0.0)
+        normalised.append(deviation / scale if n.scale_std else deviation)
+    return normalised
