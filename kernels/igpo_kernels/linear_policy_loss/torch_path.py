@@ -34,7 +34,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         )
         loss = d_hidden.new_zeros(())
         logp_all = d_hidden.new_empty(len(labels))
-        sums = dict.fromkeys(METRICS, loss)
+        sums = {name: torch.zeros_like(loss) for name in METRICS}
         height = max(1, workspace_bytes(hidden.device) // (4 * LIVE_BLOCKS * len(weight)))
         for start in range(0, len(distinct), height):
             at = distinct[start : start + height]
@@ -75,6 +75,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             None if x is None else g.to(x.dtype)
             for g, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
         ]
+        ctx.mark_non_differentiable(logp_all, *sums.values())
         return loss, logp_all, *sums.values()
 
     @staticmethod

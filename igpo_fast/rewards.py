@@ -1,0 +1,106 @@
+"""Turn rewards: F1 and exact match of the final answer, answer values, information gain."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from igpo_fast.types import Rollout
+
+Normalisation = Literal["igpo", "squad"]
+Outcome = Literal["f1", "em"]
+Basis = Literal["log_prob", "prob"]
+Answers = Literal["first", "max", "mean"]
+
+_TO_SPACES = str.maketrans(string.punctuation, " " * len(string.punctuation))
+_DROPPED = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def normalise_answer(text: str, normalisation: Normalisation = "igpo") -> str:
+    """Lower-cased words joined by single spaces.
+
+    ``igpo`` turns ASCII punctuation into spaces; ``squad`` drops it, and the articles a, an, the. A text of
+    nothing else ("The The", "?") is only lower-cased, so that it can still be told from an empty answer.
+    """
+    lowered = text.lower()
+    if normalisation == "squad":
+        words = _ARTICLES.sub(" ", lowered.translate(_DROPPED)).split()
+    else:
+        words = lowered.translate(_TO_SPACES).split()
+    return " ".join(words) or lowered.strip()
+
+
+def f1_score(prediction: str | None, answers: Sequence[str], normalisation: Normalisation = "igpo") -> float:
+    """F1 of the words, as bags, against the best accepted answer: in [0, 1]; 0 for None.
+
+    Bags as in SQuAD: saying a word twice costs precision (the IGPO authors' code compares sets of words).
+    """
+    if prediction is None:
+        return 0.0
+    predicted = Counter(normalise_answer(prediction, normalisation).split())
+    best = 0.0
+    for answer in answers:
+        accepted = Counter(normalise_answer(answer, normalisation).split())
+        common = (predicted & accepted).total()
+        if common:
+            best = max(best, 2 * common / (predicted.total() + accepted.total()))
+    return best
+
+
+def exact_match(
+    prediction: str | None, answers: Sequence[str], normalisation: Normalisation = "igpo"
+) -> float:
+    """1.0 if the normalised prediction equals an accepted answer, else 0.0; 0.0 for None."""
+    if prediction is None:
+        return 0.0
+    predicted = normalise_answer(prediction, normalisation)
+    return float(any(predicted == normalise_answer(answer, normalisation) for answer in answers))
+
+
+def outcome(rollout: Rollout, kind: Outcome, normalisation: Normalisation, format_penalty: float) -> float:
+    """What the last turn earns: F1 or EM of the answer; ``format_penalty`` without a well-formed one."""
+    if rollout.answer is None:
+        return format_penalty
+    score = f1_score if kind == "f1" else exact_match
+    return score(rollout.answer, rollout.question.answers, normalisation)
+
+
+def values_of(answer_logp: ArrayLike, basis: Basis, answers: Answers) -> np.ndarray:
+    """v_t of one rollout from its accepted answers' mean log-probabilities.
+
+    Args:
+        answer_logp: (1/A) sum_j log pi(a_j | prefix_t, wrapper, a_<j), nats, [n_answers >= 1, T].
+        basis: ``log_prob`` keeps the mean log-probability, ``prob`` takes its exp (before combining answers).
+        answers: the ``first`` answer's value, or the ``max`` or ``mean`` over answers; NaN where one is NaN.
+    Returns:
+        float64 [T].
+    Raises:
+        ValueError: answer_logp is not [n_answers >= 1, T].
+    """
+    logp = np.asarray(answer_logp, dtype=np.float64)
+    if logp.ndim != 2 or len(logp) == 0:
+        raise ValueError(f"values_of: got answer_logp of shape {logp.shape}; expected [n_answers >= 1, T]")
+    values = np.exp(logp) if basis == "prob" else logp
+    if answers == "first":
+        return values[0]
+    return values.max(axis=0) if answers == "max" else values.mean(axis=0)
+
+
+def information_gain(values_T: ArrayLike) -> tuple[np.ndarray, int]:
+    """ig_t = v_t - v_{t-1} for t = 1 .. T-1, and how many of them were undefined.
+
+    An undefined gain (a value is NaN or infinite) is 0.
+
+    Returns:
+        gains float64 [T-1], count.
+    """
+    gains = np.diff(np.asarray(values_T, dtype=np.float64))
+    defined = np.isfinite(gains)
+    return np.where(defined, gains, 0.0), int((~defined).sum())

@@ -1,0 +1,227 @@
+"""Packed == naive: answer values, log-probabilities, and every parameter's gradient of the whole loss."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from igpo_fast.advantages import Recipe, score_rollouts
+from igpo_fast.losses import token_weights
+from igpo_fast.model import use_attend
+from igpo_fast.rewards import values_of
+from igpo_fast.scoring import LossInputs, Policy, answer_means, make_trees
+from igpo_kernels import LossSettings, Tree, pack
+from tests.parity import naive
+from tests.trees import VOCAB, random_branches, random_group
+
+TEMPERATURE = 1.3
+
+
+def models(seed=0):
+    """The same weights twice: run by us, and by plain transformers. Weights large enough to make attention sharp."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=256, initializer_range=0.2, tie_word_embeddings=True,
+    )  # fmt: skip
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return use_attend(copy.deepcopy(plain)), plain
+
+
+class Case:
+    """Random groups with their answers, and the numbers of their rollouts."""
+
+    def __init__(self, seed, groups=5):
+        rng = np.random.default_rng(seed)
+        self.groups = [random_group(rng, int(rng.integers(2, 6))) for _ in range(groups)]
+        self.branches = [random_branches(rng, int(rng.integers(1, 4))) for _ in self.groups]
+        self.rollouts = [r for g in self.groups for r in g.rollouts]
+        self.group_of = np.repeat(np.arange(groups), [len(g.rollouts) for g in self.groups])
+        ends = np.cumsum([len(g.rollouts) for g in self.groups])
+        self.numbers = np.split(np.arange(ends[-1]), ends[:-1])
+        self.rng = rng
+
+    def plans(self, packs, branches=True, split=False):
+        """The same groups in so many packs; ``split`` cuts every group in two, as a small token budget does."""
+        trees = make_trees(self.groups, self.branches if branches else None, self.numbers)
+        if split:
+            halves = [(tree.rollouts[:1], tree.rollouts[1:]) for tree in trees]
+            trees = [Tree(half, ()) for pair in halves for half in pair]
+        return [pack(trees[part[0] : part[-1] + 1]) for part in np.array_split(np.arange(len(trees)), packs)]
+
+    def naive_values(self, lm, basis="log_prob", answers="max"):
+        values = []
+        for i, rollout in enumerate(self.rollouts):
+            means = [
+                [
+                    naive.answer_value(lm, rollout.ids[:b], branch.ids, branch.start, branch.stop, TEMPERATURE)
+                    for b in rollout.boundaries
+                ]
+                for branch in self.branches[self.group_of[i]]
+            ]
+            values.append(values_of(means, basis, answers))
+        return values
+
+    def naive_loss(self, lm, advantages, old_logp, settings, aggregation, ref_logp=None):
+        """The loss of the batch, a forward a rollout."""
+        weights = token_weights([r.decision_tokens for r in self.rollouts], aggregation)
+        total = 0.0
+        for i, rollout in enumerate(self.rollouts):
+            at = np.flatnonzero(rollout.turn_of_token >= 0)
+            logp = naive.logprobs(lm, rollout.ids, TEMPERATURE)[at - 1]
+            advantage = torch.tensor(advantages[i][rollout.turn_of_token[at]], dtype=torch.float32)
+            old = logp.detach() if old_logp is None else torch.tensor(old_logp[i])
+            loss = naive.clipped_loss(logp, old, advantage)
+            if settings.kl:
+                d = torch.tensor(ref_logp[i]) - logp
+                loss = loss + settings.kl * (d.exp() - d - 1)
+            if settings.entropy:
+                loss = loss - settings.entropy * naive.entropies(lm, rollout.ids, TEMPERATURE)[at - 1]
+            total = total + weights[i] * loss.sum()
+        return total
+
+    def pairs(self, plan, per_rollout):
+        """Numbers of each rollout's decision tokens, at the plan's decision pairs."""
+        n = plan.n_decisions
+        first = [np.flatnonzero(r.turn_of_token >= 0) for r in self.rollouts]
+        return np.array(
+            [
+                per_rollout[r][np.searchsorted(first[r], token)]
+                for r, token in zip(plan.rollout[:n], plan.token[:n], strict=True)
+            ],
+            dtype=np.float32,
+        )
+
+
+def gradients(lm):
+    grads = {name: p.grad.clone() for name, p in lm.named_parameters()}
+    lm.zero_grad()
+    return grads
+
+
+def assert_same_gradients(ours, theirs, bar=1e-4):
+    for name, expected in theirs.items():
+        error = (ours[name] - expected).abs().max() / expected.abs().max()
+        assert error <= bar, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("packs", [1, 2])
+def test_answer_values_and_sampled_logprobs(seed, packs):
+    case, (ours, plain) = Case(seed), models(seed)
+    policy = Policy(ours, TEMPERATURE, LossSettings())
+    values, logp = {}, {}
+    for plan in case.plans(packs):
+        scores = policy(plan)
+        values |= {i: values_of(m, "log_prob", "max") for i, m in answer_means(plan, scores.answer_logp).items()}
+        for i in np.unique(plan.rollout):
+            logp[i] = scores.decision_logp[plan.rollout[: plan.n_decisions] == i]
+    expected = case.naive_values(plain)
+    for i, rollout in enumerate(case.rollouts):
+        np.testing.assert_allclose(values[i], expected[i], atol=1e-4)
+        at = np.flatnonzero(rollout.turn_of_token >= 0)
+        with torch.no_grad():
+            separate = naive.logprobs(plain, rollout.ids, TEMPERATURE)[at - 1]
+        np.testing.assert_allclose(logp[i], separate, atol=1e-4)
+
+
+@pytest.mark.parametrize("packs", [1, 2, 5])
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"])
+def test_one_pass_gradients(packs, aggregation):
+    case, (ours, plain) = Case(7), models()
+    recipe = Recipe(answers="max", basis="prob", min_std=0.05, center=False)
+    settings = LossSettings(entropy=0.01)
+    policy = Policy(ours, TEMPERATURE, settings)
+    weights = token_weights([r.decision_tokens for r in case.rollouts], aggregation)
+    for plan in case.plans(packs):
+        at = np.unique(plan.rollout)
+        groups = [case.groups[g] for g in np.unique(case.group_of[at])]
+
+        def advantages_of(answer_logp, plan=plan, groups=groups, at=at):
+            means = answer_means(plan, answer_logp)
+            scores = score_rollouts(groups, [values_of(means[i], "prob", "max") for i in at], recipe)
+            of = dict(zip(at, scores, strict=True))
+            n = plan.n_decisions
+            pairs = zip(plan.rollout[:n], plan.turn[:n], strict=True)
+            return np.array([of[i].advantages[t] for i, t in pairs], np.float32)
+
+        inputs = LossInputs(weights[plan.rollout[: plan.n_decisions]], None)
+        policy(plan, inputs, advantages_of).loss.backward()
+    scores = score_rollouts(case.groups, case.naive_values(plain, "prob"), recipe)
+    case.naive_loss(plain, [s.advantages for s in scores], None, settings, aggregation).backward()
+    assert_same_gradients(gradients(ours), gradients(plain))
+
+
+@pytest.mark.parametrize("packs", [1, 2, 5])
+@pytest.mark.parametrize("split", [False, True])
+def test_two_pass_gradients_off_policy(packs, split):
+    case, (ours, plain) = Case(11), models(1)
+    settings = LossSettings(kl=0.1, entropy=0.02)
+    advantages = [case.rng.normal(size=len(r.turns)) for r in case.rollouts]
+    noise = lambda r: case.rng.normal(0, 0.3, r.decision_tokens).astype(np.float32)  # noqa: E731
+    with torch.no_grad():
+        current = [
+            naive.logprobs(plain, r.ids, TEMPERATURE)[np.flatnonzero(r.turn_of_token >= 0) - 1].numpy()
+            for r in case.rollouts
+        ]
+    old_logp = [c + noise(r) for c, r in zip(current, case.rollouts, strict=True)]
+    ref_logp = [c + noise(r) for c, r in zip(current, case.rollouts, strict=True)]
+    policy = Policy(ours, TEMPERATURE, settings)
+    weights = token_weights([r.decision_tokens for r in case.rollouts], "token_mean")
+    clipped, tokens = 0.0, 0.0
+    for plan in case.plans(packs, branches=False, split=split):
+        n = plan.n_decisions
+        inputs = LossInputs(
+            weights[plan.rollout[:n]],
+            np.array([advantages[r][t] for r, t in zip(plan.rollout[:n], plan.turn[:n], strict=True)], np.float32),
+            case.pairs(plan, old_logp), None, case.pairs(plan, ref_logp),
+        )  # fmt: skip
+        scores = policy(plan, inputs)
+        scores.loss.backward()
+        clipped, tokens = clipped + scores.sums["clipped"], tokens + scores.sums["tokens"]
+    case.naive_loss(plain, advantages, old_logp, settings, "token_mean", ref_logp).backward()
+    assert_same_gradients(gradients(ours), gradients(plain))
+    assert 0.05 < clipped / tokens < 0.95  # some tokens were clipped, so the test covers both sides
+
+
+def test_the_packed_gspo_gradient():
+    case, (ours, plain) = Case(3), models(2)
+    advantages = [case.rng.normal() * np.ones(len(r.turns)) for r in case.rollouts]
+    weights = token_weights([r.decision_tokens for r in case.rollouts], "seq_mean_token_mean")
+    policy = Policy(ours, TEMPERATURE, LossSettings(sequence_ratio=True))
+    total = 0.0
+    old_logp = []
+    for i, rollout in enumerate(case.rollouts):
+        at = np.flatnonzero(rollout.turn_of_token >= 0)
+        logp = naive.logprobs(plain, rollout.ids, TEMPERATURE)[at - 1]
+        old = logp.detach() + 0.05 * torch.tensor(case.rng.normal(size=len(at)), dtype=torch.float32)
+        old_logp.append(old.numpy())
+        total = total + naive.clipped_loss(logp.mean(), old.mean(), float(advantages[i][0])) / len(case.rollouts)
+    total.backward()
+    for plan in case.plans(2, branches=False):
+        n = plan.n_decisions
+        advantage = np.array([advantages[r][0] for r in plan.rollout[:n]], np.float32)
+        policy(plan, LossInputs(weights[plan.rollout[:n]], advantage, case.pairs(plan, old_logp))).loss.backward()
+    assert_same_gradients(gradients(ours), gradients(plain))
+
+
+def test_each_packed_token_is_read_exactly_once_in_one_pass_mode():
+    case, (ours, _) = Case(5), models()
+    policy = Policy(ours, TEMPERATURE, LossSettings())
+    read = []
+    ours.model.embed_tokens.register_forward_hook(lambda module, args, out: read.append(args[0].numel()))
+    plans = case.plans(2)
+    for plan in plans:
+        n = plan.n_decisions
+        inputs = LossInputs(np.full(n, 1 / n, np.float32), None)
+        policy(plan, inputs, lambda answer_logp, n=n: np.ones(n, np.float32)).loss.backward()
+    assert read == [plan.n_tokens for plan in plans] and policy.tokens_read == sum(read)
+    decisions = sum(r.decision_tokens for r in case.rollouts)
+    answers = sum(
+        len(r.turns) * sum(b.stop - b.start for b in case.branches[case.group_of[i]])
+        for i, r in enumerate(case.rollouts)
+    )
+    assert sum(plan.n_pairs for plan in plans) == decisions + answers
+    assert all(len(np.unique(plan.row)) <= plan.n_pairs for plan in plans)

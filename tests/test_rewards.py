@@ -1,0 +1,133 @@
+"""F1, exact match, outcomes, values and gains, on numbers worked by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from igpo_fast.rewards import exact_match, f1_score, information_gain, normalise_answer, outcome, values_of
+from igpo_fast.types import Question, Rollout, Turn
+
+
+@pytest.mark.parametrize(
+    ("text", "normalisation", "expected"),
+    [
+        ("  The U.S.A.,  today! ", "igpo", "the u s a today"),
+        ("  The U.S.A.,  today! ", "squad", "usa today"),
+        ("Jean-Paul's", "igpo", "jean paul s"),
+        ("Jean-Paul's", "squad", "jeanpauls"),
+        ("another anthem", "squad", "another anthem"),  # articles are whole words
+        ("The The", "squad", "the the"),  # nothing would be left
+        ("?", "igpo", "?"),
+        (" ", "igpo", ""),
+    ],
+)
+def test_normalise_answer(text, normalisation, expected):
+    assert normalise_answer(text, normalisation) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "normalisation", "f1", "em"),
+    [
+        ("Paris", ["paris."], "igpo", 1.0, 1.0),
+        ("in Paris", ["Paris"], "igpo", 2 / 3, 0.0),  # precision 1/2, recall 1
+        ("york", ["new york city"], "igpo", 0.5, 0.0),  # precision 1, recall 1/3
+        (
+            "Goethe",
+            ["Schiller", "J. W. Goethe", "Goethe"],
+            "igpo",
+            1.0,
+            1.0,
+        ),  # the best answer, not the first
+        ("paris paris", ["Paris"], "igpo", 2 / 3, 0.0),  # words are counted, not only seen
+        ("new new york", ["new york new"], "igpo", 1.0, 0.0),
+        ("the river", ["river"], "igpo", 2 / 3, 0.0),
+        ("the river", ["river"], "squad", 1.0, 1.0),
+        ("London", ["Paris"], "igpo", 0.0, 0.0),
+        ("", ["Paris"], "igpo", 0.0, 0.0),
+        ("", ["The The"], "squad", 0.0, 0.0),
+        (None, ["Paris"], "igpo", 0.0, 0.0),
+    ],
+)
+def test_f1_and_exact_match(prediction, answers, normalisation, f1, em):
+    assert f1_score(prediction, answers, normalisation) == pytest.approx(f1)
+    assert exact_match(prediction, answers, normalisation) == em
+
+
+words = st.lists(st.sampled_from("abcd"), min_size=1, max_size=5).map(" ".join)
+
+
+@given(words, words)
+def test_f1_is_symmetric_bounded_and_one_when_exact(one, other):
+    score = f1_score(one, [other])
+    assert score == f1_score(other, [one])
+    assert 0 <= score <= 1
+    assert score == 1 or not exact_match(one, [other])
+
+
+def rollout(action: str, argument: str) -> Rollout:
+    ids = np.array([1], dtype=np.int32)
+    turn = Turn(ids, np.zeros(1, np.float32), "", action, argument, np.array([], dtype=np.int32))
+    return Rollout(Question("q", "?", ("new york",)), 0, ids, (turn,))
+
+
+@pytest.mark.parametrize(
+    ("action", "argument", "kind", "expected"),
+    [
+        ("answer", "york", "f1", 2 / 3),
+        ("answer", "york", "em", 0.0),
+        ("answer", "New York", "em", 1.0),
+        ("answer", "wrong", "f1", 0.0),  # well-formed: no penalty
+        ("answer", "", "f1", 0.0),
+        ("invalid", "", "f1", -2.0),
+        ("search", "new york", "em", -2.0),  # ran out of turns
+    ],
+)
+def test_outcome(action, argument, kind, expected):
+    assert outcome(rollout(action, argument), kind, "igpo", -2.0) == pytest.approx(expected)
+
+
+# Two answers at two prefixes, as probabilities {1/2, 1/4} and {1/8, 1}.
+LOGP = np.log([[0.5, 0.25], [0.125, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("basis", "answers", "expected"),
+    [
+        ("prob", "first", [0.5, 0.25]),
+        ("prob", "max", [0.5, 1.0]),
+        ("prob", "mean", [0.3125, 0.625]),  # of probabilities, not exp of the mean log
+        ("log_prob", "first", [-0.6931472, -1.3862944]),
+        ("log_prob", "max", [-0.6931472, 0.0]),
+        ("log_prob", "mean", [-1.3862944, -0.6931472]),  # -(1 + 3)/2 and -(2 + 0)/2 times ln 2
+    ],
+)
+def test_values_of(basis, answers, expected):
+    values = values_of(LOGP.astype(np.float32), basis, answers)
+    assert values.dtype == np.float64
+    assert values == pytest.approx(expected, abs=1e-6)
+
+
+def test_values_of_keeps_nan_and_refuses_other_shapes():
+    with_nan = np.array([[-1.0, -2.0], [np.nan, -1.0]])
+    assert np.isnan(values_of(with_nan, "log_prob", "max")).tolist() == [True, False]
+    assert not np.isnan(values_of(with_nan, "log_prob", "first")).any()
+    for bad in (np.zeros(3), np.zeros((0, 3))):
+        with pytest.raises(ValueError, match="answer_logp"):
+            values_of(bad, "prob", "first")
+
+
+@pytest.mark.parametrize(
+    ("values", "gains", "undefined"),
+    [
+        ([0.1, 0.4, 0.3], [0.3, -0.1], 0),
+        ([0.5], [], 0),
+        ([0.1, np.nan, 0.3, 0.5], [0.0, 0.0, 0.2], 2),  # a NaN value spoils the gains on both its sides
+        ([-np.inf, -1.0, -np.inf], [0.0, 0.0], 2),
+    ],
+)
+def test_information_gain(values, gains, undefined):
+    result, count = information_gain(values)
+    assert result.dtype == np.float64
+    assert result == pytest.approx(gains)
+    assert count == undefined
