@@ -71,7 +71,11 @@ def hidden_states(
         lm: a causal LM made by ``load``. input_ids, position_ids: int64 [S].
     Returns:
         [S, H], in the model's dtype.
+    Raises:
+        ValueError: ``lm`` is not set to run under ``attend``, which any other attention would silently ignore.
     """
+    if lm.config._attn_implementation != ATTENTION:
+        raise ValueError(f"hidden_states: attention is {lm.config._attn_implementation!r}; call use_attend(lm) first")
     decoder = getattr(lm, lm.base_model_prefix)
     out = decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, attend=attend)
     return out.last_hidden_state[0]

@@ -1,0 +1,38 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both set up .venv first (CPython 3.11+).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo demo-seeds test slow lint docs mutants clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "torch==2.13.0"
+	$(BIN)/pip install --quiet -e ".[train,bench,dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/igpo-fast train --config configs/quickstart.yaml
+
+demo-seeds: $(VENV)/.installed
+	$(BIN)/python bench/demo_seeds.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m igpo_fast.config_docs
+
+mutants: $(VENV)/.installed
+	$(BIN)/python tests/mutants.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,70 @@
+"""``python -m igpo_fast.config_docs [FILE]`` writes docs/config.md: every key, from the code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from igpo_fast.config import PRESETS, Config
+
+HEADER = """# Configuration
+
+Written by `python -m igpo_fast.config_docs` from igpo_fast/config.py; edit that file, not this one.
+
+A YAML file holds sections of keys; the command line lays `section.key=value` over it.
+Unknown keys are refused.
+"""
+
+
+def _value(value) -> str:
+    """As it is written after ``key=``."""
+    if value is None:
+        return "empty"
+    return f"`{value}`" if isinstance(value, str) and value else f"`{json.dumps(value)}`"
+
+
+def _type(schema: dict) -> str:
+    """A key's JSON schema in words."""
+    if "anyOf" in schema:
+        return " or ".join("empty" if s.get("type") == "null" else _type(s) for s in schema["anyOf"])
+    if "prefixItems" in schema:
+        return f"list of {len(schema['prefixItems'])}: {_type(schema['prefixItems'][0])}"
+    choices = schema.get("enum") or ([schema["const"]] if "const" in schema else None)
+    if choices:
+        return ", ".join(f"`{choice}`" for choice in choices)
+    bounds = [("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<")]
+    limits = [f"{sign} {schema[key]}" for key, sign in bounds if key in schema]
+    return " ".join([schema["type"], ", ".join(limits)]).strip()
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def render() -> str:
+    """The whole page as Markdown."""
+    parts = [HEADER]
+    for section, field in Config.model_fields.items():
+        cls = field.annotation
+        rows = [
+            [f"`{key}`", _type(schema), _value(schema["default"]), " ".join(schema["description"].split())]
+            for key, schema in cls.model_json_schema()["properties"].items()
+        ]
+        about = f"{cls.__doc__}\n\n" if cls.__doc__ else ""
+        parts.append(f"## {section}\n\n{about}{_table(['key', 'type', 'default', 'meaning'], rows)}\n")
+    keys = list(PRESETS["paper"])
+    rows = [[f"`{name}`", *(_value(values[key]) for key in keys)] for name, values in PRESETS.items()]
+    parts.append(
+        "## Presets\n\nWhat `algorithm.preset` sets unless the key is given:\n\n"
+        f"{_table(['preset', *(f'`{key}`' for key in keys)], rows)}\n"
+    )
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/config.md")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(render(), encoding="utf-8")
+    print(f"wrote {target}")

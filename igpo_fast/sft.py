@@ -1,0 +1,168 @@
+"""Warm start: supervised fine-tuning on imperfect demonstrations, kept for the next run with the same settings.
+
+A demonstration is written in the run's own dialect and answered by its own search tool, so that the policy learns the
+format and the loop from the same tokens that it will meet in rollouts. Its mistakes leave something to learn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from igpo_fast import __version__
+from igpo_fast.config import Config
+from igpo_fast.data import Data
+from igpo_fast.dialect import Dialect
+from igpo_fast.model import TreeAttend, hidden_states, lm_head, load
+from igpo_fast.tools.base import Tool
+from igpo_fast.tools.search import Bm25Search
+from igpo_fast.types import ANSWER, SEARCH, Question
+from igpo_fast.world import CLEAN, HARD, NOISY, Demonstration, Noise, World, demonstrate, make_worlds
+from igpo_kernels import RolloutTokens, Tree, linear_logprob, pack
+
+Progress = Callable[[int, int, float], None]
+"""(done, total, loss per token of the last step)"""
+PROMPT, RESPONSE, WRITTEN = -1, 0, 1
+"""Who wrote a token: the prompt's are not trained, the environment's little, the policy's fully."""
+
+
+def steps_of(config: Config) -> int:
+    return config.sft.clean_steps + config.sft.noisy_steps + config.sft.hard_steps
+
+
+def warm_start(
+    config: Config, lm: PreTrainedModel, tokenizer, dialect: Dialect, data: Data, tool: Tool, progress: Progress
+) -> PreTrainedModel:
+    """The warm-started model: from ``run.cache`` if these settings were trained before, else trained now.
+
+    Returns:
+        ``lm``, trained, or the cached model.
+    """
+    if not steps_of(config):
+        return lm
+    folder = Path(config.run.cache) / f"sft-{_fingerprint(config)}"
+    if not folder.exists():
+        train(config, lm, dialect, data, tool, progress)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        lm.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        try:
+            os.replace(temporary, folder)
+        except OSError:  # another run finished the same warm start first
+            shutil.rmtree(temporary)
+    # Read back also when just trained: the first run and the next start from the same bytes.
+    dtype = getattr(torch, config.model.dtype)
+    return load(str(folder), dtype=dtype, device=str(lm.device), check=False)
+
+
+def _fingerprint(config: Config) -> str:
+    """Names everything that the warm start depends on."""
+    sections = {name: getattr(config, name).model_dump() for name in ("model", "data", "world", "sft", "search")}
+    rollout = config.rollout.model_dump(include={"dialect", "system", "max_turns", "max_tokens"})
+    text = repr((sections, rollout, config.train.seed, __version__))
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def train(
+    config: Config, lm: PreTrainedModel, dialect: Dialect, data: Data, tool: Tool, progress: Progress | None = None
+) -> None:
+    """AdamW on the demonstrations, one packed batch a step, in place; the learning rate falls linearly to 0."""
+    settings = config.sft
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=settings.lr, weight_decay=0.0)
+    total = steps_of(config)
+    for step, batch in enumerate(_batches(config, dialect, data, tool)):
+        optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / total)
+        loss = demonstration_loss(lm, batch, settings.response_weight)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if progress:
+            progress(step + 1, total, float(loss.detach()))
+
+
+def demonstration_loss(
+    lm: PreTrainedModel, batch: list[tuple[np.ndarray, np.ndarray]], response_weight: float
+) -> torch.Tensor:
+    """Weighted mean negative log-likelihood of the tokens after the prompts.
+
+    Args:
+        batch: per demonstration its tokens and who wrote each, int [L].
+    """
+    plan = pack([Tree([RolloutTokens(i, ids, writer)]) for i, (ids, writer) in enumerate(batch)])
+    tensor = lambda name: plan.tensor(name, lm.device)  # noqa: E731
+    hidden = hidden_states(lm, tensor("input_ids"), tensor("position_ids"), TreeAttend(plan))
+    head = lm_head(lm)
+    logp = linear_logprob(hidden, head.weight, tensor("label"), tensor("row"), head.bias, softcap=head.softcap)
+    weight = torch.where(tensor("turn") == WRITTEN, 1.0, response_weight).to(logp.dtype)
+    return -(weight * logp).sum() / weight.sum()
+
+
+async def write(
+    demonstration: Demonstration, dialect: Dialect, tool: Tool, max_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A demonstration as a rollout of the run's dialect and tool: tokens and who wrote each, int [L], cut to
+    ``max_tokens``."""
+    question = demonstration.question
+    pieces = [(dialect.prompt(question), PROMPT)]
+    for action, argument in demonstration.turns:
+        pieces.append((dialect.encode(dialect.write(action, argument)), WRITTEN))
+        if action == SEARCH:
+            pieces.append((dialect.response(action, await tool(argument, question.corpus))[0], RESPONSE))
+    ids = np.concatenate([piece for piece, _ in pieces])[:max_tokens]
+    writer = np.concatenate([np.full(len(piece), who) for piece, who in pieces])[:max_tokens]
+    return ids, writer
+
+
+def _batches(config: Config, dialect: Dialect, data: Data, tool: Tool) -> Iterator[list]:
+    """A batch of written demonstrations for each step."""
+    rng = random.Random(f"{config.train.seed}/sft")
+    if config.data.source == "world":
+        worlds = make_worlds(config.world, "sft")
+        tool = Bm25Search({world.name: world.passages for world in worlds}, config.search.top_k)
+        draw = lambda noise: _from_world(rng.choice(worlds), noise, rng, config.rollout.max_turns)  # noqa: E731
+    else:
+        draw = lambda noise: _from_steps(data.train, noise, rng)  # noqa: E731
+    settings = config.sft
+    phases = ((settings.clean_steps, CLEAN), (settings.noisy_steps, NOISY), (settings.hard_steps, HARD))
+
+    async def written(noise: Noise) -> list:
+        return [
+            await write(draw(noise), dialect, tool, config.rollout.max_tokens) for _ in range(settings.batch_size)
+        ]
+
+    for steps, noise in phases:
+        for _ in range(steps):
+            yield asyncio.run(written(noise))
+
+
+def _from_world(world: World, noise: Noise, rng: random.Random, max_turns: int) -> Demonstration:
+    return demonstrate(rng.choice(world.questions), world, noise, rng, max_turns=max_turns)
+
+
+def _from_steps(questions: Sequence[Question], noise: Noise, rng: random.Random) -> Demonstration:
+    """A demonstration from a question's decomposition (MuSiQue's ``#1`` is the first step's answer); one without
+    sub-questions searches for the question itself. Mistakes borrow from other questions."""
+    question, other = rng.choice(questions), rng.choice(questions)
+    turns, found = [], []
+    for step in question.steps or ({},):
+        if found and rng.random() < noise.early_stop:
+            break
+        query = step.get("question", question.question)
+        for number, answer in enumerate(found, start=1):
+            query = query.replace(f"#{number}", answer)
+        turns.append((SEARCH, other.question if rng.random() < noise.wrong_query else query))
+        found.append(step.get("answer", ""))
+        if "question" not in step:
+            break
+    answer = other.answers[0] if rng.random() < noise.wrong_answer else question.answers[0]
+    return Demonstration(question, (*turns, (ANSWER, answer)))

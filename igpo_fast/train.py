@@ -1,0 +1,396 @@
+"""The training loop: every line of ``train`` is one arrow of the data flow.
+
+    questions -> rollouts -> trees -> ONE pass: answer log-probs, decision log-probs -> turn rewards
+      -> turn advantages -> loss -> backward -> optimiser step -> weights to the engine
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from igpo_fast.advantages import ALGORITHMS, Recipe, reward_metrics, score_rollouts
+from igpo_fast.checkpoint import RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
+from igpo_fast.config import Config
+from igpo_fast.data import question_order
+from igpo_fast.display import Display
+from igpo_fast.errors import InputError
+from igpo_fast.losses import token_weights
+from igpo_fast.metrics import StepMetrics, tracker, warnings_for
+from igpo_fast.parts import Parts, assemble
+from igpo_fast.rewards import values_of
+from igpo_fast.rollout import rollout_groups, rollout_record
+from igpo_fast.scoring import LossInputs, Policy, answer_means, make_trees
+from igpo_fast.types import Batch, Group, TurnScores
+from igpo_kernels import Branch, LossSettings, TreePlan, pack_within
+
+
+def train(config: Config, display: Display | None = None) -> RunFolder:
+    """Train, or go on training, in ``config.run.dir``.
+
+    Raises:
+        InputError: bad input, in one line.
+        Interrupted: the user asked to stop; a checkpoint was written first.
+    """
+    with (display or Display(config.train.steps)) as display, open_run(config.run.dir, config) as run:
+        trainer = Trainer(config, display)
+        first = trainer.resume(run)
+        if not any(row["step"] == 0 for row in run.read_metrics()):
+            run.append_metrics({"step": 0, **trainer.evaluate()})
+            display.step(run.read_metrics()[-1])
+        with tracker(config.run.tracker, run.path / "tensorboard", first) as track, stop_requested() as stop:
+            for step in range(first + 1, config.train.steps + 1):
+                metrics = StepMetrics(step)
+                questions = trainer.questions(step)
+                groups = trainer.rollouts(questions, step, metrics)
+                batch = trainer.update(Batch(step, groups), metrics)
+                trainer.sync(metrics)
+                if trainer.evaluation_due(step):
+                    metrics.set(trainer.evaluate())
+                records = map(rollout_record, batch.rollouts, batch.scores)
+                run.write_rollouts(step, records)
+                run.append_metrics(row := metrics.row())
+                track(row)
+                display.step(row)
+                for warning in warnings_for(run.read_metrics()):
+                    display.warn(warning)
+                if step % config.train.checkpoint_every == 0 or step == config.train.steps or stop.is_set():
+                    trainer.save(run, step)
+                if stop.is_set():
+                    raise Interrupted(f"stopped after step {step}, which {run.checkpoints} holds")
+    return run
+
+
+class Interrupted(Exception):
+    """The user asked to stop, and a checkpoint holds everything so far."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a scoring pass found for each rollout of a batch."""
+
+    values: dict[int, np.ndarray]
+    """v_t by rollout number: float64 [T]; empty where the algorithm needs none."""
+    logp: dict[int, np.ndarray]
+    """Decision tokens' log-probabilities by rollout number: float32 [decision tokens]."""
+
+
+class Trainer:
+    """The state of training, and one method for each arrow of the flow."""
+
+    def __init__(self, config: Config, display: Display):
+        self.config, self.display = config, display
+        self.parts: Parts = assemble(config, sft_progress=self._sft_progress)
+        a = config.algorithm
+        self.recipe = Recipe(
+            algorithm=a.name, basis=a.basis, answers=a.answers, pool=a.pool, gate=a.ig_gate, center=a.ig_center,
+            min_std=a.ig_min_std, gamma=a.gamma, format_penalty=a.format_penalty, outcome=a.outcome,
+            f1_normalisation=a.f1_normalisation,
+        )  # fmt: skip
+        settings = LossSettings(
+            clip_low=a.clip_low, clip_high=a.clip_high, dual_clip=a.dual_clip, kl=a.kl, entropy=a.entropy,
+            sequence_ratio=ALGORITHMS[a.name].sequence_ratio, importance=a.importance,
+            importance_mode=a.importance_mode, importance_cap=a.importance_cap,
+        )  # fmt: skip
+        lm = self.parts.lm
+        self.policy = Policy(lm, config.rollout.temperature, settings, config.model.kernels)
+        self.reference = None
+        if a.kl:
+            frozen = copy.deepcopy(lm).requires_grad_(False)
+            self.reference = Policy(frozen, config.rollout.temperature, settings, config.model.kernels)
+        self.passes = choose_passes(config, self.recipe)
+        self.optimizer = torch.optim.AdamW(
+            lm.parameters(), lr=config.train.lr, betas=config.train.betas, weight_decay=config.train.weight_decay
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _schedule(config))
+        display.note(
+            f"{type(lm).__name__}, {sum(p.numel() for p in lm.parameters()):,} parameters, {lm.dtype} on {lm.device}; "
+            f"{a.name} (preset {a.preset}), {self.passes} pass{'es' if self.passes == 'two' else ''} an update, "
+            f"engine {self.parts.engine.name}, kernels {config.model.kernels}, "
+            f"{torch.get_num_threads()} threads, {len(self.parts.data.train):,} questions"
+        )
+
+    def resume(self, run: RunFolder) -> int:
+        """Restore the newest checkpoint, move aside what was written after it; returns its step, 0 without one."""
+        loaded = load_checkpoint(run, self.parts.lm, self.optimizer, self.scheduler)
+        step = loaded[0] if loaded else 0
+        moved = rewind(run, step)
+        if loaded:
+            self.display.note(f"resumed after step {step}")
+        if moved:
+            self.display.note(f"what an earlier session wrote after step {step} is in {moved}")
+        self.parts.engine.load_weights()
+        return step
+
+    def save(self, run: RunFolder, step: int) -> None:
+        save_checkpoint(run, step, self.parts.lm, self.parts.tokenizer, self.optimizer, self.scheduler, {})
+
+    def questions(self, step: int) -> list:
+        train, config = self.parts.data.train, self.config.train
+        return [train[i] for i in question_order(len(train), config.questions, step - 1, config.seed)]
+
+    def rollouts(self, questions: Sequence, step: int, metrics: StepMetrics) -> tuple[Group, ...]:
+        rollout, parts = self.config.rollout, self.parts
+        self.display.phase("rollout", total=len(questions) * rollout.group_size)
+        with metrics.phase("rollout"):
+            return rollout_groups(
+                questions, rollout.group_size, seed=self.config.train.seed, step=step, engine=parts.engine,
+                tool=parts.tool, dialect=parts.dialect, limits=parts.limits, sampling=parts.sampling,
+                concurrency=rollout.concurrency, progress=lambda done, total: self.display.advance(),
+            )  # fmt: skip
+
+    def update(self, batch: Batch, metrics: StepMetrics) -> Batch:
+        """Score the batch and take ``train.updates`` optimiser steps; returns it with its scores."""
+        read_before = self.policy.tokens_read
+        scores = self._one_pass(batch, metrics) if self.passes == "one" else self._two_passes(batch, metrics)
+        read = self.policy.tokens_read - read_before
+        metrics.set(reward_metrics(batch.groups, scores))
+        metrics.set(
+            {
+                "tokens/rollout": sum(len(rollout.ids) for rollout in batch.rollouts),
+                "tokens/read": read,
+                "sharing/ratio": self._separate_tokens(batch) / read,
+            }
+        )
+        return Batch(batch.step, batch.groups, scores)
+
+    def sync(self, metrics: StepMetrics) -> None:
+        with metrics.phase("sync"):
+            self.parts.engine.load_weights()
+
+    def evaluation_due(self, step: int) -> bool:
+        every = self.config.eval.every
+        return step == self.config.train.steps or (every > 0 and step % every == 0)
+
+    def evaluate(self) -> dict[str, float]:
+        self.display.phase("evaluation", total=min(self.config.eval.questions, len(self.parts.data.eval)))
+        return self.parts.evaluate(progress=lambda done, total: self.display.advance())
+
+    def _one_pass(self, batch: Batch, metrics: StepMetrics) -> tuple[TurnScores, ...]:
+        """Each pack is read once: answers, then gains and advantages, then the loss of the same hidden states."""
+        self.display.phase("train")
+        scores: dict[int, TurnScores] = {}
+        with metrics.phase("train"):
+            plans = self._plans(batch, range(len(batch.groups)), scored=True)
+            weights = self._weights(batch, range(len(batch.groups)))
+            number_of_group = np.concatenate([[0], np.cumsum([len(g.rollouts) for g in batch.groups])])
+
+            def advantages_of(plan: TreePlan, answer_logp: np.ndarray) -> np.ndarray:
+                inside = np.unique(plan.rollout)
+                groups = np.unique(np.searchsorted(number_of_group, inside, side="right") - 1)
+                values = self._values(plan, answer_logp)
+                scored = score_rollouts(
+                    [batch.groups[g] for g in groups], [values[i] for i in inside] if values else None, self.recipe
+                )
+                scores.update(zip(inside.tolist(), scored, strict=True))
+                return _advantages(plan, scores)
+
+            self._step(batch, plans, weights, metrics, advantages_of=advantages_of)
+        return tuple(scores[i] for i in range(len(batch.rollouts)))
+
+    def _two_passes(self, batch: Batch, metrics: StepMetrics) -> tuple[TurnScores, ...]:
+        """A pass without gradient gives values and old log-probabilities; then the updates, without branches."""
+        updates = self.config.train.updates
+        self.display.phase("score")
+        with metrics.phase("score"):
+            found = self._score(batch, metrics)
+            values = [found.values[i] for i in range(len(batch.rollouts))] if found.values else None
+            scores = score_rollouts(batch.groups, values, self.recipe)
+        self.display.phase("train", total=updates)
+        with metrics.phase("train"):
+            for share in np.array_split(np.arange(len(batch.groups)), updates):
+                plans = self._plans(batch, share, scored=False)
+                self._step(batch, plans, self._weights(batch, share), metrics, scores=scores, old_logp=found.logp)
+                self.display.advance()
+        return scores
+
+    def _score(self, batch: Batch, metrics: StepMetrics) -> Pass:
+        values, logp = {}, {}
+        for plan in self._plans(batch, range(len(batch.groups)), scored=True, split=True):
+            result = self.policy(plan)
+            _count(metrics, plan)
+            values |= self._values(plan, result.answer_logp)
+            owner = plan.rollout[: plan.n_decisions]
+            logp |= {int(i): result.decision_logp[owner == i] for i in np.unique(owner)}
+        return Pass(values, logp)
+
+    def _step(
+        self,
+        batch: Batch,
+        plans: Sequence[TreePlan],
+        weights: np.ndarray,
+        metrics: StepMetrics,
+        *,
+        advantages_of=None,
+        scores: Sequence[TurnScores] = (),
+        old_logp: Mapping[int, np.ndarray] | None = None,
+    ) -> None:
+        """One optimiser update over packs, which only add: the weights are global."""
+        rollouts = batch.rollouts
+        engine_logp = {i: rollout.logp for i, rollout in enumerate(rollouts)}
+        sums = []
+        for plan in plans:
+            ref_logp = self.reference(plan).decision_logp if self.reference else None
+            inputs = LossInputs(
+                weights=weights[plan.rollout[: plan.n_decisions]].astype(np.float32),
+                advantages=None if advantages_of else _advantages(plan, scores),
+                old_logp=None if old_logp is None else _of_pairs(plan, old_logp),
+                engine_logp=_of_pairs(plan, engine_logp),
+                ref_logp=ref_logp,
+            )
+            result = self.policy(plan, inputs, advantages_of and (lambda logp, plan=plan: advantages_of(plan, logp)))
+            result.loss.backward()
+            _count(metrics, plan)
+            sums.append(result.sums)
+        parameters = list(self.policy.parameters())
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.train.max_grad_norm)
+        finite = math.isfinite(grad_norm) and all(math.isfinite(s["policy"]) for s in sums)
+        if finite:
+            self.optimizer.step()
+        else:
+            metrics.add({"loss/skipped": 1})
+            self.display.warn(
+                f"step {batch.step}: the loss or its gradient is not finite; this update is skipped. "
+                "If it recurs, lower train.lr or use model.dtype=float32"
+            )
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        metrics.update(sums, grad_norm)
+
+    def _plans(self, batch: Batch, share: Sequence[int], scored: bool, split: bool | None = None) -> list[TreePlan]:
+        """Packs of the groups ``share``; ``scored`` hangs the answers on them."""
+        groups = [batch.groups[g] for g in share]
+        starts = np.cumsum([0, *(len(g.rollouts) for g in batch.groups)])
+        numbers = [range(starts[g], starts[g + 1]) for g in share]
+        branches = [self._branches(group) for group in groups] if scored else None
+        trees = make_trees(groups, branches, numbers)
+        try:
+            return pack_within(
+                trees, self.config.train.token_budget, split=self.passes == "two" if split is None else split
+            )
+        except ValueError as error:
+            raise InputError(f"train.token_budget: {error}") from None
+
+    def _separate_tokens(self, batch: Batch) -> int:
+        """Tokens that separate passes would read for the same numbers: each rollout for each pass, and each of its
+        prefixes with each answer."""
+        total = 0
+        for group in batch.groups:
+            answers = [branch.stop - 1 for branch in self._branches(group)]
+            for rollout in group.rollouts:
+                total += len(rollout.ids) * (1 if self.passes == "one" else 2)
+                total += len(answers) * int(rollout.boundaries.sum()) + len(rollout.boundaries) * sum(answers)
+        return total
+
+    def _branches(self, group: Group) -> Sequence[Branch]:
+        """The answers that are forced after each prefix; none where the algorithm needs no values."""
+        if not self.recipe.needs_values:
+            return ()
+        return self.parts.dialect.branches(group.question)[: 1 if self.recipe.answers == "first" else None]
+
+    def _weights(self, batch: Batch, share: Sequence[int]) -> np.ndarray:
+        """Each rollout's token weight, 0 outside the groups ``share``: float64 [R]."""
+        inside = np.repeat(np.isin(np.arange(len(batch.groups)), share), [len(g.rollouts) for g in batch.groups])
+        weights = np.zeros(len(inside))
+        lengths = [r.decision_tokens for r, mine in zip(batch.rollouts, inside, strict=True) if mine]
+        weights[inside] = token_weights(lengths, self.config.algorithm.aggregation)
+        return weights
+
+    def _values(self, plan: TreePlan, answer_logp: np.ndarray) -> dict[int, np.ndarray]:
+        means = answer_means(plan, answer_logp)
+        return {i: values_of(mean, self.recipe.basis, self.recipe.answers) for i, mean in means.items()}
+
+    def _sft_progress(self, done: int, total: int, loss: float) -> None:
+        if done == 1:
+            self.display.phase("warm start", total=total)
+        self.display.advance()
+        if done % max(1, total // 5) == 0:
+            self.display.note(f"warm start {done}/{total}  loss {loss:.3f}")
+
+
+def choose_passes(config: Config, recipe: Recipe) -> str:
+    """``one`` or ``two`` passes over a rollout's tokens per update (design.md); fixed for the run.
+
+    Raises:
+        InputError: ``algorithm.passes=one`` with a configuration that it cannot honour.
+    """
+    rollout, asked = config.rollout, config.algorithm.passes
+    wrapper_and_answers = config.data.max_answers * config.data.max_answer_tokens + 32
+    largest = rollout.group_size * (rollout.max_tokens + rollout.max_turns * wrapper_and_answers)
+    hindrance = None
+    if config.train.updates > 1:
+        hindrance = f"train.updates={config.train.updates} needs old log-probabilities"
+    elif recipe.needs_values and recipe.normaliser.scope == "batch":
+        hindrance = f"algorithm.name={recipe.algorithm} normalises gains over the batch"
+    elif asked == "auto" and largest > config.train.token_budget:
+        return "two"
+    if hindrance is None:
+        return "two" if asked == "two" else "one"
+    if asked == "one":
+        raise InputError(f"algorithm.passes=one: {hindrance}; use algorithm.passes=two or auto")
+    return "two"
+
+
+@contextmanager
+def stop_requested() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets, so that the step ends and is saved; the second ends at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number, frame):
+        event.set()
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _advantages(plan: TreePlan, scores: Mapping[int, TurnScores] | Sequence[TurnScores]) -> np.ndarray:
+    """A_t of the turn of each decision pair: float32 [D]."""
+    n = plan.n_decisions
+    pairs = zip(plan.rollout[:n].tolist(), plan.turn[:n].tolist(), strict=True)
+    return np.array([scores[i].advantages[t] for i, t in pairs], dtype=np.float32)
+
+
+def _of_pairs(plan: TreePlan, per_rollout: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Numbers of each rollout's decision tokens, in the order of the plan's decision pairs: float32 [D]."""
+    owner = plan.rollout[: plan.n_decisions]
+    first = np.flatnonzero(np.diff(owner, prepend=-1))  # a rollout's decision pairs are contiguous and in order
+    return np.concatenate([per_rollout[int(owner[at])] for at in first]).astype(np.float32)
+
+
+def _count(metrics: StepMetrics, plan: TreePlan) -> None:
+    metrics.add({"tokens/packed": plan.n_tokens, "tokens/scored": plan.n_pairs - plan.n_decisions})
+
+
+def _schedule(config: Config):
+    """Factor of the learning rate after a number of updates."""
+    total, warmup = config.train.steps * config.train.updates, config.train.warmup_steps * config.train.updates
+
+    def factor(update: int) -> float:
+        if update < warmup:
+            return (update + 1) / warmup
+        progress = (update - warmup) / max(1, total - warmup)
+        if config.train.lr_schedule == "linear":
+            return max(0.0, 1 - progress)
+        if config.train.lr_schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return 1.0
+
+    return factor

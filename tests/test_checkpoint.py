@@ -1,0 +1,379 @@
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from igpo_fast import config
+from igpo_fast.checkpoint import RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
+from igpo_fast.errors import InputError
+
+
+class Tokenizer:
+    def save_pretrained(self, folder):
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def build(seed=0, dtype=torch.float32):
+    """A tiny tied model with an optimiser that has state."""
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    lm = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=32, num_key_value_heads=1, tie_word_embeddings=True, **sizes)
+    )
+    lm.to(dtype)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    return lm, optimizer, scheduler
+
+
+def update(lm, optimizer, scheduler):
+    ids = torch.randint(32, (2, 8))
+    lm(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    scheduler.step()
+
+
+def save(run, step, parts, extra=None):
+    return save_checkpoint(run, step, parts[0], Tokenizer(), *parts[1:], extra or {"cursor": step})
+
+
+def settings_for(*overrides):
+    return config.load(None, ["train.lr=0.01", *overrides])
+
+
+def tree(folder):
+    """Every file's bytes, to show that nothing was touched."""
+    return {
+        p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    with open_run(tmp_path / "run", settings_for()) as run:
+        yield run
+
+
+# --- weights, optimiser, generators ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumed_updates_equal_uninterrupted_ones(run, dtype):
+    parts = build(dtype=dtype)
+    update(*parts)
+    save(run, 1, parts, {"cursor": 7, "order": [3, 1, 2]})
+    update(*parts)
+    wanted = {name: p.clone() for name, p in parts[0].state_dict().items()}
+
+    fresh = build(seed=1, dtype=dtype)
+    assert load_checkpoint(run, *fresh) == (1, {"cursor": 7, "order": [3, 1, 2]})
+    update(*fresh)
+    for name, tensor in fresh[0].state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+    assert fresh[0].dtype == dtype
+    assert fresh[2].get_last_lr() == parts[2].get_last_lr()
+
+
+def test_tied_embeddings_stay_one_tensor_and_transformers_loads_the_folder(run):
+    parts = build()
+    folder = save(run, 1, parts)
+    fresh = build(seed=1)
+    load_checkpoint(run, *fresh)
+    lm = fresh[0]
+    assert lm.lm_head.weight is lm.model.embed_tokens.weight
+    assert lm.lm_head.weight in set(fresh[1].param_groups[0]["params"])
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(6)[None]
+    assert torch.equal(loaded(ids).logits, parts[0](ids).logits)
+
+
+def test_no_checkpoint_is_none(run):
+    assert load_checkpoint(run, *build()) is None
+
+
+def test_extra_that_could_not_be_read_back_fails_when_saved(run):
+    with pytest.raises(Exception, match="Weights only load failed"):
+        save(run, 1, build(), {"path": run.path})
+    assert run.saved() == {}
+
+
+def test_newest_wins_and_old_ones_are_pruned(run):
+    parts = build()
+    for step in (2, 4, 10):
+        save(run, step, parts)
+    assert list(run.saved()) == [4, 10]
+    assert load_checkpoint(run, *parts)[0] == 10
+
+
+def test_saving_a_step_twice_leaves_the_first(run):
+    parts = build()
+    before = tree(save(run, 1, parts))
+    assert tree(save(run, 1, parts)) == before
+
+
+# --- damage ---
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "state.pt", "config.json", "manifest.json", "tokenizer.json"]
+)
+@pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
+def test_a_damaged_checkpoint_is_named_and_never_passed_over(run, name, harm):
+    parts = build()
+    save(run, 1, parts)
+    path = save(run, 2, parts) / name
+    if harm == "flip" and name == "manifest.json":
+        path.write_text(path.read_text().replace('"step": 2', '"step": 3'))
+    elif harm == "flip":
+        flip(path)
+    elif harm == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.unlink()
+    weights = {key: value.clone() for key, value in parts[0].state_dict().items()}
+    with pytest.raises(InputError) as error:
+        load_checkpoint(run, *parts)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    assert f"delete {path.parent} to go on from step 1" in message
+    assert all(torch.equal(weights[key], value) for key, value in parts[0].state_dict().items())
+
+
+def test_the_only_checkpoint_damaged_says_from_the_start(run):
+    parts = build()
+    flip(save(run, 1, parts) / "state.pt")
+    with pytest.raises(InputError, match="to go on from the start"):
+        load_checkpoint(run, *parts)
+
+
+# --- the folder ---
+
+
+def test_configuration_is_stored_whole_and_survives(tmp_path):
+    wanted = settings_for("algorithm.preset=robust", "run.dir=elsewhere")
+    open_run(tmp_path, wanted).close()
+    assert RunFolder(tmp_path).config == wanted
+    assert "ig_gate: 0.02" in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "override, key",
+    [("train.lr=0.02", "train.lr"), ("eval.questions=7", "eval.questions"), ("train.seed=5", "train.seed")],
+)
+def test_another_configuration_is_refused_and_changes_nothing(tmp_path, override, key):
+    open_run(tmp_path, settings_for()).close()
+    before = tree(tmp_path)
+    with pytest.raises(InputError) as error:
+        open_run(tmp_path, settings_for("train.steps=999", override))
+    old = getattr(getattr(settings_for(), key.split(".")[0]), key.split(".")[1])
+    assert f"{tmp_path}: {key} was {old!r}" in str(error.value) and override.split("=")[1] in str(error.value)
+    assert "another run.dir=" in str(error.value) and "\n" not in str(error.value)
+    assert tree(tmp_path) == before
+
+
+def test_keys_of_a_session_may_change_and_are_stored(tmp_path):
+    open_run(tmp_path, settings_for()).close()
+    changed = settings_for(
+        "train.steps=999", "train.keep_checkpoints=5", "eval.every=1", "run.tracker=tensorboard"
+    )
+    open_run(tmp_path, changed).close()
+    assert RunFolder(tmp_path).config == changed
+
+
+def test_steps_may_not_change_where_the_learning_rate_follows_them(tmp_path):
+    open_run(tmp_path, settings_for("train.lr_schedule=linear")).close()
+    with pytest.raises(InputError, match=r"train\.steps was 100"):
+        open_run(tmp_path, settings_for("train.lr_schedule=linear", "train.steps=200"))
+
+
+def test_session_keys_exist():
+    from igpo_fast.checkpoint import SESSION_KEYS
+
+    dumped = settings_for().model_dump()
+    assert all(key in dumped[section] for section, key in (name.split(".") for name in SESSION_KEYS))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="not empty and not a run folder"):
+        open_run(tmp_path, settings_for())
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_file_in_the_way(tmp_path, below):
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(InputError, match=r"cannot be a run folder \(.*\); give another"):
+        open_run(file / "run" if below else file, settings_for())
+
+
+def test_one_process_at_a_time(run):
+    with pytest.raises(InputError, match="another process trains here"):
+        open_run(run.path, settings_for())
+    child = (
+        "import sys; from igpo_fast import config; from igpo_fast.checkpoint import open_run;"
+        "open_run(sys.argv[1], config.load(None, ['train.lr=0.01']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", child, run.path], capture_output=True, text=True)
+    assert ended.returncode == 1 and "another process trains here" in ended.stderr
+    run.close()
+    open_run(run.path, settings_for()).close()
+
+
+# --- metrics, rollouts, rewind ---
+
+
+def test_rows_are_json_whatever_the_numbers(run):
+    run.append_metrics(
+        {"step": 1, "a": np.float32(0.5), "b": float("nan"), "c": torch.tensor(2.0), "d": np.inf}
+    )
+    assert run.metrics.read_text() == '{"step": 1, "a": 0.5, "b": null, "c": 2.0, "d": null}\n'
+    path = run.write_rollouts(1, [{"gains": np.array([0.25, np.nan]), "text": "né\n"}])
+    assert path.name == "step_000001.jsonl"
+    assert path.read_text() == '{"gains": [0.25, null], "text": "né\\n"}\n'
+
+
+def test_rollouts_that_fail_half_way_leave_no_file(run):
+    def records():
+        yield {"a": 1}
+        raise RuntimeError("engine died")
+
+    with pytest.raises(RuntimeError):
+        run.write_rollouts(1, records())
+    assert list(run.rollouts.glob("*.jsonl")) == []
+
+
+def fill(run, last, torn=b""):
+    for step in range(last + 1):
+        run.append_metrics({"step": step})
+        run.write_rollouts(step, [{"step": step}])
+    with open(run.metrics, "ab") as file:
+        file.write(torn)
+
+
+@given(last=st.integers(0, 5), step=st.integers(0, 5), cut=st.integers(0, 12))
+@settings(max_examples=30, deadline=None)
+def test_rewind_keeps_up_to_the_step_and_loses_nothing(tmp_path_factory, last, step, cut):
+    with open_run(tmp_path_factory.mktemp("rewind"), settings_for()) as run:
+        torn = b'{"step": 99}'[:cut]
+        fill(run, last, torn)
+        folder = rewind(run, step)
+        kept = min(step, last)
+        assert [row["step"] for row in run.read_metrics()] == list(range(kept + 1))
+        assert sorted(p.name for p in run.rollouts.iterdir()) == [
+            f"step_{s:06d}.jsonl" for s in range(kept + 1)
+        ]
+        assert run.metrics.read_bytes()[-1:] == b"\n"
+        assert (folder is None) == (kept == last and not torn)
+        if folder:
+            late = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
+            assert late == [b'{"step": %d}' % s for s in range(kept + 1, last + 1)] + [torn] * bool(torn)
+            moved = [f"step_{s:06d}.jsonl" for s in range(kept + 1, last + 1)]
+            assert sorted(p.name for p in (folder / "rollouts").iterdir()) == moved
+        assert rewind(run, step) is None
+
+
+def test_a_second_rewind_gets_its_own_folder(run):
+    fill(run, 2)
+    assert rewind(run, 1).name == "1"
+    run.append_metrics({"step": 2})
+    assert rewind(run, 1).name == "2"
+
+
+def test_a_broken_line_in_the_middle_is_not_swept_away(run):
+    run.metrics.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2: not a metrics row"):
+        rewind(run, 1)
+    assert run.metrics.read_text().count("\n") == 3
+
+
+def test_a_reader_skips_the_line_being_written(run):
+    fill(run, 1, b'{"step": 2, "x"')
+    assert RunFolder(run.path).read_metrics() == [{"step": 0}, {"step": 1}]
+
+
+# --- kill -9 ---
+
+
+def die_at(call, name):
+    """Replace os.``name`` by one that kills the process at its ``call``-th use, before it takes effect."""
+    real, count = getattr(os, name), [0]
+
+    def wrapper(*arguments, **options):
+        count[0] += 1
+        if count[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+
+    setattr(os, name, wrapper)
+
+
+def in_child(work):
+    """``work``'s exit code in a forked process, which starts in milliseconds: torch is imported already."""
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(60)
+    return child.exitcode
+
+
+def session(folder, last, fault=None):
+    """Train up to step ``last`` from wherever the folder stands, with a checkpoint a step."""
+    torch.set_num_threads(1)
+    if fault:
+        die_at(*fault)
+    with open_run(folder, settings_for()) as run:
+        parts = build()
+        done = load_checkpoint(run, *parts)
+        step = done[0] if done else 0
+        rewind(run, step)
+        while step < last:
+            step += 1
+            update(*parts)
+            run.write_rollouts(step, [{"step": step}] * 3)
+            run.append_metrics({"step": step, "norm": float(parts[0].lm_head.weight.norm())})
+            save(run, step, parts)
+
+
+# These calls fall on the configuration, rollouts, the row, the checkpoint's files, its rename, the pruning.
+FAULTS = [(call, "replace") for call in range(1, 11)] + [(call, "fsync") for call in range(1, 45, 3)]
+FAULTS += [(1, "unlink"), (5, "unlink"), (1, "rmdir")]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault[1]}{fault[0]}")
+def test_killed_anywhere_then_resumed_equals_uninterrupted(tmp_path, uninterrupted, fault):
+    folder = tmp_path / "run"
+    assert in_child(lambda: session(folder, 4, fault)) == -signal.SIGKILL
+    assert in_child(lambda: session(folder, 4)) == 0
+    assert list(folder.rglob(".*.tmp")) == []
+    assert (folder / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
+    for kind in ("rollouts", "checkpoints"):
+        names = sorted(p.name for p in (folder / kind).iterdir())
+        assert names == sorted(p.name for p in (uninterrupted / kind).iterdir())
+    weights = "checkpoints/step_000004/model.safetensors"
+    assert (folder / weights).read_bytes() == (uninterrupted / weights).read_bytes()
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert in_child(lambda: session(folder, 4)) == 0
+    return folder

@@ -1,0 +1,135 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from igpo_fast import config
+from igpo_fast.data import Data, load_data
+from igpo_fast.errors import InputError
+from igpo_fast.tokenizer import load_tokenizer
+from igpo_fast.tools.base import Passage
+from igpo_fast.types import Question
+from igpo_fast.world import TAGS, make_worlds, vocabulary
+
+MUSIQUE = Path(__file__).parents[2] / "shared" / "data" / "musique"
+
+CORPUS = Data(
+    train=(Question("q", "Who lives in Łódź?", ("the baker",)),),
+    eval=(),
+    collections={"": [Passage("p", "Łódź", "The baker lives in Łódź, near the other baker.")]},
+)
+BPE = config.load(None, ["model.tokenizer=bpe", "model.vocab_size=300"])
+EMPTY = Data((), (), {})
+
+world = load_tokenizer(config.load(), EMPTY)
+bpe = load_tokenizer(BPE, CORPUS)
+
+
+def encode(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+
+
+@given(st.lists(st.sampled_from(vocabulary()), max_size=30).map(" ".join))
+def test_world_round_trip(text):
+    encoded = encode(world, text)
+    assert world.decode(encoded.input_ids) == text
+    assert world.decode(encoded.input_ids, skip_special_tokens=True) == text
+    assert [text[a:b] for a, b in encoded.offset_mapping] == text.split()
+    assert world.unk_token_id not in encoded.input_ids
+
+
+def test_world_knows_its_words_and_ends():
+    assert len(world) == len(vocabulary()) + 3
+    assert len({world.pad_token_id, world.eos_token_id, world.unk_token_id}) == 3
+    assert encode(world, "Hello").input_ids == [world.unk_token_id]
+
+
+def test_world_line_breaks_are_spaces():
+    assert (
+        encode(world, "<search>\n?\n</search>").input_ids == encode(world, "<search> ? </search>").input_ids
+    )
+
+
+def test_world_texts_have_no_unknown_word():
+    w = make_worlds(config.World(eval_worlds=1), "eval")[0]
+    text = " ".join([*(f"{p.title}\n{p.text}" for p in w.passages), *(q.question for q in w.questions)])
+    assert world.unk_token_id not in encode(world, text).input_ids
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=40))
+@example("The baker  lives in Łódź \n")
+def test_bpe_round_trip(text):
+    encoded = encode(bpe, text)
+    assert bpe.decode(encoded.input_ids) == text or any(s in text for s in ("<pad>", "<eos>"))
+    covered = [i for a, b in encoded.offset_mapping for i in range(a, b)]
+    assert set(covered) == set(range(len(text))), "offsets must leave no character out, spaces included"
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_bpe_tags_are_ordinary_text(tag):
+    ids = encode(bpe, tag).input_ids
+    assert len(ids) > 1
+    assert bpe.decode(ids, skip_special_tokens=True) == tag
+
+
+def test_bpe_has_learnt_the_corpus_and_the_questions():
+    assert 258 < len(bpe) <= 300
+    assert len(encode(bpe, " baker").input_ids) == 1
+    assert len(encode(bpe, " in Łódź").input_ids) < len(" in Łódź".encode())
+    assert bpe.pad_token_id != bpe.eos_token_id
+
+
+def test_bpe_is_the_same_every_time():
+    assert load_tokenizer(BPE, CORPUS).get_vocab() == bpe.get_vocab()
+    assert load_tokenizer(BPE, CORPUS).backend_tokenizer.to_str() == bpe.backend_tokenizer.to_str()
+
+
+def test_bpe_too_small_for_all_bytes():
+    small = config.load(None, ["model.tokenizer=bpe", "model.vocab_size=100"])
+    with pytest.raises(InputError, match=r"model\.vocab_size=100: a bpe tokenizer needs 258"):
+        load_tokenizer(small, CORPUS)
+
+
+@pytest.mark.parametrize("key", ["model.path", "model.tokenizer"])
+def test_a_saved_tokenizer_is_loaded(tmp_path, key):
+    bpe.save_pretrained(tmp_path)
+    loaded = load_tokenizer(config.load(None, [f"{key}={tmp_path}"]), EMPTY)
+    text = "The  baker\n<search>Łódź</search>"
+    assert encode(loaded, text).input_ids == encode(bpe, text).input_ids
+    assert encode(loaded, text).offset_mapping == encode(bpe, text).offset_mapping
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (bpe.eos_token_id, bpe.pad_token_id)
+
+
+@pytest.mark.parametrize("key", ["model.path", "model.tokenizer"])
+@pytest.mark.parametrize("content", [None, "not json"], ids=["missing", "corrupt"])
+def test_no_tokenizer_is_one_line(tmp_path, monkeypatch, key, content):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "model"
+    if content:
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(content)
+        (folder / "tokenizer_config.json").write_text(content)
+    with pytest.raises(InputError, match=f"{key}={folder}: no tokenizer can be loaded") as caught:
+        load_tokenizer(config.load(None, [f"{key}={folder}"]), EMPTY)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not MUSIQUE.exists(), reason="needs the real data")
+def test_bpe_of_a_real_corpus_compresses_it():
+    settings = config.load(
+        None,
+        [
+            "model.tokenizer=bpe",
+            "data.source=files",
+            f"data.train={MUSIQUE / 'questions.jsonl'}",
+            f"data.corpus={MUSIQUE / 'corpus.jsonl'}",
+        ],
+    )
+    data = load_data(settings)
+    tokenizer = load_tokenizer(settings, data)
+    texts = [p.text for p in data.collections[""][:200]]
+    tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids)
+    assert len(tokenizer) == 8192
+    assert sum(map(len, texts)) / tokens > 3.5
+    assert all(tokenizer.decode(encode(tokenizer, text).input_ids) == text for text in texts)
