@@ -40,7 +40,7 @@ SESSION_KEYS = {
 
 
 class RunFolder:
-    """A run's files. ``RunFolder(path)`` only reads; ``open_run`` creates, locks and checks."""
+    """A run's files. ``RunFolder(path)`` only reads; ``open_run`` locks and checks, ``begin`` may write."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -48,6 +48,7 @@ class RunFolder:
         self.rollouts = self.path / "rollouts"
         self.checkpoints = self.path / "checkpoints"
         self.discarded = self.path / "discarded"
+        self._stored = self.path / "config.yaml"
         self._lock = None
 
     def __enter__(self) -> RunFolder:
@@ -65,7 +66,21 @@ class RunFolder:
     @cached_property
     def config(self) -> Config:
         """The stored configuration; InputError if there is none or it cannot be read."""
-        return load(self.path / "config.yaml")
+        return load(self._stored)
+
+    def begin(self) -> None:
+        """The first write of a session: its configuration; clears what a killed session left half written."""
+        content = self.config.dump().encode()
+        if not self._stored.exists() or self._stored.read_bytes() != content:
+            with _atomic(self._stored) as file:
+                file.write(content)
+        for folder in (self.rollouts, self.checkpoints):
+            folder.mkdir(exist_ok=True)
+        for pattern in (".*.tmp", "*/.*.tmp", "discarded/*/.*.tmp"):
+            for leftover in list(self.path.glob(pattern)):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        self.metrics.touch()
+        _sync(self.path)
 
     def saved(self) -> dict[int, Path]:
         """Step -> folder of every checkpoint, oldest first."""
@@ -94,41 +109,32 @@ class RunFolder:
 
 
 def open_run(path: str | Path, config: Config) -> RunFolder:
-    """Create a run folder, or open one to go on, and lock it until ``close``.
+    """Make a run folder, or take one to go on, and lock it until ``close``. ``RunFolder.begin`` writes in it:
+    bad input that is found before leaves no trace.
 
     Keys in ``SESSION_KEYS`` may differ from the stored configuration, and ``train.steps`` where the learning
     rate does not depend on it; config.yaml then takes the new values.
     Raises:
-        InputError: the folder holds something else, was begun with other values, or is in use. Nothing in
-            it has changed.
+        InputError: the folder holds something else, was begun with other values, or is in use.
     """
     run = RunFolder(path)
-    stored = run.path / "config.yaml"
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        found = {entry.name for entry in run.path.iterdir()} - {".lock", _temporary(stored).name}
+        found = {entry.name for entry in run.path.iterdir()} - {".lock", _temporary(run._stored).name}
     except OSError as error:
         raise InputError(
             f"{path}: cannot be a run folder ({error.strerror}); give another run.dir="
         ) from None
-    if found and stored.name not in found:
+    if found and run._stored.name not in found:
         raise InputError(f"{path}: not empty and not a run folder; give another run.dir=")
     _lock(run)
     try:
-        if not stored.exists() or _changed(run, config):
-            with _atomic(stored) as file:
-                file.write(config.dump().encode())
-        run.config = config
-        for folder in (run.rollouts, run.checkpoints):
-            folder.mkdir(exist_ok=True)
-        for pattern in (".*.tmp", "*/.*.tmp", "discarded/*/.*.tmp"):
-            for leftover in list(run.path.glob(pattern)):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        run.metrics.touch()
-        _sync(run.path)
+        if run._stored.exists():
+            _check_same(run, config)
     except BaseException:
         run.close()
         raise
+    run.config = config
     return run
 
 
@@ -246,8 +252,8 @@ def _lock(run: RunFolder) -> None:
         ) from None
 
 
-def _changed(run: RunFolder, config: Config) -> bool:
-    """Whether the stored configuration differs in keys that a session may change; InputError if in others."""
+def _check_same(run: RunFolder, config: Config) -> None:
+    """InputError if the stored configuration differs in keys that a session may not change."""
     free = SESSION_KEYS | ({"train.steps"} if config.train.lr_schedule == "constant" else set())
     before, now = (
         {f"{section}.{key}": value for section, keys in c.model_dump().items() for key, value in keys.items()}
@@ -259,7 +265,6 @@ def _changed(run: RunFolder, config: Config) -> bool:
                 f"{run.path}: {key} was {before[key]!r} when this run began and is now {value!r}; "
                 "keep it, or give another run.dir="
             )
-    return before != now
 
 
 def _verify(folder: Path, step: int, remedy: str) -> None:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from igpo_fast.errors import InputError
@@ -124,15 +125,28 @@ def load(path: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", 
     """
     try:
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"model.path={path}: no causal LM loads from there ({reason[:200]})") from None
     lm = lm.to(device).eval()
     return probe(lm) if check else use_attend(lm)
 
 
+def device_of(name: str) -> str:
+    """The device that ``model.device`` names: ``auto`` is CUDA where there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def use_attend(lm: PreTrainedModel) -> PreTrainedModel:
+    """Set ``lm`` to run under ``hidden_states``; InputError, naming the layer type, if it does not let us."""
     lm.set_attn_implementation(ATTENTION)
+    if lm.config._attn_implementation != ATTENTION:
+        raise InputError(
+            f"{type(lm).__name__} cannot run packed: {_mixers(lm)[0]} does not go through transformers' attention "
+            "interface; use a model whose every layer is softmax attention"
+        )
     return lm
 
 

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from igpo_fast import model
 from igpo_fast.config import Config
-from igpo_fast.data import Data, load_data
+from igpo_fast.data import Data, load_data, question_order
 from igpo_fast.dialect import Dialect, make_dialect
 from igpo_fast.engines.base import Sampling
 from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.evaluate import evaluate
-from igpo_fast.rollout import Limits
+from igpo_fast.rollout import Limits, opening
 from igpo_fast.sft import Progress, warm_start
 from igpo_fast.tokenizer import load_tokenizer
 from igpo_fast.tools.base import Tool
@@ -32,6 +32,8 @@ class Parts:
     lm: PreTrainedModel
     engine: TorchEngine
     limits: Limits
+    answer_tokens: int
+    """Most tokens that the forced answers of a training question take after one prefix."""
 
     @property
     def sampling(self) -> Sampling:
@@ -78,10 +80,10 @@ def assemble(config: Config, *, weights: str | None = None, sft_progress: Progre
         max_answer_tokens=config.data.max_answer_tokens,
         max_answers=config.data.max_answers,
     )
+    limits = Limits(config.rollout.max_turns, config.rollout.max_turn_tokens, config.rollout.max_tokens)
+    answer_tokens = _check_questions(config, data, dialect, limits)
     tool = make_search(config, data)
-    device = config.model.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = model.device_of(config.model.device)
     dtype = getattr(torch, config.model.dtype)
     path = weights or config.model.path
     if path:
@@ -94,14 +96,23 @@ def assemble(config: Config, *, weights: str | None = None, sft_progress: Progre
         lm = warm_start(config, lm, tokenizer, dialect, data, tool, sft_progress)
     if config.model.gradient_checkpointing:
         lm.gradient_checkpointing_enable()
-    limits = Limits(config.rollout.max_turns, config.rollout.max_turn_tokens, config.rollout.max_tokens)
     engine = TorchEngine(
         lm,
         decode=tokenizer.decode,
         max_slots=config.rollout.concurrency,
         max_tokens=config.rollout.max_tokens,
     )
-    return Parts(config, data, tokenizer, dialect, tool, lm, engine, limits)
+    return Parts(config, data, tokenizer, dialect, tool, lm, engine, limits, answer_tokens)
+
+
+def _check_questions(config: Config, data: Data, dialect: Dialect, limits: Limits) -> int:
+    """Refuse now what would end the run in some later step; returns ``Parts.answer_tokens``."""
+    question_order(len(data.train), config.train.questions, step=0, seed=config.train.seed)
+    for question in (*data.train, *data.eval):
+        opening(question, dialect, limits)
+    scored = 1 if config.algorithm.answers == "first" else None
+    branches = (dialect.branches(question)[:scored] for question in data.train)
+    return max(sum(len(branch.ids) for branch in some) for some in branches)
 
 
 def _small_model(config: Config, vocab_size: int, eos_token_id: int | None) -> PreTrainedModel:

@@ -42,6 +42,22 @@ def question_key(question: Question) -> int:
     return int.from_bytes(hashlib.blake2b(question.id.encode(), digest_size=8).digest()) >> 1
 
 
+def opening(question: Question, dialect: Dialect, limits: Limits) -> np.ndarray:
+    """The prompt: int32 [p].
+
+    Raises:
+        InputError: it leaves no room for a turn.
+    """
+    prompt = dialect.prompt(question)
+    if not limits.fits(len(prompt)):
+        raise InputError(
+            f"question {question.id}: its prompt of {len(prompt)} tokens and a turn of "
+            f"{limits.max_turn_tokens} exceed rollout.max_tokens={limits.max_tokens}; raise it, or leave the "
+            "question out"
+        )
+    return prompt
+
+
 async def run_rollout(
     question: Question,
     key: tuple[int, ...],
@@ -63,13 +79,7 @@ async def run_rollout(
     Raises:
         InputError: the prompt leaves no room for a turn. What engine and tool raise passes through.
     """
-    prompt = dialect.prompt(question)
-    if not limits.fits(len(prompt)):
-        raise InputError(
-            f"question {question.id}: its prompt of {len(prompt)} tokens and a turn of "
-            f"{limits.max_turn_tokens} exceed rollout.max_tokens={limits.max_tokens}; raise it, or leave the "
-            "question out"
-        )
+    prompt = opening(question, dialect, limits)
     ids, turns = prompt, []
     try:
         while True:
@@ -168,12 +178,12 @@ def rollout_record(rollout: Rollout, scores: TurnScores | None = None) -> dict[s
     """The JSON object of rollouts/step_*.jsonl: everything that was sampled and, if scored, what it earned.
 
     ``values`` are v_0 .. v_{T-1}; a turn's ``value`` is the one after it, ``info_gain`` what it added, both
-    null for the last turn. Undefined numbers are null.
+    null for the last turn. Undefined numbers are null: all of these where the algorithm needs no values.
     """
     count = len(rollout.turns)
     unscored = [None] * count
     values = _numbers(scores.values) if scores else unscored
-    gains = _numbers(scores.gains) if scores else unscored[1:]
+    gains = _numbers(scores.gains) if scores and len(scores.gains) else unscored[1:]
     advantages = _numbers(scores.advantages) if scores else unscored
     turns = [
         {

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as token_decoders
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from igpo_fast.config import Config
 from igpo_fast.errors import InputError
@@ -40,7 +41,9 @@ def load_tokenizer(config: Config, data: Data) -> PreTrainedTokenizerFast:
 
 def _pretrained(path: str, key: str) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        # Where config.json says qwen2, AutoTokenizer puts Qwen2's own splitting in place of what was saved.
+        generic = get_tokenizer_config(path).get("tokenizer_class") == "TokenizersBackend"
+        tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise InputError(

@@ -106,7 +106,7 @@ class Trainer:
         if a.kl:
             frozen = copy.deepcopy(lm).requires_grad_(False)
             self.reference = Policy(frozen, config.rollout.temperature, settings, config.model.kernels)
-        self.passes = choose_passes(config, self.recipe)
+        self.passes = choose_passes(config, self.recipe, self.parts.answer_tokens)
         self.optimizer = torch.optim.AdamW(
             lm.parameters(), lr=config.train.lr, betas=config.train.betas, weight_decay=config.train.weight_decay
         )
@@ -121,6 +121,7 @@ class Trainer:
     def resume(self, run: RunFolder) -> int:
         """Restore the newest checkpoint, move aside what was written after it; returns its step, 0 without one."""
         loaded = load_checkpoint(run, self.parts.lm, self.optimizer, self.scheduler)
+        run.begin()
         step = loaded[0] if loaded else 0
         moved = rewind(run, step)
         if loaded:
@@ -177,10 +178,15 @@ class Trainer:
     def _one_pass(self, batch: Batch, metrics: StepMetrics) -> tuple[TurnScores, ...]:
         """Each pack is read once: answers, then gains and advantages, then the loss of the same hidden states."""
         self.display.phase("train")
-        scores: dict[int, TurnScores] = {}
+        metrics.set({"time/score": 0.0})
         with metrics.phase("train"):
             plans = self._plans(batch, range(len(batch.groups)), scored=True)
             weights = self._weights(batch, range(len(batch.groups)))
+            if not self.recipe.needs_values:  # known beforehand, of the whole batch: a pack is not one
+                known = score_rollouts(batch.groups, None, self.recipe)
+                self._step(batch, plans, weights, metrics, scores=known)
+                return known
+            scores: dict[int, TurnScores] = {}
             number_of_group = np.concatenate([[0], np.cumsum([len(g.rollouts) for g in batch.groups])])
 
             def advantages_of(plan: TreePlan, answer_logp: np.ndarray) -> np.ndarray:
@@ -188,7 +194,7 @@ class Trainer:
                 groups = np.unique(np.searchsorted(number_of_group, inside, side="right") - 1)
                 values = self._values(plan, answer_logp)
                 scored = score_rollouts(
-                    [batch.groups[g] for g in groups], [values[i] for i in inside] if values else None, self.recipe
+                    [batch.groups[g] for g in groups], [values[i] for i in inside], self.recipe
                 )
                 scores.update(zip(inside.tolist(), scored, strict=True))
                 return _advantages(plan, scores)
@@ -272,12 +278,9 @@ class Trainer:
         numbers = [range(starts[g], starts[g + 1]) for g in share]
         branches = [self._branches(group) for group in groups] if scored else None
         trees = make_trees(groups, branches, numbers)
-        try:
-            return pack_within(
-                trees, self.config.train.token_budget, split=self.passes == "two" if split is None else split
-            )
-        except ValueError as error:
-            raise InputError(f"train.token_budget: {error}") from None
+        return pack_within(
+            trees, self.config.train.token_budget, split=self.passes == "two" if split is None else split
+        )
 
     def _separate_tokens(self, batch: Batch) -> int:
         """Tokens that separate passes would read for the same numbers: each rollout for each pass, and each of its
@@ -316,22 +319,30 @@ class Trainer:
             self.display.note(f"warm start {done}/{total}  loss {loss:.3f}")
 
 
-def choose_passes(config: Config, recipe: Recipe) -> str:
+def choose_passes(config: Config, recipe: Recipe, answer_tokens: int) -> str:
     """``one`` or ``two`` passes over a rollout's tokens per update (design.md); fixed for the run.
 
+    Args:
+        answer_tokens: most tokens that forced answers take after one prefix.
     Raises:
-        InputError: ``algorithm.passes=one`` with a configuration that it cannot honour.
+        InputError: ``algorithm.passes=one`` with a configuration that it cannot honour, or a rollout may exceed
+            ``train.token_budget``.
     """
-    rollout, asked = config.rollout, config.algorithm.passes
-    wrapper_and_answers = config.data.max_answers * config.data.max_answer_tokens + 32
-    largest = rollout.group_size * (rollout.max_tokens + rollout.max_turns * wrapper_and_answers)
+    rollout, asked, budget = config.rollout, config.algorithm.passes, config.train.token_budget
+    longest = rollout.max_tokens + rollout.max_turns * answer_tokens * recipe.needs_values
+    largest = rollout.group_size * longest
+    if longest > budget:
+        raise InputError(
+            f"train.token_budget={budget}: a rollout and its forced answers may take {longest} tokens; raise it, or "
+            "lower rollout.max_tokens"
+        )
     hindrance = None
     if config.train.updates > 1:
         hindrance = f"train.updates={config.train.updates} needs old log-probabilities"
     elif recipe.needs_values and recipe.normaliser.scope == "batch":
         hindrance = f"algorithm.name={recipe.algorithm} normalises gains over the batch"
-    elif asked == "auto" and largest > config.train.token_budget:
-        return "two"
+    elif largest > budget:
+        hindrance = f"a group may take {largest} tokens, over train.token_budget={budget}"
     if hindrance is None:
         return "two" if asked == "two" else "one"
     if asked == "one":

@@ -58,9 +58,16 @@ def tree(folder):
     }
 
 
+def begun(folder, config):
+    """A run folder that a session began and left."""
+    with open_run(folder, config) as run:
+        run.begin()
+
+
 @pytest.fixture
 def run(tmp_path):
     with open_run(tmp_path / "run", settings_for()) as run:
+        run.begin()
         yield run
 
 
@@ -167,7 +174,7 @@ def test_the_only_checkpoint_damaged_says_from_the_start(run):
 
 def test_configuration_is_stored_whole_and_survives(tmp_path):
     wanted = settings_for("algorithm.preset=robust", "run.dir=elsewhere")
-    open_run(tmp_path, wanted).close()
+    begun(tmp_path, wanted)
     assert RunFolder(tmp_path).config == wanted
     assert "ig_gate: 0.02" in (tmp_path / "config.yaml").read_text()
 
@@ -177,7 +184,7 @@ def test_configuration_is_stored_whole_and_survives(tmp_path):
     [("train.lr=0.02", "train.lr"), ("eval.questions=7", "eval.questions"), ("train.seed=5", "train.seed")],
 )
 def test_another_configuration_is_refused_and_changes_nothing(tmp_path, override, key):
-    open_run(tmp_path, settings_for()).close()
+    begun(tmp_path, settings_for())
     before = tree(tmp_path)
     with pytest.raises(InputError) as error:
         open_run(tmp_path, settings_for("train.steps=999", override))
@@ -188,16 +195,16 @@ def test_another_configuration_is_refused_and_changes_nothing(tmp_path, override
 
 
 def test_keys_of_a_session_may_change_and_are_stored(tmp_path):
-    open_run(tmp_path, settings_for()).close()
+    begun(tmp_path, settings_for())
     changed = settings_for(
         "train.steps=999", "train.keep_checkpoints=5", "eval.every=1", "run.tracker=tensorboard"
     )
-    open_run(tmp_path, changed).close()
+    begun(tmp_path, changed)
     assert RunFolder(tmp_path).config == changed
 
 
 def test_steps_may_not_change_where_the_learning_rate_follows_them(tmp_path):
-    open_run(tmp_path, settings_for("train.lr_schedule=linear")).close()
+    begun(tmp_path, settings_for("train.lr_schedule=linear"))
     with pytest.raises(InputError, match=r"train\.steps was 100"):
         open_run(tmp_path, settings_for("train.lr_schedule=linear", "train.steps=200"))
 
@@ -222,6 +229,17 @@ def test_a_file_in_the_way(tmp_path, below):
     file.write_text("x")
     with pytest.raises(InputError, match=r"cannot be a run folder \(.*\); give another"):
         open_run(file / "run" if below else file, settings_for())
+
+
+def test_opening_writes_nothing(tmp_path):
+    begun(tmp_path, settings_for())
+    (tmp_path / ".metrics.jsonl.tmp").write_text("half")
+    before = tree(tmp_path)
+    open_run(tmp_path, settings_for("train.steps=999")).close()
+    assert tree(tmp_path) == before
+    begun(tmp_path, settings_for("train.steps=999"))
+    assert RunFolder(tmp_path).config == settings_for("train.steps=999")
+    assert not (tmp_path / ".metrics.jsonl.tmp").exists()
 
 
 def test_one_process_at_a_time(run):
@@ -272,6 +290,7 @@ def fill(run, last, torn=b""):
 @settings(max_examples=30, deadline=None)
 def test_rewind_keeps_up_to_the_step_and_loses_nothing(tmp_path_factory, last, step, cut):
     with open_run(tmp_path_factory.mktemp("rewind"), settings_for()) as run:
+        run.begin()
         torn = b'{"step": 99}'[:cut]
         fill(run, last, torn)
         folder = rewind(run, step)
@@ -341,6 +360,7 @@ def session(folder, last, fault=None):
     with open_run(folder, settings_for()) as run:
         parts = build()
         done = load_checkpoint(run, *parts)
+        run.begin()
         step = done[0] if done else 0
         rewind(run, step)
         while step < last:

@@ -1,0 +1,111 @@
+"""What the quickstart learns, seed by seed: IGPO beside GRPO from the same warm starts.
+
+    python bench/demo_seeds.py [--seeds 101 102 103] [--algorithms igpo grpo] [section.key=value ...]
+
+Trains each seed with each algorithm (two processes at a time), then evaluates the trained policy once more with a
+search that finds nothing. Prints a table, exits with 1 unless every igpo run meets the bars, and appends a row a run
+to bench/results/demo_seeds.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from igpo_fast.display import sparkline
+
+ROOT = Path(__file__).parents[1]
+START, END, WITHOUT_SEARCH = 0.15, 0.50, 0.10
+"""Bars: eval F1 before training at most, after it at least, and without search at most."""
+
+
+def run(seed: int, algorithm: str, folder: Path, overrides: list[str]) -> dict:
+    """Train and evaluate one seed; returns its row."""
+    out = folder / f"{algorithm}-{seed}"
+    settings = [f"run.dir={out}", f"train.seed={seed}", f"algorithm.name={algorithm}", *overrides]
+    cli = [sys.executable, "-m", "igpo_fast.cli"]
+    config = ["--config", str(ROOT / "configs/quickstart.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(folder / f"{algorithm}-{seed}.log", "w") as log:
+        subprocess.run([*cli, "train", *config, *settings], check=True, stdout=log, stderr=log, env=environment)
+    blind = subprocess.run(
+        [*cli, "eval", str(out), "--no-search", "--json"], check=True, capture_output=True, text=True, env=environment
+    )
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    evals = [row for row in rows if "eval/f1" in row]
+    return {
+        "bench": "demo_seeds",
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "algorithm": algorithm,
+        "seed": seed,
+        "overrides": overrides,
+        "steps": [row["step"] for row in evals],
+        "eval/f1": [round(row["eval/f1"], 4) for row in evals],
+        "eval/f1_se": [round(row["eval/f1_se"], 4) for row in evals],
+        "eval/turns": [round(row["eval/turns"], 2) for row in evals],
+        "without_search/f1": round(json.loads(blind.stdout)["eval/f1"], 4),
+        "group/collapsed": round(sum(row["group/collapsed"] for row in rows[1:]) / len(rows[1:]), 3),
+        "step_seconds": round(sum(row["time/step"] for row in rows[1:]) / len(rows[1:]), 3),
+    }
+
+
+def commit() -> str:
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def passes(row: dict) -> bool:
+    first, *_, last = row["eval/f1"]
+    return first <= START and last >= END and row["without_search/f1"] <= WITHOUT_SEARCH
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
+    parser.add_argument("--algorithms", nargs="+", default=["igpo", "grpo"])
+    parser.add_argument("--runs", type=Path, default=Path("runs/demo-seeds"), help="where the run folders go")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench/results/demo_seeds.jsonl")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, as for igpo-fast train")
+    args = parser.parse_args()
+    args.runs.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    jobs = [(algorithm, seed) for algorithm in args.algorithms for seed in args.seeds]
+    rows = []
+    with ThreadPoolExecutor(2) as pool:
+        for row in pool.map(lambda job: run(job[1], job[0], args.runs, args.overrides), jobs):
+            rows.append(row)
+            console.print(f"{row['algorithm']} {row['seed']}: eval F1 {row['eval/f1'][0]} -> {row['eval/f1'][-1]}")
+            with open(args.results, "a") as file:
+                file.write(json.dumps(row) + "\n")
+    table = Table(title="quickstart, sampled F1 on held-out worlds")
+    for column in ("algorithm", "seed", "first", "last", "s.e.", "curve", "without search", "collapsed", "s/step", ""):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(
+            row["algorithm"], str(row["seed"]), f"{row['eval/f1'][0]:.3f}", f"{row['eval/f1'][-1]:.3f}",
+            f"{row['eval/f1_se'][-1]:.3f}", sparkline(row["eval/f1"], 0, 1), f"{row['without_search/f1']:.3f}",
+            f"{row['group/collapsed']:.2f}", f"{row['step_seconds']:.2f}", "ok" if passes(row) else "below the bars",
+        )  # fmt: skip
+    console.print(table)
+    failed = [row["seed"] for row in rows if row["algorithm"] == "igpo" and not passes(row)]
+    bars = f"first <= {START}, last >= {END}, without search <= {WITHOUT_SEARCH}"
+    console.print(f"igpo below the bars ({bars}): {failed or 'none'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

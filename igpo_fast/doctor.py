@@ -1,0 +1,168 @@
+"""What this machine runs, and whether it computes the same packed as apart."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel
+
+import igpo_kernels
+from igpo_fast import __version__
+from igpo_fast.config import Config, Sft
+from igpo_fast.errors import InputError
+from igpo_fast.model import device_of, build, probe, use_attend
+from igpo_fast.parts import assemble
+from igpo_fast.scoring import Policy
+from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack
+from igpo_kernels.backend import resolve
+
+NEEDED = ("torch", "transformers", "numpy", "bm25s")
+OPTIONAL = ("triton",)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A line of the report."""
+
+    name: str
+    found: str
+    ok: bool = True
+
+
+def diagnose(config: Config, *, configured: bool) -> Iterator[Check]:
+    """Versions, device, chosen kernels, and packed against separate passes.
+
+    Args:
+        config: names the device and the kernels.
+        configured: also assemble what it configures (data, tokenizer, model; no warm start), and check that.
+    """
+    yield from _versions()
+    device = torch.device(device_of(config.model.device))
+    yield from _device(device)
+    yield from _kernels(config.model.kernels, device)
+    yield _parity("parity, a tiny Qwen2", lambda: probe(_tiny().to(device)), config.model.kernels)
+    if configured:
+        yield from _configured(config)
+
+
+def table(checks: list[Check]) -> Table:
+    """The report, for people."""
+    out = Table("", "found", show_edge=False)
+    for check in checks:
+        out.add_row(Text(check.name), Text(check.found, style="" if check.ok else "bold red"))
+    return out
+
+
+def packed_error(lm: PreTrainedModel, backend: str) -> float:
+    """How far log-probabilities of a pack are from those of separate passes, relative to the largest.
+
+    Two rollouts of one prompt, and an answer after two prefixes of each, against one forward a sequence by
+    the model's own eager attention.
+    """
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.integers(0, lm.config.vocab_size, n)  # noqa: E731
+    prompt, branch = draw(6), Branch(draw(5), 2, 5)
+    rollouts = []
+    for index, length in enumerate((9, 13)):
+        turn = np.repeat([-1, 0], [len(prompt), length])
+        rollouts.append(RolloutTokens(index, np.concatenate([prompt, draw(length)]), turn, np.array([6, 10])))
+    found = Policy(lm, 1.0, LossSettings(), backend)(pack([Tree(rollouts, [branch])]))
+    lm.set_attn_implementation("eager")
+    decisions = [_separate(lm, r.ids, range(len(prompt), len(r.ids))) for r in rollouts]
+    answers = [
+        _separate(lm, np.concatenate([r.ids[:b], branch.ids]), range(b + branch.start, b + branch.stop))
+        for r in rollouts
+        for b in r.boundaries
+    ]
+    use_attend(lm)
+    separate = np.concatenate([*decisions, *answers])
+    packed = np.concatenate([found.decision_logp, found.answer_logp])
+    return float(np.abs(packed - separate).max() / np.abs(separate).max())
+
+
+@torch.no_grad()
+def _separate(lm: PreTrainedModel, ids: np.ndarray, at: range) -> np.ndarray:
+    """log pi of the tokens ``at``, by a plain forward."""
+    tokens = torch.as_tensor(ids, dtype=torch.long, device=lm.device)
+    logp = lm(input_ids=tokens[None], use_cache=False).logits[0].float().log_softmax(-1)
+    return logp[at.start - 1 : at.stop - 1].gather(1, tokens[at.start : at.stop, None])[:, 0].cpu().numpy()
+
+
+def _versions() -> Iterator[Check]:
+    yield Check("igpo-fast", __version__)
+    yield Check("python", platform.python_version())
+    for name in (*NEEDED, *OPTIONAL):
+        try:
+            yield Check(name, importlib.import_module(name).__version__)
+        except ImportError as error:
+            yield Check(name, f"not importable ({error})", ok=name in OPTIONAL)
+
+
+def _device(device: torch.device) -> Iterator[Check]:
+    count = torch.cuda.device_count()
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "none"
+    yield Check("CUDA", f"{torch.version.cuda or 'not built in'}; devices: {names}")
+    usable = device.type != "cuda" or count > 0
+    yield Check("device", str(device) if usable else f"{device}: none here; use model.device=cpu", usable)
+    yield Check("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")
+
+
+def _kernels(backend: str, device: torch.device) -> Iterator[Check]:
+    """Which implementation of each op runs."""
+    for package in pkgutil.iter_modules(igpo_kernels.__path__, "igpo_kernels."):
+        if not package.ispkg:
+            continue
+        implementations = importlib.import_module(package.name).IMPLEMENTATIONS
+        chosen, op = resolve(backend, device, implementations), package.name.rpartition(".")[2]
+        known = chosen in implementations
+        yield Check(f"op {op}", chosen if known else f"no {chosen}; choose of {', '.join(implementations)}", known)
+
+
+def _parity(name: str, load, backend: str) -> Check:
+    """``load`` gives a model, probed."""
+    try:
+        lm = load()
+        error = packed_error(lm, backend)
+    except ValueError as refusal:
+        return Check(name, f"FAILED: {refusal}", ok=False)
+    bound = 1e-4 if lm.dtype == torch.float32 else 5e-2
+    ok = error <= bound
+    verdict = "ok" if ok else "FAILED"
+    return Check(name, f"{verdict}: packed and separate differ by {error:.1e} (at most {bound:g})", ok)
+
+
+def _configured(config: Config) -> Iterator[Check]:
+    untrained = Sft(clean_steps=0, noisy_steps=0, hard_steps=0)
+    probed = config.model.model_copy(update={"probe": True})
+    try:
+        parts = assemble(config.model_copy(update={"sft": untrained, "model": probed}))
+    except InputError as error:
+        yield Check("configuration", f"FAILED: {error}", ok=False)
+        return
+    data, lm = parts.data, parts.lm
+    passages = sum(map(len, data.collections.values()))
+    yield Check("data", f"{len(data.train):,} train, {len(data.eval):,} eval questions, {passages:,} passages")
+    size = sum(parameter.numel() for parameter in lm.parameters())
+    yield Check("model", f"{type(lm).__name__}, {size:,} parameters, {lm.dtype} on {lm.device}")
+    yield _parity("parity, the configured model", lambda: lm, config.model.kernels)
+
+
+def _tiny() -> PreTrainedModel:
+    lm = build(
+        97, hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=48, max_tokens=64, tie_embeddings=True,
+        seed=0,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            if parameter.ndim == 2:
+                parameter *= 10  # initial weights make attention so flat that a wrong mask would not show
+    return lm

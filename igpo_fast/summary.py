@@ -1,0 +1,81 @@
+"""The last lines of a training run: what was learned, where it lies, what to try next."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from igpo_fast.config import Config
+from igpo_fast.display import sparkline
+
+SPAN = 5
+"""Training numbers are noisy from step to step: first and last are means over so many steps."""
+TRAINING = (
+    ("reward/f1", "training f1", ".3f"),
+    ("turns/mean", "turns", ".1f"),
+    ("group/collapsed", "collapsed groups", ".0%"),
+)
+
+
+def run_summary(rows: Sequence[Mapping], folder: Path, config: Config) -> str:
+    """What a run came to, in a few lines.
+
+    Args:
+        rows: of metrics.jsonl, in order; null and missing numbers are left out.
+        folder: the run folder.
+    """
+    lines = [("learned", text) for text in (_evaluation(rows), _training(rows)) if text]
+    lines.append(("run folder", f"{folder} (config.yaml, metrics.jsonl, rollouts/, checkpoints/)"))
+    lines += [("try next", command) for command in _commands(folder, config)]
+    shown = ["" if i and lines[i - 1][0] == label else label for i, (label, _) in enumerate(lines)]
+    return "\n".join(f"{label:<12}{text}" for label, (_, text) in zip(shown, lines, strict=True))
+
+
+def _evaluation(rows: Sequence[Mapping]) -> str:
+    """F1 on held-out questions, first -> last."""
+    evaluated = [row for row in rows if _known(row, "eval/f1")]
+    if not evaluated:
+        return ""
+    first, last = evaluated[0], evaluated[-1]
+    if first is last:
+        return f"eval f1 {_with_error(first)} at step {first['step']:g}"
+    curve = sparkline([row["eval/f1"] for row in evaluated])
+    steps = f"steps {first['step']:g} to {last['step']:g}"
+    return f"eval f1 {_with_error(first)} -> {_with_error(last)}  {curve}  {steps}"
+
+
+def _training(rows: Sequence[Mapping]) -> str:
+    """Reward, turns and collapsed groups of the training rollouts, first -> last."""
+    parts = []
+    for key, name, form in TRAINING:
+        values = [row[key] for row in rows if _known(row, key)]
+        if values:
+            parts.append(f"{name} {_mean(values[:SPAN]):{form}} -> {_mean(values[-SPAN:]):{form}}")
+    return "  ".join(parts)
+
+
+def _commands(folder: Path, config: Config) -> Iterable[str]:
+    run = shlex.quote(str(folder))
+    yield f"igpo-fast eval {run} --no-search  # the same policy, search finds nothing"
+    if config.train.lr_schedule == "constant":  # else the learning rate depends on the number of steps
+        yield f"igpo-fast train --config {run}/config.yaml train.steps={2 * config.train.steps}  # go on"
+    if config.data.source == "world":
+        yield "igpo-fast train --config configs/musique.yaml  # real questions"
+    if config.run.tracker == "tensorboard":
+        yield f"tensorboard --logdir {run}/tensorboard"
+
+
+def _with_error(row: Mapping) -> str:
+    error = f" ± {row['eval/f1_se']:.3f}" if _known(row, "eval/f1_se") else ""
+    return f"{row['eval/f1']:.3f}{error}"
+
+
+def _known(row: Mapping, key: str) -> bool:
+    value = row.get(key)
+    return value is not None and math.isfinite(value)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,438 @@
+"""Plant faults and see which test notices: ``python tests/mutants.py [--list] [--only NAME] [--why]``.
+
+Each fault is one edit of a private copy of the sources. The tests named beside it must fail on the copy; all of them
+must pass on an unmutated one. Fails if a fault survives, if a named test is missing, or if a fault no longer fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import gc
+import importlib.util
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("igpo_fast", "kernels", "tests", "pyproject.toml")
+WORKERS = 2
+TIMEOUT = 180.0
+"""Seconds that the tests of one fault may take."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In ``file``, ``old`` (which occurs once) becomes ``new``; one of ``tests`` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def misfit(self, root: Path) -> str | None:
+        """Why the fault does not fit the sources at ``root``, if it does not."""
+        count = (root / self.file).read_text(encoding="utf-8").count(self.old)
+        return None if count == 1 else f"{self.name}: {self.file} holds {self.old!r} {count} times, not once"
+
+    def apply(self, root: Path) -> None:
+        path = root / self.file
+        path.write_text(path.read_text(encoding="utf-8").replace(self.old, self.new), encoding="utf-8")
+
+
+def faults(file: str, *table: tuple[str, str, str, str]) -> list[Mutant]:
+    """Mutants of one file; a row is name, old, new and tests separated by spaces, without ``tests/``."""
+    return [
+        Mutant(name, file, old, new, tuple(f"tests/{test}" for test in tests.split()))
+        for name, old, new, tests in table
+    ]
+
+
+KERNELS = "kernels/igpo_kernels"
+COMB = "kernels/test_plan.py::test_a_comb_by_hand"
+PATHS = "kernels/test_plan.py::test_the_visible_path_of_every_pair_is_its_rollouts_prefix"
+TREES = "kernels/test_tree_attention.py::test_random_trees"
+SOFTCAP = "kernels/test_tree_attention.py::test_softcapped"
+BLOCKS = "kernels/test_linear_logprob.py::test_blocks_of_any_width_give_the_same"
+REPEATED = "kernels/test_linear_logprob.py::test_repeated_rows_accumulate"
+LOSS = "kernels/test_policy_loss.py"
+FUSED = f"{LOSS}::test_fused_equals_its_definition"
+TURNS = "kernels/test_turn_advantages.py"
+WORKED = f"{TURNS}::test_hand_worked"
+VALUES = "parity/test_parity.py::test_answer_values_and_sampled_logprobs"
+GAPS = "test_mutant_gaps.py"
+ONE_PASS = f"{GAPS}::test_a_one_pass_update_has_the_naive_gradient"
+TWO_PASSES = f"{GAPS}::test_a_two_pass_step_has_the_naive_gradient_of_each_share"
+SCALE = f"{GAPS}::test_a_given_scale_multiplies_the_queries"
+HEAD = f"{GAPS}::test_gradients_of_the_lm_head_equal_finite_differences"
+ENGINE = "test_engine_torch.py"
+ENGINE_LOGP = f"{ENGINE}::test_logp_of_multi_turn_rollouts_equals_plain_forwards"
+FIRST_STEP = f"{GAPS}::test_the_first_step_stands_where_the_reference_and_the_engine_do"
+ROLLOUT = "test_rollout.py::TestOneRollout::test_is_prompt_turns_and_responses_token_for_token"
+
+# fmt: off
+MUTANTS = [
+    *faults(f"{KERNELS}/plan.py",
+        ("decision row off by one", "path[token - 1], np", "path[np.maximum(token - 2, 0)], np", COMB),
+        ("answer row off by one", "np.concatenate([[-1], path])[tokens]", "np.concatenate([[-1, -1], path])[tokens]",
+         COMB),
+        ("branch seen by the next rollout", "block.subtree_end + size))", "block.subtree_end + size + 1))", PATHS),
+        ("branch sees its sibling", "ends[path[max(after, 0) :]] = size", "ends[path[max(after, 0) :]] = len(ends)",
+         PATHS),
+        ("branch sees the trunk's continuation", "closings.append((path[boundary:top], size))",
+         "closings.append((path[boundary:top], size + width))", COMB),
+        ("rollout sees its sibling", "closings.append((path[max(after, 0) : top], size))",
+         "closings.append((path[max(after, 0) : top], size + 1))", PATHS),
+        ("branch positions start at 0", "positions.append(block.depth + boundary)", "positions.append(block.depth)",
+         COMB),
+        ("branch positions follow the trunk's end", "positions.append(block.depth + boundary)",
+         "positions.append(block.depth + length)", COMB),
+        ("trunk positions start anew", "positions.append(np.arange(before, length))",
+         "positions.append(np.arange(length - before))", PATHS),
+        ("the answer's last token is fed", "branch.ids[: branch.stop - 1]", "branch.ids[: branch.stop]", COMB),
+        ("the trunk's last label is fed", "last = int(trained[-1]) if", "last = int(trained[-1]) + 1 if", COMB),
+        ("answers of the first owner only", "for index, turn in owners\n", "for index, turn in owners[:1]\n",
+         "kernels/test_plan.py::test_shared_tokens_have_an_owner_each"),
+        ("answer pairs by turn, not by rollout", "(answers[:, 6], answers[:, 5], answers[:, 4], answers[:, 3])",
+         "(answers[:, 6], answers[:, 5], answers[:, 3], answers[:, 4])",
+         f"{GAPS}::test_pairs_come_in_the_documented_order"),
+        ("a trained first token passes", "if rollout.turn[0] >= 0:", "if rollout.turn[0] > 0:",
+         "kernels/test_plan.py::test_what_cannot_be_packed_is_named"),
+        ("every tree starts at 0", "np.repeat(starts[:-1], sizes)", "np.repeat(0 * starts[:-1], sizes)",
+         f"{GAPS}::test_every_token_knows_where_its_tree_starts"),
+        ("padding is seen by padding", "pad + 1]", "0 * pad + starts[-1] + padding]",
+         "kernels/test_plan.py::test_padding_is_trees_of_one_token_without_pairs"),
+        ("a pack over the budget", "if size <= free:", "if size <= free + 1:",
+         f"{GAPS}::test_no_pack_exceeds_the_budget"),
+    ),
+    *faults(f"{KERNELS}/tree_attention/torch_path.py",
+        ("scale dropped in the forward", "attn_mask=bias, scale=scale)\n                lse",
+         "attn_mask=bias)\n                lse", SCALE),
+        ("scale dropped in the backward", "attn_mask=bias, scale=scale,\n", "attn_mask=bias,\n", SCALE),
+        ("scale dropped with a soft cap", "scores = (q @ k.transpose(-1, -2)) * scale",
+         "scores = q @ k.transpose(-1, -2)", SOFTCAP),
+        ("soft cap ignored", "scores = softcap * torch.tanh(scores / softcap)", "scores = 1.0 * scores", SOFTCAP),
+        ("key gradients assigned, not added", "grad[tile.keys] += summed", "grad[tile.keys] = summed.to(grad.dtype)",
+         "kernels/test_tree_attention.py::test_trunks_longer_than_a_tile"),
+        ("scattered key gradients assigned, not added", "grad.index_add_(0,", "grad.index_copy_(0,", TREES),
+        ("gradient of a group's first query head only", "summed = grad_tile.sum(1, dtype=grad.dtype)",
+         "summed = grad_tile[:, 0]", TREES),
+    ),
+    *faults(f"{KERNELS}/tree_attention/schedule.py",
+        ("mask one query too long", "(query >= plan.tensor(", "(query > plan.tensor(", TREES),
+        ("window in packed indices", "position[tile.start : tile.stop, None] - position[tile.keys] >= window",
+         "query - key >= window", TREES),
+        ("window one key too wide", "position[tile.keys] >= window", "position[tile.keys] > window", TREES),
+        ("a tile lacks keys of some of its queries", "plan.subtree_end[root:start] > start",
+         "plan.subtree_end[root:start] >= stop", TREES),
+        ("a tile's window starts at its last query", "int(plan.position_ids[start:stop].min())",
+         "int(plan.position_ids[start:stop].max())", TREES),
+        ("windows share a mask", '("masks", window, dtype', '("masks", dtype',
+         f"{GAPS}::test_one_plan_serves_several_windows"),
+        ("windows share tiles", '("tiles", window,', '("tiles",', f"{GAPS}::test_one_plan_serves_several_windows"),
+    ),
+    *faults(f"{KERNELS}/tree_attention/__init__.py",
+        ("a given scale is ignored", "d**-0.5 if scale is None else scale", "d**-0.5", SCALE),
+    ),
+    *faults(f"{KERNELS}/linear_logprob/torch_path.py",
+        ("repeated row assigned, not added", "zeros_like(top).index_add_(0, pair_row, d_logp)",
+         "zeros_like(top).index_copy_(0, pair_row, d_logp)", REPEATED),
+        ("repeated label assigned, not added", "d_logp[pairs], accumulate=True", "d_logp[pairs], accumulate=False",
+         REPEATED),
+        ("temperature ignored in the backward", "slope = 1 / temperature", "slope = 1.0", HEAD),
+        ("slope of the soft cap dropped", "slope = (1 - t * t) / temperature", "slope = 1 / temperature", HEAD),
+        ("largest logit begins at 0", 'x.new_full((len(x),), float("-inf"))', "x.new_zeros(len(x))",
+         "kernels/test_linear_logprob.py::test_all_negative_logits_keep_their_mass"),
+        ("sign of the entropy", "log_mass - moment / mass", "log_mass + moment / mass", BLOCKS),
+        ("sign of the entropy's gradient", "-row_d_logp[r, None] - row_d_entropy[r, None]",
+         "-row_d_logp[r, None] + row_d_entropy[r, None]", BLOCKS),
+        ("workspace ignored", "height = max(1, elements // width)", "height = max(1, n_rows)",
+         "kernels/test_linear_logprob.py::test_no_tensor_of_all_logits_is_made"),
+    ),
+    *faults(f"{KERNELS}/policy_loss/reference.py",
+        ("clip sides swapped", "1 - settings.clip_low, 1 + settings.clip_high",
+         "1 - settings.clip_high, 1 + settings.clip_low", f"{LOSS}::test_asymmetric_clip_and_dual_clip"),
+        ("the better of both surrogates", "torch.maximum(-ratio", "torch.minimum(-ratio",
+         f"{LOSS}::test_clipping_by_hand"),
+        ("dual clip on positive advantages", "advantages < 0, torch", "advantages > 0, torch",
+         f"{LOSS}::test_asymmetric_clip_and_dual_clip"),
+        ("k3 without its - 1", "(ref_logp - logp) - 1", "(ref_logp - logp)", f"{LOSS}::test_k3_by_hand"),
+        ("importance cap ignored", "correction.clamp(max=settings.importance_cap)", "correction * 1.0",
+         f"{LOSS}::test_importance_weights_by_hand"),
+        ("gspo sums log-ratios", 'sequence, "mean")', 'sequence, "sum")',
+         f"{LOSS}::test_gspo_ratio_is_the_geometric_mean_by_hand"),
+        ("sequence importance is a mean", 'sequence, "sum")', 'sequence, "mean")',
+         f"{LOSS}::test_importance_of_a_sequence_is_the_product_of_its_tokens"),
+        ("weights ignored", "return (weights * per_pair).sum(), metrics", "return per_pair.sum(), metrics",
+         f"{LOSS}::test_weights_are_the_aggregation_and_zero_weight_counts_nowhere"),
+        ("entropy raises the loss", "per_pair - settings.entropy * entropy", "per_pair + settings.entropy * entropy",
+         f"{LOSS}::test_entropy_bonus_lowers_the_loss"),
+    ),
+    *faults(f"{KERNELS}/linear_policy_loss/torch_path.py",
+        ("a chunk loses its last row", "[start, start + len(at)]", "[start, start + len(at) - 1]", FUSED),
+        ("logits' gradient without its slope", "dz *= slope", "dz *= 1.0", FUSED),
+        ("entropy's gradient dropped", "if settings.entropy:", "if False:", FUSED),
+        ("upstream gradient dropped", "None if g is None else g * d_loss for g", "g for g", FUSED),
+        ("all logits at once", "height = max(1, workspace_bytes(hidden.device) // (4 * LIVE_BLOCKS * len(weight)))",
+         "height = max(1, len(distinct))", f"{GAPS}::test_the_fused_loss_makes_no_tensor_of_all_logits"),
+    ),
+    *faults(f"{KERNELS}/turn_advantages/torch_path.py",
+        ("discount before normalising", "r = r.masked_fill(gain & (r.abs() < n.gate), 0.0)",
+         "r, gamma = _discount(r.masked_fill(gain & (r.abs() < n.gate), 0.0), rollout_offsets, gamma), 0.0",
+         f"{TURNS}::test_normalises_before_discounting"),
+        ("gate not applied", "r = r.masked_fill(gain & (r.abs() < n.gate), 0.0)", "", WORKED),
+        ("gate on centred gains", "gain & (r.abs() < n.gate)", "gain & ((r - r[gain].mean()).abs() < n.gate)", WORKED),
+        ("standard deviation of a sample", 'torch.segment_reduce((x - mean).square(), "mean", lengths=lengths)',
+         'torch.segment_reduce((x - mean).square(), "sum", lengths=lengths) / (lengths - 1).clamp(min=1)', WORKED),
+        ("floor on outcomes", "torch.where(gain, std + n.min_std, std)", "(std + n.min_std)", WORKED),
+        ("equal rewards told by their std", "(spread == 0) | (std == 0)", "std == 0",
+         f"{TURNS}::test_equal_rewards_give_exact_zeros"),
+        ("advantage runs across rollouts", "padded[:, t] += gamma * padded[:, t + 1]",
+         "padded[:, t] += gamma * padded.roll(1, 0)[:, t + 1]", WORKED),
+    ),
+    *faults("igpo_fast/losses.py",
+        ("token mean over rollouts", "1 / lengths.sum()", "1 / len(lengths)", "test_losses.py::test_weights"),
+        ("sequence sum over tokens", "1 / len(lengths))\n", "1 / lengths.sum())\n", "test_losses.py::test_weights"),
+    ),
+    *faults("igpo_fast/advantages.py",
+        ("gain credited to the next turn", "rewards[kinds == GAIN] = np.concatenate(gains)",
+         "rewards[kinds == GAIN] = np.concatenate([np.roll(g, 1) for g in gains])", "test_advantages.py::test_paper"),
+        ("gamma discounts outcome-only algorithms", "return self.gamma if self.needs_values else 1.0",
+         "return self.gamma", "test_advantages.py::test_gamma_discounts_igpo_but_not_outcome_only"),
+    ),
+    *faults("igpo_fast/rewards.py",
+        ("sign of the gain", "gains = np.diff(", "gains = -np.diff(", "test_rewards.py::test_information_gain"),
+        ("undefined gains kept", "np.where(defined, gains, 0.0)", "gains", "test_rewards.py::test_information_gain"),
+        ("F1 of sets of words", "Counter(normalise_answer(prediction, normalisation).split())",
+         "Counter(set(normalise_answer(prediction, normalisation).split()))",
+         "test_rewards.py::test_f1_and_exact_match"),
+        ("exp of the mean over answers", 'values = np.exp(logp) if basis == "prob" else logp',
+         'values = np.exp(np.tile(logp.mean(0), (len(logp), 1))) if basis == "prob" else logp',
+         "test_rewards.py::test_values_of"),
+    ),
+    *faults("igpo_fast/scoring.py",
+        ("values of the prefix after", "rollout.turn_of_token, rollout.boundaries)",
+         "rollout.turn_of_token, np.append(rollout.boundaries[1:], len(rollout.ids)))", VALUES),
+        ("temperature not passed", "temperature=self.temperature, backend", "temperature=1.0, backend", VALUES),
+        ("gradient through the answers", "return loss, sums, sums.pop(\"logp\")",
+         "return loss - self._logp(hidden, plan, slice(plan.n_decisions, None)).sum(), sums, sums.pop(\"logp\")",
+         ONE_PASS),
+        ("an answer's sum for its mean", "means[int(number)] = total / count", "means[int(number)] = total", VALUES),
+        ("sequences numbered across rollouts",
+         'torch.unique(plan.tensor("rollout", device)[part], return_inverse=True)[1]',
+         'torch.zeros_like(plan.tensor("rollout", device)[part])',
+         "parity/test_parity.py::test_the_packed_gspo_gradient"),
+    ),
+    *faults("igpo_fast/model.py",
+        ("the model's scaling ignored", "q.shape[-1] ** -0.5 if scaling is None else scaling", "q.shape[-1] ** -0.5",
+         f"{GAPS}::test_a_models_own_scaling_is_used"),
+        ("the model's window ignored", "window=sliding_window)", "window=None)", ENGINE_LOGP),
+        ("the model's soft cap ignored", "softcap=softcap or 0.0,", "softcap=0.0,", ENGINE_LOGP),
+    ),
+    *faults("igpo_fast/train.py",
+        ("the trainer's temperature is 1", "Policy(lm, config.rollout.temperature,", "Policy(lm, 1.0,", ONE_PASS),
+        ("the reference's temperature is 1", "Policy(frozen, config.rollout.temperature,", "Policy(frozen, 1.0,",
+         FIRST_STEP),
+        ("engine's log-probabilities of other tokens", "_of_pairs(plan, engine_logp)",
+         "_of_pairs(plan, engine_logp)[::-1].copy()", FIRST_STEP),
+        ("weights of each pack", "weights=weights[plan",
+         "weights=(weights * len(rollouts) / len(np.unique(plan.rollout)))[plan", ONE_PASS),
+        ("old log-probabilities of another rollout", "_of_pairs(plan, old_logp)",
+         "_of_pairs(plan, old_logp)[::-1].copy()", TWO_PASSES),
+        ("advantage of the turn after", "scores[i].advantages[t]",
+         "scores[i].advantages[t + 1 - len(scores[i].advantages)]", ONE_PASS),
+        ("branches kept out of the one pass", "range(len(batch.groups)), scored=True)\n            weights",
+         "range(len(batch.groups)), scored=False)\n            weights", ONE_PASS),
+        ("branches in the training passes of two", "scored=False)", "scored=True)",
+         f"{GAPS}::test_answers_are_scored_once_a_step"),
+        ("weights of the whole batch in each share", "self._weights(batch, share)",
+         "self._weights(batch, range(len(batch.groups)))", TWO_PASSES),
+        ("scores of packs in packing order", "tuple(scores[i] for i in range(len(batch.rollouts)))",
+         "tuple(scores.values())", ONE_PASS),
+    ),
+    *faults("igpo_fast/types.py",
+        ("response tokens trained", "np.full(len(turn.ids), t), np.full(len(turn.response_ids), -1)",
+         "np.full(len(turn.ids), t), np.full(len(turn.response_ids), t)", ROLLOUT),
+        ("boundary before the response", "return np.cumsum([len(self.prompt_ids), *lengths])",
+         "return np.cumsum([len(self.prompt_ids), *lengths]) - [0, *(len(t.response_ids) for t in self.turns[:-1])]",
+         ROLLOUT),
+    ),
+    *faults("igpo_fast/engines/torch.py",
+        ("noise starts anew each turn", "noise.uniform(self._stream[slots], self._known[slots])",
+         "noise.uniform(self._stream[slots], self._known[slots] - self._began[slots])",
+         f"{ENGINE}::test_noise_is_indexed_by_the_token_in_the_rollout"),
+        ("the stop token is dropped", "slice(self._began[slot], self._known[slot])",
+         "slice(self._began[slot], self._known[slot] - stopped)", f"{ENGINE}::test_stop_ids_end_the_turn_and_are_kept"),
+        ("keys and values outlive an update", "self._drop_caches()\n        self.version", "self.version",
+         f"{ENGINE}::test_in_place_updates_are_seen_after_load_weights"),
+    ),
+    *faults("igpo_fast/engines/noise.py",
+        ("sampled log-probability without the temperature", "token_B, logp_BV.gather(",
+         "token_B, logits_BV.log_softmax(-1).gather(", ENGINE_LOGP),
+    ),
+    *faults("igpo_fast/data.py",
+        ("the same order every epoch", 'f"{seed}/{epoch}"', 'f"{seed}"',
+         "test_data.py::test_question_order_differs_by_epoch_and_seed"),
+    ),
+    *faults("igpo_fast/checkpoint.py",
+        ("manifest not verified", "_verify(folder, step, remedy)\n    lm", "lm",
+         "test_checkpoint.py::test_a_damaged_checkpoint_is_named_and_never_passed_over"),
+        ("metrics rows after the checkpoint kept", "is not None and s <= step]", "is not None]",
+         "test_checkpoint.py::test_rewind_keeps_up_to_the_step_and_loses_nothing"),
+    ),
+]
+# fmt: on
+
+
+class FirstFailure:
+    """A pytest plugin that remembers the first test that failed in its own body, and why."""
+
+    test = why = None
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and report.failed and self.test is None:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.test, self.why = report.nodeid, crash.message.splitlines()[0] if crash else ""
+
+
+def preload() -> None:
+    """Import the libraries once, for all processes forked from here. Nothing of ours: each runs its own copy."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    import hypothesis
+    import pydantic  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2ForCausalLM  # noqa: F401
+
+    torch.set_num_threads(1)
+    # The same examples every time, and no search for smaller ones: that a test fails is enough.
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+    hypothesis.settings.register_profile("mutants", phases=phases, derandomize=True, database=None)
+    hypothesis.settings.load_profile("mutants")
+    gc.freeze()  # pytest collects garbage after each session: not among the libraries' objects
+
+
+def copy_sources(source: Path, folder: Path) -> None:
+    for name in COPIED:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source / name, folder / name)
+
+
+def run_tests(folder: Path, tests: tuple[str, ...]) -> None:
+    """In a process of its own: run tests of the copy at ``folder``, write result.json there."""
+    import pytest
+
+    os.chdir(folder)
+    with open("log", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    own = {str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), ""}
+    sys.path[:] = [str(folder), str(folder / "kernels"), *(path for path in sys.path if path not in own)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
+    sys.dont_write_bytecode = True
+    first = FirstFailure()
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[first])
+    for package in ("igpo_fast", "igpo_kernels"):
+        used = Path(importlib.util.find_spec(package).origin)
+        assert used.is_relative_to(folder), f"the tests ran {used}, not the copy"
+    Path("result.json").write_text(json.dumps({"code": int(code), "test": first.test, "why": first.why}))
+
+
+class Job:
+    """Tests that run on a copy of ``source``, with a fault or without."""
+
+    def __init__(self, name: str, source: Path, tests: tuple[str, ...], mutant: Mutant | None = None):
+        self.name, self.start = name, time.monotonic()
+        self.folder = Path(tempfile.mkdtemp(dir=source.parent))
+        copy_sources(source, self.folder)
+        if mutant:
+            mutant.apply(self.folder)
+        self.process = multiprocessing.get_context("fork").Process(target=run_tests, args=(self.folder, tests))
+        self.process.start()
+
+    def end(self) -> dict:
+        """``code`` (pytest's, None if the process died or hung), ``test``, ``why``, ``seconds``."""
+        self.process.join()
+        written = self.folder / "result.json"
+        found = json.loads(written.read_text()) if written.exists() else {"code": None, "test": None, "why": None}
+        if found["test"] is None:
+            found["why"] = " / ".join((self.folder / "log").read_text().splitlines()[-3:])
+        shutil.rmtree(self.folder)
+        return found | {"seconds": time.monotonic() - self.start}
+
+
+def run_jobs(makers: Iterable[Callable[[], Job]]) -> Iterator[tuple[str, dict]]:
+    """Names and results of jobs as they end, ``WORKERS`` at a time."""
+    waiting, running = collections.deque(makers), []
+    while waiting or running:
+        while waiting and len(running) < WORKERS:
+            running.append(waiting.popleft()())
+        multiprocessing.connection.wait([job.process.sentinel for job in running], timeout=1)
+        for job in list(running):
+            if time.monotonic() - job.start > TIMEOUT:
+                job.process.kill()
+                job.process.join()
+            if not job.process.is_alive():
+                running.remove(job)
+                yield job.name, job.end()
+
+
+def passes_unmutated(mutants: list[Mutant], source: Path) -> bool:
+    tests = sorted({test for mutant in mutants for test in mutant.tests})
+    shares = [tuple(tests[i::WORKERS]) for i in range(WORKERS) if tests[i::WORKERS]]
+    results = run_jobs(partial(Job, "", source, share) for share in shares)
+    bad = [result for _, result in results if result["code"] != 0]
+    for result in bad:
+        print(f"without a fault pytest ends with {result['code']}: {result['test']}: {result['why']}")
+    return not bad
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="name the faults and their tests, run nothing")
+    parser.add_argument("--only", metavar="NAME", help="the faults whose name contains this")
+    parser.add_argument("--why", action="store_true", help="print what the killing test said")
+    options = parser.parse_args()
+    mutants = [m for m in MUTANTS if options.only is None or options.only in m.name]
+    width = max((len(m.name) for m in mutants), default=0)
+    if options.list or not mutants:
+        for m in mutants:
+            print(f"{m.name:{width}}  {m.file}  {' '.join(m.tests)}")
+        return 0 if mutants else 2
+    begin, killed = time.monotonic(), 0
+    preload()
+    with tempfile.TemporaryDirectory(prefix="igpo_mutants_") as scratch:
+        source = Path(scratch) / "sources"
+        copy_sources(ROOT, source)
+        stale = [fault for m in mutants if (fault := m.misfit(source))]
+        print(*stale, sep="\n", end="\n" * bool(stale))
+        if stale or not passes_unmutated(mutants, source):
+            return 1
+        print(f"{'mutant':{width}} | killed by | seconds")
+        for name, result in run_jobs(partial(Job, m.name, source, m.tests, m) for m in mutants):
+            dead = result["code"] == 1 and result["test"] is not None
+            killed += dead
+            verdict = result["test"] if dead else f"SURVIVED (pytest ended with {result['code']})"
+            print(f"{name:{width}} | {verdict} | {result['seconds']:.1f}", flush=True)
+            if options.why or not dead:
+                print(f"{'':{width}} | {result['why']}")
+    print(f"{time.monotonic() - begin:.0f} s")
+    print(f"{len(mutants)} mutants, {killed} killed")
+    return 0 if killed == len(mutants) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

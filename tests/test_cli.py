@@ -1,0 +1,226 @@
+"""cli.py and summary.py: what a user types, reads, and gets as exit code."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import igpo_fast.parts
+import igpo_fast.train
+from igpo_fast import __version__, config
+from igpo_fast.checkpoint import RunFolder
+from igpo_fast.cli import app
+from igpo_fast.summary import run_summary
+from igpo_fast.tools.search import Bm25Search, NoSearch, ToolError
+
+TINY = [
+    "world.persons=12", "world.companies=6", "world.cities=6", "world.countries=4", "world.train_worlds=1",
+    "world.eval_worlds=1", "world.sft_worlds=1", "eval.questions=4", "model.hidden_size=16", "model.heads=2",
+    "model.kv_heads=2", "model.ffn_size=16", "rollout.group_size=2", "rollout.max_turns=2",
+    "rollout.max_turn_tokens=6", "rollout.max_tokens=128", "sft.clean_steps=0", "sft.noisy_steps=0",
+    "sft.hard_steps=0", "sft.batch_size=2", "train.steps=1", "train.questions=2",
+]  # fmt: skip
+
+
+def igpo_fast_(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def tiny(folder):
+    return [*TINY, f"run.dir={folder / 'run'}", f"run.cache={folder / 'cache'}"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run's folder and what the command printed."""
+    folder = tmp_path_factory.mktemp("cli")
+    result = igpo_fast_("train", *tiny(folder))
+    assert result.exit_code == 0, result.output
+    return folder / "run", result.output
+
+
+def refused(*arguments):
+    """The one line that a command ends with."""
+    result = igpo_fast_(*arguments)
+    assert result.exit_code == 2 and not result.stdout
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+def test_train_ends_with_what_was_learned_and_what_next(run):
+    folder, output = run
+    assert run_summary(RunFolder(folder).read_metrics(), folder, config.load(folder / "config.yaml")) in output
+    assert f"igpo-fast train --config {folder}/config.yaml train.steps=2" in output
+
+
+def test_the_suggested_command_goes_on(run):
+    folder, _ = run
+    result = igpo_fast_("train", "--config", folder / "config.yaml", "train.steps=2")
+    assert result.exit_code == 0 and "resumed after step 1" in result.output
+    assert [row["step"] for row in RunFolder(folder).read_metrics()] == [0, 1, 2]
+
+
+def test_eval_of_a_run(run):
+    folder, _ = run
+    newest = list(RunFolder(folder).saved().values())[-1]
+    result = igpo_fast_("eval", folder, "--json")
+    found = json.loads(result.stdout)
+    assert found["model"] == str(newest) and found["search"] is True and found["questions"] == 4
+    last = RunFolder(folder).read_metrics()[-1]
+    for key in ("eval/f1", "eval/em", "eval/turns"):
+        assert found[key] == last[key]  # the same weights, questions and noise
+    assert f"(4 questions, with search, {newest})" in igpo_fast_("eval", folder).stdout
+
+
+def test_eval_without_search_and_with_fewer_questions(run, monkeypatch):
+    tools, real = [], igpo_fast.parts.evaluate
+    monkeypatch.setattr(
+        igpo_fast.parts, "evaluate", lambda *args, tool, **kw: tools.append(tool) or real(*args, tool=tool, **kw)
+    )
+    found = json.loads(igpo_fast_("eval", run[0], "--no-search", "--questions", 1, "--json").stdout)
+    assert found["search"] is False and found["questions"] == 1
+    igpo_fast_("eval", run[0])
+    assert [type(tool) for tool in tools] == [NoSearch, Bm25Search]
+    assert found["eval/f1_se"] is None  # JSON knows no NaN
+
+
+def test_eval_of_a_model_directory(run):
+    folder, _ = run
+    newest = list(RunFolder(folder).saved().values())[-1]
+    # The model brings its tokenizer, whatever the configuration says.
+    of_model = ["eval", newest, "--config", folder / "config.yaml", "model.tokenizer=bpe", "--json"]
+    found = json.loads(igpo_fast_(*of_model).stdout)
+    of_run = json.loads(igpo_fast_("eval", folder, "--json").stdout)
+    assert found == of_run
+    assert "not a run folder; to evaluate it as a model, give --config" in refused("eval", newest)
+    assert "leave --config out" in refused("eval", folder, "--config", folder / "config.yaml")
+
+
+def test_eval_of_a_run_without_checkpoint(tmp_path):
+    (tmp_path / "config.yaml").write_text("train: {steps: 3}")
+    assert "no checkpoint yet" in refused("eval", tmp_path)
+
+
+def test_eval_never_asks_what_was_trained_on(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "data: {source: files, train: q.jsonl, corpus: c.jsonl}\nmodel: {tokenizer: bpe}\neval: {questions: 8}"
+    )
+    (tmp_path / "checkpoints" / "step_000001").mkdir(parents=True)
+    assert "this run held out 8 and trained on the others" in refused("eval", tmp_path, "--questions", 9)
+
+
+def test_sft_trains_once_then_finds_it(tmp_path):
+    arguments = ["sft", *tiny(tmp_path), "sft.clean_steps=2"]
+    first = igpo_fast_(*arguments)
+    assert first.exit_code == 0 and "warm start 2/2  loss " in first.stderr
+    (cached,) = (tmp_path / "cache").iterdir()
+    assert first.stdout == f"the warm-started model is in {cached}\n"
+    second = igpo_fast_(*arguments, "--output", tmp_path / "out")
+    assert "loss" not in second.stderr and second.stdout.endswith(f" {tmp_path / 'out'}\n")
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (cached, tmp_path / "out")]
+    assert weights[0] == weights[1] and (tmp_path / "out" / "tokenizer.json").exists()
+    assert "exists; give another --output" in refused(*arguments, "--output", tmp_path / "out")
+    assert "no steps are configured" in refused("sft", *tiny(tmp_path))
+
+
+def test_score(run, tmp_path):
+    newest = list(RunFolder(run[0]).saved().values())[-1]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    turn = {"role": "assistant", "content": "<search> zavu </search>"}
+    row = {"question": "zavu ?", "answers": ["kolo"], "messages": [turn, {"role": "tool", "content": "kolo"}, turn]}
+    source.write_text(json.dumps(row) + "\n")
+    arguments = ["score", "--model", newest, "--input", source, "--output", target]
+    result = igpo_fast_(*arguments)
+    assert result.exit_code == 0 and result.stdout == f"scored 1 trajectories into {target}\n"
+    values = json.loads(target.read_text())["values"]
+    assert len(values) == 2 and all(value < 0 for value in values)
+    assert "--overwrite" in refused(*arguments)
+    assert igpo_fast_(*arguments, "--overwrite", "--basis", "prob", "--answers", "max").exit_code == 0
+    assert json.loads(target.read_text())["values"] == pytest.approx([math.exp(value) for value in values])
+    source.write_text("{")
+    assert f"{source} line 1: not JSON" in refused(*arguments, "--overwrite")
+
+
+def test_doctor():
+    assert igpo_fast_("doctor").exit_code == 0
+    broken = igpo_fast_("doctor", "model.kernels=triton")
+    assert broken.exit_code == 1 and "no triton" in broken.output
+
+
+def test_version_and_usage():
+    assert igpo_fast_("--version").stdout == f"igpo-fast {__version__}\n"
+    for arguments in (["train", "--nonsense"], ["nonsense"], ["score"], ["score", "--dialect", "latin"]):
+        result = igpo_fast_(*arguments)
+        assert result.exit_code == 2 and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "doctor"])
+def test_an_unknown_key_is_one_line(command):
+    assert "did you mean train.steps?" in refused(command, "train.stepz=3")
+
+
+def test_a_tool_error_is_one_line(run, monkeypatch, tmp_path):
+    def fail(settings):
+        raise ToolError("search.url=http://x: no answer; is the search server running there?")
+
+    monkeypatch.setattr(igpo_fast.train, "train", fail)
+    assert refused("train", *tiny(tmp_path)).startswith("error: search.url=http://x")
+
+
+@pytest.mark.parametrize("stop", [igpo_fast.train.Interrupted("stopped after step 3"), KeyboardInterrupt()])
+def test_interrupted_is_130(monkeypatch, stop, tmp_path):
+    def interrupted(settings):
+        raise stop
+
+    monkeypatch.setattr(igpo_fast.train, "train", interrupted)
+    result = igpo_fast_("train", *tiny(tmp_path))
+    assert result.exit_code == 130
+    if not isinstance(stop, KeyboardInterrupt):
+        assert result.stderr == "interrupted: stopped after step 3; the same command goes on from there\n"
+
+
+def test_help_waits_for_no_library():
+    code = "import sys, igpo_fast.cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+ROWS = [
+    {"step": 0, "eval/f1": 0.02, "eval/f1_se": 0.005},
+    *({"step": s, "reward/f1": 0.1 * s, "turns/mean": 2.0, "group/collapsed": None} for s in range(1, 7)),
+    {"step": 7, "reward/f1": 0.7, "turns/mean": 4.0, "group/collapsed": 0.25, "eval/f1": 0.1, "eval/f1_se": 0.01},
+    {"step": 8, "reward/f1": 0.8, "turns/mean": 4.0, "group/collapsed": 0.35, "eval/f1": 0.42, "eval/f1_se": None},
+]
+
+
+def test_summary_hand_worked():
+    settings = config.load(None, ["train.steps=8", "train.lr_schedule=constant"])
+    assert run_summary(ROWS, Path("runs/a b"), settings).splitlines() == [
+        "learned     eval f1 0.020 ± 0.005 -> 0.420  ▁▂█  steps 0 to 8",
+        "            training f1 0.300 -> 0.600  turns 2.0 -> 2.8  collapsed groups 30% -> 30%",
+        "run folder  runs/a b (config.yaml, metrics.jsonl, rollouts/, checkpoints/)",
+        "try next    igpo-fast eval 'runs/a b' --no-search  # the same policy, search finds nothing",
+        "            igpo-fast train --config 'runs/a b'/config.yaml train.steps=16  # go on",
+        "            igpo-fast train --config configs/musique.yaml  # real questions",
+    ]
+
+
+def test_summary_offers_only_what_works():
+    settings = config.load(
+        None,
+        ["train.lr_schedule=linear", "data.source=files", "data.train=q.jsonl", "data.corpus=c.jsonl",
+         "model.tokenizer=bpe", "run.tracker=tensorboard"],
+    )  # fmt: skip
+    assert run_summary(ROWS[:1], Path("r"), settings).splitlines() == [
+        "learned     eval f1 0.020 ± 0.005 at step 0",
+        "run folder  r (config.yaml, metrics.jsonl, rollouts/, checkpoints/)",
+        "try next    igpo-fast eval r --no-search  # the same policy, search finds nothing",
+        "            tensorboard --logdir r/tensorboard",
+    ]
+    assert "learned" not in run_summary([], Path("r"), settings)

@@ -1,0 +1,102 @@
+"""doctor.py: the parity check can fail, and so can every other line."""
+
+import io
+import sys
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+import igpo_fast.doctor as doctor
+from igpo_fast import config
+from igpo_fast.doctor import diagnose, packed_error, table
+from igpo_fast.model import use_attend
+
+TINY = [
+    "world.persons=12", "world.companies=6", "world.cities=6", "world.countries=4", "world.train_worlds=1",
+    "world.eval_worlds=1", "eval.questions=4", "model.hidden_size=16", "model.heads=2", "model.kv_heads=2",
+    "model.ffn_size=16",
+]  # fmt: skip
+
+
+def checks(overrides=(), configured=False):
+    return {check.name: check for check in diagnose(config.load(None, overrides), configured=configured)}
+
+
+def test_all_is_well_here():
+    found = checks()
+    assert all(check.ok for check in found.values())
+    assert found["op tree_attention"].found == "torch"
+    assert found["parity, a tiny Qwen2"].found.startswith("ok: packed and separate differ by ")
+    assert {"igpo-fast", "python", "torch", "transformers", "numpy", "bm25s", "triton", "device", "CUDA"} <= set(found)
+
+
+def test_the_configured_model_and_data():
+    found = checks(TINY, configured=True)
+    assert all(check.ok for check in found.values())
+    assert "4 eval questions" in found["data"].found
+    assert found["parity, the configured model"].found.startswith("ok")
+
+
+def test_kernels_are_those_asked_for():
+    assert checks(["model.kernels=reference"])["op linear_logprob"].found == "reference"
+    found = checks(["model.kernels=triton"])
+    assert not found["op tree_attention"].ok and "no triton; choose of" in found["op tree_attention"].found
+    assert not found["parity, a tiny Qwen2"].ok
+
+
+def test_a_configuration_that_does_not_load_is_a_line():
+    found = checks(["model.path=/nowhere"], configured=True)
+    assert not found["configuration"].ok and "model.path=/nowhere" in found["configuration"].found
+    assert found["parity, a tiny Qwen2"].ok
+
+
+def faulty(attend):
+    """Attention that every later token of the pack sees: the plan's mask is made plainly causal."""
+
+    def run(q, k, v, plan, *rest):
+        leaky = replace(plan, subtree_end=plan.subtree_end * 0 + plan.n_tokens, cache={})
+        return attend(q, k, v, leaky, *rest)
+
+    return run
+
+
+def test_a_wrong_mask_is_found(monkeypatch):
+    implementations = sys.modules["igpo_kernels.tree_attention"].IMPLEMENTATIONS
+    monkeypatch.setitem(implementations, "torch", faulty(implementations["reference"]))
+    lm = use_attend(doctor._tiny())
+    assert packed_error(lm, "reference") < 1e-5
+    assert packed_error(lm, "torch") > 1e-2
+    monkeypatch.setattr(doctor, "probe", use_attend)  # which would refuse first
+    broken = checks()["parity, a tiny Qwen2"]
+    assert not broken.ok and broken.found.startswith("FAILED: packed and separate differ by ")
+
+
+def test_what_the_probe_refuses_is_a_line(monkeypatch):
+    def refuse(lm):
+        raise doctor.InputError("X cannot run packed")
+
+    monkeypatch.setattr(doctor, "probe", refuse)
+    assert checks()["parity, a tiny Qwen2"] == doctor.Check(
+        "parity, a tiny Qwen2", "FAILED: X cannot run packed", ok=False
+    )
+
+
+@pytest.mark.parametrize(("name", "ok"), [("bm25s", False), ("triton", True)])
+def test_a_missing_package(monkeypatch, name, ok):
+    real = doctor.importlib.import_module
+
+    def missing(wanted):
+        if wanted == name:
+            raise ImportError(f"No module named {name!r}")
+        return real(wanted)
+
+    monkeypatch.setattr(doctor.importlib, "import_module", missing)
+    assert checks()[name] == doctor.Check(name, f"not importable (No module named {name!r})", ok)
+
+
+def test_the_table_has_a_line_for_each():
+    out = io.StringIO()
+    found = [doctor.Check("torch", "2.[13]"), doctor.Check("op x", "no triton", ok=False)]
+    Console(file=out, width=80).print(table(found))
+    assert "torch │ 2.[13]" in out.getvalue() and "op x  │ no triton" in out.getvalue()

@@ -1,0 +1,145 @@
+"""The warm start: demonstrations written as rollouts, their loss, the cache."""
+
+import asyncio
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from igpo_fast import sft
+from igpo_fast.config import load
+from igpo_fast.data import load_data
+from igpo_fast.dialect import make_dialect
+from igpo_fast.model import build
+from igpo_fast.tokenizer import load_tokenizer
+from igpo_fast.tools.search import Bm25Search
+from igpo_fast.types import ANSWER, SEARCH, Question
+from igpo_fast.world import CLEAN, HARD, Demonstration, Noise, make_worlds
+from tests.parity import naive
+
+SMALL = [
+    "world.sft_worlds=2", "world.train_worlds=1", "world.eval_worlds=1", "eval.questions=4", "sft.batch_size=3",
+    "sft.clean_steps=2", "sft.noisy_steps=1", "sft.hard_steps=1", "train.questions=4", "rollout.max_tokens=160",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world():
+    config = load(None, SMALL)
+    data = load_data(config)
+    tokenizer = load_tokenizer(config, data)
+    dialect = make_dialect("tags", tokenizer, max_passage_tokens=64, max_answer_tokens=8, max_answers=1)
+    return config, data, tokenizer, dialect
+
+
+def small_model(tokenizer, seed=0):
+    return build(
+        len(tokenizer), hidden_size=16, layers=1, heads=2, kv_heads=1, ffn_size=24, max_tokens=160,
+        tie_embeddings=True, seed=seed,
+    )  # fmt: skip
+
+
+def test_a_demonstration_is_written_as_the_rollout_it_stands_for(world):
+    config, _, tokenizer, dialect = world
+    some = make_worlds(config.world, "sft")[0]
+    question = next(q for q in some.questions if q.hops == 1)
+    query = question.steps[0]["question"]
+    demonstration = Demonstration(question, ((SEARCH, query), (ANSWER, question.answers[0])))
+    tool = Bm25Search({some.name: some.passages}, 1)
+    ids, writer = asyncio.run(sft.write(demonstration, dialect, tool, 160))
+    found = f"{query} {question.answers[0]} ."
+    text = f"{question.question} <search> {query} </search> <information> {found} </information> <answer> {question.answers[0]} </answer>"
+    assert tokenizer.decode(ids) == text
+    words = text.split()
+    who = {sft.PROMPT: [], sft.RESPONSE: [], sft.WRITTEN: []}
+    for word, by in zip(words, writer, strict=True):
+        who[by].append(word)
+    assert " ".join(who[sft.PROMPT]) == question.question
+    assert " ".join(who[sft.RESPONSE]) == f"<information> {found} </information>"
+    assert dialect.parse(f"<search> {query} </search>") == (SEARCH, query)
+
+
+def test_the_loss_is_the_weighted_mean_of_plain_log_probabilities(world):
+    _, _, tokenizer, _ = world
+    lm = small_model(tokenizer)
+    rng = np.random.default_rng(0)
+    batch = []
+    for length in (7, 12, 5):
+        writer = np.where(np.arange(length) < 3, sft.PROMPT, rng.integers(0, 2, length))
+        batch.append((rng.integers(0, len(tokenizer), length), writer))
+    loss = sft.demonstration_loss(lm, batch, 0.2)
+    ours = torch.autograd.grad(loss, lm.model.embed_tokens.weight)[0]
+    lm.set_attn_implementation("eager")
+    total, weights = 0.0, 0.0
+    for ids, writer in batch:
+        logp = naive.logprobs(lm, ids)
+        weight = torch.tensor([{-1: 0.0, 0: 0.2, 1: 1.0}[int(w)] for w in writer[1:]])
+        total, weights = total - (weight * logp).sum(), weights + weight.sum()
+    expected = total / weights
+    assert float(loss) == pytest.approx(float(expected), abs=1e-5)
+    theirs = torch.autograd.grad(expected, lm.model.embed_tokens.weight)[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_training_lowers_the_loss_and_repeats(world):
+    config, data, tokenizer, dialect = world
+    config = load(None, [*SMALL, "sft.clean_steps=40", "sft.noisy_steps=0", "sft.hard_steps=0"])
+    runs = []
+    for _ in range(2):
+        lm, losses = small_model(tokenizer), []
+        sft.train(config, lm, dialect, data, None, lambda done, total, loss, losses=losses: losses.append(loss))
+        runs.append((losses, lm.model.embed_tokens.weight.detach().clone()))
+    (first, weight), (second, again) = runs
+    assert first == second and torch.equal(weight, again)
+    assert np.mean(first[-5:]) < first[0] - 0.4
+
+
+def test_a_warm_start_is_kept_for_the_same_settings_only(world, tmp_path):
+    config, data, tokenizer, dialect = world
+    trained = []
+
+    def start(*overrides):
+        settings = load(None, [*SMALL, f"run.cache={tmp_path}", *overrides])
+        count = len(trained)
+        lm = sft.warm_start(
+            settings, small_model(tokenizer), tokenizer, dialect, data, None, lambda *a: trained.append(a)
+        )
+        return lm, len(trained) - count
+
+    first, steps = start()
+    again, none = start()
+    assert (steps, none) == (4, 0)
+    for name, p in first.named_parameters():
+        assert torch.equal(p, again.get_parameter(name))
+    assert start("run.dir=elsewhere", "train.lr=1")[1] == 0  # nothing that the warm start depends on
+    assert start("sft.lr=1e-3")[1] == 4
+    assert start("train.seed=1")[1] == 4
+    assert start("sft.clean_steps=0", "sft.noisy_steps=0", "sft.hard_steps=0")[1] == 0
+    assert not list(tmp_path.glob(".*"))  # nothing half written is left
+
+
+MUSIQUE = Question(
+    "m", "Where was the founder of X born?", ("Rome",), 2,
+    ({"question": "Who founded X?", "answer": "Ann Lee"}, {"question": "Where was #1 born?", "answer": "Rome"}),
+)  # fmt: skip
+
+
+def test_a_decomposition_becomes_a_demonstration():
+    flawless = Noise(0, 0, 0)
+    demonstration = sft._from_steps([MUSIQUE], flawless, random.Random(0))
+    assert demonstration.turns == (
+        (SEARCH, "Who founded X?"), (SEARCH, "Where was Ann Lee born?"), (ANSWER, "Rome"),
+    )  # fmt: skip
+    plain = Question("p", "Who?", ("me",), 1, ({"passage_id": "7"}, {"passage_id": "8"}))
+    assert sft._from_steps([plain], flawless, random.Random(0)).turns == ((SEARCH, "Who?"), (ANSWER, "me"))
+
+
+def test_mistakes_are_made_as_often_as_asked():
+    other = Question("o", "Something else?", ("nothing",))
+    rng = random.Random(0)
+    for noise in (CLEAN, HARD):
+        made = [sft._from_steps([MUSIQUE, other], noise, rng) for _ in range(2000)]
+        made = [d for d in made if d.question is MUSIQUE]
+        wrong = np.mean([d.turns[-1][1] != "Rome" for d in made])
+        assert wrong == pytest.approx(noise.wrong_answer / 2, abs=0.05)  # half of the others are itself
