@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import copy
 import math
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import get_scheduler
 
 from igpo_fast.advantages import ALGORITHMS, Recipe, reward_metrics, score_rollouts
 from igpo_fast.checkpoint import RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
 from igpo_fast.config import Config
 from igpo_fast.data import question_order
 from igpo_fast.display import Display
-from igpo_fast.errors import InputError
+from igpo_fast.interrupt import Interrupted, stop_requested
 from igpo_fast.losses import token_weights
 from igpo_fast.metrics import StepMetrics, tracker, warnings_for
 from igpo_fast.parts import Parts, assemble
+from igpo_fast.passes import choose_passes
 from igpo_fast.rewards import values_of
 from igpo_fast.rollout import rollout_groups, rollout_record
 from igpo_fast.scoring import LossInputs, Policy, answer_means, make_trees
 from igpo_fast.types import Batch, Group, TurnScores
 from igpo_kernels import Branch, LossSettings, TreePlan, pack_within
+
+
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+"""``train.lr_schedule`` -> transformers' name of it."""
 
 
 def train(config: Config, display: Display | None = None) -> RunFolder:
@@ -43,9 +46,11 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
     with (display or Display(config.train.steps)) as display, open_run(config.run.dir, config) as run:
         trainer = Trainer(config, display)
         first = trainer.resume(run)
-        if not any(row["step"] == 0 for row in run.read_metrics()):
-            run.append_metrics({"step": 0, **trainer.evaluate()})
-            display.step(run.read_metrics()[-1])
+        rows = run.read_metrics()
+        if not rows:
+            rows.append({"step": 0, **trainer.evaluate()})
+            run.append_metrics(rows[0])
+            display.step(rows[0])
         with tracker(config.run.tracker, run.path / "tensorboard", first) as track, stop_requested() as stop:
             for step in range(first + 1, config.train.steps + 1):
                 metrics = StepMetrics(step)
@@ -57,20 +62,17 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
                     metrics.set(trainer.evaluate())
                 records = map(rollout_record, batch.rollouts, batch.scores)
                 run.write_rollouts(step, records)
-                run.append_metrics(row := metrics.row())
+                rows.append(row := metrics.row())
+                run.append_metrics(row)
                 track(row)
                 display.step(row)
-                for warning in warnings_for(run.read_metrics()):
+                for warning in warnings_for(rows):
                     display.warn(warning)
                 if step % config.train.checkpoint_every == 0 or step == config.train.steps or stop.is_set():
                     trainer.save(run, step)
-                if stop.is_set():
+                if stop.is_set() and step < config.train.steps:
                     raise Interrupted(f"stopped after step {step}, which {run.checkpoints} holds")
     return run
-
-
-class Interrupted(Exception):
-    """The user asked to stop, and a checkpoint holds everything so far."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,11 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             lm.parameters(), lr=config.train.lr, betas=config.train.betas, weight_decay=config.train.weight_decay
         )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _schedule(config))
+        updates = config.train.updates
+        self.scheduler = get_scheduler(
+            SCHEDULES[config.train.lr_schedule], self.optimizer, config.train.warmup_steps * updates,
+            config.train.steps * updates,
+        )  # fmt: skip
         display.note(
             f"{type(lm).__name__}, {sum(p.numel() for p in lm.parameters()):,} parameters, {lm.dtype} on {lm.device}; "
             f"{a.name} (preset {a.preset}), {self.passes} pass{'es' if self.passes == 'two' else ''} an update, "
@@ -319,59 +325,6 @@ class Trainer:
             self.display.note(f"warm start {done}/{total}  loss {loss:.3f}")
 
 
-def choose_passes(config: Config, recipe: Recipe, answer_tokens: int) -> str:
-    """``one`` or ``two`` passes over a rollout's tokens per update (design.md); fixed for the run.
-
-    Args:
-        answer_tokens: most tokens that forced answers take after one prefix.
-    Raises:
-        InputError: ``algorithm.passes=one`` with a configuration that it cannot honour, or a rollout may exceed
-            ``train.token_budget``.
-    """
-    rollout, asked, budget = config.rollout, config.algorithm.passes, config.train.token_budget
-    longest = rollout.max_tokens + rollout.max_turns * answer_tokens * recipe.needs_values
-    largest = rollout.group_size * longest
-    if longest > budget:
-        raise InputError(
-            f"train.token_budget={budget}: a rollout and its forced answers may take {longest} tokens; raise it, or "
-            "lower rollout.max_tokens"
-        )
-    hindrance = None
-    if config.train.updates > 1:
-        hindrance = f"train.updates={config.train.updates} needs old log-probabilities"
-    elif recipe.needs_values and recipe.normaliser.scope == "batch":
-        hindrance = f"algorithm.name={recipe.algorithm} normalises gains over the batch"
-    elif largest > budget:
-        hindrance = f"a group may take {largest} tokens, over train.token_budget={budget}"
-    if hindrance is None:
-        return "two" if asked == "two" else "one"
-    if asked == "one":
-        raise InputError(f"algorithm.passes=one: {hindrance}; use algorithm.passes=two or auto")
-    return "two"
-
-
-@contextmanager
-def stop_requested() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets, so that the step ends and is saved; the second ends at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number, frame):
-        event.set()
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _advantages(plan: TreePlan, scores: Mapping[int, TurnScores] | Sequence[TurnScores]) -> np.ndarray:
     """A_t of the turn of each decision pair: float32 [D]."""
     n = plan.n_decisions
@@ -388,20 +341,3 @@ def _of_pairs(plan: TreePlan, per_rollout: Mapping[int, np.ndarray]) -> np.ndarr
 
 def _count(metrics: StepMetrics, plan: TreePlan) -> None:
     metrics.add({"tokens/packed": plan.n_tokens, "tokens/scored": plan.n_pairs - plan.n_decisions})
-
-
-def _schedule(config: Config):
-    """Factor of the learning rate after a number of updates."""
-    total, warmup = config.train.steps * config.train.updates, config.train.warmup_steps * config.train.updates
-
-    def factor(update: int) -> float:
-        if update < warmup:
-            return (update + 1) / warmup
-        progress = (update - warmup) / max(1, total - warmup)
-        if config.train.lr_schedule == "linear":
-            return max(0.0, 1 - progress)
-        if config.train.lr_schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return 1.0
-
-    return factor

@@ -1,4 +1,4 @@
-"""Faults that ``make mutants`` planted and no other test noticed."""
+"""What ``make mutants`` found unguarded, or guarded only by tests that run for long."""
 
 import copy
 from types import SimpleNamespace

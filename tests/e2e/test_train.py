@@ -123,7 +123,7 @@ def check_record(record, run):
     assert (record["answer"] is None) == (last["action"] != "answer")
     assert last["response"] == "" and last["response_ids"] == [] and last["info_gain"] is None
     assert len(record["values"]) == len(record["turns"]) and (record["values"][0] is not None) == scored
-    for t, turn in enumerate(record["turns"]):
+    for turn in record["turns"]:
         assert 1 <= turn["tokens"] == len(turn["ids"]) == len(turn["logp"]) <= 8
         assert max(turn["logp"]) <= 0 and isinstance(turn["advantage"], float)
     for t, turn in enumerate(middle):

@@ -32,8 +32,10 @@ def check(case, dtype=torch.float32, **options):
     exact = run(case, torch.float64, "reference", **options)
     ours, plain = run(case, dtype, "torch", **options), run(case, dtype, "reference", **options)
     names = ("logp", "entropy", "dhidden", "dweight", "dbias")
+    upstream = float(case[-2].abs().sum() + case[-1].abs().sum())  # what gradients sum, and may cancel to nothing
     for name, e, o, p in zip(names, exact, ours, plain, strict=False):
-        assert (o.double() - e).abs().max() <= 2 * (p.double() - e).abs().max() + 2e-6 * (1 + e.abs().max()), name
+        rounding = 2e-6 * (1 + e.abs().max()) + 3e-7 * upstream
+        assert (o.double() - e).abs().max() <= 2 * (p.double() - e).abs().max() + rounding, name
 
 
 @settings(max_examples=40, deadline=None)

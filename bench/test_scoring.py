@@ -1,0 +1,100 @@
+"""Answer values of every turn prefix: one packed pass against the ways in use.
+
+    trunk_only    the rollout's tokens once, no answers: the floor, which training pays anyway
+    full_logits   T separate passes with logits of every token (the released IGPO code)
+    last_hidden   T separate passes, LM head on the answer's rows only
+    kv_reuse      prefixes extend one key-value cache; each answer is fed on a copy of it (a long-horizon port)
+
+Every way but the first gives the same values, checked before anything is timed.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config
+
+from igpo_fast.model import TreeAttend, hidden_states, use_attend
+from igpo_kernels import ANSWER, Branch, RolloutTokens, Tree, linear_logprob, pack
+
+SHAPES = {"8x256": dict(turns=8, tokens_a_turn=256, wrapper=0, answer=8)}
+FULL = {"16x256+16": dict(turns=16, tokens_a_turn=256, wrapper=16, answer=8)}
+
+
+def model_40m(vocab=32_768):
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocab, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+        intermediate_size=1408, max_position_embeddings=8192, tie_word_embeddings=True,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def ways(turns: int, tokens_a_turn: int, wrapper: int, answer: int):
+    """The sides to time, each returning the values [T], and the number of packed tokens."""
+    plain = model_40m()
+    ours = use_attend(copy.deepcopy(plain))
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 32_768, turns * tokens_a_turn)
+    boundaries = np.arange(1, turns + 1) * tokens_a_turn
+    branch = Branch(rng.integers(0, 32_768, wrapper + answer), wrapper, wrapper + answer)
+    rollout = RolloutTokens(0, ids, np.full(len(ids), -1), boundaries)
+    trunk = pack([Tree([RolloutTokens(0, np.append(ids, 0), np.append(np.full(len(ids), -1), 0))])])
+    fed = torch.as_tensor(np.concatenate([ids, branch.ids[:-1]]))
+    label = torch.as_tensor(branch.ids[branch.start :])
+    head = plain.get_output_embeddings().weight
+
+    def run(plan):
+        hidden = hidden_states(ours, plan.tensor("input_ids"), plan.tensor("position_ids"), TreeAttend(plan))
+        return linear_logprob(hidden, head, plan.tensor("label"), plan.tensor("row"))
+
+    def packed():
+        plan = pack([Tree([rollout], [branch])])
+        return run(plan)[torch.from_numpy(plan.kind == ANSWER)].view(turns, answer).mean(1)
+
+    def values(logits_AV):
+        return logits_AV.float().log_softmax(-1).gather(1, label[:, None]).mean()
+
+    def prefix(boundary):
+        return torch.cat([torch.as_tensor(ids[:boundary]), torch.as_tensor(branch.ids[:-1])])[None]
+
+    def full_logits():
+        return torch.stack([values(plain(prefix(b), use_cache=False).logits[0, -answer:]) for b in boundaries])
+
+    def last_hidden():
+        return torch.stack(
+            [values(plain(prefix(b), use_cache=False, logits_to_keep=answer).logits[0]) for b in boundaries]
+        )
+
+    def kv_reuse():
+        cache, done, found = DynamicCache(), 0, []
+        for b in boundaries:
+            logits = plain(fed[None, done:b], past_key_values=cache, logits_to_keep=1).logits[0]
+            branch_ids = torch.as_tensor(branch.ids[:-1])[None]
+            after = plain(branch_ids, past_key_values=cache, logits_to_keep=answer).logits[0]
+            cache.crop(int(b))
+            found.append(values(torch.cat([logits, after])[-answer:]))
+            done = int(b)
+        return torch.stack(found)
+
+    sides = {
+        "ours": packed, "trunk_only": lambda: run(trunk), "kv_reuse": kv_reuse, "last_hidden": last_hidden,
+        "full_logits": full_logits,
+    }  # fmt: skip
+    return sides, pack([Tree([rollout], [branch])]).n_tokens
+
+
+@pytest.mark.parametrize("name", [*SHAPES, *FULL])
+@torch.no_grad()
+def test_scoring(name, compare, request):
+    if name in FULL and not request.config.getoption("--full"):
+        pytest.skip("with --full")
+    shape = {**SHAPES, **FULL}[name]
+    sides, packed_tokens = ways(**shape)
+    expected = sides["last_hidden"]()
+    for way in ("ours", "kv_reuse", "full_logits"):
+        torch.testing.assert_close(sides[way](), expected, atol=1e-3, rtol=1e-4)
+    compare("scoring", {"model": "qwen2-40m", **shape, "packed_tokens": packed_tokens}, sides)
