@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-seeds test slow lint docs mutants clean
+.PHONY: demo demo-seeds test slow lint docs mutants bare clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,14 @@ docs: $(VENV)/.installed
 
 mutants: $(VENV)/.installed
 	$(BIN)/python tests/mutants.py
+
+# igpo_kernels must work from the wheel with its base dependencies alone.
+bare:
+	rm -rf build/bare && mkdir -p build/bare
+	$(PYTHON) -m venv build/bare/venv
+	build/bare/venv/bin/pip wheel --quiet --no-deps --wheel-dir build/bare .
+	build/bare/venv/bin/pip install --quiet "torch==2.13.0" build/bare/*.whl
+	cd build/bare && venv/bin/python ../../tests/bare.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
