@@ -34,7 +34,7 @@ def run(seed: int, algorithm: str, folder: Path, overrides: list[str]) -> dict:
     """Train and evaluate one seed; returns its row."""
     out = folder / f"{algorithm}-{seed}"
     settings = [f"run.dir={out}", f"train.seed={seed}", f"algorithm.name={algorithm}", *overrides]
-    cli = [sys.executable, "-m", "igpo_fast.cli"]
+    cli = [sys.executable, "-m", "igpo_fast"]
     config = ["--config", str(ROOT / "configs/quickstart.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(folder / f"{algorithm}-{seed}.log", "w") as log:
@@ -42,7 +42,7 @@ def run(seed: int, algorithm: str, folder: Path, overrides: list[str]) -> dict:
     blind = subprocess.run(
         [*cli, "eval", str(out), "--no-search", "--json"], check=True, capture_output=True, text=True, env=environment
     )
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     evals = [row for row in rows if "eval/f1" in row]
     return {
         "bench": "demo_seeds",

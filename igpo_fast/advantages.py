@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from igpo_kernels.turn_advantages import GAIN, OUTCOME, Normaliser, turn_advantages
 
 from igpo_fast.rewards import (
     Answers,
@@ -22,6 +21,7 @@ from igpo_fast.rewards import (
     outcome,
 )
 from igpo_fast.types import Group, TurnScores
+from igpo_kernels.turn_advantages import GAIN, OUTCOME, Normaliser, turn_advantages
 
 ZERO_GAIN = 1e-4
 """Gains below this count as zero in ``reward/ig_zero``."""

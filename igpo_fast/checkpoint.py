@@ -122,9 +122,7 @@ def open_run(path: str | Path, config: Config) -> RunFolder:
         run.path.mkdir(parents=True, exist_ok=True)
         found = {entry.name for entry in run.path.iterdir()} - {".lock", _temporary(run._stored).name}
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be a run folder ({error.strerror}); give another run.dir="
-        ) from None
+        raise InputError(f"{path}: cannot be a run folder ({error.strerror}); give another run.dir=") from None
     if found and run._stored.name not in found:
         raise InputError(f"{path}: not empty and not a run folder; give another run.dir=")
     _lock(run)
@@ -164,8 +162,7 @@ def save_checkpoint(run: RunFolder, step: int, lm, tokenizer, optimizer, schedul
     torch.save({"optimizer": optimizer.state_dict(), **rest}, temporary / "state.pt")
     paths = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
     files = {
-        path.relative_to(temporary).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
-        for path in paths
+        path.relative_to(temporary).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in paths
     }
     (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
     for path in temporary.rglob("*"):
@@ -220,9 +217,7 @@ def rewind(run: RunFolder, step: int) -> Path | None:
     lines = [line for line in content.split(b"\n") if line.strip()]
     steps = [_step_of(line) for line in lines]
     if None in steps[:-1]:
-        raise InputError(
-            f"{run.metrics}:{steps.index(None) + 1}: not a metrics row; delete or repair the line"
-        )
+        raise InputError(f"{run.metrics}:{steps.index(None) + 1}: not a metrics row; delete or repair the line")
     kept = [line for line, s in zip(lines, steps, strict=True) if s is not None and s <= step]
     late = [line for line, s in zip(lines, steps, strict=True) if s is None or s > step]
     rollouts = [path for s, path in _numbered(run.rollouts, r"\.jsonl").items() if s > step]
@@ -247,9 +242,7 @@ def _lock(run: RunFolder) -> None:
         fcntl.flock(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         run.close()
-        raise InputError(
-            f"{run.path}: another process trains here; wait for it, or give another run.dir="
-        ) from None
+        raise InputError(f"{run.path}: another process trains here; wait for it, or give another run.dir=") from None
 
 
 def _check_same(run: RunFolder, config: Config) -> None:

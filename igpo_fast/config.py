@@ -319,13 +319,9 @@ class Config(Section):
                 "leave them at 1, 0, 1 (eval.* has its own)"
             )
         if self.train.questions % self.train.updates:
-            raise ValueError(
-                f"train.updates={self.train.updates} must divide train.questions={self.train.questions}"
-            )
+            raise ValueError(f"train.updates={self.train.updates} must divide train.questions={self.train.questions}")
         if self.world.min_hops > self.world.max_hops:
-            raise ValueError(
-                f"world.min_hops={self.world.min_hops} exceeds world.max_hops={self.world.max_hops}"
-            )
+            raise ValueError(f"world.min_hops={self.world.min_hops} exceeds world.max_hops={self.world.max_hops}")
         if self.model.heads % self.model.kv_heads or self.model.hidden_size % self.model.heads:
             raise ValueError("model.kv_heads must divide model.heads, and model.heads model.hidden_size")
         return self
@@ -379,9 +375,7 @@ def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         if isinstance(values, dict):
             values = {section: {} if keys is None else keys for section, keys in values.items()}
         if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
-            raise InputError(
-                f"{file}: a configuration is sections of key: value, like 'train: {{steps: 10}}'"
-            )
+            raise InputError(f"{file}: a configuration is sections of key: value, like 'train: {{steps: 10}}'")
     where = str(file or "configuration")
     for override in overrides:
         name, equals, value = override.partition("=")

@@ -170,9 +170,7 @@ def _rows(source: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     name, colon, split = str(source).rpartition(":")
     if colon:
         return _hub_rows(name, split)
-    raise InputError(
-        f"{source}: not a .jsonl or .parquet file, nor a datasets-hub name with :split; give one of these"
-    )
+    raise InputError(f"{source}: not a .jsonl or .parquet file, nor a datasets-hub name with :split; give one of these")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -202,9 +200,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot read it ({error.strerror or error}); give an existing file"
-        ) from None
+        raise InputError(f"{path}: cannot read it ({error.strerror or error}); give an existing file") from None
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not parquet ({str(error).splitlines()[0]})") from None
     for number, row in enumerate(rows, start=1):
@@ -218,9 +214,7 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         rows = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(
-            f"{name}:{split}: cannot load it ({reason}); give an existing name and split"
-        ) from None
+        raise InputError(f"{name}:{split}: cannot load it ({reason}); give an existing name and split") from None
     for number, row in enumerate(rows, start=1):
         yield f"{name}:{split} row {number}", row
 

@@ -71,9 +71,7 @@ class Dialect(ABC):
         """
 
     @abstractmethod
-    def response(
-        self, action: str, result: ToolResult | None, *, ended: bool = True
-    ) -> tuple[np.ndarray, str]:
+    def response(self, action: str, result: ToolResult | None, *, ended: bool = True) -> tuple[np.ndarray, str]:
         """What follows a turn that searched (the passages) or was invalid (a hint; ``result`` is None), up to
         and including the tokens that open the next turn.
 
@@ -97,9 +95,7 @@ class Dialect(ABC):
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of sampled tokens, special ones spelled out."""
-        return self.tokenizer.decode(
-            ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def branches(self, question: Question) -> tuple[Branch, ...]:
         """The accepted answers, forced: wrapper and answer, a branch each, of which the answer is scored.
@@ -169,9 +165,7 @@ FULL = Wording(
     before="<think>\nNow there's enough information to answer.\n</think>\n<answer>\n",
     after="\n</answer>",
 )
-BARE = Wording(
-    system="", question="{}", hint="<information> </information>", before="<answer> ", after=" </answer>"
-)
+BARE = Wording(system="", question="{}", hint="<information> </information>", before="<answer> ", after=" </answer>")
 
 
 class TagsDialect(Dialect):
@@ -224,9 +218,7 @@ class TagsDialect(Dialect):
             return INVALID, ""
         return (SEARCH if match[1] == "search" else ANSWER), argument
 
-    def response(
-        self, action: str, result: ToolResult | None, *, ended: bool = True
-    ) -> tuple[np.ndarray, str]:
+    def response(self, action: str, result: ToolResult | None, *, ended: bool = True) -> tuple[np.ndarray, str]:
         if action == SEARCH:
             passages = "\n\n".join(self._cut(passage) for passage in result.passages)
             text = f"\n<information>\n{passages}\n</information>\n"
@@ -346,9 +338,7 @@ class ChatDialect(Dialect):
         query = arguments.get("query") if isinstance(arguments, dict) else None
         return query if isinstance(query, str) else ""
 
-    def response(
-        self, action: str, result: ToolResult | None, *, ended: bool = True
-    ) -> tuple[np.ndarray, str]:
+    def response(self, action: str, result: ToolResult | None, *, ended: bool = True) -> tuple[np.ndarray, str]:
         if action == SEARCH:
             content = "\n\n".join(self._cut(passage) for passage in result.passages) or "Nothing was found."
             message = {"role": "tool", "name": "search", "content": content}

@@ -19,7 +19,7 @@ import igpo_kernels
 from igpo_fast import __version__
 from igpo_fast.config import Config, Sft
 from igpo_fast.errors import InputError
-from igpo_fast.model import device_of, build, probe, use_attend
+from igpo_fast.model import build, device_of, probe, use_attend
 from igpo_fast.parts import assemble
 from igpo_fast.scoring import Policy
 from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack

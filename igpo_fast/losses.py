@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+
 from igpo_kernels import LossSettings
 
 __all__ = ["Aggregation", "LossSettings", "token_weights"]

@@ -70,9 +70,7 @@ class StepMetrics:
         for key, value in values.items():
             self._values[key] = self._values.get(key, 0) + value
 
-    def update(
-        self, packs: Iterable[Mapping[str, float | torch.Tensor]], grad_norm: float | torch.Tensor
-    ) -> None:
+    def update(self, packs: Iterable[Mapping[str, float | torch.Tensor]], grad_norm: float | torch.Tensor) -> None:
         """Count one optimiser update.
 
         Args:
@@ -155,8 +153,7 @@ SIGNATURES = (
     Signature(
         "group/collapsed",
         "groups collapse",
-        "equal rollouts teach nothing: raise rollout.group_size or rollout.temperature, "
-        "or lower algorithm.ig_gate",
+        "equal rollouts teach nothing: raise rollout.group_size or rollout.temperature, or lower algorithm.ig_gate",
         limit=0.9,
     ),
     Signature(
@@ -182,8 +179,7 @@ SIGNATURES = (
     Signature(
         "mismatch/logp_abs_diff",
         "engine and trainer disagree",
-        "sampled log-probabilities are of another policy: try algorithm.importance=token "
-        "or model.dtype=float32",
+        "sampled log-probabilities are of another policy: try algorithm.importance=token or model.dtype=float32",
         limit=0.1,
     ),
 )

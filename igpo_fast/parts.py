@@ -40,7 +40,9 @@ class Parts:
         """Of rollouts that are trained on."""
         return Sampling(temperature=self.config.rollout.temperature)
 
-    def evaluate(self, tool: Tool | None = None, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
+    def evaluate(
+        self, tool: Tool | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> dict[str, float]:
         """Sampled F1 on the held-out questions, with the run's search or another ``tool``."""
         settings = self.config.eval
         return evaluate(
@@ -49,9 +51,7 @@ class Parts:
             tool=tool or self.tool,
             dialect=self.dialect,
             limits=self.limits,
-            sampling=Sampling(
-                settings.temperature, settings.top_p, settings.top_k, settings.repetition_penalty
-            ),
+            sampling=Sampling(settings.temperature, settings.top_p, settings.top_k, settings.repetition_penalty),
             seed=self.config.train.seed,
             concurrency=self.config.rollout.concurrency,
             f1_normalisation=self.config.algorithm.f1_normalisation,

@@ -54,9 +54,7 @@ def f1_score(prediction: str | None, answers: Sequence[str], normalisation: Norm
     return best
 
 
-def exact_match(
-    prediction: str | None, answers: Sequence[str], normalisation: Normalisation = "igpo"
-) -> float:
+def exact_match(prediction: str | None, answers: Sequence[str], normalisation: Normalisation = "igpo") -> float:
     """1.0 if the normalised prediction equals an accepted answer, else 0.0; 0.0 for None."""
     if prediction is None:
         return 0.0

@@ -164,8 +164,7 @@ def rollout_groups(
     # gather raises the first exception at once; asyncio.run then cancels the others and awaits their end.
     rollouts = asyncio.run(everything())
     return tuple(
-        Group(question, tuple(rollouts[q * group_size : (q + 1) * group_size]))
-        for q, question in enumerate(questions)
+        Group(question, tuple(rollouts[q * group_size : (q + 1) * group_size])) for q, question in enumerate(questions)
     )
 
 

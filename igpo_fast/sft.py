@@ -136,9 +136,7 @@ def _batches(config: Config, dialect: Dialect, data: Data, tool: Tool) -> Iterat
     phases = ((settings.clean_steps, CLEAN), (settings.noisy_steps, NOISY), (settings.hard_steps, HARD))
 
     async def written(noise: Noise) -> list:
-        return [
-            await write(draw(noise), dialect, tool, config.rollout.max_tokens) for _ in range(settings.batch_size)
-        ]
+        return [await write(draw(noise), dialect, tool, config.rollout.max_tokens) for _ in range(settings.batch_size)]
 
     for steps, noise in phases:
         for _ in range(steps):

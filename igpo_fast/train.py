@@ -1,7 +1,7 @@
 """The training loop: every line of ``train`` is one arrow of the data flow.
 
-    questions -> rollouts -> trees -> ONE pass: answer log-probs, decision log-probs -> turn rewards
-      -> turn advantages -> loss -> backward -> optimiser step -> weights to the engine
+questions -> rollouts -> trees -> ONE pass: answer log-probs, decision log-probs -> turn rewards
+  -> turn advantages -> loss -> backward -> optimiser step -> weights to the engine
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from igpo_fast.scoring import LossInputs, Policy, answer_means, make_trees
 from igpo_fast.types import Batch, Group, TurnScores
 from igpo_kernels import Branch, LossSettings, TreePlan, pack_within
 
-
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 """``train.lr_schedule`` -> transformers' name of it."""
 
@@ -43,7 +42,7 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
         InputError: bad input, in one line.
         Interrupted: the user asked to stop; a checkpoint was written first.
     """
-    with (display or Display(config.train.steps)) as display, open_run(config.run.dir, config) as run:
+    with display or Display(config.train.steps) as display, open_run(config.run.dir, config) as run:
         trainer = Trainer(config, display)
         first = trainer.resume(run)
         rows = run.read_metrics()
@@ -199,9 +198,7 @@ class Trainer:
                 inside = np.unique(plan.rollout)
                 groups = np.unique(np.searchsorted(number_of_group, inside, side="right") - 1)
                 values = self._values(plan, answer_logp)
-                scored = score_rollouts(
-                    [batch.groups[g] for g in groups], [values[i] for i in inside], self.recipe
-                )
+                scored = score_rollouts([batch.groups[g] for g in groups], [values[i] for i in inside], self.recipe)
                 scores.update(zip(inside.tolist(), scored, strict=True))
                 return _advantages(plan, scores)
 

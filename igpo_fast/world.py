@@ -42,9 +42,7 @@ RELATIONS = {
 TAGS = ("<search>", "</search>", "<information>", "</information>", "<answer>", "</answer>")
 
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aiou"]
-WORDS = tuple(
-    random.Random("words").sample(sorted(a + b for a, b in combinations(_SYLLABLES, 2) if a[0] != b[0]), 120)
-)
+WORDS = tuple(random.Random("words").sample(sorted(a + b for a, b in combinations(_SYLLABLES, 2) if a[0] != b[0]), 120))
 """The 120 words that names are made of."""
 _NAMES = tuple(combinations(WORDS, 2))
 
@@ -114,9 +112,7 @@ def _facts(config: WorldConfig, kind: Kind) -> list[tuple[Fact, ...]]:
     taken = {fact for other in earlier for facts in _facts(config, other) for fact in facts}
     worlds = []
     for index in range(getattr(config, f"{kind}_worlds")):
-        attempts = (
-            _draw(config, random.Random(f"{config.seed}/{kind}-{index}/{attempt}")) for attempt in count()
-        )
+        attempts = (_draw(config, random.Random(f"{config.seed}/{kind}-{index}/{attempt}")) for attempt in count())
         worlds.append(next(facts for facts in attempts if taken.isdisjoint(facts)))
     return worlds
 

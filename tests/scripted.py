@@ -50,9 +50,7 @@ class ScriptedEngine:
         await asyncio.sleep(0)
         said = np.asarray(ids_of(self.script(request.key, turn))[: request.max_tokens], dtype=np.int32)
         self.sequences[request.key] = ids + said.tolist()
-        return Generation(
-            said, -np.arange(len(said), dtype=np.float32) / 4, finished=said[-1] in request.stop_ids
-        )
+        return Generation(said, -np.arange(len(said), dtype=np.float32) / 4, finished=said[-1] in request.stop_ids)
 
     def release(self, key: tuple[int, ...]) -> None:
         self.released.append(key)

@@ -140,9 +140,7 @@ def test_which_algorithms_need_values_and_sequence_ratios():
 
 
 def test_one_turn_question_reduces_to_outcome_only():
-    group = Group(
-        QUESTION, tuple(rollout(i, 1, a) for i, a in enumerate(["york", "new york city", None, "new york"]))
-    )
+    group = Group(QUESTION, tuple(rollout(i, 1, a) for i, a in enumerate(["york", "new york city", None, "new york"])))
     values = [np.array([0.3])] * 4
     expected = scored(Recipe(algorithm="grpo"), (group,), None)
     for pool in ("separate", "joint", "scaled_separate"):

@@ -26,9 +26,7 @@ def build(seed=0, dtype=torch.float32):
     """A tiny tied model with an optimiser that has state."""
     torch.manual_seed(seed)
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    lm = Qwen2ForCausalLM(
-        Qwen2Config(vocab_size=32, num_key_value_heads=1, tie_word_embeddings=True, **sizes)
-    )
+    lm = Qwen2ForCausalLM(Qwen2Config(vocab_size=32, num_key_value_heads=1, tie_word_embeddings=True, **sizes))
     lm.to(dtype)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -53,9 +51,7 @@ def settings_for(*overrides):
 
 def tree(folder):
     """Every file's bytes, to show that nothing was touched."""
-    return {
-        p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"
-    }
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def begun(folder, config):
@@ -137,9 +133,7 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "state.pt", "config.json", "manifest.json", "tokenizer.json"]
-)
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "config.json", "manifest.json", "tokenizer.json"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
 def test_a_damaged_checkpoint_is_named_and_never_passed_over(run, name, harm):
     parts = build()
@@ -196,9 +190,7 @@ def test_another_configuration_is_refused_and_changes_nothing(tmp_path, override
 
 def test_keys_of_a_session_may_change_and_are_stored(tmp_path):
     begun(tmp_path, settings_for())
-    changed = settings_for(
-        "train.steps=999", "train.keep_checkpoints=5", "eval.every=1", "run.tracker=tensorboard"
-    )
+    changed = settings_for("train.steps=999", "train.keep_checkpoints=5", "eval.every=1", "run.tracker=tensorboard")
     begun(tmp_path, changed)
     assert RunFolder(tmp_path).config == changed
 
@@ -259,9 +251,7 @@ def test_one_process_at_a_time(run):
 
 
 def test_rows_are_json_whatever_the_numbers(run):
-    run.append_metrics(
-        {"step": 1, "a": np.float32(0.5), "b": float("nan"), "c": torch.tensor(2.0), "d": np.inf}
-    )
+    run.append_metrics({"step": 1, "a": np.float32(0.5), "b": float("nan"), "c": torch.tensor(2.0), "d": np.inf})
     assert run.metrics.read_text() == '{"step": 1, "a": 0.5, "b": null, "c": 2.0, "d": null}\n'
     path = run.write_rollouts(1, [{"gains": np.array([0.25, np.nan]), "text": "né\n"}])
     assert path.name == "step_000001.jsonl"
@@ -296,9 +286,7 @@ def test_rewind_keeps_up_to_the_step_and_loses_nothing(tmp_path_factory, last, s
         folder = rewind(run, step)
         kept = min(step, last)
         assert [row["step"] for row in run.read_metrics()] == list(range(kept + 1))
-        assert sorted(p.name for p in run.rollouts.iterdir()) == [
-            f"step_{s:06d}.jsonl" for s in range(kept + 1)
-        ]
+        assert sorted(p.name for p in run.rollouts.iterdir()) == [f"step_{s:06d}.jsonl" for s in range(kept + 1)]
         assert run.metrics.read_bytes()[-1:] == b"\n"
         assert (folder is None) == (kept == last and not torn)
         if folder:

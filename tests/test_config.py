@@ -41,9 +41,7 @@ def write(folder, text):
 
 def test_a_file_then_overrides_the_last_wins(tmp_path):
     file = write(tmp_path, "train: {steps: 5, seed: 3}\nmodel:\n# nothing set\n")
-    config = load(
-        file, ["train.steps=7", "train.lr=1e-4", "train.steps=9", "data.train=", "run.dir=runs/a=b"]
-    )
+    config = load(file, ["train.steps=7", "train.lr=1e-4", "train.steps=9", "data.train=", "run.dir=runs/a=b"])
     assert (config.train.steps, config.train.seed, config.train.lr) == (9, 3, 1e-4)
     assert config.data.train is None and config.run.dir == "runs/a=b"
     assert config.model == Config().model
@@ -54,9 +52,7 @@ def test_an_empty_file_is_the_defaults(tmp_path):
 
 
 def test_dump_reads_back_the_same_and_shows_every_key(tmp_path):
-    config = load(
-        None, ["algorithm.preset=robust", "algorithm.kl=0.5", "train.betas=[0.5, 0.75]", "train.lr=3e-7"]
-    )
+    config = load(None, ["algorithm.preset=robust", "algorithm.kl=0.5", "train.betas=[0.5, 0.75]", "train.lr=3e-7"])
     assert load(write(tmp_path, config.dump())) == config
     shown = yaml.safe_load(config.dump())
     assert {(section, key) for section in shown for key in shown[section]} == {(s, k) for s, k, _ in fields()}

@@ -91,9 +91,7 @@ def test_prompts_of_verl_and_trl(tmp_path, prompt):
 
 
 def test_ids_default_to_the_line(tmp_path):
-    path = write_lines(
-        tmp_path / "q.jsonl", {"question": "q?", "answer": "x"}, "", {"question": "r?", "answer": "y"}
-    )
+    path = write_lines(tmp_path / "q.jsonl", {"question": "q?", "answer": "x"}, "", {"question": "r?", "answer": "y"})
     assert [q.id for q in load_questions(path)] == ["q-1", "q-3"]
 
 
@@ -103,9 +101,7 @@ def test_a_folder_as_datasets_name(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     folder = tmp_path / "set"
     folder.mkdir()
-    write_lines(
-        folder / "train.jsonl", {"question": "q?", "answer": ["x", "y"]}, {"question": "r?", "answer": ["z"]}
-    )
+    write_lines(folder / "train.jsonl", {"question": "q?", "answer": ["x", "y"]}, {"question": "r?", "answer": ["z"]})
     questions = load_questions(f"{folder}:train")
     assert [(q.id, q.answers) for q in questions] == [("set:train-1", ("x", "y")), ("set:train-2", ("z",))]
     assert refusal(load_questions, f"{folder}:nope").startswith(f"{folder}:nope: cannot load it (")
@@ -206,9 +202,7 @@ def test_an_id_of_zero_is_an_id():
 
 
 def files(tmp_path, n, *overrides):
-    path = write_lines(
-        tmp_path / "q.jsonl", *({"id": str(i), "question": "q?", "answers": ["x"]} for i in range(n))
-    )
+    path = write_lines(tmp_path / "q.jsonl", *({"id": str(i), "question": "q?", "answers": ["x"]} for i in range(n)))
     corpus = write_lines(tmp_path / "c.jsonl", {"id": "1", "text": "x"})
     names = [f"data.train={path}", f"data.corpus={corpus}", "data.source=files", "model.tokenizer=bpe"]
     return config.load(None, [*names, *overrides])
@@ -252,7 +246,7 @@ def test_worlds_too_small_for_evaluation():
 @given(st.integers(1, 20), st.integers(1, 30), st.integers(0, 12), st.integers(-3, 3))
 def test_question_order_walks_whole_epochs(n, per_step, step, seed):
     if n < per_step:
-        with pytest.raises(InputError, match="train.questions"):
+        with pytest.raises(InputError, match=r"train\.questions"):
             question_order(n, per_step, step, seed)
         return
     per_epoch = n // per_step

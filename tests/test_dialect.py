@@ -96,9 +96,7 @@ class TestTagsOfText:
         assert self.dialect.stop_strings == ("</search>", "</answer>")
         assert self.dialect.stop_ids == (BYTES.eos_token_id,)
 
-    @pytest.mark.parametrize(
-        "system, start", [(None, FULL.system), ("", ""), ("Be brief.", "Be brief.\n\n")], ids=repr
-    )
+    @pytest.mark.parametrize("system, start", [(None, FULL.system), ("", ""), ("Be brief.", "Be brief.\n\n")], ids=repr)
     def test_prompt(self, system, start):
         dialect = make_dialect("tags", BYTES, system=system, **BUDGETS)
         assert dialect.decode(dialect.prompt(question("Who {}?"))) == start + "Question: Who {}?\n"
@@ -307,9 +305,7 @@ class TestChat:
 
 
 @pytest.mark.parametrize("dialect", [TestTagsOfText.dialect, TestChat.dialect], ids=["tags", "chat"])
-@pytest.mark.parametrize(
-    "turn", [(SEARCH, 'who is "A"?'), (ANSWER, "Zoë, of C\nand D")], ids=["search", "answer"]
-)
+@pytest.mark.parametrize("turn", [(SEARCH, 'who is "A"?'), (ANSWER, "Zoë, of C\nand D")], ids=["search", "answer"])
 def test_written_turns_parse_back_and_end_at_a_stop(dialect, turn):
     text = dialect.write(*turn)
     assert dialect.parse(text) == turn

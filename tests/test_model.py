@@ -133,6 +133,6 @@ def test_build_depends_on_its_seed_alone():
 
 
 def test_no_model_there_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="model.path=.*no causal LM loads") as error:
+    with pytest.raises(InputError, match=r"model\.path=.*no causal LM loads") as error:
         model.load(str(tmp_path))
     assert "\n" not in str(error.value)

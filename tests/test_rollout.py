@@ -49,9 +49,7 @@ class TestOneRollout:
     def test_is_prompt_turns_and_responses_token_for_token(self):
         engine, tool = say("<search> A B </search>", "<answer> C D </answer>"), ScriptedTool()
         rollout = run(engine, tool)
-        assert rollout.ids.tolist() == ids_of(
-            f"A B born ? <search> A B </search> {FOUND} <answer> C D </answer>"
-        )
+        assert rollout.ids.tolist() == ids_of(f"A B born ? <search> A B </search> {FOUND} <answer> C D </answer>")
         assert rollout.ids.tolist() == engine.sequences[KEY]
         assert rollout.turn_of_token.tolist() == [-1] * 4 + [0] * 4 + [-1] * 7 + [1] * 4
         assert rollout.boundaries.tolist() == [4, 15]

@@ -85,9 +85,7 @@ def lucene_bm25(query, texts, k1=1.5, b=0.75):
 
 
 @given(
-    st.lists(
-        st.lists(st.sampled_from("abcdef"), min_size=1, max_size=8).map(" ".join), min_size=1, max_size=9
-    ),
+    st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=8).map(" ".join), min_size=1, max_size=9),
     st.lists(st.sampled_from("abcdefz"), max_size=4).map(" ".join),
     st.integers(1, 10),
 )
@@ -201,9 +199,7 @@ def test_http_tries_again_and_recovers(status):
 @pytest.mark.parametrize(("status", "attempts"), [(500, 3), (404, 1)])
 def test_http_gives_up_with_one_line(status, attempts):
     with Server((status, {})) as server:
-        with pytest.raises(
-            ToolError, match=rf"search.url={server.url}: no answer \(status {status}\)"
-        ) as caught:
+        with pytest.raises(ToolError, match=rf"search.url={server.url}: no answer \(status {status}\)") as caught:
             ids(HttpSearch(server.url, 2, retries=2, backoff=0), "x")
         assert len(server.requests) == attempts
     assert "\n" not in str(caught.value) and isinstance(caught.value, InputError)

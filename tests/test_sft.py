@@ -49,7 +49,8 @@ def test_a_demonstration_is_written_as_the_rollout_it_stands_for(world):
     tool = Bm25Search({some.name: some.passages}, 1)
     ids, writer = asyncio.run(sft.write(demonstration, dialect, tool, 160))
     found = f"{query} {question.answers[0]} ."
-    text = f"{question.question} <search> {query} </search> <information> {found} </information> <answer> {question.answers[0]} </answer>"
+    searched = f"<search> {query} </search> <information> {found} </information>"
+    text = f"{question.question} {searched} <answer> {question.answers[0]} </answer>"
     assert tokenizer.decode(ids) == text
     words = text.split()
     who = {sft.PROMPT: [], sft.RESPONSE: [], sft.WRITTEN: []}
@@ -96,7 +97,7 @@ def test_training_lowers_the_loss_and_repeats(world):
 
 
 def test_a_warm_start_is_kept_for_the_same_settings_only(world, tmp_path):
-    config, data, tokenizer, dialect = world
+    _, data, tokenizer, dialect = world
     trained = []
 
     def start(*overrides):

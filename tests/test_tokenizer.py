@@ -46,9 +46,7 @@ def test_world_knows_its_words_and_ends():
 
 
 def test_world_line_breaks_are_spaces():
-    assert (
-        encode(world, "<search>\n?\n</search>").input_ids == encode(world, "<search> ? </search>").input_ids
-    )
+    assert encode(world, "<search>\n?\n</search>").input_ids == encode(world, "<search> ? </search>").input_ids
 
 
 def test_world_texts_have_no_unknown_word():

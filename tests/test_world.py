@@ -79,9 +79,7 @@ def test_following_the_relations_leads_to_the_answer(worlds):
 def test_ids_and_questions_occur_once(worlds):
     questions = [q for _, q in all_questions(worlds)]
     passages = [p.id for kind in KINDS for w in worlds[kind] for p in w.passages]
-    assert (
-        len({q.id for q in questions}) == len({(q.corpus, q.question) for q in questions}) == len(questions)
-    )
+    assert len({q.id for q in questions}) == len({(q.corpus, q.question) for q in questions}) == len(questions)
     assert len(set(passages)) == len(passages)
 
 
@@ -110,9 +108,7 @@ def test_kinds_share_no_fact_even_where_draws_collide(monkeypatch):
 
 
 def test_no_eval_fact_in_the_default_train_and_sft_worlds():
-    facts = {
-        kind: {f for w in make_worlds(config.World(), kind, questions=1) for f in w.facts} for kind in KINDS
-    }
+    facts = {kind: {f for w in make_worlds(config.World(), kind, questions=1) for f in w.facts} for kind in KINDS}
     assert facts["eval"].isdisjoint(facts["train"] | facts["sft"])
     assert len(facts["sft"]) > 60_000
 

@@ -69,12 +69,8 @@ class Bm25Search:
     def _index(self, corpus: str) -> bm25s.BM25:
         if corpus not in self._indices:
             if not self._collections.get(corpus):
-                raise ToolError(
-                    f"search: no passages in collection {corpus!r}; give data.corpus=FILE or search.url"
-                )
-            texts = [
-                f"{passage.title} {passage.title} {passage.text}" for passage in self._collections[corpus]
-            ]
+                raise ToolError(f"search: no passages in collection {corpus!r}; give data.corpus=FILE or search.url")
+            texts = [f"{passage.title} {passage.title} {passage.text}" for passage in self._collections[corpus]]
             index = bm25s.BM25()
             index.index([_words(text) for text in texts], show_progress=False, create_empty_token=False)
             self._indices[corpus] = index

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -130,9 +131,7 @@ def pack(trees: Sequence[Tree], pad_to: int = 1) -> TreePlan:
     return _join([_layout(tree) for tree in trees], pad_to)
 
 
-def pack_within(
-    trees: Sequence[Tree], token_budget: int, *, split: bool = False, pad_to: int = 1
-) -> list[TreePlan]:
+def pack_within(trees: Sequence[Tree], token_budget: int, *, split: bool = False, pad_to: int = 1) -> list[TreePlan]:
     """Lay out trees in as few packs of at most ``token_budget`` tokens as first-fit-decreasing finds.
 
     Args:
@@ -205,7 +204,7 @@ def _paths(sequences: Sequence[np.ndarray]):
     Yields (index, shared with the one before, shared with the one after; -1 for the last).
     """
     order = sorted(range(len(sequences)), key=lambda i: sequences[i].astype(">u4").tobytes())
-    shared = [_shared_prefix(sequences[a], sequences[b]) for a, b in zip(order, order[1:], strict=False)]
+    shared = [_shared_prefix(sequences[a], sequences[b]) for a, b in pairwise(order)]
     yield from zip(order, [0, *shared], [*shared, -1], strict=True)
 
 
@@ -297,9 +296,7 @@ def _layout(tree: Tree) -> _Layout:
         answers = np.concatenate(answer_pairs)
         answers = answers[np.lexsort((answers[:, 6], answers[:, 5], answers[:, 4], answers[:, 3]))]
         pairs = np.concatenate([pairs, answers])
-    return _Layout(
-        np.concatenate(ids), np.concatenate(positions), subtree_end, pairs, sum(len(f) for f in fed)
-    )
+    return _Layout(np.concatenate(ids), np.concatenate(positions), subtree_end, pairs, sum(len(f) for f in fed))
 
 
 def _decision_pairs(rollout: RolloutTokens, path: np.ndarray) -> np.ndarray:

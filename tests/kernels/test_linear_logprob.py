@@ -21,9 +21,7 @@ def run(case, dtype, backend, **options):
     hidden, weight, bias, rows, labels, g_logp, g_entropy = case
     leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias) if x is not None]
     b = leaves[2] if bias is not None else None
-    logp, entropy = linear_logprob(
-        leaves[0], leaves[1], labels, rows, bias=b, entropy=True, backend=backend, **options
-    )
+    logp, entropy = linear_logprob(leaves[0], leaves[1], labels, rows, bias=b, entropy=True, backend=backend, **options)
     loss = (logp * g_logp).sum() + (entropy * g_entropy).sum()
     return [logp.detach(), entropy.detach(), *torch.autograd.grad(loss, leaves)]
 

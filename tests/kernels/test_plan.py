@@ -17,7 +17,14 @@ def rollout(index, ids, turn, boundaries=()):
 def test_a_comb_by_hand():
     # Prompt 1 2; turn 0 is 3 4, response 5; turn 1 is 6 7. The answer 9 8 in the wrapper 0.
     # Trunk fed: 1 2 3 4 5 6 (7 is a label only), then the branch of prefix_1 (5 tokens), then that of prefix_0.
-    plan = pack([Tree([rollout(4, [1, 2, 3, 4, 5, 6, 7], [-1, -1, 0, 0, -1, 1, 1], [2, 5])], [Branch(np.array([0, 9, 8, 0]), 1, 3)])])
+    plan = pack(
+        [
+            Tree(
+                [rollout(4, [1, 2, 3, 4, 5, 6, 7], [-1, -1, 0, 0, -1, 1, 1], [2, 5])],
+                [Branch(np.array([0, 9, 8, 0]), 1, 3)],
+            )
+        ]
+    )
     assert plan.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 0, 9, 0, 9]
     assert plan.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 5, 6, 2, 3]
     assert plan.subtree_end.tolist() == [10, 10, 8, 8, 8, 6, 8, 8, 10, 10]
@@ -55,7 +62,14 @@ def test_a_rollout_that_is_a_prefix_of_another_adds_no_token():
 
 
 def test_answers_share_their_wrapper():
-    plan = pack([Tree([rollout(0, [1, 2], [-1, 0], [1])], [Branch(np.array([7, 8, 3, 4]), 2, 4), Branch(np.array([7, 8, 3, 5, 6]), 2, 5)])])
+    plan = pack(
+        [
+            Tree(
+                [rollout(0, [1, 2], [-1, 0], [1])],
+                [Branch(np.array([7, 8, 3, 4]), 2, 4), Branch(np.array([7, 8, 3, 5, 6]), 2, 5)],
+            )
+        ]
+    )
     assert plan.input_ids.tolist() == [1, 7, 8, 3, 5]  # the trie of 7 8 3 [4] and 7 8 3 5 [6]
     answers = plan.kind == ANSWER
     assert plan.answer[answers].tolist() == [0, 0, 1, 1, 1]
@@ -103,7 +117,9 @@ def test_a_group_over_the_budget_is_named_or_split():
 def plan_of(seed):
     rng = np.random.default_rng(seed)
     groups = [random_group(rng, int(rng.integers(1, 6))) for _ in range(int(rng.integers(1, 4)))]
-    numbers = np.split(np.arange(sum(len(g.rollouts) for g in groups)), np.cumsum([len(g.rollouts) for g in groups])[:-1])
+    numbers = np.split(
+        np.arange(sum(len(g.rollouts) for g in groups)), np.cumsum([len(g.rollouts) for g in groups])[:-1]
+    )
     branches = [random_branches(rng, int(rng.integers(1, 4))) for _ in groups]
     trees = make_trees(groups, branches, numbers)
     return [r for g in groups for r in g.rollouts], branches, groups, pack(trees, pad_to=int(rng.integers(1, 5)))
@@ -138,9 +154,7 @@ def test_every_owner_has_its_pairs_and_no_token_is_read_in_vain(seed):
     rollouts, branches, groups, plan = plan_of(seed)
     group_of = np.repeat(np.arange(len(groups)), [len(g.rollouts) for g in groups])
     decisions = sum(r.decision_tokens for r in rollouts)
-    answers = sum(
-        len(r.turns) * sum(b.stop - b.start for b in branches[group_of[i]]) for i, r in enumerate(rollouts)
-    )
+    answers = sum(len(r.turns) * sum(b.stop - b.start for b in branches[group_of[i]]) for i, r in enumerate(rollouts))
     assert plan.n_decisions == decisions
     assert plan.n_pairs == decisions + answers  # M = decision tokens x owners + answer tokens
     assert len(np.unique(plan.row)) <= plan.n_pairs

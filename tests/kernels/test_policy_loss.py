@@ -64,9 +64,7 @@ def test_entropy_bonus_lowers_the_loss():
     assert float(torch.autograd.grad(loss, entropy)[0]) == pytest.approx(-0.2)
 
 
-@pytest.mark.parametrize(
-    "mode, expected", [("truncate", [2.0, 0.5]), ("mask", [0.0, 0.5])]
-)
+@pytest.mark.parametrize("mode, expected", [("truncate", [2.0, 0.5]), ("mask", [0.0, 0.5])])
 def test_importance_weights_by_hand(mode, expected):
     # pi_train / pi_engine = 3 and 0.5; capped at 2.
     settings_ = LossSettings(importance="token", importance_mode=mode, importance_cap=2.0)
@@ -79,9 +77,7 @@ def test_importance_weights_by_hand(mode, expected):
 def test_importance_of_a_sequence_is_the_product_of_its_tokens():
     settings_ = LossSettings(importance="sequence", importance_cap=10.0)
     engine = [-1 - math.log(3), -1 - math.log(0.5), -1 - math.log(0.2)]
-    _, grad, _ = loss_of(
-        [-1.0] * 3, None, [1.0] * 3, [1.0] * 3, settings_, engine_logp=engine, sequence=[0, 0, 1]
-    )
+    _, grad, _ = loss_of([-1.0] * 3, None, [1.0] * 3, [1.0] * 3, settings_, engine_logp=engine, sequence=[0, 0, 1])
     assert grad == pytest.approx([-1.5, -1.5, -0.2])
 
 
@@ -109,7 +105,8 @@ def test_advantages_are_never_broadcast():
 
 
 @pytest.mark.parametrize(
-    "settings_", [LossSettings(kl=1), LossSettings(entropy=1), LossSettings(importance="token"), LossSettings(sequence_ratio=True)]
+    "settings_",
+    [LossSettings(kl=1), LossSettings(entropy=1), LossSettings(importance="token"), LossSettings(sequence_ratio=True)],
 )
 def test_a_missing_input_is_named(settings_):
     with pytest.raises(ValueError, match=r"need (ref_logp|entropy|engine_logp|sequence)="):
@@ -130,7 +127,11 @@ def fused(case, settings_, dtype, backend, old, ref, temperature=1.0, softcap=0.
         ref_logp=ref_logp.to(dtype) if ref else None, backend=backend,
     )  # fmt: skip
     grads = torch.autograd.grad(loss * 1.7, leaves)
-    return {**{k: v.detach() for k, v in metrics.items()}, "loss": loss.detach(), **dict(zip(("dh", "dw", "db"), grads, strict=True))}
+    return {
+        **{k: v.detach() for k, v in metrics.items()},
+        "loss": loss.detach(),
+        **dict(zip(("dh", "dw", "db"), grads, strict=True)),
+    }
 
 
 @settings(max_examples=30, deadline=None)
@@ -145,7 +146,9 @@ def test_fused_equals_its_definition(case, kl, entropy, old, dual, softcap):
     exact, ours, plain = run(torch.float64, "reference"), run(torch.float32, "torch"), run(torch.float32, "reference")
     for name in exact:
         error = (ours[name].double() - exact[name]).abs().max()
-        assert error <= 2 * (plain[name].double() - exact[name]).abs().max() + 1e-4 * (1 + exact[name].abs().max()), name
+        assert error <= 2 * (plain[name].double() - exact[name]).abs().max() + 1e-4 * (1 + exact[name].abs().max()), (
+            name
+        )
 
 
 def test_chunks_add_up(monkeypatch):
@@ -161,4 +164,6 @@ def test_chunks_add_up(monkeypatch):
 def test_what_needs_the_whole_sequence_is_refused(settings_):
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="needs the whole sequence first; use linear_logprob and policy_loss"):
-        linear_policy_loss(x, x, torch.zeros(2, dtype=torch.long), None, None, torch.zeros(2), torch.zeros(2), settings_)
+        linear_policy_loss(
+            x, x, torch.zeros(2, dtype=torch.long), None, None, torch.zeros(2), torch.zeros(2), settings_
+        )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from igpo_kernels.turn_advantages import GAIN, OUTCOME, Normaliser, turn_advantages
 
 BACKENDS = ["torch", "reference"]
@@ -197,9 +198,7 @@ def test_one_turn_question_reduces_to_outcome_only(backend):
 
 
 rewards = st.integers(-300, 300).map(lambda n: n / 100)
-batches = st.lists(
-    st.lists(st.lists(rewards, min_size=1, max_size=6), min_size=1, max_size=5), min_size=1, max_size=4
-)
+batches = st.lists(st.lists(st.lists(rewards, min_size=1, max_size=6), min_size=1, max_size=5), min_size=1, max_size=4)
 normalisers = st.builds(
     Normaliser,
     pool=st.sampled_from(POOLS),
@@ -215,9 +214,7 @@ normalisers = st.builds(
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    batches, normalisers, st.sampled_from([0.0, 0.9, 1.0]), st.sampled_from([torch.float32, torch.float64])
-)
+@given(batches, normalisers, st.sampled_from([0.0, 0.9, 1.0]), st.sampled_from([torch.float32, torch.float64]))
 def test_torch_path_equals_reference(groups, normaliser, gamma, dtype):
     expected = advantages(groups, normaliser, gamma, "reference", dtype)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-6
@@ -285,9 +282,7 @@ def test_refuses_bad_arguments():
     refused("backend", backend="triton")
 
 
-@pytest.mark.parametrize(
-    "bad", [{"pool": "both"}, {"scope": "rank"}, {"gate": -1.0}, {"min_std": float("nan")}]
-)
+@pytest.mark.parametrize("bad", [{"pool": "both"}, {"scope": "rank"}, {"gate": -1.0}, {"min_std": float("nan")}])
 def test_normaliser_refuses(bad):
     with pytest.raises(ValueError, match=f"Normaliser.{next(iter(bad))}"):
         Normaliser(**bad)

@@ -29,8 +29,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         distinct, pair_row = torch.unique(rows, return_inverse=True)
         order = torch.argsort(pair_row, stable=True)
         d_hidden, d_weight, d_bias = (
-            None if x is None else torch.zeros(x.shape, dtype=compute, device=x.device)
-            for x in (hidden, weight, bias)
+            None if x is None else torch.zeros(x.shape, dtype=compute, device=x.device) for x in (hidden, weight, bias)
         )
         loss = d_hidden.new_zeros(())
         logp_all = d_hidden.new_empty(len(labels))
@@ -72,8 +71,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             if d_bias is not None:
                 d_bias += dz.sum(0)
         ctx.gradients = [
-            None if x is None else g.to(x.dtype)
-            for g, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
+            None if x is None else g.to(x.dtype) for g, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
         ]
         ctx.mark_non_differentiable(logp_all, *sums.values())
         return loss, logp_all, *sums.values()

@@ -23,9 +23,7 @@ def policy_loss(logp, *, old_logp, advantages, weights, settings, engine_logp, r
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
     surrogate = torch.maximum(-ratio * advantages, -clipped * advantages)
     if settings.dual_clip is not None:
-        surrogate = torch.where(
-            advantages < 0, torch.minimum(surrogate, -settings.dual_clip * advantages), surrogate
-        )
+        surrogate = torch.where(advantages < 0, torch.minimum(surrogate, -settings.dual_clip * advantages), surrogate)
     correction = torch.ones_like(logp)
     mismatch = torch.zeros_like(logp)
     if engine_logp is not None:

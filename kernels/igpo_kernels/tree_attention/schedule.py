@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -68,7 +69,7 @@ def _cuts(plan: TreePlan) -> list[tuple[int, int]]:
     starts = np.concatenate([[0], index[~continues], [plan.n_tokens]]).tolist()
     cuts: list[tuple[int, int]] = []
     alone = 0  # cells that the last tile's runs would have in tiles of their own
-    for run_start, run_stop in zip(starts, starts[1:], strict=False):
+    for run_start, run_stop in pairwise(starts):
         for a in range(run_start, run_stop, TILE):
             b = min(a + TILE, run_stop)
             cells = (b - a) * (int(depth[a]) + b - a)

@@ -77,9 +77,7 @@ def _rows(x: torch.Tensor, tile: Tile, kv_heads: int) -> torch.Tensor:
 def _heads(q, k, v, tile: Tile):
     """q [Hkv, Hq / Hkv, tile, D]; k, v [Hkv, Hq / Hkv (a view of one), keys, D]."""
     q_tile = _rows(q, tile, k.shape[1])
-    k_tile, v_tile = (
-        x[tile.keys].transpose(0, 1).unsqueeze(1).expand(-1, q_tile.shape[1], -1, -1) for x in (k, v)
-    )
+    k_tile, v_tile = (x[tile.keys].transpose(0, 1).unsqueeze(1).expand(-1, q_tile.shape[1], -1, -1) for x in (k, v))
     return q_tile, k_tile, v_tile
 
 
