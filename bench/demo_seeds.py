@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="section.key=value, as for igpo-fast train")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     jobs = [(algorithm, seed) for algorithm in args.algorithms for seed in args.seeds]
     rows = []
     with ThreadPoolExecutor(2) as pool:

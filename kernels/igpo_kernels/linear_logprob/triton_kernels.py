@@ -1,0 +1,207 @@
+"""The Triton kernels of linear_logprob; triton_path.py launches them, README.md derives them.
+
+U distinct rows, C cells (distinct (row, label) pairs, sorted by row), V vocabulary entries, H hidden sizes. All
+arithmetic after the products is in float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LENGTHS = ("n_rows", "first_row", "n_vocab", "first_vocab", "n_hidden", "n_cells", "n_tiles")
+
+
+@triton.jit
+def tile_of(index, row_tiles, vocab_tiles, GROUP_ROWS: tl.constexpr):
+    """Tiles in bands of GROUP_ROWS row tiles, so that programs at work together share weights and rows in L2."""
+    band = index // (GROUP_ROWS * vocab_tiles)
+    height = tl.minimum(row_tiles - band * GROUP_ROWS, GROUP_ROWS)
+    within = index % (GROUP_ROWS * vocab_tiles)
+    return band * GROUP_ROWS + within % height, within // height
+
+
+@triton.jit
+def capped(z, softcap, CAPPED: tl.constexpr):
+    """``softcap * tanh(z / softcap)``, from one exponential that may overflow to inf without harm."""
+    if CAPPED:
+        z = softcap * (1 - 2 / (1 + tl.exp(z * (2 / softcap))))
+    return z
+
+
+@triton.jit
+def tile_logits(
+    x_desc, weight_desc, bias_ptr, first_row, first_vocab, n_vocab, n_hidden, inverse_temperature, softcap,
+    BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Scaled logits [BLOCK_ROWS, BLOCK_VOCAB] of a tile; descriptors read zeros beyond their tensors."""
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_VOCAB), dtype=tl.float32)
+    for k in range(0, n_hidden, BLOCK_HIDDEN):
+        x = x_desc.load([first_row, k])
+        w = weight_desc.load([first_vocab, k])
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+    if bias_ptr is not None:
+        columns = first_vocab + tl.arange(0, BLOCK_VOCAB)
+        acc += tl.load(bias_ptr + columns, mask=columns < n_vocab, other=0.0).to(tl.float32)[None, :]
+    return capped(acc, softcap, CAPPED) * inverse_temperature
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def tile_statistics(
+    x_desc, weight_desc, bias_ptr, top_ptr, mass_ptr, moment_ptr,
+    n_rows, n_vocab, n_hidden, inverse_temperature, softcap,
+    CAPPED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Largest logit, mass and moment (if ``moment_ptr``) of every row in every vocabulary tile: [vocab tiles, U]."""
+    row_tiles, vocab_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_vocab, BLOCK_VOCAB)
+    for index in tl.range(tl.program_id(0), row_tiles * vocab_tiles, tl.num_programs(0), flatten=True):
+        row_tile, vocab_tile = tile_of(index, row_tiles, vocab_tiles, GROUP_ROWS)
+        first_row, first_vocab = row_tile * BLOCK_ROWS, vocab_tile * BLOCK_VOCAB
+        z = tile_logits(
+            x_desc, weight_desc, bias_ptr, first_row, first_vocab, n_vocab, n_hidden, inverse_temperature, softcap,
+            BLOCK_ROWS, BLOCK_VOCAB, BLOCK_HIDDEN, CAPPED,
+        )  # fmt: skip
+        inside = (first_vocab + tl.arange(0, BLOCK_VOCAB) < n_vocab)[None, :]
+        z = tl.where(inside, z, float("-inf"))
+        top = tl.max(z, axis=1)
+        z -= top[:, None]
+        e = tl.exp(z)
+        rows = first_row + tl.arange(0, BLOCK_ROWS)
+        at = vocab_tile.to(tl.int64) * n_rows + rows
+        tl.store(top_ptr + at, top, mask=rows < n_rows)
+        tl.store(mass_ptr + at, tl.sum(e, axis=1), mask=rows < n_rows)
+        if moment_ptr is not None:
+            moment = tl.sum(tl.where(inside, e * z, 0.0), axis=1)
+            tl.store(moment_ptr + at, moment, mask=rows < n_rows)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def combine_tiles(
+    tile_top_ptr, tile_mass_ptr, tile_moment_ptr, top_ptr, log_mass_ptr, entropy_ptr, n_rows, n_tiles,
+    BLOCK_ROWS: tl.constexpr, BLOCK_TILES: tl.constexpr,
+):  # fmt: skip
+    """Statistics of the tiles to each row's largest logit, log mass and entropy [U], always in the same order."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    top = tl.full((BLOCK_ROWS,), float("-inf"), dtype=tl.float32)
+    mass = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    moment = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    for start in range(0, n_tiles, BLOCK_TILES):
+        tiles = start + tl.arange(0, BLOCK_TILES)
+        at = tiles.to(tl.int64)[:, None] * n_rows + rows[None, :]
+        inside = (tiles < n_tiles)[:, None] & (rows < n_rows)[None, :]
+        tile_top = tl.load(tile_top_ptr + at, mask=inside, other=float("-inf"))
+        tile_mass = tl.load(tile_mass_ptr + at, mask=inside, other=0.0)
+        new_top = tl.maximum(top, tl.max(tile_top, axis=0))
+        # Before the first tile, and where there is no tile, -inf - top times a mass of 0 would be NaN.
+        fall, tile_fall = tl.maximum(top - new_top, -1e30), tl.maximum(tile_top - new_top[None, :], -1e30)
+        if entropy_ptr is not None:
+            tile_moment = tl.load(tile_moment_ptr + at, mask=inside, other=0.0)
+            moment = (moment + fall * mass) * tl.exp(fall)
+            moment += tl.sum((tile_moment + tile_fall * tile_mass) * tl.exp(tile_fall), axis=0)
+        mass = mass * tl.exp(fall) + tl.sum(tile_mass * tl.exp(tile_fall), axis=0)
+        top = new_top
+    log_mass = tl.log(mass)
+    tl.store(top_ptr + rows, top, mask=rows < n_rows)
+    tl.store(log_mass_ptr + rows, log_mass, mask=rows < n_rows)
+    if entropy_ptr is not None:
+        tl.store(entropy_ptr + rows, log_mass - moment / mass, mask=rows < n_rows)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def cell_logits(
+    x_ptr, weight_ptr, bias_ptr, row_ptr, label_ptr, logit_ptr, x_stride, weight_stride,
+    first_row, n_rows, n_cells, n_hidden, inverse_temperature, softcap,
+    CAPPED: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """Scaled logit of every cell whose row lies in first_row .. first_row + n_rows - 1 (x holds those rows)."""
+    cells = tl.program_id(0) * BLOCK_CELLS + tl.arange(0, BLOCK_CELLS)
+    row = tl.load(row_ptr + cells, mask=cells < n_cells, other=-1) - first_row
+    mine = (row >= 0) & (row < n_rows)
+    label = tl.load(label_ptr + cells, mask=mine, other=0)
+    acc = tl.zeros((BLOCK_CELLS, BLOCK_HIDDEN), dtype=tl.float32)
+    for k in range(0, n_hidden, BLOCK_HIDDEN):
+        at = k + tl.arange(0, BLOCK_HIDDEN)
+        inside = mine[:, None] & (at < n_hidden)[None, :]
+        x = tl.load(x_ptr + row[:, None] * x_stride + at[None, :], mask=inside, other=0.0)
+        w = tl.load(weight_ptr + label[:, None] * weight_stride + at[None, :], mask=inside, other=0.0)
+        acc += x.to(tl.float32) * w.to(tl.float32)
+    z = tl.sum(acc, axis=1)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + label, mask=mine, other=0.0).to(tl.float32)
+    tl.store(logit_ptr + cells, capped(z, softcap, CAPPED) * inverse_temperature, mask=mine)
+
+
+@triton.jit
+def logit_gradient(z, top, log_mass, entropy, d_logp, d_entropy, cell_d_logp, inverse_temperature, softcap,
+                   CAPPED: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
+    """Gradient of the raw logit: ``(cell_d_logp - p (d_logp + d_entropy (log p + entropy))) * slope``."""
+    log_p = z - top - log_mass
+    pull = d_logp
+    if ENTROPY:
+        pull += d_entropy * (log_p + entropy)
+    dz = (cell_d_logp - tl.exp(log_p) * pull) * inverse_temperature
+    if CAPPED:
+        t = z / (inverse_temperature * softcap)
+        dz *= 1 - t * t
+    return dz
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def tile_gradients(
+    x_desc, weight_desc, bias_ptr, dz_desc, top_ptr, log_mass_ptr, entropy_ptr, d_logp_ptr, d_entropy_ptr,
+    n_rows, n_vocab, n_hidden, inverse_temperature, softcap,
+    CAPPED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Recomputed logits of a vocabulary chunk to the gradient of the raw logits, as if no label lay in it."""
+    row_tiles, vocab_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_vocab, BLOCK_VOCAB)
+    for index in tl.range(tl.program_id(0), row_tiles * vocab_tiles, tl.num_programs(0), flatten=True):
+        row_tile, vocab_tile = tile_of(index, row_tiles, vocab_tiles, GROUP_ROWS)
+        first_row, first_vocab = row_tile * BLOCK_ROWS, vocab_tile * BLOCK_VOCAB
+        z = tile_logits(
+            x_desc, weight_desc, bias_ptr, first_row, first_vocab, n_vocab, n_hidden, inverse_temperature, softcap,
+            BLOCK_ROWS, BLOCK_VOCAB, BLOCK_HIDDEN, CAPPED,
+        )  # fmt: skip
+        rows = first_row + tl.arange(0, BLOCK_ROWS)
+        inside = rows < n_rows
+        top = tl.load(top_ptr + rows, mask=inside, other=0.0)[:, None]
+        log_mass = tl.load(log_mass_ptr + rows, mask=inside, other=0.0)[:, None]
+        d_logp = tl.load(d_logp_ptr + rows, mask=inside, other=0.0)[:, None]
+        ENTROPY: tl.constexpr = d_entropy_ptr is not None
+        entropy, d_entropy = 0.0, 0.0
+        if ENTROPY:
+            entropy = tl.load(entropy_ptr + rows, mask=inside, other=0.0)[:, None]
+            d_entropy = tl.load(d_entropy_ptr + rows, mask=inside, other=0.0)[:, None]
+        dz = logit_gradient(
+            z, top, log_mass, entropy, d_logp, d_entropy, 0.0, inverse_temperature, softcap, CAPPED, ENTROPY
+        )
+        dz_desc.store([first_row, first_vocab], dz.to(dz_desc.dtype))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def cell_gradients(
+    dz_ptr, row_ptr, label_ptr, logit_ptr, cell_d_logp_ptr,
+    top_ptr, log_mass_ptr, entropy_ptr, d_logp_ptr, d_entropy_ptr, dz_stride,
+    first_row, n_rows, first_vocab, n_vocab, n_cells, inverse_temperature, softcap,
+    CAPPED: tl.constexpr, BLOCK_CELLS: tl.constexpr,
+):  # fmt: skip
+    """Write (not add: rounded once) the gradient of every cell that lies in the chunk."""
+    cells = tl.program_id(0) * BLOCK_CELLS + tl.arange(0, BLOCK_CELLS)
+    row = tl.load(row_ptr + cells, mask=cells < n_cells, other=-1) - first_row
+    label = tl.load(label_ptr + cells, mask=cells < n_cells, other=-1) - first_vocab
+    mine = (row >= 0) & (row < n_rows) & (label >= 0) & (label < n_vocab)
+    z = tl.load(logit_ptr + cells, mask=mine, other=0.0)
+    cell_d_logp = tl.load(cell_d_logp_ptr + cells, mask=mine, other=0.0)
+    top = tl.load(top_ptr + row, mask=mine, other=0.0)
+    log_mass = tl.load(log_mass_ptr + row, mask=mine, other=0.0)
+    d_logp = tl.load(d_logp_ptr + row, mask=mine, other=0.0)
+    ENTROPY: tl.constexpr = d_entropy_ptr is not None
+    entropy, d_entropy = 0.0, 0.0
+    if ENTROPY:
+        entropy = tl.load(entropy_ptr + row, mask=mine, other=0.0)
+        d_entropy = tl.load(d_entropy_ptr + row, mask=mine, other=0.0)
+    dz = logit_gradient(
+        z, top, log_mass, entropy, d_logp, d_entropy, cell_d_logp, inverse_temperature, softcap, CAPPED, ENTROPY
+    )
+    tl.store(dz_ptr + row * dz_stride + label, dz.to(dz_ptr.dtype.element_ty), mask=mine)

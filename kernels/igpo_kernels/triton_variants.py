@@ -1,0 +1,113 @@
+"""What the Triton kernels are built from: committed configurations by table, and the variants that ship.
+
+``configs/<kernel>.json`` holds ``{arch: {shape_class: {dtype: {"num_warps": 8, "num_stages": 3, "BLOCK_M": 128}}}}``;
+whatever is not ``num_warps`` or ``num_stages`` is a constexpr of the kernel. `tune` writes these tables, `inspect`
+compiles every entry, a training step only looks one up.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLES = Path(__file__).with_name("configs")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes and launch numbers of a kernel: ``kernel[grid](*arguments, **config.launch())``."""
+
+    constants: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+
+    def __getitem__(self, name: str) -> int:
+        return self.constants[name]
+
+    def options(self) -> dict[str, Any]:
+        """Compiler options. Contraction to FMA is pinned: its default is a knob of the Triton version."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+    def launch(self) -> dict[str, Any]:
+        return {**self.constants, **self.options()}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as it ships, enough to compile it without a device.
+
+    ``signature`` gives every argument that is not in ``constexprs`` its Triton type, in the convention of
+    triton.tools.compile: ``"*bf16:16"`` is a pointer aligned to 16 bytes, ``"i32:16"`` an integer divisible by 16,
+    ``"tensordesc<bf16[128,64]>"`` a host tensor descriptor.
+    """
+
+    op: str
+    kernel: str
+    arch: str
+    dtype: str
+    shape_class: str
+    fn: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 1
+    has_dot: bool = False
+    ahead_of_time: bool = True
+
+
+def config_for(kernel: str, arch: str, shape_class: str, dtype: str) -> Config:
+    """The committed configuration of ``kernel``.
+
+    Raises:
+        KeyError: the table has no such entry.
+    """
+    try:
+        entry = dict(table(kernel)[arch][shape_class][dtype])
+    except KeyError:
+        raise KeyError(f"{kernel}: configs/{kernel}.json has no entry {arch}/{shape_class}/{dtype}") from None
+    num_warps, num_stages = entry.pop("num_warps"), entry.pop("num_stages")
+    return Config(entry, num_warps, num_stages)
+
+
+def configs(kernel: str) -> Iterator[tuple[str, str, str, Config]]:
+    """Every ``(arch, shape_class, dtype, config)`` of a kernel's table."""
+    for arch, classes in table(kernel).items():
+        for shape_class, dtypes in classes.items():
+            for dtype in dtypes:
+                yield arch, shape_class, dtype, config_for(kernel, arch, shape_class, dtype)
+
+
+@functools.cache
+def table(kernel: str) -> dict:
+    return json.loads((TABLES / f"{kernel}.json").read_text())
+
+
+@functools.cache
+def arch_of(device: torch.device) -> str:
+    """The architecture whose tables ``device`` uses; a CPU (Triton's interpreter) uses sm_90's.
+
+    Raises:
+        ValueError: a device without tables.
+    """
+    if device.type == "cpu":
+        return "sm_90"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+    if arch not in ARCHITECTURES:
+        raise ValueError(
+            f"igpo_kernels: no Triton configurations for {arch}, only for {', '.join(ARCHITECTURES)}; "
+            "pass backend='torch'"
+        )
+    return arch
