@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIGHT = ("model", "scoring", "rewards", "advantages", "losses", "types", "errors")
 ORDER = [
-    {"types", "errors", "config"},
+    {"types", "errors", "config", "interrupt"},
     {"world", "data", "dialect", "rewards", "advantages", "losses", "tokenizer"},
     {"engines", "tools", "rollout", "model", "scoring", "checkpoint", "metrics", "display"},
-    {"evaluate", "sft", "parts", "distributed"},
+    {"evaluate", "passes", "sft", "parts", "distributed"},
     {"train", "score", "doctor", "summary"},
     {"cli"},
 ]

@@ -18,7 +18,7 @@ def loss_of(logp, old, advantages, weights, settings=None, **more):
         more["sequence"] = torch.tensor(more["sequence"])
     more = {k: v if isinstance(v, torch.Tensor) else t(v) for k, v in more.items()}
     loss, metrics = policy_loss(logp, t(old), t(advantages), t(weights), settings, **more)
-    return float(loss), torch.autograd.grad(loss, logp)[0].tolist(), metrics
+    return float(loss.detach()), torch.autograd.grad(loss, logp)[0].tolist(), metrics
 
 
 def test_clipping_by_hand():

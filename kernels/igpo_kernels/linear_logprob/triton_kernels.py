@@ -22,6 +22,12 @@ def tile_of(index, row_tiles, vocab_tiles, GROUP_ROWS: tl.constexpr):
 
 
 @triton.jit
+def halves(x):
+    """Left and right columns of a tile: an epilogue by halves keeps the accumulator's registers from doubling."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def capped(z, softcap, CAPPED: tl.constexpr):
     """``softcap * tanh(z / softcap)``, from one exponential that may overflow to inf without harm."""
     if CAPPED:
@@ -46,16 +52,23 @@ def tile_logits(
     return capped(acc, softcap, CAPPED) * inverse_temperature
 
 
+@triton.jit
+def mass_and_moment(z, top):
+    fall = z - top[:, None]
+    e = tl.exp(fall)
+    return tl.sum(e, axis=1), tl.sum(e * tl.maximum(fall, -1e30), axis=1)  # 0 * -inf would be NaN
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def tile_statistics(
     x_desc, weight_desc, bias_ptr, top_ptr, mass_ptr, moment_ptr,
     n_rows, n_vocab, n_hidden, inverse_temperature, softcap,
     CAPPED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """Largest logit, mass and moment (if ``moment_ptr``) of every row in every vocabulary tile: [vocab tiles, U]."""
     row_tiles, vocab_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_vocab, BLOCK_VOCAB)
-    for index in tl.range(tl.program_id(0), row_tiles * vocab_tiles, tl.num_programs(0), flatten=True):
+    for index in tl.range(tl.program_id(0), row_tiles * vocab_tiles, tl.num_programs(0), flatten=FLATTEN):
         row_tile, vocab_tile = tile_of(index, row_tiles, vocab_tiles, GROUP_ROWS)
         first_row, first_vocab = row_tile * BLOCK_ROWS, vocab_tile * BLOCK_VOCAB
         z = tile_logits(
@@ -65,15 +78,15 @@ def tile_statistics(
         inside = (first_vocab + tl.arange(0, BLOCK_VOCAB) < n_vocab)[None, :]
         z = tl.where(inside, z, float("-inf"))
         top = tl.max(z, axis=1)
-        z -= top[:, None]
-        e = tl.exp(z)
+        left, right = halves(z)
+        left_mass, left_moment = mass_and_moment(left, top)
+        right_mass, right_moment = mass_and_moment(right, top)
         rows = first_row + tl.arange(0, BLOCK_ROWS)
         at = vocab_tile.to(tl.int64) * n_rows + rows
         tl.store(top_ptr + at, top, mask=rows < n_rows)
-        tl.store(mass_ptr + at, tl.sum(e, axis=1), mask=rows < n_rows)
+        tl.store(mass_ptr + at, left_mass + right_mass, mask=rows < n_rows)
         if moment_ptr is not None:
-            moment = tl.sum(tl.where(inside, e * z, 0.0), axis=1)
-            tl.store(moment_ptr + at, moment, mask=rows < n_rows)
+            tl.store(moment_ptr + at, left_moment + right_moment, mask=rows < n_rows)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -152,11 +165,11 @@ def tile_gradients(
     x_desc, weight_desc, bias_ptr, dz_desc, top_ptr, log_mass_ptr, entropy_ptr, d_logp_ptr, d_entropy_ptr,
     n_rows, n_vocab, n_hidden, inverse_temperature, softcap,
     CAPPED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """Recomputed logits of a vocabulary chunk to the gradient of the raw logits, as if no label lay in it."""
     row_tiles, vocab_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_vocab, BLOCK_VOCAB)
-    for index in tl.range(tl.program_id(0), row_tiles * vocab_tiles, tl.num_programs(0), flatten=True):
+    for index in tl.range(tl.program_id(0), row_tiles * vocab_tiles, tl.num_programs(0), flatten=FLATTEN):
         row_tile, vocab_tile = tile_of(index, row_tiles, vocab_tiles, GROUP_ROWS)
         first_row, first_vocab = row_tile * BLOCK_ROWS, vocab_tile * BLOCK_VOCAB
         z = tile_logits(
@@ -173,10 +186,15 @@ def tile_gradients(
         if ENTROPY:
             entropy = tl.load(entropy_ptr + rows, mask=inside, other=0.0)[:, None]
             d_entropy = tl.load(d_entropy_ptr + rows, mask=inside, other=0.0)[:, None]
-        dz = logit_gradient(
-            z, top, log_mass, entropy, d_logp, d_entropy, 0.0, inverse_temperature, softcap, CAPPED, ENTROPY
+        left, right = halves(z)
+        left = logit_gradient(
+            left, top, log_mass, entropy, d_logp, d_entropy, 0.0, inverse_temperature, softcap, CAPPED, ENTROPY
         )
-        dz_desc.store([first_row, first_vocab], dz.to(dz_desc.dtype))
+        dz_desc.store([first_row, first_vocab], left.to(dz_desc.dtype))
+        right = logit_gradient(
+            right, top, log_mass, entropy, d_logp, d_entropy, 0.0, inverse_temperature, softcap, CAPPED, ENTROPY
+        )
+        dz_desc.store([first_row, first_vocab + BLOCK_VOCAB // 2], right.to(dz_desc.dtype))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
