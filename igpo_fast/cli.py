@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -81,7 +83,8 @@ def train(overrides: Overrides = None, config: ConfigFile = None) -> None:
     except Interrupted as stop:
         typer.echo(f"interrupted: {stop}; the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    typer.echo(run_summary(run.read_metrics(), run.path, settings))
+    program = "igpo-fast" if shutil.which("igpo-fast") else sys.argv[0]
+    typer.echo(run_summary(run.read_metrics(), run.path, settings, program))
 
 
 @app.command()

@@ -328,7 +328,7 @@ class Config(Section):
 
     def dump(self) -> str:
         """As YAML, every default visible."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def _nearest(path: tuple[str, ...]) -> str:

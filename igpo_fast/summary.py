@@ -19,16 +19,17 @@ TRAINING = (
 )
 
 
-def run_summary(rows: Sequence[Mapping], folder: Path, config: Config) -> str:
+def run_summary(rows: Sequence[Mapping], folder: Path, config: Config, program: str = "igpo-fast") -> str:
     """What a run came to, in a few lines.
 
     Args:
         rows: of metrics.jsonl, in order; null and missing numbers are left out.
         folder: the run folder.
+        program: how to call the command line from here.
     """
     lines = [("learned", text) for text in (_evaluation(rows), _training(rows)) if text]
     lines.append(("run folder", f"{folder} (config.yaml, metrics.jsonl, rollouts/, checkpoints/)"))
-    lines += [("try next", command) for command in _commands(folder, config)]
+    lines += [("try next", command) for command in _commands(folder, config, program)]
     shown = ["" if i and lines[i - 1][0] == label else label for i, (label, _) in enumerate(lines)]
     return "\n".join(f"{label:<12}{text}" for label, (_, text) in zip(shown, lines, strict=True))
 
@@ -56,13 +57,13 @@ def _training(rows: Sequence[Mapping]) -> str:
     return "  ".join(parts)
 
 
-def _commands(folder: Path, config: Config) -> Iterable[str]:
+def _commands(folder: Path, config: Config, program: str) -> Iterable[str]:
     run = shlex.quote(str(folder))
-    yield f"igpo-fast eval {run} --no-search  # the same policy, search finds nothing"
+    yield f"{program} eval {run} --no-search  # the same policy, search finds nothing"
     if config.train.lr_schedule == "constant":  # else the learning rate depends on the number of steps
-        yield f"igpo-fast train --config {run}/config.yaml train.steps={2 * config.train.steps}  # go on"
+        yield f"{program} train --config {run}/config.yaml train.steps={2 * config.train.steps}  # go on"
     if config.data.source == "world":
-        yield "igpo-fast train --config configs/musique.yaml  # real questions"
+        yield f"{program} train --config configs/musique.yaml  # real questions"
     if config.run.tracker == "tensorboard":
         yield f"tensorboard --logdir {run}/tensorboard"
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from igpo_fast import config_docs
@@ -59,6 +59,7 @@ def test_dump_reads_back_the_same_and_shows_every_key(tmp_path):
 
 
 @given(lr=st.floats(1e-12, 1e3), seed=st.integers(-(2**40), 2**40), system=st.text(max_size=20))
+@example(lr=1.0, seed=0, system="\x85")  # a line break to YAML
 def test_any_values_survive_the_stored_file(tmp_path_factory, lr, seed, system):
     config = Config(train={"lr": lr, "seed": seed}, rollout={"system": system})
     assert load(write(tmp_path_factory.mktemp("dump"), config.dump())) == config

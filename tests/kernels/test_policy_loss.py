@@ -60,7 +60,7 @@ def test_entropy_bonus_lowers_the_loss():
         torch.tensor([-1.0], dtype=torch.float64, requires_grad=True), None, torch.zeros(1).double(),
         torch.tensor([2.0]).double(), LossSettings(entropy=0.1), entropy=entropy,
     )  # fmt: skip
-    assert float(loss) == pytest.approx(-0.1 * 0.7 * 2)
+    assert float(loss.detach()) == pytest.approx(-0.1 * 0.7 * 2)
     assert float(torch.autograd.grad(loss, entropy)[0]) == pytest.approx(-0.2)
 
 

@@ -1,0 +1,34 @@
+"""Triton kernels run natively where there is a GPU, else in Triton's interpreter.
+
+The interpreter is chosen when a kernel is decorated, so before any ``triton_path`` is imported. Tests that compile start
+a process of their own, without TRITON_INTERPRET.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+class Poison(torch.overrides.TorchFunctionMode):
+    """Every float tensor made without values holds NaN: what a kernel leaves unwritten shows."""
+
+    MAKERS = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out.fill_(float("nan")) if func in self.MAKERS and out.is_floating_point() else out
+
+
+@pytest.fixture
+def poison():
+    with Poison():
+        yield
+
+
+@pytest.fixture
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"

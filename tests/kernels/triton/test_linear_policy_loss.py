@@ -1,0 +1,184 @@
+"""linear_policy_loss on Triton against its definition in float64: values, every gradient, chunks, refusals."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from igpo_kernels import LossSettings, linear_policy_loss
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("poison")
+
+from igpo_kernels.linear_policy_loss import triton_path  # noqa: E402
+from igpo_kernels.policy_loss import triton_path as loss_path  # noqa: E402
+from igpo_kernels.triton_variants import Config  # noqa: E402
+
+FULL = LossSettings(clip_high=0.28, dual_clip=1.5, kl=0.3, entropy=0.2)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles of the vocabulary and several blocks of a row's pairs, at shapes the interpreter can do."""
+    table = {"linear_policy_loss": {"BLOCK": 32, "PAIRS": 4}, "policy_loss_finish": {"BLOCK": 16}}
+    config_for = lambda kernel, *_: Config(table[kernel], 1, 1)  # noqa: E731
+    monkeypatch.setattr(triton_path, "config_for", config_for)
+    monkeypatch.setattr(loss_path, "config_for", config_for)
+
+
+def make(n, h, v, m, seed=0, shift=0.0, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    weights = torch.rand(m, generator=g, dtype=torch.float64) * (torch.rand(m, generator=g) > 0.2)
+    pairs = dict(old_logp=randn(m) - 3, advantages=randn(m), weights=weights, engine_logp=randn(m), ref_logp=randn(m) - 3)
+    leaves = dict(hidden=randn(n, h) * scale, weight=randn(v, h), bias=randn(v) + shift)
+    rows, labels = torch.randint(0, n, (m,), generator=g), torch.randint(0, v, (m,), generator=g)
+    return leaves, dict(labels=labels, rows=rows), pairs
+
+
+def run(case, setting, backend, dtype, device="cpu", without=(), upstream=1.7, **options):
+    leaves, ids, pairs = case
+    leaves = {k: x.to(device, dtype).requires_grad_() for k, x in leaves.items() if k not in without}
+    ids = {k: x.to(device) for k, x in ids.items()}
+    wide = torch.promote_types(dtype, torch.float32)
+    pairs = {k: None if k in without else x.to(device, wide) for k, x in pairs.items()}
+    loss, metrics = linear_policy_loss(**leaves, **ids, **pairs, settings=setting, backend=backend, **options)
+    grads = torch.autograd.grad(loss * upstream, leaves.values())
+    out = {**metrics, "loss": loss.detach(), **{f"d_{k}": g for k, g in zip(leaves, grads, strict=True)}}
+    return {k: v.detach().double().cpu() for k, v in out.items()}
+
+
+def check(case, setting=FULL, device="cpu", dtype=torch.float32, **options):
+    case = ({k: x.to(dtype).double() for k, x in case[0].items()}, *case[1:])
+    exact = run(case, setting, "reference", torch.float64, **options)
+    plain = run(case, setting, "reference", dtype, **options)
+    ours = run(case, setting, "triton", dtype, device, **options)
+    assert ours.keys() == exact.keys()
+    for name, e in exact.items():
+        tolerance = 2e-6 * (1 + float(e.abs().max())) * (1 + len(case[1]["rows"]) ** 0.5)
+        error, allowed = (ours[name] - e).abs().max(), 2 * (plain[name] - e).abs().max()
+        assert error <= allowed + tolerance, (name, float(error), float(allowed))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    case=st.tuples(st.integers(1, 30), st.integers(1, 17), st.integers(1, 100), st.integers(1, 60), st.integers(0, 999)),
+    full=st.booleans(), softcap=st.sampled_from([0.0, 2.0]), temperature=st.sampled_from([0.7, 1.0, 1.3]),
+    without=st.sets(st.sampled_from(["bias", "old_logp", "engine_logp"])),
+)  # fmt: skip
+def test_ragged_shapes(case, full, softcap, temperature, without, device):
+    without = without if full else without | {"ref_logp"}
+    check(make(*case), FULL if full else LossSettings(), device, softcap=softcap, temperature=temperature, without=without)
+
+
+def test_rows_with_many_pairs_and_shared_labels(device):
+    leaves, ids, pairs = make(3, 5, 40, 50)
+    check((leaves, {**ids, "labels": ids["labels"] % 7}, pairs), device=device)
+
+
+def test_no_pairs_give_zero_gradients(device):
+    out = run(make(4, 5, 40, 0), FULL, "triton", torch.float32, device)
+    assert all(not x.isnan().any() and not x.any() for x in out.values())
+
+
+@pytest.mark.parametrize("v", [1, 31, 32, 33, 1025])
+def test_vocabularies_beside_a_tile_have_no_phantom_mass(v, device):
+    check(make(6, 4, v, 9, shift=-200.0), device=device)
+
+
+def test_large_logits_do_not_overflow(device):
+    check(make(5, 4, 70, 9, scale=1000.0), device=device)
+
+
+def test_a_label_barred_by_its_bias_leaves_no_nan(device):
+    leaves, ids, pairs = make(6, 4, 70, 9)
+    leaves["bias"][ids["labels"].max() - 1] = -torch.inf
+    ids["labels"][:] = ids["labels"].max()
+    check((leaves, ids, pairs), LossSettings(kl=0.3), device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_no_more_than_plain_torch(dtype, device):
+    check(make(40, 32, 100, 64), device=device, dtype=dtype)
+
+
+def test_small_weights_survive_float16(device):
+    # A weight of 1e-7 a pair, as in a batch of ten million tokens: d_logits in float16 would be 0.
+    leaves, ids, pairs = make(40, 32, 100, 64)
+    case = (leaves, ids, {**pairs, "weights": torch.full((64,), 1e-7, dtype=torch.float64)})
+    case = ({k: x.half().double() for k, x in leaves.items()}, *case[1:])
+    exact, ours = (
+        run(case, LossSettings(), backend, dtype, at, without=("ref_logp",), upstream=2.0**22)
+        for backend, dtype, at in (("reference", torch.float64, "cpu"), ("triton", torch.float16, device))
+    )
+    for name in ("d_hidden", "d_weight", "d_bias"):
+        assert (ours[name] - exact[name]).abs().max() <= 4e-3 * exact[name].abs().max()
+
+
+def test_chunks_add_up(monkeypatch, device):
+    case = make(20, 6, 70, 50, 3)
+    whole = run(case, FULL, "triton", torch.float32, device)
+    for height in (1, 3, 19):
+        monkeypatch.setattr(triton_path, "chunk_rows", lambda *_, height=height: height)
+        parts = run(case, FULL, "triton", torch.float32, device)
+        for name in whole:
+            torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-5)
+
+
+def test_weight_gradient_is_summed_in_float32_across_chunks(monkeypatch, device):
+    # 600 rows, one a chunk, whose gradients are equal: a bfloat16 sum would stop growing at 256 of them.
+    monkeypatch.setattr(triton_path, "chunk_rows", lambda *_: 1)
+    leaves, _, pairs = make(600, 2, 2, 600)
+    leaves = {"hidden": torch.ones(600, 2).double(), "weight": torch.zeros(2, 2).double()}
+    ids = dict(labels=torch.zeros(600, dtype=torch.long), rows=torch.arange(600))
+    pairs = {k: torch.ones(600).double() if k in ("advantages", "weights") else None for k in pairs}
+    pairs = {k: x for k, x in pairs.items() if x is not None} | {"old_logp": torch.zeros(600).double()}
+    out = run((leaves, ids, pairs), LossSettings(), "triton", torch.bfloat16, device, without=("old_logp",), upstream=1)
+    assert out["d_weight"][0].tolist() == [-300, -300]
+
+
+def test_strided_inputs(device):
+    leaves, ids, pairs = make(20, 6, 70, 50)
+    wide = lambda x: torch.stack([x, x + 1], -1)[..., 0]  # noqa: E731
+    strided = tuple({k: wide(x) for k, x in part.items()} for part in (leaves, ids, pairs))
+    a, b = (run(case, FULL, "triton", torch.float32, device) for case in ((leaves, ids, pairs), strided))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name])
+
+
+def test_twice_is_bitwise_equal(device):
+    first, second = (run(make(20, 6, 70, 50), FULL, "triton", torch.float32, device) for _ in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_a_frozen_head_gets_no_gradient(device):
+    leaves, ids, pairs = make(20, 6, 70, 50)
+    hidden = leaves["hidden"].float().to(device).requires_grad_()
+    weight = leaves["weight"].float().to(device)
+    ids = {k: x.to(device) for k, x in ids.items()}
+    pairs = {k: pairs[k].float().to(device) for k in ("old_logp", "advantages", "weights")}
+    ours, plain = (
+        torch.autograd.grad(linear_policy_loss(hidden, weight, **ids, **pairs, backend=b)[0], hidden)[0]
+        for b in ("triton", "reference")
+    )
+    torch.testing.assert_close(ours, plain)
+    with torch.no_grad():
+        value = linear_policy_loss(hidden, weight, **ids, **pairs, backend="triton")[0]
+        torch.testing.assert_close(value, linear_policy_loss(hidden, weight, **ids, **pairs, backend="reference")[0])
+
+
+def test_chunks_stay_within_the_workspace():
+    gib = 1 << 30
+    for pairs, vocab, size in ((1 << 20, 151_936, 4096), (65_536, 262_144, 8192), (1024, 32_000, 2048)):
+        hidden = torch.empty(1, size, dtype=torch.bfloat16, device="meta")
+        rows = triton_path.chunk_rows(pairs, pairs, vocab, hidden)
+        hold = rows * (4 * (vocab + 15) + 6 * size) + triton_path.PAIR_BYTES * pairs
+        assert 1 <= rows <= pairs and hold <= gib + 64 * rows or rows == 1
+
+
+@pytest.mark.parametrize("hidden, weight", [("float64", "float64"), ("float32", "bfloat16")])
+def test_dtypes_it_cannot_take_are_refused(hidden, weight):
+    x, w = torch.zeros(2, 3, dtype=getattr(torch, hidden)), torch.zeros(4, 3, dtype=getattr(torch, weight))
+    zero = torch.zeros(2)
+    with pytest.raises(ValueError, match="of one dtype, bf16, fp16, fp32"):
+        linear_policy_loss(x, w, torch.zeros(2, dtype=torch.long), None, None, zero, zero, backend="triton")

@@ -1,0 +1,155 @@
+"""policy_loss on Triton against its definition in float64: every metric, every setting, ragged and strided inputs."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from igpo_kernels import LossSettings, policy_loss
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("poison")
+
+SETTINGS = {
+    "plain": LossSettings(),
+    "everything": LossSettings(clip_high=0.28, dual_clip=1.5, kl=0.3, entropy=0.2, importance="token"),
+    "mask": LossSettings(kl=0.1, importance="token", importance_mode="mask", importance_cap=1.3),
+    "sequence weights": LossSettings(entropy=0.1, importance="sequence", importance_cap=1.5),
+    "sequence mask": LossSettings(importance="sequence", importance_mode="mask", importance_cap=1.1),
+    "gspo": LossSettings(sequence_ratio=True, clip_low=0.03, clip_high=0.04, kl=0.2, entropy=0.1, dual_clip=1.2),
+    "gspo and token weights": LossSettings(sequence_ratio=True, clip_low=0.05, importance="token"),
+    "gspo and sequence weights": LossSettings(sequence_ratio=True, importance="sequence"),
+}
+
+
+def make(m, seed=0, sequences=5):
+    g = torch.Generator().manual_seed(seed)
+    randn = lambda scale=1.0: scale * torch.randn(m, generator=g, dtype=torch.float64)  # noqa: E731
+    logp = randn() - 2
+    weights = torch.rand(m, generator=g, dtype=torch.float64) * (torch.rand(m, generator=g) > 0.2)
+    return dict(
+        logp=logp, old_logp=logp + randn(0.3), advantages=randn(), weights=weights, engine_logp=logp + randn(0.3),
+        ref_logp=logp + randn(0.5), entropy=randn().abs(), sequence=torch.randint(0, sequences, (m,), generator=g),
+    )  # fmt: skip
+
+
+def run(case, setting, backend, dtype, device="cpu", without=(), layout=lambda x: x):
+    given_ = {k: None if k in without else layout(x).to(device) for k, x in case.items()}
+    given_ = {k: x.to(dtype) if x is not None and x.is_floating_point() else x for k, x in given_.items()}
+    leaves = [given_[k].requires_grad_() for k in ("logp", "entropy") if given_[k] is not None]
+    loss, metrics = policy_loss(**given_, settings=setting, backend=backend)
+    grads = torch.autograd.grad(loss * 1.7, leaves, allow_unused=True)
+    out = {**metrics, "loss": loss.detach(), **dict(zip(("d_logp", "d_entropy"), grads, strict=False))}
+    return {k: v.double().cpu() for k, v in out.items() if v is not None}
+
+
+def check(case, setting, device="cpu", dtype=torch.float32, **options):
+    """Rule of error 3: at most twice what plain torch errs in the same dtype, and rounding."""
+    case = {k: x.to(dtype).double() if x.is_floating_point() else x for k, x in case.items()}
+    exact = run(case, setting, "reference", torch.float64, **options)
+    plain = run(case, setting, "reference", dtype, **options)
+    ours = run(case, setting, "triton", dtype, device, **options)
+    for name, e in exact.items():
+        if name == "d_entropy" and not setting.entropy and name not in ours:
+            continue
+        tolerance = 1e-6 * (1 + len(case["logp"]) ** 0.5 + float(e.abs().max() if e.numel() else 0))
+        error, allowed = (ours[name] - e).abs(), 2 * (plain[name] - e).abs()
+        assert error.shape == e.shape
+        assert not error.numel() or error.max() <= allowed.max() + tolerance, (name, error.max(), allowed.max())
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("m", [1, 16, 1024, 1025, 5000])
+def test_every_setting_equals_its_definition(setting, m, device):
+    check(make(m), setting, device)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    m=st.integers(1, 3000), seed=st.integers(0, 999), sequences=st.integers(1, 40),
+    name=st.sampled_from(list(SETTINGS)), old=st.booleans(),
+)  # fmt: skip
+def test_ragged_lengths(m, seed, sequences, name, old, device):
+    check(make(m, seed, sequences), SETTINGS[name], device, without=() if old else ("old_logp",))
+
+
+OPTIONAL = ("old_logp", "engine_logp", "ref_logp", "entropy", "sequence")
+
+
+@pytest.mark.parametrize("without", [s for k in (1, 5) for s in itertools.combinations(OPTIONAL, k)], ids="-".join)
+def test_absent_inputs(without, device):
+    check(make(77), LossSettings(dual_clip=2.0), device, without=without)
+
+
+def test_no_pairs(device):
+    empty = {k: x[:0] for k, x in make(3).items()}
+    for setting in SETTINGS.values():
+        check(empty, setting, device)
+
+
+def test_all_weights_zero(device):
+    case = make(50)
+    case["weights"] = torch.zeros_like(case["weights"])
+    check(case, SETTINGS["everything"], device)
+
+
+@pytest.mark.parametrize("layout", [
+    lambda x: torch.stack([x, torch.full_like(x, -7)], 1)[:, 0],
+    lambda x: x.repeat_interleave(3)[::3],
+], ids=["column", "every third"])  # fmt: skip
+def test_strided_inputs(layout, device):
+    check(make(1100), SETTINGS["everything"], device, layout=layout)
+    check(make(1100), SETTINGS["gspo"], device, layout=layout)
+
+
+def test_half_precision_inputs(device):
+    check(make(1100), SETTINGS["everything"], device, dtype=torch.bfloat16)
+    check(make(1100), SETTINGS["gspo"], device, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("name", ["logp", "old_logp", "advantages", "ref_logp", "entropy", "engine_logp"])
+def test_nan_is_never_hidden(name, device):
+    case = make(2000)
+    case["weights"] += 0.1
+    case[name][1234] = float("nan")
+    out = run(case, SETTINGS["everything"], "triton", torch.float32, device)
+    assert out["loss"].isnan()
+    if name in ("logp", "old_logp"):
+        assert out["ratio"].isnan() and out["ratio_max"].isnan() and out["d_logp"][1234].isnan()
+    assert out["d_logp"].isnan().sum() <= 1
+
+
+def test_twice_is_bitwise_equal(device):
+    for name in ("everything", "gspo and sequence weights"):
+        first, second = (run(make(4000), SETTINGS[name], "triton", torch.float32, device) for _ in range(2))
+        assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_more_tiles_than_programs(device, monkeypatch):
+    from igpo_kernels.policy_loss import triton_path
+    from igpo_kernels.triton_variants import Config
+
+    small = Config({"BLOCK": 16, "PROGRAMS": 3}, 1, 1)
+    monkeypatch.setattr(
+        triton_path, "config_for", lambda kernel, *_: small if kernel == "policy_loss" else Config({"BLOCK": 2}, 1, 1)
+    )
+    for m in (15, 16, 17, 48, 100, 161):
+        check(make(m), SETTINGS["everything"], device)
+        check(make(m), SETTINGS["gspo and sequence weights"], device)
+
+
+def test_the_loss_may_be_changed_in_place(device):
+    logp = torch.zeros(4, device=device, requires_grad=True)
+    one = torch.ones(4, device=device)
+    loss, _ = policy_loss(logp, None, one, one, backend="triton")
+    loss /= 2
+    loss.backward()
+    assert logp.grad.tolist() == [-0.5] * 4
+
+
+def test_double_precision_is_refused():
+    x = torch.zeros(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="computes in float32"):
+        policy_loss(x, None, x, x, backend="triton")
