@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import pkgutil
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-import igpo_kernels
 from igpo_fast import __version__
 from igpo_fast.config import Config, Sft
 from igpo_fast.errors import InputError
@@ -23,7 +21,7 @@ from igpo_fast.model import build, device_of, probe, use_attend
 from igpo_fast.parts import assemble
 from igpo_fast.scoring import Policy
 from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack
-from igpo_kernels.backend import resolve
+from igpo_kernels.backend import chosen
 
 NEEDED = ("torch", "transformers", "numpy", "bm25s")
 OPTIONAL = ("triton",)
@@ -118,13 +116,10 @@ def _device(device: torch.device) -> Iterator[Check]:
 
 def _kernels(backend: str, device: torch.device) -> Iterator[Check]:
     """Which implementation of each op runs."""
-    for package in pkgutil.iter_modules(igpo_kernels.__path__, "igpo_kernels."):
-        if not package.ispkg:
-            continue
-        implementations = importlib.import_module(package.name).IMPLEMENTATIONS
-        chosen, op = resolve(backend, device, implementations), package.name.rpartition(".")[2]
-        known = chosen in implementations
-        yield Check(f"op {op}", chosen if known else f"no {chosen}; choose of {', '.join(implementations)}", known)
+    for op, name in chosen(backend, device).items():
+        implementations = importlib.import_module(f"igpo_kernels.{op}").IMPLEMENTATIONS
+        known = name in implementations
+        yield Check(f"op {op}", name if known else f"no {name}; choose of {', '.join(implementations)}", known)
 
 
 def _parity(name: str, load, backend: str) -> Check:

@@ -30,6 +30,7 @@ from igpo_fast.rollout import rollout_groups, rollout_record
 from igpo_fast.scoring import LossInputs, Policy, answer_means, make_trees
 from igpo_fast.types import Batch, Group, TurnScores
 from igpo_kernels import Branch, LossSettings, TreePlan, pack_within
+from igpo_kernels.backend import chosen
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 """``train.lr_schedule`` -> transformers' name of it."""
@@ -119,7 +120,7 @@ class Trainer:
         display.note(
             f"{type(lm).__name__}, {sum(p.numel() for p in lm.parameters()):,} parameters, {lm.dtype} on {lm.device}; "
             f"{a.name} (preset {a.preset}), {self.passes} pass{'es' if self.passes == 'two' else ''} an update, "
-            f"engine {self.parts.engine.name}, kernels {config.model.kernels}, "
+            f"engine {self.parts.engine.name}, kernels {_kernels(config, lm)}, "
             f"{torch.get_num_threads()} threads, {len(self.parts.data.train):,} questions"
         )
 
@@ -320,6 +321,14 @@ class Trainer:
         self.display.advance()
         if done % max(1, total // 5) == 0:
             self.display.note(f"warm start {done}/{total}  loss {loss:.3f}")
+
+
+def _kernels(config: Config, lm: torch.nn.Module) -> str:
+    """Which implementation of each op runs, in words."""
+    names = chosen(config.model.kernels, lm.device)
+    if len(set(names.values())) == 1:
+        return next(iter(names.values()))
+    return ", ".join(f"{op} {name}" for op, name in names.items())
 
 
 def _advantages(plan: TreePlan, scores: Mapping[int, TurnScores] | Sequence[TurnScores]) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
 Implementation = TypeVar("Implementation")
+OPS = ("tree_attention", "linear_logprob", "policy_loss", "linear_policy_loss", "turn_advantages")
 
 
 def choose(
@@ -34,3 +36,19 @@ def resolve(backend: str, device: torch.device, implementations: Mapping[str, ob
     if backend != "auto":
         return backend
     return "triton" if device.type == "cuda" and "triton" in implementations else "torch"
+
+
+def chosen(backend: str, device: torch.device) -> dict[str, str]:
+    """What runs on ``device``: op -> implementation. The names need not exist: ``choose`` says so when called."""
+    return {
+        op: resolve(backend, device, importlib.import_module(f"igpo_kernels.{op}").IMPLEMENTATIONS) for op in OPS
+    }
+
+
+def lazy(module: str, name: str) -> Callable[..., Any]:
+    """``module.name``, imported when it is first called: Triton is imported only by an op that runs on it."""
+
+    def call(*args, **kwargs):
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return call

@@ -1,8 +1,11 @@
 """linear_logprob block by block: never more logits than the workspace holds, distinct rows only.
 
 Rows repeat (a shared token has several owners), so the LM head runs on the U <= M distinct rows; pairs gather from
-them and scatter their gradients back. The backward recomputes each block's logits: 4 products in all, of which the
+them and scatter their gradients back. The backward recomputes each block's logits: three products, of which the
 forward keeps only the log-sum-exp (and entropy) of each distinct row.
+
+A block's logits live in one buffer that every block reuses: fresh memory costs page faults, and a block that fits the
+caches costs little beside the product that made it.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import torch
 from igpo_kernels.workspace import workspace_bytes
 
 LIVE_BLOCKS = 4
-"""Blocks of logits alive at once in the backward: logits, probabilities, gradient, and a product's temporary."""
-VOCAB_BLOCK = 8192
+"""The workspace holds so many blocks: logits, a temporary for the entropy, and the rows of a block twice (hidden
+states and their gradient), which at hidden sizes up to VOCAB_BLOCK are no larger."""
+VOCAB_BLOCK = 2048
 MOST_FALL = -1e30
 """Stands for -inf (the maximum before the first block), whose product with a mass of 0 would be NaN."""
 
@@ -30,22 +34,24 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, rows, temperature, softcap, entropy):
         distinct, pair_row = torch.unique(rows, return_inverse=True)
         compute = torch.promote_types(hidden.dtype, torch.float32)
-        x = hidden[distinct].to(compute)
-        top = x.new_full((len(x),), float("-inf"))
+        blocks = Blocks(len(distinct), len(weight), hidden.device, compute)
+        top = torch.full((len(distinct),), float("-inf"), dtype=compute, device=hidden.device)
         mass, moment = torch.zeros_like(top), torch.zeros_like(top)
-        target = x.new_empty(len(labels))
-        for r, c in _blocks(len(x), len(weight), x.device):
-            z, _ = block_logits(x[r], weight[c], _part(bias, c), temperature, softcap)
-            pairs = _pairs(pair_row, labels, r, c)
-            target[pairs] = z[pair_row[pairs] - r.start, labels[pairs] - c.start]
-            new_top = torch.maximum(top[r], z.max(1).values)
-            fall = (top[r] - new_top).clamp(min=MOST_FALL)
-            z -= new_top[:, None]
-            e = z.exp()
-            if entropy:
-                moment[r] = (moment[r] + fall * mass[r]) * fall.exp() + (e * z).sum(1)
-            mass[r] = mass[r] * fall.exp() + e.sum(1)
-            top[r] = new_top
+        target = top.new_empty(len(labels))
+        for r in blocks.rows:
+            x = hidden[distinct[r]].to(compute)
+            for c in blocks.columns:
+                z = block_logits(x, weight[c], _part(bias, c), temperature, softcap, blocks.logits(r, c))
+                pairs = _pairs(pair_row, labels, r, c)
+                target[pairs] = z[pair_row[pairs] - r.start, labels[pairs] - c.start]
+                new_top = torch.maximum(top[r], z.amax(1))
+                fall = (top[r] - new_top).clamp(min=MOST_FALL)
+                z -= new_top[:, None]
+                e = z.exp() if entropy else z.exp_()
+                if entropy:
+                    moment[r] = (moment[r] + fall * mass[r]) * fall.exp() + z.mul_(e).sum(1)
+                mass[r] = mass[r] * fall.exp() + e.sum(1)
+                top[r] = new_top
         # The log-sum-exp stays in two parts, largest logit and log mass: their sum would lose the digits that large
         # logits have no room for. H = log mass - E[z - top].
         log_mass = mass.log()
@@ -57,56 +63,80 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_logp, d_entropy):
         hidden, weight, bias, labels, distinct, pair_row, top, log_mass, row_entropy = ctx.saved_tensors
-        x = hidden[distinct].to(top.dtype)
+        compute = top.dtype
+        blocks = Blocks(len(distinct), len(weight), hidden.device, compute)
         # d logp_m / dz = onehot - p, d entropy / dz = -p * (log p + entropy), each summed over the pairs of a row.
-        d_logp = d_logp.to(top.dtype)
+        d_logp = d_logp.to(compute)
         row_d_logp = torch.zeros_like(top).index_add_(0, pair_row, d_logp)
-        row_d_entropy = torch.zeros_like(top).index_add_(0, pair_row, d_entropy.to(top.dtype))
-        dx = torch.zeros_like(x)
-        d_weight = torch.zeros(weight.shape, dtype=top.dtype, device=weight.device)
-        d_bias = torch.zeros(len(weight), dtype=top.dtype, device=weight.device) if bias is not None else None
-        for r, c in _blocks(len(x), len(weight), x.device):
-            z, slope = block_logits(x[r], weight[c], _part(bias, c), ctx.temperature, ctx.softcap)
-            log_p = z.sub_(top[r, None]).sub_(log_mass[r, None])
-            dz = log_p.exp()
-            if ctx.entropy:
-                dz *= -row_d_logp[r, None] - row_d_entropy[r, None] * (log_p + row_entropy[r, None])
-            else:
-                dz *= -row_d_logp[r, None]
-            pairs = _pairs(pair_row, labels, r, c)
-            at = (pair_row[pairs] - r.start, labels[pairs] - c.start)
-            dz.index_put_(at, d_logp[pairs], accumulate=True)
-            dz *= slope
-            dx[r].addmm_(dz, weight[c].to(dz.dtype))
-            d_weight[c].addmm_(dz.T, x[r])
-            if d_bias is not None:
-                d_bias[c] += dz.sum(0)
-        d_hidden = torch.zeros(hidden.shape, dtype=top.dtype, device=hidden.device).index_add_(0, distinct, dx)
+        row_d_entropy = torch.zeros_like(top).index_add_(0, pair_row, d_entropy.to(compute))
+        d_hidden = torch.zeros(hidden.shape, dtype=compute, device=hidden.device)
+        d_weight = torch.zeros(weight.shape, dtype=compute, device=weight.device)
+        d_bias = torch.zeros(len(weight), dtype=compute, device=weight.device) if bias is not None else None
+        for r in blocks.rows:
+            x = hidden[distinct[r]].to(compute)
+            dx = torch.zeros_like(x)
+            for c in blocks.columns:
+                w = weight[c].to(compute)
+                z = block_logits(x, w, _part(bias, c), ctx.temperature, ctx.softcap, blocks.logits(r, c))
+                slope = slope_of(z, ctx.temperature, ctx.softcap)
+                entropy = (row_entropy[r], row_d_entropy[r]) if ctx.entropy else None
+                dz = softmax_gradient_(z, top[r], log_mass[r], row_d_logp[r], entropy)
+                pairs = _pairs(pair_row, labels, r, c)
+                at = (pair_row[pairs] - r.start, labels[pairs] - c.start)
+                dz.index_put_(at, d_logp[pairs], accumulate=True)
+                dz *= slope
+                dx.addmm_(dz, w)
+                d_weight[c].addmm_(dz.T, x)
+                if d_bias is not None:
+                    d_bias[c] += dz.sum(0)
+            d_hidden.index_add_(0, distinct[r], dx)
         d_bias = d_bias.to(bias.dtype) if d_bias is not None else None
         return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias, None, None, None, None, None
 
 
-def _blocks(n_rows: int, vocab: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Vocabulary blocks outside, row blocks inside, so that a block of the weight is read while it is hot."""
-    elements = workspace_bytes(device) // (4 * LIVE_BLOCKS)
-    width = min(vocab, VOCAB_BLOCK)
-    height = max(1, elements // width)
-    for c in range(0, vocab, width):
-        for r in range(0, n_rows, height):
-            yield slice(r, min(r + height, n_rows)), slice(c, min(c + width, vocab))
+class Blocks:
+    """Row blocks outside, vocabulary blocks inside, and the one buffer that their logits share."""
+
+    def __init__(self, n_rows, vocab, device, dtype):
+        elements = workspace_bytes(device) // (dtype.itemsize * LIVE_BLOCKS)
+        width = min(vocab, VOCAB_BLOCK)
+        height = max(1, min(n_rows, elements // width))
+        self.rows = [slice(r, min(r + height, n_rows)) for r in range(0, n_rows, height)]
+        self.columns = [slice(c, min(c + width, vocab)) for c in range(0, vocab, width)]
+        self._buffer = torch.empty(height * width, dtype=dtype, device=device)
+
+    def logits(self, r: slice, c: slice) -> torch.Tensor:
+        shape = r.stop - r.start, c.stop - c.start
+        return self._buffer[: shape[0] * shape[1]].view(shape)
 
 
-def block_logits(x, weight, bias, temperature, softcap):
-    """Scaled logits [rows, V], and their slope in the raw logits (a number without soft-capping)."""
-    z = x @ weight.to(x.dtype).T
+def block_logits(x, weight, bias, temperature, softcap, out):
+    """Scaled logits [rows, columns], in ``out``."""
+    z = torch.mm(x, weight.to(x.dtype).T, out=out)
     if bias is not None:
         z += bias
-    slope = 1 / temperature
     if softcap:
-        t = torch.tanh(z.div_(softcap))
-        slope = (1 - t * t) / temperature
-        z = t * softcap
-    return z.div_(temperature), slope
+        z.div_(softcap).tanh_().mul_(softcap)
+    return z.div_(temperature) if temperature != 1 else z
+
+
+def slope_of(z, temperature, softcap):
+    """Slope of the scaled logits in the raw ones, from the scaled ones: a number without soft-capping."""
+    if not softcap:
+        return 1 / temperature
+    t = z * (temperature / softcap)
+    return (1 - t * t) / temperature
+
+
+def softmax_gradient_(z, top, log_mass, d_logp, entropy):
+    """Logits [rows, columns] become, in place, their gradient as if no label lay among them:
+    ``-p (d_logp + d_entropy (log p + H))``; ``entropy`` is (H, d_entropy) of each row, or None."""
+    log_p = z.sub_(top[:, None]).sub_(log_mass[:, None])
+    if entropy is None:
+        return log_p.exp_().mul_(-d_logp[:, None])
+    h, d_entropy = entropy
+    pull = (log_p + h[:, None]).mul_(d_entropy[:, None]).add_(d_logp[:, None])
+    return log_p.exp_().mul_(pull.neg_())
 
 
 def _pairs(pair_row, labels, r: slice, c: slice) -> torch.Tensor:

@@ -1,18 +1,20 @@
 """linear_policy_loss by row chunks: the gradient is made in the forward, while the chunk's logits are there.
 
-For a chunk of distinct rows: logits, log-probabilities, the loss and its slope in each log-probability and entropy,
-the logits' gradient in place, and two products into dhidden and dweight: 6 * U * H * V FLOPs for loss and gradients.
+For a chunk of distinct rows: logits, their statistics, the loss and its slope in each log-probability and entropy, the
+logits' gradient in their place, and two products into dhidden and dweight: 6 * U * H * V FLOPs for loss and gradients.
 """
 
 from __future__ import annotations
 
 import torch
 
-from igpo_kernels.linear_logprob.torch_path import LIVE_BLOCKS, block_logits
+from igpo_kernels.linear_logprob.torch_path import VOCAB_BLOCK, block_logits, slope_of, softmax_gradient_
 from igpo_kernels.policy_loss.reference import policy_loss
 from igpo_kernels.workspace import workspace_bytes
 
 METRICS = ("policy", "tokens", "clipped", "ratio", "ratio_max", "kl", "mismatch", "entropy")
+TEMPORARIES = 4
+"""Blocks of VOCAB_BLOCK columns that live beside a chunk's logits."""
 
 
 def linear_policy_loss(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap):
@@ -29,12 +31,16 @@ class _LinearPolicyLoss(torch.autograd.Function):
         distinct, pair_row = torch.unique(rows, return_inverse=True)
         order = torch.argsort(pair_row, stable=True)
         d_hidden, d_weight, d_bias = (
-            None if x is None else torch.zeros(x.shape, dtype=compute, device=x.device) for x in (hidden, weight, bias)
+            None if x is None else torch.zeros(x.shape, dtype=compute, device=x.device)
+            for x in (hidden, weight, bias)
         )
         loss = d_hidden.new_zeros(())
         logp_all = d_hidden.new_empty(len(labels))
         sums = {name: torch.zeros_like(loss) for name in METRICS}
-        height = max(1, workspace_bytes(hidden.device) // (4 * LIVE_BLOCKS * len(weight)))
+        vocab = len(weight)
+        columns = [slice(c, min(c + VOCAB_BLOCK, vocab)) for c in range(0, vocab, VOCAB_BLOCK)]
+        height = chunk_rows(vocab, hidden.shape[1], compute, hidden.device)
+        buffer = d_hidden.new_empty(min(height, len(distinct)) * vocab)
         for start in range(0, len(distinct), height):
             at = distinct[start : start + height]
             edges = torch.tensor([start, start + len(at)], device=at.device)
@@ -42,11 +48,11 @@ class _LinearPolicyLoss(torch.autograd.Function):
             pairs = order[lo:hi]
             cell = (pair_row[pairs] - start, labels[pairs])
             x = hidden[at].to(compute)
-            z, slope = block_logits(x, weight, bias, temperature, softcap)
-            log_p = z.log_softmax(1)
-            p = log_p.exp()
-            row_entropy = -(p * log_p).sum(1)
-            logp, entropy = log_p[cell].requires_grad_(), row_entropy[cell[0]].requires_grad_()
+            out = buffer[: len(at) * vocab].view(len(at), vocab)
+            z = block_logits(x, weight, bias, temperature, softcap, out)
+            top, log_mass, row_entropy = _statistics(z, columns)
+            logp = (z[cell] - top[cell[0]] - log_mass[cell[0]]).requires_grad_()
+            entropy = row_entropy[cell[0]].requires_grad_()
             chunk = {name: value if value is None else value[pairs] for name, value in pair_inputs.items()}
             with torch.enable_grad():
                 part, metrics = policy_loss(logp, settings=settings, entropy=entropy, sequence=None, **chunk)
@@ -56,26 +62,44 @@ class _LinearPolicyLoss(torch.autograd.Function):
             for name in METRICS:
                 combine = torch.maximum if name == "ratio_max" else torch.add
                 sums[name] = combine(sums[name], metrics[name])
-            # dz = d_logp (onehot - p) - d_entropy p (log p + entropy), summed over the pairs of a row.
-            row_d_logp = torch.zeros_like(row_entropy).index_add_(0, cell[0], d_logp)
-            dz = p.neg_()
-            if settings.entropy:
-                row_d_entropy = torch.zeros_like(row_entropy).index_add_(0, cell[0], d_entropy)
-                dz *= log_p.add_(row_entropy[:, None]).mul_(row_d_entropy[:, None]).add_(row_d_logp[:, None])
-            else:
-                dz *= row_d_logp[:, None]
-            dz.index_put_(cell, d_logp, accumulate=True)
-            dz *= slope
+            row_d_logp = torch.zeros_like(top).index_add_(0, cell[0], d_logp)
+            row_d_entropy = torch.zeros_like(top).index_add_(0, cell[0], d_entropy)
+            pull = d_logp * slope_of(z[cell], temperature, softcap)
+            of_entropy = (row_entropy, row_d_entropy) if settings.entropy else None
+            for c in columns:
+                slope = slope_of(z[:, c], temperature, softcap)
+                softmax_gradient_(z[:, c], top, log_mass, row_d_logp, of_entropy).mul_(slope)
+            dz = z.index_put_(cell, pull, accumulate=True)
             d_hidden.index_add_(0, at, dz @ weight.to(compute))
             d_weight.addmm_(dz.T, x)
             if d_bias is not None:
                 d_bias += dz.sum(0)
-        ctx.gradients = [
-            None if x is None else g.to(x.dtype) for g, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
-        ]
         ctx.mark_non_differentiable(logp_all, *sums.values())
+        ctx.gradients = [
+            None if x is None else g.to(x.dtype)
+            for g, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
+        ]
         return loss, logp_all, *sums.values()
 
     @staticmethod
     def backward(ctx, d_loss, *_):
         return *(None if g is None else g * d_loss for g in ctx.gradients), *[None] * 6
+
+
+def chunk_rows(vocab: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows whose logits, with the temporaries of a block of columns and the rows themselves twice, fill the workspace."""
+    row_bytes = dtype.itemsize * (vocab + TEMPORARIES * min(vocab, VOCAB_BLOCK) + 2 * hidden_size)
+    return max(1, workspace_bytes(device) // row_bytes)
+
+
+def _statistics(z: torch.Tensor, columns: list[slice]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Largest logit, log of the mass relative to it, and entropy of each row."""
+    top = z.amax(1)
+    mass, moment = torch.zeros_like(top), torch.zeros_like(top)
+    for c in columns:
+        fall = z[:, c] - top[:, None]
+        e = fall.exp()
+        mass += e.sum(1)
+        moment += fall.mul_(e).sum(1)
+    log_mass = mass.log()
+    return top, log_mass, log_mass - moment / mass

@@ -1,7 +1,7 @@
 """Triton kernels run natively where there is a GPU, else in Triton's interpreter.
 
-The interpreter is chosen when a kernel is decorated, so before any ``triton_path`` is imported. Tests that compile start
-a process of their own, without TRITON_INTERPRET.
+The interpreter is chosen when a kernel is decorated, so before any ``triton_path`` is imported. Tests that compile
+start a process of their own, without TRITON_INTERPRET.
 """
 
 import os

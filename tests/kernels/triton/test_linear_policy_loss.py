@@ -30,8 +30,10 @@ def make(n, h, v, m, seed=0, shift=0.0, scale=1.0):
     g = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     weights = torch.rand(m, generator=g, dtype=torch.float64) * (torch.rand(m, generator=g) > 0.2)
-    pairs = dict(old_logp=randn(m) - 3, advantages=randn(m), weights=weights, engine_logp=randn(m), ref_logp=randn(m) - 3)
-    leaves = dict(hidden=randn(n, h) * scale, weight=randn(v, h), bias=randn(v) + shift)
+    pairs = dict(
+        old_logp=randn(m) - 3, advantages=randn(m), weights=weights, engine_logp=randn(m), ref_logp=randn(m) - 3
+    )
+    leaves = dict(hidden=randn(n, h) * scale / h**0.5, weight=randn(v, h), bias=randn(v) + shift)
     rows, labels = torch.randint(0, n, (m,), generator=g), torch.randint(0, v, (m,), generator=g)
     return leaves, dict(labels=labels, rows=rows), pairs
 
@@ -60,15 +62,17 @@ def check(case, setting=FULL, device="cpu", dtype=torch.float32, **options):
         assert error <= allowed + tolerance, (name, float(error), float(allowed))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    case=st.tuples(st.integers(1, 30), st.integers(1, 17), st.integers(1, 100), st.integers(1, 60), st.integers(0, 999)),
+    case=st.tuples(*(st.integers(1, most) for most in (30, 17, 100, 60, 999))),
     full=st.booleans(), softcap=st.sampled_from([0.0, 2.0]), temperature=st.sampled_from([0.7, 1.0, 1.3]),
     without=st.sets(st.sampled_from(["bias", "old_logp", "engine_logp"])),
 )  # fmt: skip
 def test_ragged_shapes(case, full, softcap, temperature, without, device):
     without = without if full else without | {"ref_logp"}
-    check(make(*case), FULL if full else LossSettings(), device, softcap=softcap, temperature=temperature, without=without)
+    check(
+        make(*case), FULL if full else LossSettings(), device, softcap=softcap, temperature=temperature, without=without
+    )
 
 
 def test_rows_with_many_pairs_and_shared_labels(device):
@@ -87,14 +91,18 @@ def test_vocabularies_beside_a_tile_have_no_phantom_mass(v, device):
 
 
 def test_large_logits_do_not_overflow(device):
-    check(make(5, 4, 70, 9, scale=1000.0), device=device)
+    check(make(5, 4, 70, 9, scale=1000.0), LossSettings(entropy=0.2), device, without=("old_logp", "ref_logp"))
 
 
-def test_a_label_barred_by_its_bias_leaves_no_nan(device):
-    leaves, ids, pairs = make(6, 4, 70, 9)
-    leaves["bias"][ids["labels"].max() - 1] = -torch.inf
-    ids["labels"][:] = ids["labels"].max()
-    check((leaves, ids, pairs), LossSettings(kl=0.3), device=device)
+def test_a_token_barred_by_its_bias_leaves_no_nan(device):
+    # -inf is what -1e4 comes to; the definition's entropy makes 0 * -inf of it.
+    (leaves, ids, pairs), barred = make(6, 4, 70, 9), {}
+    ids["labels"] %= 60
+    for bias in (-1e4, -torch.inf):
+        leaves["bias"][60:] = bias
+        barred[bias] = run((leaves, ids, pairs), FULL, "triton", torch.float32, device)
+    for name, expected in barred[-1e4].items():
+        assert torch.equal(barred[-torch.inf][name], expected), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -116,9 +124,9 @@ def test_small_weights_survive_float16(device):
 
 
 def test_chunks_add_up(monkeypatch, device):
-    case = make(20, 6, 70, 50, 3)
+    case = make(12, 6, 70, 30, 3)
     whole = run(case, FULL, "triton", torch.float32, device)
-    for height in (1, 3, 19):
+    for height in (1, 7):
         monkeypatch.setattr(triton_path, "chunk_rows", lambda *_, height=height: height)
         parts = run(case, FULL, "triton", torch.float32, device)
         for name in whole:
@@ -126,15 +134,16 @@ def test_chunks_add_up(monkeypatch, device):
 
 
 def test_weight_gradient_is_summed_in_float32_across_chunks(monkeypatch, device):
-    # 600 rows, one a chunk, whose gradients are equal: a bfloat16 sum would stop growing at 256 of them.
+    # At probability 1/2 a weight of 256 gives -128, and eight of 1 give -1/2 each: in bfloat16 -128.5 is -128 again.
     monkeypatch.setattr(triton_path, "chunk_rows", lambda *_: 1)
-    leaves, _, pairs = make(600, 2, 2, 600)
-    leaves = {"hidden": torch.ones(600, 2).double(), "weight": torch.zeros(2, 2).double()}
-    ids = dict(labels=torch.zeros(600, dtype=torch.long), rows=torch.arange(600))
-    pairs = {k: torch.ones(600).double() if k in ("advantages", "weights") else None for k in pairs}
-    pairs = {k: x for k, x in pairs.items() if x is not None} | {"old_logp": torch.zeros(600).double()}
-    out = run((leaves, ids, pairs), LossSettings(), "triton", torch.bfloat16, device, without=("old_logp",), upstream=1)
-    assert out["d_weight"][0].tolist() == [-300, -300]
+    ones = torch.ones(9, device=device)
+    weight = torch.zeros(2, 4, dtype=torch.bfloat16, device=device, requires_grad=True)
+    hidden = torch.ones(9, 4, dtype=torch.bfloat16, device=device)
+    weights = torch.tensor([256.0] + [1.0] * 8, device=device)
+    labels = torch.zeros(9, dtype=torch.long, device=device)
+    loss, _ = linear_policy_loss(hidden, weight, labels, None, None, ones, weights, backend="triton")
+    loss.backward()
+    assert weight.grad[0].tolist() == [-132] * 4
 
 
 def test_strided_inputs(device):
@@ -173,7 +182,7 @@ def test_chunks_stay_within_the_workspace():
         hidden = torch.empty(1, size, dtype=torch.bfloat16, device="meta")
         rows = triton_path.chunk_rows(pairs, pairs, vocab, hidden)
         hold = rows * (4 * (vocab + 15) + 6 * size) + triton_path.PAIR_BYTES * pairs
-        assert 1 <= rows <= pairs and hold <= gib + 64 * rows or rows == 1
+        assert 1 < rows <= pairs and hold <= gib + 64 * rows
 
 
 @pytest.mark.parametrize("hidden, weight", [("float64", "float64"), ("float32", "bfloat16")])

@@ -1,0 +1,100 @@
+"""The same ops under the signatures of other trainers, to be dropped in there."""
+
+from __future__ import annotations
+
+import torch
+
+from igpo_kernels.linear_logprob import linear_logprob
+from igpo_kernels.linear_policy_loss import linear_policy_loss
+from igpo_kernels.policy_loss.settings import LossSettings
+
+LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group=None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """verl's ``linear_cross_entropy``: log-probabilities (not losses) and entropies of labels.
+
+    Args:
+        hidden: [..., H]. weight: [V, H]. labels: int64 [...].
+        reduction: ``none``, ``mean`` or ``sum``, of the log-probabilities; entropies come one a label.
+    Returns:
+        log-probabilities [...] (a scalar unless ``none``), entropy [...]; both differentiable.
+    Raises:
+        ValueError: a vocabulary split over processes, or an unknown reduction.
+    """
+    if dist_process_group is not None:
+        raise ValueError("linear_cross_entropy: a vocabulary split over processes is not supported; gather the weight")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"linear_cross_entropy: reduction={reduction!r}; choose none, mean or sum")
+    logp, entropy = linear_logprob(
+        hidden.flatten(0, -2), weight, labels.flatten(), temperature=temperature, entropy=True
+    )
+    logp, entropy = logp.view(labels.shape), entropy.view(labels.shape)
+    return (logp if reduction == "none" else getattr(logp, reduction)()), entropy
+
+
+def fused_linear_grpo(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    advantages: torch.Tensor,
+    old_logp: torch.Tensor | None = None,
+    ref_logp: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    beta: float = 0.0,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    delta: float | None = None,
+    loss_type: str = "grpo",
+    max_completion_length: int | None = None,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The fused LM head and GRPO loss of TRL and Liger; unlike there, advantages may differ by token.
+
+    Args:
+        hidden: [B, T, H], the states that predict ``ids`` [B, T]. weight: [V, H]. mask: [B, T], 1 where trained.
+        advantages: [B], the same for a sequence's tokens, or [B, T].
+        old_logp, ref_logp: [B, T]; without old_logp the ratio is 1, without ref_logp ``beta`` must be 0.
+        beta: coefficient of the k3 KL. delta: dual clip, above 1.
+        loss_type: ``grpo`` means over each sequence's tokens, then over sequences; ``bnpo`` and ``dapo`` over all tokens;
+            ``dr_grpo`` sums, divided by B * max_completion_length (default T).
+    Returns:
+        The loss, and means over the trained tokens: ``kl``, ``clip_ratio``, ``entropy``, ``ratio``.
+    Raises:
+        ValueError: shapes or options that do not fit.
+    """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"fused_linear_grpo: loss_type={loss_type!r}; choose one of {', '.join(LOSS_TYPES)}")
+    batch, length = ids.shape
+    if advantages.shape not in ((batch,), (batch, length)):
+        raise ValueError(
+            f"fused_linear_grpo: advantages {tuple(advantages.shape)}; give [{batch}] or [{batch}, {length}]"
+        )
+    per_token = advantages if advantages.ndim == 2 else advantages[:, None].expand(batch, length)
+    trained = mask.bool()
+    lengths = trained.sum(1, keepdim=True).clamp(min=1)
+    if loss_type == "grpo":
+        weights = 1 / (batch * lengths.expand(batch, length))
+    elif loss_type == "dr_grpo":
+        weights = torch.full(ids.shape, 1 / (batch * (max_completion_length or length)), device=ids.device)
+    else:
+        weights = torch.full(ids.shape, 1 / max(1, int(trained.sum())), device=ids.device)
+    pick = lambda x: None if x is None else x[trained].float()  # noqa: E731
+    loss, sums = linear_policy_loss(
+        hidden.flatten(0, 1), weight, ids[trained], trained.flatten().nonzero()[:, 0], pick(old_logp),
+        pick(per_token), pick(weights),
+        LossSettings(clip_low=epsilon_low, clip_high=epsilon_high, dual_clip=delta, kl=beta),
+        bias=bias, temperature=temperature, ref_logp=pick(ref_logp),
+    )  # fmt: skip
+    tokens = sums["tokens"].clamp(min=1)
+    names = {"kl": "kl", "clip_ratio": "clipped", "entropy": "entropy", "ratio": "ratio"}
+    return loss, {name: sums[key] / tokens for name, key in names.items()}
