@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
@@ -18,8 +19,8 @@ BARS = "▁▂▃▄▅▆▇█"
 class Display:
     """Progress of a run.
 
-    In a terminal two bars are redrawn in place, the run's and the current phase's, and a line stays for each
-    step that was evaluated. Elsewhere each step is a line, and so is a phase of ``LONG_PHASE`` or more.
+    In a terminal two bars are redrawn in place, the run's and the current phase's, above the last step's numbers, and
+    a line stays for each step that was evaluated. Elsewhere each step is a line, and so is a phase of ``LONG_PHASE`` or more.
 
     Args:
         steps: of the whole run.
@@ -43,22 +44,24 @@ class Display:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[info]}"),
             console=self.console,
-            disable=not self.console.is_terminal,
         )
-        self._run = self._progress.add_task("step", total=steps, completed=done, info="")
-        self._phase = self._progress.add_task("", total=None, visible=False, info="")
+        self._run = self._progress.add_task("step", total=steps, completed=done)
+        self._phase = self._progress.add_task("", total=None, visible=False)
+        # Not a column of the bars: a narrow terminal would squeeze those to nothing.
+        self._info = Text(no_wrap=True, overflow="ellipsis")
+        self._live = Live(Group(self._progress, self._info), console=self.console, transient=True)
         self._phase_name = ""
 
     def __enter__(self) -> Display:
         self._last_step = self._clock()
-        self._progress.start()
+        if self.console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(self, *exception) -> None:
         self._end_phase()
-        self._progress.stop()
+        self._live.stop()
 
     def phase(self, name: str, total: int | None = None) -> None:
         """Begin a phase of ``total`` units; the one before ends."""
@@ -67,7 +70,7 @@ class Display:
         self._phase_start = self._clock()
         # reset() keeps an old total where the new one is None.
         self._progress.remove_task(self._phase)
-        self._phase = self._progress.add_task(name, total=total, info="")
+        self._phase = self._progress.add_task(name, total=total)
 
     def advance(self, done: int = 1) -> None:
         """``done`` more units of the phase are finished."""
@@ -82,7 +85,8 @@ class Display:
         self._last_step = now
         self._done = int(row["step"])
         line = f"{summary(row)}  eta {_duration(self._eta())}"
-        self._progress.update(self._run, completed=self._done, info=line)
+        self._progress.update(self._run, completed=self._done)
+        self._info.plain = line
         if not self.console.is_terminal or _number(row, "eval/f1") is not None:
             self._print(Text(f"step {self._done}/{self.steps}  {line}"))
 

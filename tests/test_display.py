@@ -119,11 +119,11 @@ def test_a_terminal_shows_bars_for_run_and_phase():
     with display:
         display.phase("rollout", total=128)
         display.advance(32)
-        display._progress.refresh()
+        display._live.refresh()
         shown = out.getvalue()
         assert "\x1b[" in shown and "32/128" in shown and "2/100" in shown and "rollout" in shown
         display.step(ROW)
-        display._progress.refresh()
+        display._live.refresh()
     after = out.getvalue()[len(shown) :]
     assert "3/100" in after and "f1 0.312" in after and "1,250 tokens/s" in after
 
@@ -177,3 +177,16 @@ def test_sparkline_is_monotone(values):
 @pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (59.6, "1:00"), (370, "6:10"), (7380, "2:03:00")])
 def test_durations(seconds, text):
     assert display_module._duration(seconds) == text
+
+
+def test_a_narrow_terminal_keeps_its_bars():
+    out = StringIO()
+    console = Console(file=out, force_terminal=True, width=60)
+    with Display(9, console=console) as display:
+        display.phase("rollout", total=128)
+        display.step({"step": 1, "reward/f1": 0.3, "turns/mean": 4.5, "tokens/rollout": 9000, "time/step": 1.1})
+        display.phase("train", total=4)
+        out.truncate(0)
+        display._live.refresh()
+        shown = out.getvalue()
+    assert "step " in shown and "train" in shown and "1/9" in shown and "0/4" in shown and "f1 0.300" in shown
