@@ -180,9 +180,8 @@ def test_durations(seconds, text):
 
 
 def test_a_narrow_terminal_keeps_its_bars():
-    out = StringIO()
-    console = Console(file=out, force_terminal=True, width=60)
-    with Display(9, console=console) as display:
+    out = io.StringIO()
+    with Display(9, console=Console(file=out, force_terminal=True, width=60)) as display:
         display.phase("rollout", total=128)
         display.step({"step": 1, "reward/f1": 0.3, "turns/mean": 4.5, "tokens/rollout": 9000, "time/step": 1.1})
         display.phase("train", total=4)
