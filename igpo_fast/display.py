@@ -20,7 +20,8 @@ class Display:
     """Progress of a run.
 
     In a terminal two bars are redrawn in place, the run's and the current phase's, above the last step's numbers, and
-    a line stays for each step that was evaluated. Elsewhere each step is a line, and so is a phase of ``LONG_PHASE`` or more.
+    a line stays for each step that was evaluated. Elsewhere each step is a line, and so is a phase of ``LONG_PHASE``
+    or more.
 
     Args:
         steps: of the whole run.

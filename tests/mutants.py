@@ -151,7 +151,7 @@ MUTANTS = [
          REPEATED),
         ("temperature ignored in the backward", "return 1 / temperature", "return 1.0", HEAD),
         ("slope of the soft cap dropped", "return (1 - t * t) / temperature", "return 1 / temperature", HEAD),
-        ("largest logit begins at 0", 'torch.full((len(distinct),), float("-inf"), ', "torch.full((len(distinct),), 0.0, ",
+        ("largest logit begins at 0", '(len(distinct),), float("-inf"), ', "(len(distinct),), 0.0, ",
          "kernels/test_linear_logprob.py::test_all_negative_logits_keep_their_mass"),
         ("sign of the entropy", "log_mass - moment / mass", "log_mass + moment / mass", BLOCKS),
         ("sign of the entropy's gradient", ".mul_(d_entropy[:, None])", ".mul_(-d_entropy[:, None])", BLOCKS),

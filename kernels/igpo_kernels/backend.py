@@ -40,9 +40,7 @@ def resolve(backend: str, device: torch.device, implementations: Mapping[str, ob
 
 def chosen(backend: str, device: torch.device) -> dict[str, str]:
     """What runs on ``device``: op -> implementation. The names need not exist: ``choose`` says so when called."""
-    return {
-        op: resolve(backend, device, importlib.import_module(f"igpo_kernels.{op}").IMPLEMENTATIONS) for op in OPS
-    }
+    return {op: resolve(backend, device, importlib.import_module(f"igpo_kernels.{op}").IMPLEMENTATIONS) for op in OPS}
 
 
 def lazy(module: str, name: str) -> Callable[..., Any]:

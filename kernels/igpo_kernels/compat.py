@@ -65,8 +65,8 @@ def fused_linear_grpo(
         advantages: [B], the same for a sequence's tokens, or [B, T].
         old_logp, ref_logp: [B, T]; without old_logp the ratio is 1, without ref_logp ``beta`` must be 0.
         beta: coefficient of the k3 KL. delta: dual clip, above 1.
-        loss_type: ``grpo`` means over each sequence's tokens, then over sequences; ``bnpo`` and ``dapo`` over all tokens;
-            ``dr_grpo`` sums, divided by B * max_completion_length (default T).
+        loss_type: ``grpo`` means over each sequence's tokens, then over sequences; ``bnpo`` and ``dapo`` over all
+            tokens; ``dr_grpo`` sums, divided by B * max_completion_length (default T).
     Returns:
         The loss, and means over the trained tokens: ``kl``, ``clip_ratio``, ``entropy``, ``ratio``.
     Raises:

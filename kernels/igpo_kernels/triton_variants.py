@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,21 @@ class Variant:
     num_stages: int = 1
     has_dot: bool = False
     ahead_of_time: bool = True
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """What `tune` may vary of a kernel, and what it times; an op's ``triton_path.tunables()`` yields them.
+
+    ``space`` gives every constant of the table, num_warps and num_stages included, the values to try. ``workload``
+    makes inputs on a device and returns the call to time, which looks its configuration up as always.
+    """
+
+    kernel: str
+    shape_class: str
+    dtype: str
+    space: Mapping[str, Sequence[int]]
+    workload: Callable[[torch.device], Callable[[], object]]
 
 
 def config_for(kernel: str, arch: str, shape_class: str, dtype: str) -> Config:

@@ -26,7 +26,9 @@ def test_verls_linear_cross_entropy():
     log_p = (hidden @ weight.T / 0.7).log_softmax(-1)
     torch.testing.assert_close(logp, plain_logp(hidden, weight, ids, 0.7))
     torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1))
-    torch.testing.assert_close(linear_cross_entropy(hidden, weight, ids, reduction="mean")[0], plain_logp(hidden, weight, ids).mean())
+    torch.testing.assert_close(
+        linear_cross_entropy(hidden, weight, ids, reduction="mean")[0], plain_logp(hidden, weight, ids).mean()
+    )
     with pytest.raises(ValueError, match="split over processes"):
         linear_cross_entropy(hidden, weight, ids, dist_process_group=object())
     with pytest.raises(ValueError, match="choose none, mean or sum"):

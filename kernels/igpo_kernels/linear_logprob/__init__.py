@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from igpo_kernels.backend import choose
+from igpo_kernels.backend import choose, lazy
 from igpo_kernels.linear_logprob import reference, torch_path
 
-IMPLEMENTATIONS = {"reference": reference.linear_logprob, "torch": torch_path.linear_logprob}
+IMPLEMENTATIONS = {
+    "reference": reference.linear_logprob,
+    "torch": torch_path.linear_logprob,
+    "triton": lazy("igpo_kernels.linear_logprob.triton_path", "linear_logprob"),
+}
 
 
 def linear_logprob(
@@ -32,7 +36,7 @@ def linear_logprob(
         temperature: above 0.
         softcap: ``c * tanh(z / c)`` where above 0 (Gemma-2's final logits).
         entropy: also return ``-sum p log p`` of each pair's row, in nats.
-        backend: ``auto``, ``torch`` or ``reference``.
+        backend: ``auto``, ``triton``, ``torch`` or ``reference``.
     Returns:
         logp [M], in nats, float32 or wider; with ``entropy`` also entropy [M]. Differentiable in hidden, weight, bias.
     Raises:

@@ -10,8 +10,6 @@ caches costs little beside the product that made it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from igpo_kernels.workspace import workspace_bytes

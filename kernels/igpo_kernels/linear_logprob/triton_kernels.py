@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LENGTHS = ("n_rows", "first_row", "n_vocab", "first_vocab", "n_hidden", "n_cells", "n_tiles")
+LENGTHS = ("n_rows", "first_row", "n_vocab", "first_vocab", "n_cells", "n_tiles")
+"""Never specialised on: a kernel compiles once whatever a batch holds. A model's own sizes (n_hidden, strides) are."""
 
 
 @triton.jit
@@ -22,12 +23,6 @@ def tile_of(index, row_tiles, vocab_tiles, GROUP_ROWS: tl.constexpr):
 
 
 @triton.jit
-def halves(x):
-    """Left and right columns of a tile: an epilogue by halves keeps the accumulator's registers from doubling."""
-    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-
-
-@triton.jit
 def capped(z, softcap, CAPPED: tl.constexpr):
     """``softcap * tanh(z / softcap)``, from one exponential that may overflow to inf without harm."""
     if CAPPED:
@@ -36,20 +31,56 @@ def capped(z, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def tile_logits(
-    x_desc, weight_desc, bias_ptr, first_row, first_vocab, n_vocab, n_hidden, inverse_temperature, softcap,
-    BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, CAPPED: tl.constexpr,
+def load_tile(
+    source, stride, first_row, n_rows, first_column, n_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Scaled logits [BLOCK_ROWS, BLOCK_VOCAB] of a tile; descriptors read zeros beyond their tensors."""
+    """A tile [ROWS, COLUMNS] of a matrix, zero beyond it; ``source`` is a host descriptor with TMA, else a pointer."""
+    if TMA:
+        tile = source.load([first_row, first_column])
+    else:
+        rows = first_row + tl.arange(0, ROWS)
+        columns = first_column + tl.arange(0, COLUMNS)
+        at = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+        tile = tl.load(source + at, mask=(rows < n_rows)[:, None] & (columns < n_columns)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(target, stride, first_row, n_rows, first_column, tile, TMA: tl.constexpr):
+    """The counterpart of load_tile; the target's rows are as long as its tiles need."""
+    if TMA:
+        target.store([first_row, first_column], tile.to(target.dtype))
+    else:
+        rows = first_row + tl.arange(0, tile.shape[0])
+        columns = first_column + tl.arange(0, tile.shape[1])
+        at = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+        tl.store(target + at, tile.to(target.dtype.element_ty), mask=(rows < n_rows)[:, None])
+
+
+@triton.jit
+def tile_products(
+    x, weight, x_stride, weight_stride, first_row, n_rows, first_vocab, n_vocab, n_hidden,
+    BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Raw logits without bias of a tile, as two halves [BLOCK_ROWS, BLOCK_VOCAB / 2].
+
+    An epilogue by halves keeps the accumulator's registers from doubling.
+    """
     acc = tl.zeros((BLOCK_ROWS, BLOCK_VOCAB), dtype=tl.float32)
     for k in range(0, n_hidden, BLOCK_HIDDEN):
-        x = x_desc.load([first_row, k])
-        w = weight_desc.load([first_vocab, k])
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+        x_tile = load_tile(x, x_stride, first_row, n_rows, k, n_hidden, BLOCK_ROWS, BLOCK_HIDDEN, TMA)
+        w_tile = load_tile(weight, weight_stride, first_vocab, n_vocab, k, n_hidden, BLOCK_VOCAB, BLOCK_HIDDEN, TMA)
+        acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
+    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_ROWS, 2, BLOCK_VOCAB // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def scaled(z, bias_ptr, columns, n_vocab, inverse_temperature, softcap, CAPPED: tl.constexpr):
+    """Raw logits to what the softmax sees."""
     if bias_ptr is not None:
-        columns = first_vocab + tl.arange(0, BLOCK_VOCAB)
-        acc += tl.load(bias_ptr + columns, mask=columns < n_vocab, other=0.0).to(tl.float32)[None, :]
-    return capped(acc, softcap, CAPPED) * inverse_temperature
+        z += tl.load(bias_ptr + columns, mask=columns < n_vocab, other=0.0).to(tl.float32)[None, :]
+    return capped(z, softcap, CAPPED) * inverse_temperature
 
 
 @triton.jit
@@ -61,24 +92,27 @@ def mass_and_moment(z, top):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def tile_statistics(
-    x_desc, weight_desc, bias_ptr, top_ptr, mass_ptr, moment_ptr,
-    n_rows, n_vocab, n_hidden, inverse_temperature, softcap,
+    x, weight, bias_ptr, top_ptr, mass_ptr, moment_ptr,
+    x_stride, weight_stride, n_rows, n_vocab, n_hidden, inverse_temperature, softcap,
     CAPPED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
-    GROUP_ROWS: tl.constexpr, FLATTEN: tl.constexpr,
+    GROUP_ROWS: tl.constexpr, FLATTEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Largest logit, mass and moment (if ``moment_ptr``) of every row in every vocabulary tile: [vocab tiles, U]."""
     row_tiles, vocab_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_vocab, BLOCK_VOCAB)
     for index in tl.range(tl.program_id(0), row_tiles * vocab_tiles, tl.num_programs(0), flatten=FLATTEN):
         row_tile, vocab_tile = tile_of(index, row_tiles, vocab_tiles, GROUP_ROWS)
         first_row, first_vocab = row_tile * BLOCK_ROWS, vocab_tile * BLOCK_VOCAB
-        z = tile_logits(
-            x_desc, weight_desc, bias_ptr, first_row, first_vocab, n_vocab, n_hidden, inverse_temperature, softcap,
-            BLOCK_ROWS, BLOCK_VOCAB, BLOCK_HIDDEN, CAPPED,
+        left, right = tile_products(
+            x, weight, x_stride, weight_stride, first_row, n_rows, first_vocab, n_vocab, n_hidden,
+            BLOCK_ROWS, BLOCK_VOCAB, BLOCK_HIDDEN, TMA,
         )  # fmt: skip
-        inside = (first_vocab + tl.arange(0, BLOCK_VOCAB) < n_vocab)[None, :]
-        z = tl.where(inside, z, float("-inf"))
-        top = tl.max(z, axis=1)
-        left, right = halves(z)
+        columns = first_vocab + tl.arange(0, BLOCK_VOCAB // 2)
+        left = scaled(left, bias_ptr, columns, n_vocab, inverse_temperature, softcap, CAPPED)
+        left = tl.where((columns < n_vocab)[None, :], left, float("-inf"))
+        columns += BLOCK_VOCAB // 2
+        right = scaled(right, bias_ptr, columns, n_vocab, inverse_temperature, softcap, CAPPED)
+        right = tl.where((columns < n_vocab)[None, :], right, float("-inf"))
+        top = tl.maximum(tl.max(left, axis=1), tl.max(right, axis=1))
         left_mass, left_moment = mass_and_moment(left, top)
         right_mass, right_moment = mass_and_moment(right, top)
         rows = first_row + tl.arange(0, BLOCK_ROWS)
@@ -101,8 +135,8 @@ def combine_tiles(
     moment = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
     for start in range(0, n_tiles, BLOCK_TILES):
         tiles = start + tl.arange(0, BLOCK_TILES)
-        at = tiles.to(tl.int64)[:, None] * n_rows + rows[None, :]
-        inside = (tiles < n_tiles)[:, None] & (rows < n_rows)[None, :]
+        at = tiles.to(tl.int64)[:, None] * n_rows + tl.minimum(rows, n_rows - 1)[None, :]
+        inside = (tiles < n_tiles)[:, None]
         tile_top = tl.load(tile_top_ptr + at, mask=inside, other=float("-inf"))
         tile_mass = tl.load(tile_mass_ptr + at, mask=inside, other=0.0)
         new_top = tl.maximum(top, tl.max(tile_top, axis=0))
@@ -162,19 +196,19 @@ def logit_gradient(z, top, log_mass, entropy, d_logp, d_entropy, cell_d_logp, in
 
 @triton.jit(do_not_specialize=LENGTHS)
 def tile_gradients(
-    x_desc, weight_desc, bias_ptr, dz_desc, top_ptr, log_mass_ptr, entropy_ptr, d_logp_ptr, d_entropy_ptr,
-    n_rows, n_vocab, n_hidden, inverse_temperature, softcap,
+    x, weight, bias_ptr, dz, top_ptr, log_mass_ptr, entropy_ptr, d_logp_ptr, d_entropy_ptr,
+    x_stride, weight_stride, dz_stride, n_rows, n_vocab, n_hidden, inverse_temperature, softcap,
     CAPPED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
-    GROUP_ROWS: tl.constexpr, FLATTEN: tl.constexpr,
+    GROUP_ROWS: tl.constexpr, FLATTEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Recomputed logits of a vocabulary chunk to the gradient of the raw logits, as if no label lay in it."""
     row_tiles, vocab_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_vocab, BLOCK_VOCAB)
     for index in tl.range(tl.program_id(0), row_tiles * vocab_tiles, tl.num_programs(0), flatten=FLATTEN):
         row_tile, vocab_tile = tile_of(index, row_tiles, vocab_tiles, GROUP_ROWS)
         first_row, first_vocab = row_tile * BLOCK_ROWS, vocab_tile * BLOCK_VOCAB
-        z = tile_logits(
-            x_desc, weight_desc, bias_ptr, first_row, first_vocab, n_vocab, n_hidden, inverse_temperature, softcap,
-            BLOCK_ROWS, BLOCK_VOCAB, BLOCK_HIDDEN, CAPPED,
+        left, right = tile_products(
+            x, weight, x_stride, weight_stride, first_row, n_rows, first_vocab, n_vocab, n_hidden,
+            BLOCK_ROWS, BLOCK_VOCAB, BLOCK_HIDDEN, TMA,
         )  # fmt: skip
         rows = first_row + tl.arange(0, BLOCK_ROWS)
         inside = rows < n_rows
@@ -186,15 +220,18 @@ def tile_gradients(
         if ENTROPY:
             entropy = tl.load(entropy_ptr + rows, mask=inside, other=0.0)[:, None]
             d_entropy = tl.load(d_entropy_ptr + rows, mask=inside, other=0.0)[:, None]
-        left, right = halves(z)
+        columns = first_vocab + tl.arange(0, BLOCK_VOCAB // 2)
+        left = scaled(left, bias_ptr, columns, n_vocab, inverse_temperature, softcap, CAPPED)
         left = logit_gradient(
             left, top, log_mass, entropy, d_logp, d_entropy, 0.0, inverse_temperature, softcap, CAPPED, ENTROPY
         )
-        dz_desc.store([first_row, first_vocab], left.to(dz_desc.dtype))
+        store_tile(dz, dz_stride, first_row, n_rows, first_vocab, left, TMA)
+        columns += BLOCK_VOCAB // 2
+        right = scaled(right, bias_ptr, columns, n_vocab, inverse_temperature, softcap, CAPPED)
         right = logit_gradient(
             right, top, log_mass, entropy, d_logp, d_entropy, 0.0, inverse_temperature, softcap, CAPPED, ENTROPY
         )
-        dz_desc.store([first_row, first_vocab + BLOCK_VOCAB // 2], right.to(dz_desc.dtype))
+        store_tile(dz, dz_stride, first_row, n_rows, first_vocab + BLOCK_VOCAB // 2, right, TMA)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

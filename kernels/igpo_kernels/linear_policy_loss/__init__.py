@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from igpo_kernels.backend import choose
+from igpo_kernels.backend import choose, lazy
 from igpo_kernels.linear_logprob import check_pairs
 from igpo_kernels.linear_policy_loss import reference, torch_path
 from igpo_kernels.policy_loss import check_inputs
 from igpo_kernels.policy_loss.settings import LossSettings
 
-IMPLEMENTATIONS = {"reference": reference.linear_policy_loss, "torch": torch_path.linear_policy_loss}
+IMPLEMENTATIONS = {
+    "reference": reference.linear_policy_loss,
+    "torch": torch_path.linear_policy_loss,
+    "triton": lazy("igpo_kernels.linear_policy_loss.triton_path", "linear_policy_loss"),
+}
 
 
 def linear_policy_loss(

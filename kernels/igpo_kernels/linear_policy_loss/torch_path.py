@@ -31,8 +31,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         distinct, pair_row = torch.unique(rows, return_inverse=True)
         order = torch.argsort(pair_row, stable=True)
         d_hidden, d_weight, d_bias = (
-            None if x is None else torch.zeros(x.shape, dtype=compute, device=x.device)
-            for x in (hidden, weight, bias)
+            None if x is None else torch.zeros(x.shape, dtype=compute, device=x.device) for x in (hidden, weight, bias)
         )
         loss = d_hidden.new_zeros(())
         logp_all = d_hidden.new_empty(len(labels))
@@ -76,8 +75,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 d_bias += dz.sum(0)
         ctx.mark_non_differentiable(logp_all, *sums.values())
         ctx.gradients = [
-            None if x is None else g.to(x.dtype)
-            for g, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
+            None if x is None else g.to(x.dtype) for g, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
         ]
         return loss, logp_all, *sums.values()
 
@@ -87,7 +85,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
 
 def chunk_rows(vocab: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows whose logits, with the temporaries of a block of columns and the rows themselves twice, fill the workspace."""
+    """Rows whose logits fill the workspace, with a block's temporaries and the rows themselves twice."""
     row_bytes = dtype.itemsize * (vocab + TEMPORARIES * min(vocab, VOCAB_BLOCK) + 2 * hidden_size)
     return max(1, workspace_bytes(device) // row_bytes)
 

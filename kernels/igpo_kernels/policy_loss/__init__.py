@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from igpo_kernels.backend import choose
+from igpo_kernels.backend import choose, lazy
 from igpo_kernels.policy_loss import reference
 from igpo_kernels.policy_loss.settings import LossSettings
 
 # Elementwise over M numbers: beside an LM head nothing to win on a CPU, so the definition is the torch path.
-IMPLEMENTATIONS = {"reference": reference.policy_loss, "torch": reference.policy_loss}
+IMPLEMENTATIONS = {
+    "reference": reference.policy_loss,
+    "torch": reference.policy_loss,
+    "triton": lazy("igpo_kernels.policy_loss.triton_path", "policy_loss"),
+}
 
 
 def policy_loss(

@@ -25,7 +25,7 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from igpo_kernels import linear_logprob
@@ -66,20 +66,24 @@ def on_device(case):
 
 
 def check(case, dtype=torch.float32, **options):
-    """Rule of error 3: no more than twice what plain torch errs in the same dtype, and rounding."""
-    case = on_device(case)
+    """Rule of error 3: no more than twice what plain torch errs in the same dtype, and a rounding of the largest."""
+    case = (*(None if x is None else x.to(DEVICE, dtype).double() for x in case[:3]), *(x.to(DEVICE) for x in case[3:]))
     exact = run(case, torch.float64, "reference", **options)
     with Poison():
         ours = run(case, dtype, "triton", **options)
     plain = run(case, dtype, "reference", **options)
+    # A label's logit and its row's are summed apart: they agree to a rounding of the largest logit.
+    logit = (case[0] @ case[1].T).abs().max() / options.get("temperature", 1.0)
     upstream = float(case[-2].abs().sum() + case[-1].abs().sum())
     for name, e, o, p in zip(NAMES, exact, ours, plain, strict=False):
-        rounding = 2e-6 * (1 + e.abs().max()) + 3e-7 * upstream
+        rounding = 2e-6 * (1 + e.abs().max()) + 1e-7 * (3 + logit) * upstream
+        if dtype != torch.float32 and name.startswith("d"):
+            rounding += torch.finfo(dtype).eps * e.abs().max()
         assert (o.double() - e).abs().max() <= 2 * (p.double() - e).abs().max() + rounding, name
     return ours
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, phases=[Phase.explicit, Phase.generate])  # shrinking takes minutes
 @given(
     n=st.integers(1, 40), h=st.integers(1, 70), v=st.integers(1, 140), m=st.integers(1, 90), seed=st.integers(0, 999),
     softcap=st.sampled_from([0.0, 3.0]), temperature=st.sampled_from([0.5, 1.0, 1.7]), bias=st.booleans(),
@@ -171,7 +175,9 @@ def test_gradients_of_one_output_only():
     labels = torch.arange(5, device=DEVICE)
     for which in (0, 1):
         got, want = (
-            torch.autograd.grad(linear_logprob(hidden, weight, labels, entropy=True, backend=b)[which].sum(), (hidden, weight))
+            torch.autograd.grad(
+                linear_logprob(hidden, weight, labels, entropy=True, backend=b)[which].sum(), (hidden, weight)
+            )
             for b in ("triton", "reference")
         )
         torch.testing.assert_close(got, want)
@@ -220,7 +226,9 @@ def test_backward_blocks_fit_a_gpus_workspace(monkeypatch, hidden_size, rows, vo
     monkeypatch.setattr(triton_path, "workspace_bytes", lambda device: GPU_BYTES)
     hidden, weight = (torch.empty(1, hidden_size, dtype=torch.bfloat16) for _ in range(2))
     head = triton_path.Head.of(hidden, weight, None, 1.0, 0.0, rows)
-    height, width = head.backward_chunks(torch.empty(2 * rows, hidden_size, dtype=torch.bfloat16, device="meta"), rows, vocab)
+    height, width = head.backward_chunks(
+        torch.empty(2 * rows, hidden_size, dtype=torch.bfloat16, device="meta"), rows, vocab
+    )
     assert height * (hidden_size * 6 + width * 2) <= GPU_BYTES
     assert width % head.backward["BLOCK_VOCAB"] == 0 and width >= min(vocab, triton_path.LEAST_WIDTH // 2)
 

@@ -1,0 +1,348 @@
+"""linear_logprob on a GPU: Triton kernels around the tensor cores, no logits in memory in the forward.
+
+Forward: one persistent kernel makes logits tile by tile and keeps three numbers a row and tile; a second combines them;
+the labels' logits are dot products of their own. Backward: a chunk of the vocabulary at a time, one kernel recomputes
+the logits and writes their gradient in the inputs' dtype, two cuBLAS products consume it. No atomics: results repeat
+bitwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from igpo_kernels.linear_logprob import triton_kernels as kernels
+from igpo_kernels.products import product
+from igpo_kernels.triton_variants import DTYPE_NAMES, Config, Variant, arch_of, config_for, configs
+from igpo_kernels.workspace import workspace_bytes
+
+SMALL_ROWS = 64
+"""Up to here the weight is read once and the op is bound by memory: shape class ``small``."""
+INTERPRETER_PROGRAMS = 3
+LEAST_WIDTH = 4096
+"""Vocabulary entries that a chunk of the backward should have: cuBLAS reads and writes dx once a chunk."""
+TMA_BYTES = 16
+"""What descriptors ask of addresses and row strides."""
+
+
+def linear_logprob(hidden, weight, labels, rows, bias, temperature, softcap, entropy):
+    if hidden.dtype not in DTYPE_NAMES or weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"linear_logprob: the triton backend takes hidden and weight of one dtype, "
+            f"{', '.join(DTYPE_NAMES.values())}; got {hidden.dtype} and {weight.dtype}; "
+            "convert them or pass backend='torch'"
+        )
+    logp, h = _LinearLogprob.apply(hidden, weight, bias, labels, rows, temperature, softcap, entropy)
+    return (logp, h) if entropy else logp
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, rows, temperature, softcap, entropy):
+        cells = Cells.of(rows, labels, len(weight))
+        head = Head.of(hidden, weight, bias, temperature, softcap, len(cells.distinct))
+        new = lambda n: torch.empty(n, dtype=torch.float32, device=hidden.device)  # noqa: E731
+        n_rows = len(cells.distinct)
+        logit, top, log_mass = new(len(cells.row)), new(n_rows), new(n_rows)
+        row_entropy = new(n_rows) if entropy else None
+        tiles = triton.cdiv(len(weight), head.forward["BLOCK_VOCAB"])
+        row_bytes = 4 * tiles * (3 if entropy else 2) + head.gathered_bytes(hidden, n_rows)
+        height = even(workspace_bytes(hidden.device) // row_bytes)
+        for first in range(0, n_rows, height):
+            part = slice(first, min(first + height, n_rows))
+            x = rows_of(hidden, cells.distinct, part)
+            statistics = [new((tiles, len(x))) for _ in range(3 if entropy else 2)]
+            head.tile_statistics(x, *statistics, *(() if entropy else (None,)))
+            head.combine(*statistics, *(() if entropy else (None,)), top, log_mass, row_entropy, part)
+            head.cell_logits(x, cells, logit, first)
+        # Products of tiles and of labels round differently: 1e-6 above zero is zero.
+        cell_logp = (logit - top[cells.row] - log_mass[cells.row]).clamp_(max=0)
+        ctx.save_for_backward(hidden, weight, bias, logit, top, log_mass, row_entropy)
+        ctx.cells, ctx.head = cells, head
+        ctx.set_materialize_grads(False)
+        return cell_logp[cells.of_pair], row_entropy[cells.row[cells.of_pair]] if entropy else None
+
+    @staticmethod
+    def backward(ctx, d_logp, d_entropy):
+        hidden, weight, bias, logit, top, log_mass, row_entropy = ctx.saved_tensors
+        cells, head = ctx.cells, ctx.head
+        if d_logp is None and d_entropy is None:
+            return (None,) * 8
+        d_logp = torch.zeros_like(cells.of_pair, dtype=torch.float32) if d_logp is None else d_logp
+        row_d_logp, cell_d_logp = cells.by_row(d_logp), cells.by_cell(d_logp)
+        row_d_entropy = None if d_entropy is None else cells.by_row(d_entropy)
+        row_entropy = None if d_entropy is None else row_entropy
+        n_rows, vocab = len(cells.distinct), len(weight)
+        height, width = head.backward_chunks(hidden, n_rows, vocab)
+        one_block = height >= n_rows
+        d_hidden, d_weight, d_bias = (
+            torch.zeros(x.shape, dtype=dtype, device=x.device) if needed else None
+            for x, dtype, needed in zip(
+                (hidden, weight, bias),
+                (hidden.dtype, weight.dtype if one_block else torch.float32, torch.float32),
+                ctx.needs_input_grad,
+                strict=False,
+            )
+        )
+        stride = triton.cdiv(width, head.backward["BLOCK_VOCAB"]) * head.backward["BLOCK_VOCAB"]
+        for first in range(0, n_rows, height):
+            part = slice(first, min(first + height, n_rows))
+            x = rows_of(hidden, cells.distinct, part)
+            dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if d_hidden is not None else None
+            dz_rows = torch.empty((len(x), stride), dtype=x.dtype, device=x.device)
+            row_values = [
+                None if value is None else value[part]
+                for value in (top, log_mass, row_entropy, row_d_logp, row_d_entropy)
+            ]
+            for start in range(0, vocab, width):
+                c = slice(start, min(start + width, vocab))
+                head.tile_gradients(x, c, dz_rows, row_values)
+                head.cell_gradients(dz_rows, cells, logit, cell_d_logp, row_values, first, c)
+                dz = dz_rows[:, : c.stop - c.start]
+                if dx is not None:
+                    product(dz, head.weight[c], dx, accumulate=True)
+                if d_weight is not None and one_block:
+                    torch.mm(dz.T, x, out=d_weight[c])
+                elif d_weight is not None:
+                    product(dz.T, x, d_weight[c], accumulate=True)
+                if d_bias is not None:
+                    d_bias[c] += dz.sum(0, dtype=torch.float32)
+            if d_hidden is not None:
+                d_hidden[cells.distinct[part]] = dx.to(hidden.dtype)
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        d_bias = None if d_bias is None else d_bias.to(bias.dtype)
+        return d_hidden, d_weight, d_bias, None, None, None, None, None
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Pairs grouped: rows are distinct, a cell is a distinct (row, label), both in ascending order."""
+
+    distinct: torch.Tensor
+    """Row of hidden [U]."""
+    row: torch.Tensor
+    """Index into ``distinct`` of each cell [C]."""
+    label: torch.Tensor
+    """[C]"""
+    of_pair: torch.Tensor
+    """Cell of each pair [M]."""
+    order: torch.Tensor
+    """Pairs sorted by (row, label) [M]."""
+    pairs_in_row: torch.Tensor
+    pairs_in_cell: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, labels: torch.Tensor, vocab: int) -> Cells:
+        key, order = torch.sort(rows * vocab + labels, stable=True)
+        cell, of_sorted, pairs_in_cell = torch.unique_consecutive(key, return_inverse=True, return_counts=True)
+        distinct, pairs_in_row = torch.unique_consecutive(key // vocab, return_counts=True)
+        of_pair = torch.empty_like(order)
+        of_pair[order] = of_sorted
+        row = torch.searchsorted(distinct, cell // vocab)
+        return cls(distinct, row, cell % vocab, of_pair, order, pairs_in_row, pairs_in_cell)
+
+    def by_row(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums [U] of ``values`` [M], float32, in the order of the sorted pairs."""
+        return segment_sums(values[self.order].float(), self.pairs_in_row)
+
+    def by_cell(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums [C], likewise."""
+        return segment_sums(values[self.order].float(), self.pairs_in_cell)
+
+
+def segment_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    # index_add_ would add by atomics.
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True) if len(values) else values
+
+
+def rows_of(hidden: torch.Tensor, distinct: torch.Tensor, part: slice) -> torch.Tensor:
+    """The distinct rows of a block, packed; not copied where they are all of ``hidden`` in order."""
+    if len(distinct) == len(hidden) and hidden.stride(1) == 1:
+        return hidden[part]
+    return hidden[distinct[part]]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The LM head and how its kernels are launched."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    inverse_temperature: float
+    softcap: float
+    forward: Config
+    backward: Config
+    combining: Config
+    scoring: Config
+    scattering: Config
+    programs: int
+
+    @classmethod
+    def of(cls, hidden, weight, bias, temperature, softcap, n_rows) -> Head:
+        arch, dtype = arch_of(hidden.device), DTYPE_NAMES[hidden.dtype]
+        # With both a bias and soft-capping (no model known has both) large tiles would spill registers.
+        size = "small" if n_rows <= SMALL_ROWS or (bias is not None and softcap) else "large"
+        weight = weight.detach()
+        return cls(
+            weight if weight.stride(1) == 1 else weight.contiguous(),
+            None if bias is None else bias.detach().contiguous(),
+            1 / temperature,
+            float(softcap),
+            config_for("linear_logprob_forward", arch, size, dtype),
+            config_for("linear_logprob_backward", arch, size, dtype),
+            config_for("linear_logprob_combine", arch, "any", "fp32"),
+            config_for("linear_logprob_cells", arch, "any", dtype),
+            config_for("linear_logprob_cell_gradients", arch, "any", dtype),
+            programs_of(hidden.device),
+        )
+
+    @property
+    def scaling(self) -> tuple[float, float]:
+        return self.inverse_temperature, self.softcap
+
+    def gathered_bytes(self, hidden: torch.Tensor, n_rows: int) -> int:
+        """Bytes a row that rows_of copies."""
+        in_place = n_rows == len(hidden) and hidden.stride(1) == 1
+        return 0 if in_place else hidden.shape[1] * hidden.element_size()
+
+    def backward_chunks(self, hidden: torch.Tensor, n_rows: int, vocab: int) -> tuple[int, int]:
+        """Rows and vocabulary entries of a block: half the workspace for x and its gradient, the rest for dz."""
+        budget, block = workspace_bytes(hidden.device), self.backward["BLOCK_VOCAB"]
+        row_bytes = self.gathered_bytes(hidden, n_rows) + 4 * hidden.shape[1]
+        height = min(even(budget // 2 // max(row_bytes, LEAST_WIDTH * hidden.element_size())), max(1, n_rows))
+        most = max(1, (budget - height * row_bytes) // (height * hidden.element_size() * block))
+        chunks = triton.cdiv(triton.cdiv(vocab, block), most)
+        return height, triton.cdiv(triton.cdiv(vocab, chunks), block) * block
+
+    def tile_statistics(self, x, top, mass, moment):
+        config, tiled = self.tiled(self.forward, x, self.weight)
+        kernels.tile_statistics[self.grid(config, len(x), len(self.weight))](
+            *tiled, self.bias, top, mass, moment, x.stride(0), self.weight.stride(0),
+            len(x), len(self.weight), x.shape[1], *self.scaling, CAPPED=self.softcap > 0, **config,
+        )  # fmt: skip
+
+    def combine(self, tile_top, tile_mass, tile_moment, top, log_mass, entropy, part: slice):
+        n_tiles, n_rows = tile_top.shape
+        kernels.combine_tiles[(triton.cdiv(n_rows, self.combining["BLOCK_ROWS"]),)](
+            tile_top, tile_mass, tile_moment, top[part], log_mass[part], None if entropy is None else entropy[part],
+            n_rows, n_tiles, **self.combining.launch(),
+        )  # fmt: skip
+
+    def cell_logits(self, x, cells: Cells, logit, first_row: int):
+        kernels.cell_logits[(triton.cdiv(len(cells.row), self.scoring["BLOCK_CELLS"]),)](
+            x, self.weight, self.bias, cells.row, cells.label, logit, x.stride(0), self.weight.stride(0),
+            first_row, len(x), len(cells.row), x.shape[1], *self.scaling, CAPPED=self.softcap > 0,
+            **self.scoring.launch(),
+        )  # fmt: skip
+
+    def tile_gradients(self, x, c: slice, dz, row_values):
+        weight, bias = self.weight[c], None if self.bias is None else self.bias[c]
+        config, tiled = self.tiled(self.backward, x, weight)
+        target = dz
+        if config["TMA"]:
+            target = TensorDescriptor.from_tensor(dz, [config["BLOCK_ROWS"], config["BLOCK_VOCAB"] // 2])
+        kernels.tile_gradients[self.grid(config, len(x), len(weight))](
+            *tiled, bias, target, *row_values, x.stride(0), weight.stride(0), dz.stride(0),
+            len(x), len(weight), x.shape[1], *self.scaling, CAPPED=self.softcap > 0, **config,
+        )  # fmt: skip
+
+    def cell_gradients(self, dz, cells: Cells, logit, cell_d_logp, row_values, first_row: int, c: slice):
+        kernels.cell_gradients[(triton.cdiv(len(cells.row), self.scattering["BLOCK_CELLS"]),)](
+            dz, cells.row, cells.label, logit, cell_d_logp, *row_values, dz.stride(0),
+            first_row, len(dz), c.start, c.stop - c.start, len(cells.row), *self.scaling, CAPPED=self.softcap > 0,
+            **self.scattering.launch(),
+        )  # fmt: skip
+
+    def grid(self, config: dict, n_rows: int, vocab: int) -> tuple[int]:
+        tiles = triton.cdiv(n_rows, config["BLOCK_ROWS"]) * triton.cdiv(vocab, config["BLOCK_VOCAB"])
+        return (min(tiles, self.programs),)
+
+    def tiled(self, config: Config, x: torch.Tensor, weight: torch.Tensor) -> tuple[dict, list]:
+        """Launch options, and x and weight as descriptors; as pointers where the rows' alignment rules TMA out."""
+        launch = config.launch()
+        aligned = all(
+            m.data_ptr() % TMA_BYTES == 0 and m.stride(0) * m.element_size() % TMA_BYTES == 0 for m in (x, weight)
+        )
+        if not (launch["TMA"] and aligned):
+            return {**launch, "TMA": 0}, [x, weight]
+        blocks = config["BLOCK_ROWS"], config["BLOCK_VOCAB"]
+        return launch, [
+            TensorDescriptor.from_tensor(m, [block, config["BLOCK_HIDDEN"]])
+            for m, block in zip((x, weight), blocks, strict=True)
+        ]
+
+
+def even(height: int) -> int:
+    """Row blocks start at multiples of 16, so that what they point to stays aligned (and kernels compile once)."""
+    return max(1, height if height < 16 else height - height % 16)
+
+
+def programs_of(device: torch.device) -> int:
+    if device.type == "cpu":
+        return INTERPRETER_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# Which optional arguments a variant has; the rest are compiled out.
+ENTROPY = ("moment_ptr", "entropy_ptr", "d_entropy_ptr", "tile_moment_ptr")
+FEATURES = {
+    "plain": (),
+    "entropy": ENTROPY,
+    "capped": (*ENTROPY, "CAPPED"),
+    "biased": (*ENTROPY, "bias_ptr"),
+    "full": (*ENTROPY, "bias_ptr", "CAPPED"),
+}
+OPTIONAL = {*ENTROPY, "bias_ptr"}
+KERNELS = {
+    "linear_logprob_forward": kernels.tile_statistics,
+    "linear_logprob_backward": kernels.tile_gradients,
+    "linear_logprob_combine": kernels.combine_tiles,
+    "linear_logprob_cells": kernels.cell_logits,
+    "linear_logprob_cell_gradients": kernels.cell_gradients,
+}
+"""By table of configurations."""
+
+
+def variants() -> Iterator[Variant]:
+    """Every shipped configuration, with the sets of options that trainers use."""
+    for table, fn in KERNELS.items():
+        for arch, size, dtype, config in configs(table):
+            seen = []
+            for features, given in FEATURES.items():
+                signature, constexprs = typed(fn, config, dtype, given)
+                if constexprs in seen or (size, features) == ("large", "full"):
+                    continue  # a kernel without these arguments, and what Head.of never launches
+                seen.append(constexprs)
+                yield Variant(
+                    "linear_logprob", table, arch, dtype, f"{size}/{features}", fn, signature, constexprs,
+                    config.num_warps, config.num_stages, has_dot="TMA" in config.constants,
+                )  # fmt: skip
+
+
+def typed(fn, config: Config, dtype: str, given: tuple[str, ...]) -> tuple[dict, dict]:
+    """Signature and constexprs of a kernel, for a model whose hidden size is a multiple of 16."""
+    signature, constexprs = {}, dict(config.constants)
+    tiles = {"x": "BLOCK_ROWS", "weight": "BLOCK_VOCAB", "dz": "BLOCK_ROWS"}
+    for name in fn.arg_names:
+        if name == "CAPPED":
+            constexprs[name] = name in given
+        elif name in OPTIONAL and name not in given:
+            constexprs[name] = None
+        elif name in tiles and config["TMA"]:
+            columns = config["BLOCK_VOCAB"] // 2 if name == "dz" else config["BLOCK_HIDDEN"]
+            signature[name] = f"tensordesc<{dtype}[{config[tiles[name]]},{columns}]>"
+        elif name in tiles or name in ("x_ptr", "weight_ptr", "dz_ptr", "bias_ptr"):
+            signature[name] = f"*{dtype}:16"
+        elif name in ("row_ptr", "label_ptr"):
+            signature[name] = "*i64:16"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32:16"
+        elif name.endswith("stride") or name == "n_hidden":
+            signature[name] = "i32:16"
+        elif name not in constexprs:
+            signature[name] = "i32" if name in kernels.LENGTHS else "fp32"
+    return signature, constexprs

@@ -1,0 +1,157 @@
+"""linear_policy_loss's device code: from a row of raw logits to the loss of its pairs and the row's gradient.
+
+One program a distinct row. The gradient takes the logits' own memory, so a tile is read by every thread (barrier)
+before any writes it. Values are float32; NaN stays NaN.
+"""
+
+import triton
+import triton.language as tl
+
+from igpo_kernels.policy_loss.triton_kernels import combine, load, no_terms, pair_terms, store_partials
+
+LOWEST = tl.constexpr(-1e30)
+"""Stands for -inf where it meets a factor of 0."""
+
+
+@triton.jit
+def above_lowest(x):
+    return tl.where(x < LOWEST, LOWEST, x)
+
+
+@triton.jit
+def capped(raw, softcap, inverse_temperature, CAPPED: tl.constexpr):
+    """Raw logits to what the softmax sees, and the slope of it."""
+    if CAPPED:
+        t = 1 - 2 / (1 + tl.exp(raw * (2 / softcap)))
+        return t * softcap * inverse_temperature, (1 - t * t) * inverse_temperature
+    else:
+        return raw * inverse_temperature, tl.zeros_like(raw) + inverse_temperature
+
+
+@triton.jit
+def logits_at(row_ptr, bias_ptr, at, mask, softcap, inverse_temperature, CAPPED: tl.constexpr):
+    raw = load(row_ptr, at, mask)
+    if bias_ptr is not None:
+        raw += load(bias_ptr, at, mask)
+    return capped(raw, softcap, inverse_temperature, CAPPED)
+
+
+@triton.jit
+def softmax_of(row_ptr, bias_ptr, n_vocab, softcap, inverse_temperature, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+    """Largest logit, log of the mass below it, entropy. The first two stay apart: their sum would lose digits."""
+    tops = tl.full([BLOCK], float("-inf"), tl.float32)
+    masses, moments = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n_vocab, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        mask = at < n_vocab
+        z, _ = logits_at(row_ptr, bias_ptr, at, mask, softcap, inverse_temperature, CAPPED)
+        z = tl.where(mask, z, float("-inf"))
+        higher = tl.maximum(tops, z)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        fall, depth = above_lowest(tops - base), above_lowest(z - base)
+        e, decay = tl.exp(depth), tl.exp(fall)
+        moments = (moments + fall * masses) * decay + e * depth
+        masses = masses * decay + e
+        tops = higher
+    top = tl.max(tops, 0)
+    fall = above_lowest(tops - top)
+    decay = tl.exp(fall)
+    mass = tl.sum(masses * decay, 0)
+    moment = tl.sum((moments + fall * masses) * decay, 0)
+    log_mass = tl.log(mass)
+    return top, log_mass, log_mass - moment / mass
+
+
+@triton.jit(do_not_specialize=["first", "columns"])
+def row_loss_kernel(
+    logits_ptr, d_logits_ptr, bias_ptr, label_ptr, order_ptr, offset_ptr, old_ptr, advantage_ptr, weight_ptr,
+    engine_ptr, ref_ptr, scale_ptr, logp_ptr, d_logp_ptr, partial_ptr,
+    first, columns, n_vocab, logits_stride, d_logits_stride,
+    inverse_temperature, softcap, low, high, dual_clip, kl, bonus,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Row ``first + program``: logp and d_logp of its pairs, partial sums [SUMS, columns], the gradient of its logits.
+
+    The row's pairs are order[offset[row] : offset[row + 1]]; d_logp is in that order. d_logits_ptr None: values only.
+    """
+    program = tl.cast(tl.program_id(0), tl.int64)
+    row = first + program
+    row_ptr = logits_ptr + program * logits_stride
+    top, log_mass, entropy = softmax_of(row_ptr, bias_ptr, n_vocab, softcap, inverse_temperature, CAPPED, BLOCK)
+    begin, end = tl.load(offset_ptr + row), tl.load(offset_ptr + row + 1)
+    scale = 1.0 if scale_ptr is None else tl.load(scale_ptr)
+    # What the row's pairs add up to in its gradient: -p (logp_slope + entropy_slope (log p + entropy)).
+    logp_slope, entropy_slope = 0.0, 0.0
+    total = no_terms(PAIRS)
+    for start in range(begin, end, PAIRS):
+        at = start + tl.arange(0, PAIRS)
+        mask = at < end
+        pair = tl.load(order_ptr + at, mask=mask, other=0)
+        label = tl.load(label_ptr + pair, mask=mask, other=0)
+        z, _ = logits_at(row_ptr, bias_ptr, label, mask, softcap, inverse_temperature, CAPPED)
+        logp = z - top - log_mass
+        tl.store(logp_ptr + pair, logp, mask=mask)
+        logp = tl.where(mask, logp, 0.0)
+        old = load(old_ptr, pair, mask) if old_ptr is not None else logp
+        gap = old - load(engine_ptr, pair, mask) if engine_ptr is not None else tl.zeros_like(logp)
+        weight = load(weight_ptr, pair, mask)
+        ref_logp = load(ref_ptr, pair, mask) if ref_ptr is not None else None
+        d_logp, terms = pair_terms(
+            logp, logp - old, gap, 1.0, load(advantage_ptr, pair, mask), weight, ref_logp,
+            tl.zeros_like(logp) + entropy, low, high, dual_clip, kl, bonus,
+        )  # fmt: skip
+        d_logp *= scale
+        tl.store(d_logp_ptr + at, d_logp, mask=mask)
+        logp_slope += tl.sum(d_logp, 0)
+        entropy_slope -= tl.sum(weight, 0) * bonus * scale
+        total = combine(total, terms)
+    store_partials(partial_ptr, row, columns, total)
+    if d_logits_ptr is not None:
+        d_row_ptr = d_logits_ptr + program * d_logits_stride
+        tl.debug_barrier()
+        for start in range(0, n_vocab, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            mask = at < n_vocab
+            z, slope = logits_at(row_ptr, bias_ptr, at, mask, softcap, inverse_temperature, CAPPED)
+            log_p = above_lowest(z - top - log_mass)
+            d_z = -tl.exp(log_p) * (logp_slope + entropy_slope * (log_p + entropy)) * slope
+            tl.debug_barrier()
+            tl.store(d_row_ptr + at, d_z.to(d_logits_ptr.dtype.element_ty), mask=mask)
+        tl.debug_barrier()
+        add_labels(
+            d_row_ptr, label_ptr, order_ptr, logp_ptr, d_logp_ptr, begin, end, logp_slope, entropy_slope,
+            top + log_mass, entropy, softcap, inverse_temperature, CAPPED, PAIRS,
+        )  # fmt: skip
+
+
+@triton.jit
+def add_labels(
+    d_row_ptr, label_ptr, order_ptr, logp_ptr, d_logp_ptr, begin, end, logp_slope, entropy_slope,
+    log_sum, entropy, softcap, inverse_temperature, CAPPED: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient at each pair's label anew, the onehot of all pairs with that label included.
+
+    Pairs that share a label write the same value.
+    """
+    for start in range(begin, end, PAIRS):
+        at = start + tl.arange(0, PAIRS)
+        mask = at < end
+        pair = tl.load(order_ptr + at, mask=mask, other=0)
+        label = tl.load(label_ptr + pair, mask=mask, other=-1)
+        logp = load(logp_ptr, pair, mask)
+        onehot = tl.zeros([PAIRS], tl.float32)
+        for other_start in range(begin, end, PAIRS):
+            other_at = other_start + tl.arange(0, PAIRS)
+            other_mask = other_at < end
+            other_pair = tl.load(order_ptr + other_at, mask=other_mask, other=0)
+            other_label = tl.load(label_ptr + other_pair, mask=other_mask, other=-1)
+            other = load(d_logp_ptr, other_at, other_mask)
+            onehot += tl.sum(tl.where(label[:, None] == other_label[None, :], other[None, :], 0.0), 1)
+        # The logit itself is overwritten; the slope of soft-capping follows from z = logp + log-sum-exp.
+        slope = tl.zeros_like(logp) + inverse_temperature
+        if CAPPED:
+            t = (logp + log_sum) / (softcap * inverse_temperature)
+            slope = (1 - t * t) * inverse_temperature
+        logp = above_lowest(logp)
+        d_z = (onehot - tl.exp(logp) * (logp_slope + entropy_slope * (logp + entropy))) * slope
+        tl.store(d_row_ptr + label, d_z.to(d_row_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,164 @@
+"""linear_policy_loss on a GPU, by chunks of distinct rows: cuBLAS, one Triton kernel, cuBLAS twice.
+
+Logits of a chunk in float32 (see the README), the row kernel turns them into d_logits in their own memory, two products
+give dhidden and dweight: 6 * U * H * V FLOPs. Nothing is added by atomics: results repeat bitwise as cuBLAS does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from igpo_kernels.linear_policy_loss.triton_kernels import row_loss_kernel
+from igpo_kernels.policy_loss.settings import LossSettings
+from igpo_kernels.policy_loss.triton_kernels import SUMS
+from igpo_kernels.policy_loss.triton_path import METRICS, bounds, finish, scaled
+from igpo_kernels.products import product
+from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Tunable, Variant, arch_of, config_for, configs
+from igpo_kernels.workspace import workspace_bytes
+
+ALIGN = 16
+"""Rows of logits start at a multiple of this many elements."""
+PAIR_BYTES = 72
+"""Workspace a pair may take beside the logits: ids and offsets 32, its row's partial sums 36, slope 4."""
+
+
+def linear_policy_loss(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap):
+    if hidden.dtype not in DTYPE_NAMES or weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"linear_policy_loss: the triton backend takes hidden and weight of one dtype, "
+            f"{', '.join(DTYPE_NAMES.values())}; got {hidden.dtype} and {weight.dtype}; "
+            "convert them or pass backend='torch'"
+        )
+    loss, logp, sums = _LinearPolicyLoss.apply(
+        hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap
+    )
+    return loss, {**dict(zip(METRICS, sums.unbind(), strict=True)), "logp": logp}
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap):
+        arch, dtype = arch_of(hidden.device), hidden.dtype
+        config = config_for("linear_policy_loss", arch, "any", DTYPE_NAMES[dtype])
+        inputs = {name: None if x is None else x.detach().contiguous() for name, x in pair_inputs.items()}
+        labels = labels.contiguous()
+        distinct, pair_row = torch.unique(rows, return_inverse=True)
+        by_row, order = pair_row.sort(stable=True)
+        count, vocab = len(distinct), len(weight)
+        offsets = torch.searchsorted(by_row, torch.arange(count + 1, device=rows.device))
+        new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=hidden.device)  # noqa: E731
+        logp, d_logp, partials = new(len(labels)), new(len(labels)), new(SUMS.value, count)
+        d_hidden, d_weight, d_bias = (
+            torch.zeros_like(x, dtype=like) if needed else None
+            for x, like, needed in zip(
+                (hidden, weight, bias), (dtype, torch.float32, torch.float32), ctx.needs_input_grad, strict=False
+            )
+        )
+        differentiate = any(ctx.needs_input_grad)
+        scale = range_of_half(inputs, settings) if dtype == torch.float16 else None
+        height = chunk_rows(count, len(labels), vocab, hidden)
+        stride = -(-vocab // ALIGN) * ALIGN
+        logits = new(height, stride)
+        for first in range(0, count, height):
+            at = distinct[first : first + height]
+            x = hidden[at]
+            z = logits[: len(at)]
+            d_z = z.view(dtype)[:, :vocab]
+            product(x, weight.T, z[:, :vocab])
+            row_loss_kernel[(len(at),)](
+                z, d_z if differentiate else None, bias, labels, order, offsets,
+                inputs["old_logp"], inputs["advantages"], inputs["weights"], inputs["engine_logp"], inputs["ref_logp"],
+                scale, logp, d_logp, partials, first, count, vocab, z.stride(0), d_z.stride(0),
+                float(1 / temperature), float(softcap), *bounds(settings), settings.dual_clip, float(settings.kl),
+                float(settings.entropy), CAPPED=softcap > 0, **config.launch(),
+            )  # fmt: skip
+            if d_hidden is not None:
+                d_hidden[at] = product(d_z, weight, new(*x.shape)).to(dtype)
+            if d_weight is not None:
+                product(d_z.T, x, d_weight, accumulate=first > 0)
+            if d_bias is not None:
+                d_bias += d_z.sum(0, dtype=torch.float32)
+        loss, sums = finish(partials, arch)
+        ctx.gradients = [
+            None if g is None else g.to(x.dtype)
+            for g, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
+        ]  # fmt: skip
+        ctx.scale = scale
+        ctx.mark_non_differentiable(logp, sums)
+        return loss, logp, sums
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        factor = d_loss if ctx.scale is None else d_loss / ctx.scale
+        return *(None if g is None else scaled(g, factor) for g in ctx.gradients), *[None] * 6
+
+
+def chunk_rows(count: int, pairs: int, vocab: int, hidden: torch.Tensor) -> int:
+    """Rows a chunk, so that their logits, hidden states and gradients fit the workspace; chunks of equal height."""
+    row_bytes = 4 * (-(-vocab // ALIGN) * ALIGN) + hidden.shape[1] * (hidden.element_size() + 4)
+    most = max(1, (workspace_bytes(hidden.device) - PAIR_BYTES * pairs) // row_bytes)
+    chunks = -(-count // most)
+    return -(-count // chunks) if chunks else 1
+
+
+def range_of_half(inputs: dict, settings) -> torch.Tensor:
+    """A power of two that lifts the largest slope to about 2^6, so that float16 d_logits do not underflow.
+
+    The upstream scalar, where a loss scaler would act, comes only after they are rounded. 2^10 of headroom are left
+    for ratios and for rows with several pairs.
+    """
+    advantages = inputs["advantages"].float().abs() + settings.kl + settings.entropy
+    slopes = inputs["weights"].float().abs() * advantages
+    _, exponent = torch.frexp(slopes.max() if len(slopes) else slopes.sum())
+    return torch.ldexp(torch.ones_like(slopes.sum()), 6 - exponent)
+
+
+# Which optional arguments a shipped variant has; the rest are compiled out.
+FEATURES = {
+    "ratio-one": ("d_logits_ptr",),
+    "full": ("d_logits_ptr", "bias_ptr", "old_ptr", "engine_ptr", "ref_ptr", "dual_clip"),
+    "values": ("old_ptr",),
+}
+OPTIONAL = {name for names in FEATURES.values() for name in names} | {"scale_ptr"}
+INTEGERS = {
+    "label_ptr": "*i64:16", "order_ptr": "*i64:16", "offset_ptr": "*i64:16", "first": "i32", "columns": "i32",
+    "n_vocab": "i32:16", "logits_stride": "i32:16", "d_logits_stride": "i32:16",
+}  # fmt: skip
+
+
+def variants() -> Iterator[Variant]:
+    """Every shipped configuration, with the sets of optional inputs that trainers use."""
+    for arch, shape_class, dtype, config in configs("linear_policy_loss"):
+        for features, given in FEATURES.items():
+            constexprs = {"CAPPED": features == "full", **config.constants}
+            signature = {}
+            for name in row_loss_kernel.arg_names:
+                if name in OPTIONAL and name not in given and not (name == "scale_ptr" and dtype == "fp16"):
+                    constexprs[name] = None
+                elif name not in constexprs:
+                    half = f"*{dtype}:16" if name in ("d_logits_ptr", "bias_ptr") else "*fp32:16"
+                    signature[name] = INTEGERS.get(name, half if name.endswith("_ptr") else "fp32")
+            yield Variant(
+                "linear_policy_loss", "linear_policy_loss", arch, dtype, f"{shape_class}/{features}", row_loss_kernel,
+                signature, constexprs, config.num_warps, config.num_stages,
+            )  # fmt: skip
+
+
+def tunables() -> Iterator[Tunable]:
+    """The row kernel under one chunk of logits of a vocabulary of 151,936."""
+    space = {"num_warps": [4, 8, 16, 32], "num_stages": [1], "BLOCK": [1024, 2048, 4096, 8192], "PAIRS": [16]}
+    for dtype in DTYPES:
+        yield Tunable("linear_policy_loss", "any", dtype, space, lambda device, dtype=dtype: _workload(device, dtype))
+
+
+def _workload(device: torch.device, dtype: str):
+    # Few hidden sizes, so that the products, which no configuration changes, take little of the time.
+    n, hidden, vocab = 1536, 64, 151_936
+    x, weight = (torch.randn(rows, hidden, device=device, dtype=DTYPES[dtype]) for rows in (n, vocab))
+    rows, labels = torch.arange(n, device=device), torch.randint(0, vocab, (n,), device=device)
+    one = torch.ones(n, device=device)
+    inputs = dict(old_logp=None, advantages=one, weights=one, engine_logp=None, ref_logp=None)
+    x.requires_grad_()
+    return lambda: linear_policy_loss(x, weight, None, labels, rows, inputs, LossSettings(), 1.0, 0.0)
