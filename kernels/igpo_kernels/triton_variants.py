@@ -107,6 +107,14 @@ def table(kernel: str) -> dict:
 
 
 @functools.cache
+def arch_name(device: torch.device) -> str:
+    """What a GPU is called in the tables: ``sm_90``, ``gfx942``, ... whether or not they know it."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
 def arch_of(device: torch.device) -> str:
     """The architecture whose tables ``device`` uses; a CPU (Triton's interpreter) uses sm_90's.
 
@@ -115,11 +123,7 @@ def arch_of(device: torch.device) -> str:
     """
     if device.type == "cpu":
         return "sm_90"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        arch = properties.gcnArchName.split(":")[0]
-    else:
-        arch = f"sm_{properties.major}{properties.minor}"
+    arch = arch_name(device)
     if arch not in ARCHITECTURES:
         raise ValueError(
             f"igpo_kernels: no Triton configurations for {arch}, only for {', '.join(ARCHITECTURES)}; "

@@ -43,7 +43,7 @@ def linear_logprob(
         ValueError: shapes or values that do not fit.
     """
     rows = check_pairs("linear_logprob", hidden, weight, labels, rows, temperature)
-    run = choose("linear_logprob", backend, hidden.device, IMPLEMENTATIONS)
+    run = choose("linear_logprob", backend, hidden.device, IMPLEMENTATIONS, (hidden.dtype, weight.dtype))
     return run(hidden, weight, labels, rows, bias, temperature, softcap, entropy)
 
 

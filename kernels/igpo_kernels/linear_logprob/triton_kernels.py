@@ -186,10 +186,10 @@ def logit_gradient(z, top, log_mass, entropy, d_logp, d_entropy, cell_d_logp, in
     log_p = z - top - log_mass
     pull = d_logp
     if ENTROPY:
-        pull += d_entropy * (log_p + entropy)
+        pull = (d_logp + d_entropy * entropy) + d_entropy * log_p
     dz = (cell_d_logp - tl.exp(log_p) * pull) * inverse_temperature
     if CAPPED:
-        t = z / (inverse_temperature * softcap)
+        t = z * (1 / (inverse_temperature * softcap))
         dz *= 1 - t * t
     return dz
 

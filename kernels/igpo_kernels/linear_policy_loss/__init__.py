@@ -56,5 +56,5 @@ def linear_policy_loss(
         old_logp=old_logp, advantages=advantages, weights=weights, engine_logp=engine_logp, ref_logp=ref_logp
     )
     check_inputs("linear_policy_loss", labels.shape, settings, pair_inputs, exempt=("entropy",))
-    run = choose("linear_policy_loss", backend, hidden.device, IMPLEMENTATIONS)
+    run = choose("linear_policy_loss", backend, hidden.device, IMPLEMENTATIONS, (hidden.dtype, weight.dtype))
     return run(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap)

@@ -52,7 +52,7 @@ def policy_loss(
         entropy=entropy, sequence=sequence,
     )  # fmt: skip
     check_inputs("policy_loss", logp.shape, settings, inputs)
-    run = choose("policy_loss", backend, logp.device, IMPLEMENTATIONS)
+    run = choose("policy_loss", backend, logp.device, IMPLEMENTATIONS, (logp.dtype,))
     return run(logp, settings=settings, **inputs)
 
 

@@ -17,7 +17,7 @@ def _per_sequence(x, sequence, reduce):
 def policy_loss(logp, *, old_logp, advantages, weights, settings, engine_logp, ref_logp, entropy, sequence):
     log_ratio = logp - (logp.detach() if old_logp is None else old_logp)
     if settings.sequence_ratio:
-        # Value: the sequence's mean. Gradient: each token's own (GSPO-token, equal to GSPO for equal advantages).
+        # Value and gradient of the sequence's mean: GSPO.
         log_ratio = _per_sequence(log_ratio, sequence, "mean")
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
@@ -34,7 +34,7 @@ def policy_loss(logp, *, old_logp, advantages, weights, settings, engine_logp, r
             gap = _per_sequence(gap, sequence, "sum") if settings.importance == "sequence" else gap
             correction = gap.exp()
             if settings.importance_mode == "mask":
-                correction = correction * (correction <= settings.importance_cap)
+                correction = torch.where(correction <= settings.importance_cap, correction, 0.0)  # inf * 0 is NaN
             else:
                 correction = correction.clamp(max=settings.importance_cap)
     per_pair = correction * surrogate
