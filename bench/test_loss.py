@@ -4,7 +4,7 @@ import importlib.util
 
 import torch
 
-from bench.test_logprob import bare_products, inputs, plain, pytest_generate_tests  # noqa: F401
+from bench.test_logprob import bare_products, inputs, plain, pytest_generate_tests, rounds  # noqa: F401
 from igpo_kernels import LossSettings, linear_policy_loss, policy_loss
 
 
@@ -40,7 +40,7 @@ def test_loss_from_the_lm_head(shape, compare):
         sides["liger"] = lambda: gradients(
             liger(hidden[:, None], weight, labels[:, None], mask, advantages, old_per_token_logps=old[:, None])[0]
         )
-    compare("loss", {"from": "lm_head", **dict(zip("MHV", shape, strict=True))}, sides)
+    compare("loss", {"from": "lm_head", **dict(zip("MHV", shape, strict=True))}, sides, rounds(shape))
 
 
 def test_loss_from_logprobs(shape, compare):
