@@ -33,27 +33,16 @@ class _LinearLogprob(torch.autograd.Function):
         distinct, pair_row = torch.unique(rows, return_inverse=True)
         compute = torch.promote_types(hidden.dtype, torch.float32)
         blocks = Blocks(len(distinct), len(weight), hidden.device, compute)
-        top = torch.full((len(distinct),), float("-inf"), dtype=compute, device=hidden.device)
-        mass, moment = torch.zeros_like(top), torch.zeros_like(top)
-        target = top.new_empty(len(labels))
+        statistics = Statistics(len(distinct), hidden.device, compute)
+        target = statistics.top.new_empty(len(labels))
         for r in blocks.rows:
             x = hidden[distinct[r]].to(compute)
             for c in blocks.columns:
                 z = block_logits(x, weight[c], _part(bias, c), temperature, softcap, blocks.logits(r, c))
                 pairs = _pairs(pair_row, labels, r, c)
                 target[pairs] = z[pair_row[pairs] - r.start, labels[pairs] - c.start]
-                new_top = torch.maximum(top[r], z.amax(1))
-                fall = (top[r] - new_top).clamp(min=MOST_FALL)
-                z -= new_top[:, None]
-                e = z.exp() if entropy else z.exp_()
-                if entropy:
-                    moment[r] = (moment[r] + fall * mass[r]) * fall.exp() + z.mul_(e).sum(1)
-                mass[r] = mass[r] * fall.exp() + e.sum(1)
-                top[r] = new_top
-        # The log-sum-exp stays in two parts, largest logit and log mass: their sum would lose the digits that large
-        # logits have no room for. H = log mass - E[z - top].
-        log_mass = mass.log()
-        row_entropy = log_mass - moment / mass if entropy else torch.zeros_like(mass)
+                statistics.add_(z, r, entropy)
+        top, log_mass, row_entropy = statistics.finish()
         ctx.save_for_backward(hidden, weight, bias, labels, distinct, pair_row, top, log_mass, row_entropy)
         ctx.temperature, ctx.softcap, ctx.entropy = temperature, softcap, entropy
         return target - top[pair_row] - log_mass[pair_row], row_entropy[pair_row]
@@ -90,6 +79,35 @@ class _LinearLogprob(torch.autograd.Function):
             d_hidden.index_add_(0, distinct[r], dx)
         d_bias = d_bias.to(bias.dtype) if d_bias is not None else None
         return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias, None, None, None, None, None
+
+
+class Statistics:
+    """Of each row, over the blocks of its logits so far: the largest, the mass ``sum exp(z - top)``, and the moment
+    ``sum (z - top) exp(z - top)``."""
+
+    def __init__(self, n_rows, device, dtype):
+        self.top = torch.full((n_rows,), float("-inf"), dtype=dtype, device=device)
+        self.mass, self.moment = torch.zeros_like(self.top), torch.zeros_like(self.top)
+
+    def add_(self, z, r: slice = slice(None), entropy: bool = True) -> None:
+        """Take in a block of the rows ``r``; ``z`` is used up."""
+        top, mass, moment = self.top[r], self.mass[r], self.moment[r]
+        new_top = torch.maximum(top, z.amax(1))
+        fall = (top - new_top).clamp(min=MOST_FALL)
+        z -= new_top[:, None]
+        e = z.exp() if entropy else z.exp_()
+        if entropy:
+            moment.add_(fall * mass).mul_(fall.exp()).add_(z.mul_(e).sum(1))
+        mass.mul_(fall.exp()).add_(e.sum(1))
+        top.copy_(new_top)
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Largest logit, log mass, entropy (of meaning if every block took it in).
+
+        The log-sum-exp stays in two parts: their sum would lose the digits that large logits have no room for.
+        """
+        log_mass = self.mass.log()
+        return self.top, log_mass, log_mass - self.moment / self.mass
 
 
 class Blocks:

@@ -1,14 +1,15 @@
 """linear_policy_loss by row chunks: the gradient is made in the forward, while the chunk's logits are there.
 
-For a chunk of distinct rows: logits, their statistics, the loss and its slope in each log-probability and entropy, the
+For a chunk of distinct rows: logits and their statistics, the loss and its slope in each log-probability and entropy, the
 logits' gradient in their place, and two products into dhidden and dweight: 6 * U * H * V FLOPs for loss and gradients.
+Both sweeps go panel by panel of the vocabulary, so that what is done to a panel finds it in the caches.
 """
 
 from __future__ import annotations
 
 import torch
 
-from igpo_kernels.linear_logprob.torch_path import VOCAB_BLOCK, block_logits, slope_of, softmax_gradient_
+from igpo_kernels.linear_logprob.torch_path import VOCAB_BLOCK, Statistics, block_logits, slope_of, softmax_gradient_
 from igpo_kernels.policy_loss.reference import policy_loss
 from igpo_kernels.workspace import workspace_bytes
 
@@ -40,6 +41,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         columns = [slice(c, min(c + VOCAB_BLOCK, vocab)) for c in range(0, vocab, VOCAB_BLOCK)]
         height = chunk_rows(vocab, hidden.shape[1], compute, hidden.device)
         buffer = d_hidden.new_empty(min(height, len(distinct)) * vocab)
+        scratch = d_hidden.new_empty(min(height, len(distinct)) * min(vocab, VOCAB_BLOCK))
         for start in range(0, len(distinct), height):
             at = distinct[start : start + height]
             edges = torch.tensor([start, start + len(at)], device=at.device)
@@ -47,9 +49,13 @@ class _LinearPolicyLoss(torch.autograd.Function):
             pairs = order[lo:hi]
             cell = (pair_row[pairs] - start, labels[pairs])
             x = hidden[at].to(compute)
-            out = buffer[: len(at) * vocab].view(len(at), vocab)
-            z = block_logits(x, weight, bias, temperature, softcap, out)
-            top, log_mass, row_entropy = _statistics(z, columns)
+            z = buffer[: len(at) * vocab].view(len(at), vocab)
+            statistics = Statistics(len(at), hidden.device, compute)
+            for c in columns:
+                part_bias = None if bias is None else bias[c]
+                block = block_logits(x, weight[c], part_bias, temperature, softcap, z[:, c])
+                statistics.add_(scratch[: block.numel()].view(block.shape).copy_(block))
+            top, log_mass, row_entropy = statistics.finish()
             logp = (z[cell] - top[cell[0]] - log_mass[cell[0]]).requires_grad_()
             entropy = row_entropy[cell[0]].requires_grad_()
             chunk = {name: value if value is None else value[pairs] for name, value in pair_inputs.items()}
@@ -65,14 +71,19 @@ class _LinearPolicyLoss(torch.autograd.Function):
             row_d_entropy = torch.zeros_like(top).index_add_(0, cell[0], d_entropy)
             pull = d_logp * slope_of(z[cell], temperature, softcap)
             of_entropy = (row_entropy, row_d_entropy) if settings.entropy else None
-            for c in columns:
+            in_block, dx = cell[1] // VOCAB_BLOCK, torch.zeros_like(x)
+            for number, c in enumerate(columns):
                 slope = slope_of(z[:, c], temperature, softcap)
-                softmax_gradient_(z[:, c], top, log_mass, row_d_logp, of_entropy).mul_(slope)
-            dz = z.index_put_(cell, pull, accumulate=True)
-            d_hidden.index_add_(0, at, dz @ weight.to(compute))
-            d_weight.addmm_(dz.T, x)
-            if d_bias is not None:
-                d_bias += dz.sum(0)
+                dz = softmax_gradient_(z[:, c], top, log_mass, row_d_logp, of_entropy)
+                if softcap or slope != 1:
+                    dz *= slope
+                mine = (in_block == number).nonzero()[:, 0]
+                dz.index_put_((cell[0][mine], cell[1][mine] - c.start), pull[mine], accumulate=True)
+                dx.addmm_(dz, weight[c].to(compute))
+                d_weight[c].addmm_(dz.T, x)
+                if d_bias is not None:
+                    d_bias[c] += dz.sum(0)
+            d_hidden.index_add_(0, at, dx)
         ctx.mark_non_differentiable(logp_all, *sums.values())
         ctx.gradients = [
             None if x is None else g.to(x.dtype) for g, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
@@ -88,16 +99,3 @@ def chunk_rows(vocab: int, hidden_size: int, dtype: torch.dtype, device: torch.d
     """Rows whose logits fill the workspace, with a block's temporaries and the rows themselves twice."""
     row_bytes = dtype.itemsize * (vocab + TEMPORARIES * min(vocab, VOCAB_BLOCK) + 2 * hidden_size)
     return max(1, workspace_bytes(device) // row_bytes)
-
-
-def _statistics(z: torch.Tensor, columns: list[slice]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Largest logit, log of the mass relative to it, and entropy of each row."""
-    top = z.amax(1)
-    mass, moment = torch.zeros_like(top), torch.zeros_like(top)
-    for c in columns:
-        fall = z[:, c] - top[:, None]
-        e = fall.exp()
-        mass += e.sum(1)
-        moment += fall.mul_(e).sum(1)
-    log_mass = mass.log()
-    return top, log_mass, log_mass - moment / mass

@@ -86,10 +86,14 @@ def test_a_missing_entry_is_named():
 def test_architecture_of_a_device(capability, expected, monkeypatch):
     properties = SimpleNamespace(major=capability[0], minor=capability[1])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert arch_of.__wrapped__(torch.device("cuda", 0)) == expected
+    triton_variants.arch_name.cache_clear()
+    assert arch_of(torch.device("cuda", 0)) == expected
+    triton_variants.arch_name.cache_clear()
 
 
 def test_a_device_without_tables_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8, minor=9))
+    triton_variants.arch_name.cache_clear()
     with pytest.raises(ValueError, match=r"no Triton configurations for sm_89.*pass backend='torch'"):
-        triton_variants.arch_of.__wrapped__(torch.device("cuda", 0))
+        triton_variants.arch_of(torch.device("cuda", 0))
+    triton_variants.arch_name.cache_clear()
