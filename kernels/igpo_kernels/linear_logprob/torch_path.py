@@ -41,7 +41,7 @@ class _LinearLogprob(torch.autograd.Function):
                 z = block_logits(x, weight[c], _part(bias, c), temperature, softcap, blocks.logits(r, c))
                 pairs = _pairs(pair_row, labels, r, c)
                 target[pairs] = z[pair_row[pairs] - r.start, labels[pairs] - c.start]
-                statistics.add_(z, r, entropy)
+                statistics.add(z, r, entropy)
         top, log_mass, row_entropy = statistics.finish()
         ctx.save_for_backward(hidden, weight, bias, labels, distinct, pair_row, top, log_mass, row_entropy)
         ctx.temperature, ctx.softcap, ctx.entropy = temperature, softcap, entropy
@@ -89,15 +89,15 @@ class Statistics:
         self.top = torch.full((n_rows,), float("-inf"), dtype=dtype, device=device)
         self.mass, self.moment = torch.zeros_like(self.top), torch.zeros_like(self.top)
 
-    def add_(self, z, r: slice = slice(None), entropy: bool = True) -> None:
-        """Take in a block of the rows ``r``; ``z`` is used up."""
+    def add(self, z, r: slice = slice(None), entropy: bool = True, scratch=None) -> None:
+        """Take in a block of the rows ``r``; ``scratch``, of its shape, is used up, ``z`` itself without one."""
         top, mass, moment = self.top[r], self.mass[r], self.moment[r]
         new_top = torch.maximum(top, z.amax(1))
         fall = (top - new_top).clamp(min=MOST_FALL)
-        z -= new_top[:, None]
-        e = z.exp() if entropy else z.exp_()
+        below = torch.sub(z, new_top[:, None], out=z if scratch is None else scratch)
+        e = below.exp() if entropy else below.exp_()
         if entropy:
-            moment.add_(fall * mass).mul_(fall.exp()).add_(z.mul_(e).sum(1))
+            moment.add_(fall * mass).mul_(fall.exp()).add_(below.mul_(e).sum(1))
         mass.mul_(fall.exp()).add_(e.sum(1))
         top.copy_(new_top)
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import torch
 
-from igpo_kernels.linear_logprob.torch_path import VOCAB_BLOCK, Statistics, block_logits, slope_of, softmax_gradient_
+from igpo_kernels.linear_logprob.torch_path import Statistics, block_logits, slope_of, softmax_gradient_
 from igpo_kernels.policy_loss.reference import policy_loss
 from igpo_kernels.workspace import workspace_bytes
 
 METRICS = ("policy", "tokens", "clipped", "ratio", "ratio_max", "kl", "mismatch", "entropy")
+PANEL = 1024
+"""Columns that are worked on at a time: with a chunk's hundred rows they fit a core's own cache."""
 TEMPORARIES = 4
-"""Blocks of VOCAB_BLOCK columns that live beside a chunk's logits."""
+"""Panels that live beside a chunk's logits."""
 
 
 def linear_policy_loss(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap):
@@ -38,10 +40,10 @@ class _LinearPolicyLoss(torch.autograd.Function):
         logp_all = d_hidden.new_empty(len(labels))
         sums = {name: torch.zeros_like(loss) for name in METRICS}
         vocab = len(weight)
-        columns = [slice(c, min(c + VOCAB_BLOCK, vocab)) for c in range(0, vocab, VOCAB_BLOCK)]
+        columns = [slice(c, min(c + PANEL, vocab)) for c in range(0, vocab, PANEL)]
         height = chunk_rows(vocab, hidden.shape[1], compute, hidden.device)
         buffer = d_hidden.new_empty(min(height, len(distinct)) * vocab)
-        scratch = d_hidden.new_empty(min(height, len(distinct)) * min(vocab, VOCAB_BLOCK))
+        scratch = d_hidden.new_empty(min(height, len(distinct)) * min(vocab, PANEL))
         for start in range(0, len(distinct), height):
             at = distinct[start : start + height]
             edges = torch.tensor([start, start + len(at)], device=at.device)
@@ -54,7 +56,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             for c in columns:
                 part_bias = None if bias is None else bias[c]
                 block = block_logits(x, weight[c], part_bias, temperature, softcap, z[:, c])
-                statistics.add_(scratch[: block.numel()].view(block.shape).copy_(block))
+                statistics.add(block, scratch=scratch[: block.numel()].view(block.shape))
             top, log_mass, row_entropy = statistics.finish()
             logp = (z[cell] - top[cell[0]] - log_mass[cell[0]]).requires_grad_()
             entropy = row_entropy[cell[0]].requires_grad_()
@@ -71,7 +73,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             row_d_entropy = torch.zeros_like(top).index_add_(0, cell[0], d_entropy)
             pull = d_logp * slope_of(z[cell], temperature, softcap)
             of_entropy = (row_entropy, row_d_entropy) if settings.entropy else None
-            in_block, dx = cell[1] // VOCAB_BLOCK, torch.zeros_like(x)
+            in_block, dx = cell[1] // PANEL, torch.zeros_like(x)
             for number, c in enumerate(columns):
                 slope = slope_of(z[:, c], temperature, softcap)
                 dz = softmax_gradient_(z[:, c], top, log_mass, row_d_logp, of_entropy)
@@ -92,10 +94,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss, *_):
+        if d_loss.device.type == "cpu" and d_loss == 1:  # the usual case; saves a copy of the weight's gradient
+            return *ctx.gradients, *[None] * 6
         return *(None if g is None else g * d_loss for g in ctx.gradients), *[None] * 6
 
 
 def chunk_rows(vocab: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows whose logits fill the workspace, with a block's temporaries and the rows themselves twice."""
-    row_bytes = dtype.itemsize * (vocab + TEMPORARIES * min(vocab, VOCAB_BLOCK) + 2 * hidden_size)
+    row_bytes = dtype.itemsize * (vocab + TEMPORARIES * min(vocab, PANEL) + 2 * hidden_size)
     return max(1, workspace_bytes(device) // row_bytes)
