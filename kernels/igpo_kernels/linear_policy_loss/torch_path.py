@@ -1,8 +1,8 @@
 """linear_policy_loss by row chunks: the gradient is made in the forward, while the chunk's logits are there.
 
-For a chunk of distinct rows: logits and their statistics, the loss and its slope in each log-probability and entropy, the
-logits' gradient in their place, and two products into dhidden and dweight: 6 * U * H * V FLOPs for loss and gradients.
-Both sweeps go panel by panel of the vocabulary, so that what is done to a panel finds it in the caches.
+For a chunk of distinct rows: logits and their statistics, the loss and its slope in each log-probability and entropy,
+the logits' gradient in their place, and two products into dhidden and dweight: 6 * U * H * V FLOPs for loss and
+gradients. Both sweeps go panel by panel of the vocabulary, so that what is done to a panel finds it in the caches.
 """
 
 from __future__ import annotations
