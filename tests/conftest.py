@@ -1,8 +1,14 @@
-"""Hypothesis for all tests: no deadlines (a busy machine is no defect), and the same examples in every CI run."""
+"""For all tests: Triton's interpreter where there is no GPU; Hypothesis without deadlines (a busy machine is no defect),
+and with the same examples in every CI run."""
 
 import os
 
+import torch
 from hypothesis import settings
+
+# The interpreter is chosen when a function is decorated, Triton's own library included: before anything imports triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile("igpo", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("igpo")

@@ -1,16 +1,10 @@
-"""Triton kernels run natively where there is a GPU, else in Triton's interpreter.
+"""Triton kernels run natively where there is a GPU, else in Triton's interpreter (tests/conftest.py chooses).
 
-The interpreter is chosen when a kernel is decorated, so before any ``triton_path`` is imported. Tests that compile
-start a process of their own, without TRITON_INTERPRET.
+Tests that compile start a process of their own, without TRITON_INTERPRET.
 """
-
-import os
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class Poison(torch.overrides.TorchFunctionMode):
