@@ -1,5 +1,5 @@
-"""For all tests: Triton's interpreter where there is no GPU; Hypothesis without deadlines (a busy machine is no defect),
-and with the same examples in every CI run."""
+"""For all tests: Triton's interpreter where there is no GPU; Hypothesis without deadlines (a busy machine is no
+defect), and with the same examples in every CI run."""
 
 import os
 
