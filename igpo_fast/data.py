@@ -184,13 +184,22 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if not line.strip():
             continue
         where = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON ({error.msg}); write one object a line") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: a {type(row).__name__}, not a JSON object; write one object a line")
-        yield where, row
+        yield where, json_object(line, where)
+
+
+def json_object(line: str, where: str) -> dict[str, Any]:
+    """A line of JSON lines.
+
+    Raises:
+        InputError: not an object, or not JSON, naming ``where``.
+    """
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg}); write one object a line") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a {type(row).__name__}, not a JSON object; write one object a line")
+    return row
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -25,7 +25,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from igpo_fast.config import Config
-from igpo_fast.data import Data
+from igpo_fast.data import Data, json_object
 from igpo_fast.dialect import CHAT_SYSTEM, SEARCH_TOOL, Dialect, TagsDialect, make_dialect
 from igpo_fast.errors import InputError
 from igpo_fast.model import device_of, load
@@ -91,12 +91,7 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def _record(line: str, where: str) -> Record:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg}); write one object a line") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: a {type(row).__name__}, not a JSON object; write one object a line")
+    row = json_object(line, where)
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -224,7 +224,7 @@ class Trainer:
 
     def _score(self, batch: Batch, metrics: StepMetrics) -> Pass:
         values, logp = {}, {}
-        for plan in self._plans(batch, range(len(batch.groups)), scored=True, split=True):
+        for plan in self._plans(batch, range(len(batch.groups)), scored=True):
             result = self.policy(plan)
             _count(metrics, plan)
             values |= self._values(plan, result.answer_logp)
@@ -275,16 +275,14 @@ class Trainer:
         self.scheduler.step()
         metrics.update(sums, grad_norm)
 
-    def _plans(self, batch: Batch, share: Sequence[int], scored: bool, split: bool | None = None) -> list[TreePlan]:
-        """Packs of the groups ``share``; ``scored`` hangs the answers on them."""
+    def _plans(self, batch: Batch, share: Sequence[int], scored: bool) -> list[TreePlan]:
+        """Packs of the groups ``share``; ``scored`` hangs the answers on them. One pass needs whole groups."""
         groups = [batch.groups[g] for g in share]
         starts = np.cumsum([0, *(len(g.rollouts) for g in batch.groups)])
         numbers = [range(starts[g], starts[g + 1]) for g in share]
         branches = [self._branches(group) for group in groups] if scored else None
         trees = make_trees(groups, branches, numbers)
-        return pack_within(
-            trees, self.config.train.token_budget, split=self.passes == "two" if split is None else split
-        )
+        return pack_within(trees, self.config.train.token_budget, split=self.passes == "two")
 
     def _separate_tokens(self, batch: Batch) -> int:
         """Tokens that separate passes would read for the same numbers: each rollout for each pass, and each of its
