@@ -1,8 +1,9 @@
 """The one seam to transformers: any causal LM whose attention goes through AttentionInterface.
 
-``hidden_states`` runs the decoder on one flat row of tokens and hands each layer's attention to ``attend``: a packed
-tree when training (``TreeAttend``), slots of a key-value cache when sampling (engines/torch.py). No per-model patches;
-``probe`` refuses at load the architectures for which a flat row is not equal to separate sequences.
+``hidden_states`` runs the decoder on one flat row of tokens under igpo_kernels' attention implementation, which hands
+each layer's attention to ``attend``: a packed tree when training (``TreeAttend``), slots of a key-value cache when
+sampling (engines/torch.py). No per-model patches; ``probe`` refuses at load the architectures for which a flat row is
+not equal to separate sequences.
 """
 
 from __future__ import annotations
@@ -10,57 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, GradientCheckpointingLayer, PreTrainedModel, Qwen2Config
 
 from igpo_fast.errors import InputError
-from igpo_kernels import Branch, RolloutTokens, Tree, TreePlan, pack, tree_attention
-
-ATTENTION = "igpo"
-"""The name of the attention implementation that models are set to."""
-
-
-class Attend(Protocol):
-    """Attention of one layer over a flat row of S tokens."""
-
-    def __call__(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        *, scale: float, softcap: float, window: int | None,
-    ) -> torch.Tensor:  # fmt: skip
-        """q [S, Hq, D], k and v [S, Hkv, D] -> [S, Hq, D]."""
-        ...
-
-
-@dataclass(frozen=True)
-class TreeAttend:
-    """Attention under a TreePlan's mask."""
-
-    plan: TreePlan
-    backend: str = "auto"
-
-    def __call__(self, layer, q, k, v, *, scale, softcap, window):
-        return tree_attention(q, k, v, self.plan, scale, softcap, window, self.backend)
-
-
-def _attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-    attend: Attend | None = None, **_,
-):  # fmt: skip
-    """transformers' attention signature: [1, heads, S, D] in, [1, S, heads, D] out."""
-    if attend is None:
-        raise RuntimeError(f"{type(module).__name__} got no attend=: run it through igpo_fast.model.hidden_states")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attend(module.layer_idx, q, k, v, scale=scale, softcap=softcap or 0.0, window=sliding_window)
-    return out[None], None
-
-
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+from igpo_kernels import Branch, RolloutTokens, Tree, pack
+from igpo_kernels.huggingface import ATTENTION, Attend, TreeAttend
 
 
 def hidden_states(
@@ -78,7 +37,7 @@ def hidden_states(
     if lm.config._attn_implementation != ATTENTION:
         raise ValueError(f"hidden_states: attention is {lm.config._attn_implementation!r}; call use_attend(lm) first")
     decoder = getattr(lm, lm.base_model_prefix)
-    out = decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, attend=attend)
+    out = decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, plan=attend)
     return out.last_hidden_state[0]
 
 
@@ -148,6 +107,17 @@ def use_attend(lm: PreTrainedModel) -> PreTrainedModel:
             "interface; use a model whose every layer is softmax attention"
         )
     return lm
+
+
+def recompute_layers(lm: PreTrainedModel) -> None:
+    """Gradient checkpointing: each decoder layer keeps its input alone and runs again in the backward pass.
+
+    transformers does so for layers in training mode, so their flag is set; not their modules', whose dropout stays off.
+    """
+    lm.gradient_checkpointing_enable()
+    for module in lm.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 @torch.no_grad()

@@ -95,7 +95,7 @@ def assemble(config: Config, *, weights: str | None = None, sft_progress: Progre
     if not weights:
         lm = warm_start(config, lm, tokenizer, dialect, data, tool, sft_progress)
     if config.model.gradient_checkpointing:
-        lm.gradient_checkpointing_enable()
+        model.recompute_layers(lm)
     engine = TorchEngine(
         lm,
         decode=tokenizer.decode,

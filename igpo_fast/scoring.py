@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from igpo_fast.model import TreeAttend, hidden_states, lm_head
+from igpo_fast.model import hidden_states, lm_head
 from igpo_fast.types import Group
 from igpo_kernels import (
     ANSWER,
@@ -26,6 +26,7 @@ from igpo_kernels import (
     linear_policy_loss,
     policy_loss,
 )
+from igpo_kernels.huggingface import TreeAttend
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from igpo_fast import __version__
 from igpo_fast.config import Config
 from igpo_fast.data import Data
 from igpo_fast.dialect import Dialect
-from igpo_fast.model import TreeAttend, hidden_states, lm_head, load
+from igpo_fast.model import hidden_states, lm_head, load
 from igpo_fast.tools.base import Tool
 from igpo_fast.tools.search import Bm25Search
 from igpo_fast.types import ANSWER, SEARCH, Question
 from igpo_fast.world import CLEAN, HARD, NOISY, Demonstration, Noise, World, demonstrate, make_worlds
 from igpo_kernels import RolloutTokens, Tree, linear_logprob, pack
+from igpo_kernels.huggingface import TreeAttend
 
 Progress = Callable[[int, int, float], None]
 """(done, total, loss per token of the last step)"""

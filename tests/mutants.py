@@ -232,7 +232,7 @@ MUTANTS = [
          'torch.zeros_like(plan.tensor("rollout", device)[part])',
          "parity/test_parity.py::test_the_packed_gspo_gradient"),
     ),
-    *faults("igpo_fast/model.py",
+    *faults("kernels/igpo_kernels/huggingface.py",
         ("the model's scaling ignored", "q.shape[-1] ** -0.5 if scaling is None else scaling", "q.shape[-1] ** -0.5",
          f"{GAPS}::test_a_models_own_scaling_is_used"),
         ("the model's window ignored", "window=sliding_window)", "window=None)", ENGINE_LOGP),

@@ -1,5 +1,6 @@
 """Which architectures may run packed: shown by the probe on random weights, and refused by the layer's name."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
 
 from igpo_fast import model
 from igpo_fast.errors import InputError
+from igpo_kernels import RolloutTokens, Tree, huggingface, pack
 
 SIZES = dict(
     vocab_size=97, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -89,17 +91,15 @@ def test_refused_by_the_name_of_the_layer(name):
 
 def test_the_probe_sees_a_window_that_is_measured_in_packed_indices(monkeypatch):
     lm = make(MistralConfig, sliding_window=7)
-    original = model.tree_attention
+    original = huggingface.tree_attention
 
     def by_packed_index(q, k, v, plan, scale, softcap, window, backend):
         from dataclasses import replace
 
-        import numpy as np
-
         wrong = replace(plan, position_ids=np.arange(plan.n_tokens), cache={})
         return original(q, k, v, wrong, scale, softcap, window, backend)
 
-    monkeypatch.setattr(model, "tree_attention", by_packed_index)
+    monkeypatch.setattr(huggingface, "tree_attention", by_packed_index)
     with pytest.raises(InputError, match="MistralAttention gives hidden states that differ"):
         model.probe(lm)
 
@@ -112,6 +112,28 @@ def test_the_probe_leaves_the_model_as_it_was():
     assert scaling == [m.scaling for m in lm.modules() if hasattr(m, "scaling")]
     for name, p in lm.named_parameters():
         assert torch.equal(p, weights[name]) and p.grad is None
+
+
+def test_recomputed_layers_run_twice_and_drop_nothing_out():
+    lm = model.use_attend(make(LlamaConfig))
+    calls, plan = [], pack([Tree([RolloutTokens(0, np.arange(9), np.where(np.arange(9) > 0, 0, -1))])])
+
+    def attend(layer, *qkv, **options):
+        calls.append(layer)
+        return huggingface.TreeAttend(plan)(layer, *qkv, **options)
+
+    def gradients():
+        lm.zero_grad()
+        model.hidden_states(lm, plan.tensor("input_ids"), plan.tensor("position_ids"), attend).square().sum().backward()
+        return [p.grad for p in lm.model.parameters()]
+
+    kept = gradients()
+    assert calls == [0, 1, 2, 3]
+    model.recompute_layers(lm)
+    calls.clear()
+    torch.testing.assert_close(gradients(), kept)
+    assert calls == [0, 1, 2, 3, 3, 2, 1, 0]
+    assert not any(m.training for layer in lm.model.layers for m in layer.modules() if m is not layer)
 
 
 def test_a_model_that_was_not_prepared_is_refused():

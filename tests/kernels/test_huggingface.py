@@ -1,0 +1,296 @@
+"""``igpo_tree`` in plain transformers models: a packed forward equals separate eager ones, gradients too; recomputed
+under gradient checkpointing; left out by torch.compile at one graph break a layer."""
+
+import copy
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from igpo_kernels import Branch, RolloutTokens, Tree, pack
+from igpo_kernels.huggingface import ATTENTION, TreeAttend, model_inputs
+
+VOCAB = 53
+SIZES = dict(
+    vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=48, max_position_embeddings=256, initializer_range=0.2, pad_token_id=None, bos_token_id=None,
+    eos_token_id=None,
+)  # fmt: skip
+FAMILIES = {
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=5),
+    "gemma2": Gemma2Config(
+        **SIZES, head_dim=16, sliding_window=5, query_pre_attn_scalar=4, attn_logit_softcapping=3.0,
+        final_logit_softcapping=None, layer_types=["sliding_attention", "full_attention"],
+    ),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+}  # fmt: skip
+
+
+def make(family, attention=ATTENTION, **more):
+    """The same weights for every ``attention``; large ones, which make attention sharp and faults plain."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(FAMILIES[family])
+    config.update(more)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def trees(seed=0, longest=9):
+    """Two groups; rollouts share a prompt and a turn, answers a wrapper. Every token after the first is a decision."""
+    rng = np.random.default_rng(seed)
+    draw = lambda n: rng.integers(0, VOCAB, n)  # noqa: E731
+    made = []
+    for group, endings in enumerate(((longest, 6), (4,))):
+        prompt, turn, wrapper = draw(4), draw(3), draw(2)
+        rollouts = []
+        for number, length in enumerate(endings):
+            ids = np.concatenate([prompt, turn, draw(length)])
+            decisions = np.where(np.arange(len(ids)) > 0, 0, -1)
+            rollouts.append(RolloutTokens(2 * group + number, ids, decisions, np.array([4, 7, len(ids)])))
+        made.append(Tree(rollouts, [Branch(np.concatenate([wrapper, draw(n)]), 2, 2 + n) for n in (3, 2)]))
+    return made
+
+
+def separate(lm, made):
+    """Logits and hidden states that predict the pack's pairs, one unpadded sequence a forward; nothing of ours runs."""
+    sequences = [(r.ids, 1, len(r.ids)) for tree in made for r in tree.rollouts]
+    for tree in made:
+        for rollout in tree.rollouts:
+            for b in rollout.boundaries:
+                for branch in tree.branches:
+                    ids = np.concatenate([rollout.ids[:b], branch.ids])
+                    sequences.append((ids, b + branch.start, b + branch.stop))
+    logits, hidden = [], []
+    for ids, start, stop in sequences:
+        out = lm(input_ids=torch.from_numpy(ids)[None], use_cache=False, output_hidden_states=True)
+        logits.append(out.logits[0, start - 1 : stop - 1])
+        hidden.append(out.hidden_states[-1][0, start - 1 : stop - 1])
+    return torch.cat(logits), torch.cat(hidden)
+
+
+def packed(lm, plan, /, **changed):
+    """The same of the pack, read in one forward by the model as it comes."""
+    out = lm(**{**model_inputs(plan), **changed}, output_hidden_states=True)
+    row = plan.tensor("row")
+    return out.logits[0, row], out.hidden_states[-1][0, row]
+
+
+def results(lm, logits, hidden):
+    """Logits, hidden states, and every parameter's gradient of a random linear function of the logits, in float64."""
+    lm.zero_grad()
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    (logits * upstream).sum().backward()
+    grads = {name: p.grad.double() for name, p in lm.named_parameters()}
+    return {"logits": logits.detach().double(), "hidden": hidden.detach().double(), **grads}
+
+
+def difference(ours, theirs):
+    """The largest of the differences, each relative to the largest entry there."""
+    return max(float((ours[name] - x).abs().max() / x.abs().max()) for name, x in theirs.items())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_separate(family, seed):
+    ours, plain, made = make(family), make(family, "eager"), trees(seed)
+    expected = results(plain, *separate(plain, made))
+    assert difference(results(ours, *packed(ours, pack(made))), expected) < 2e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_errs_no_more_than_separate_forwards(family):
+    ours, plain, made = make(family).bfloat16(), make(family, "eager"), trees()
+    expected = results(plain, *separate(plain, made))
+    plain = plain.bfloat16()
+    allowed = 2 * difference(results(plain, *separate(plain, made)), expected) + 1e-2
+    found = results(ours, *packed(ours, pack(made)))
+    assert difference(found, expected) < allowed < 0.5
+
+
+def a_token_too_far(plan):
+    return replace(plan, subtree_end=np.minimum(plan.subtree_end + 1, plan.n_tokens), cache={})
+
+
+def window_in_packed_indices(plan):
+    return TreeAttend(replace(plan, position_ids=np.arange(plan.n_tokens), cache={}))
+
+
+def without(**options):
+    """An attention that a model's ``options`` do not reach."""
+
+    def fault(plan):
+        inner = TreeAttend(plan)
+        return lambda layer, q, k, v, **given: inner(layer, q, k, v, **(given | options))
+
+    return fault
+
+
+FAULTS = [
+    ("qwen2", a_token_too_far),
+    ("mistral", a_token_too_far),
+    ("mistral", window_in_packed_indices),
+    ("mistral", without(window=None)),
+    ("gemma2", without(softcap=0.0)),
+    ("gemma2", without(scale=16**-0.5)),
+]
+
+
+@pytest.mark.parametrize(("family", "fault"), FAULTS)
+def test_a_fault_is_seen(family, fault):
+    ours, plain, made = make(family), make(family, "eager"), trees()
+    expected = results(plain, *separate(plain, made))
+    plan = pack(made)
+    assert difference(results(ours, *packed(ours, plan, plan=fault(plan))), expected) > 1e-2
+
+
+def test_forgotten_positions_are_seen():
+    ours, plain, made = make("llama"), make("llama", "eager"), trees()
+    found = results(ours, *packed(ours, pack(made), position_ids=None))
+    assert difference(found, results(plain, *separate(plain, made))) > 1e-2
+
+
+class Counted:
+    """Attention of a plan that counts its calls, layer by layer."""
+
+    def __init__(self, plan):
+        self.inner, self.calls = TreeAttend(plan), []
+
+    def __call__(self, layer, *qkv, **options):
+        self.calls.append(layer)
+        return self.inner(layer, *qkv, **options)
+
+
+class Writes(dict):
+    """A plan's cache that counts how often each entry is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = Counter()
+
+    def __setitem__(self, key, value):
+        self.made[key] += 1
+        super().__setitem__(key, value)
+
+    def setdefault(self, key, default=None):
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_gradient_checkpointing(family, use_reentrant):
+    lm = make(family).train()
+    kept_plan, plan = (replace(pack(trees()), cache=Writes()) for _ in range(2))
+    kept = results(lm, *packed(lm, kept_plan))
+    lm.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    attend = Counted(plan)
+    out = packed(lm, plan, plan=attend)
+    assert attend.calls == [0, 1]
+    assert difference(results(lm, *out), kept) < 1e-6
+    assert attend.calls == [0, 1, 1, 0]
+    assert plan.cache.made == kept_plan.cache.made and set(plan.cache.made.values()) == {1}
+
+
+def compiled(lm, how, backend):
+    """``lm`` with all of it, or each layer, compiled."""
+    if how == "model":
+        return torch.compile(lm, backend=backend)
+    for layer in lm.model.layers:
+        layer.compile(backend=backend)
+    return lm
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("family", "how", "checkpointing"),
+    [("qwen2", "model", False), ("gemma2", "layers", False), ("gemma2", "model", True), ("qwen2", "layers", True)],
+)
+def test_compiled_around_the_attention(family, how, checkpointing, dynamo):
+    plain, lm = make(family), make(family).train()
+    if checkpointing:
+        lm.gradient_checkpointing_enable()
+    backend = CompileCounterWithBackend("aot_eager")
+    run = compiled(lm, how, backend)
+    graphs = []
+    for longest in (9, 12, 21, 30):
+        plan = pack(trees(longest=longest))
+        out = run(**model_inputs(plan)).logits[0, plan.tensor("row")]
+        expected = results(plain, *packed(plain, plan))
+        assert difference(results(lm, out, expected["hidden"]), expected) < 1e-5
+        graphs.append(backend.frame_count)
+    # One compilation for the first length, one for any length.
+    assert graphs[0] > 0 and graphs[1:] == [2 * graphs[0]] * 3
+    (reason,) = counters["graph_break"]
+    assert "torch.compiler.disable" in reason and "attention" in reason
+
+
+@pytest.mark.parametrize("depth", [2, 6])
+def test_the_layers_share_their_graphs(depth, dynamo):
+    lm, backend = make("llama", num_hidden_layers=depth), CompileCounterWithBackend("aot_eager")
+    compiled(lm, "layers", backend)(**model_inputs(pack(trees()))).logits.sum().backward()
+    # Before the attention: norm, projections, RoPE; behind it: output projection; residual and MLP.
+    assert backend.frame_count == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["model", "layers"])
+def test_compiled_by_inductor(how, dynamo):
+    plain, lm = make("qwen2"), make("qwen2")
+    run = compiled(lm, how, "inductor")
+    for longest in (9, 21):
+        plan = pack(trees(longest=longest))
+        out = run(**model_inputs(plan)).logits[0, plan.tensor("row")]
+        expected = results(plain, *packed(plain, plan))
+        assert difference(results(lm, out, expected["hidden"]), expected) < 1e-4
+
+
+def test_transformers_makes_no_mask(monkeypatch):
+    """Nor does it look for packed sequences in position_ids, which would have the host wait for the device."""
+    lm, plan = make("gemma2"), pack(trees())
+    masks = []
+    layer = type(lm.model.layers[0]).forward
+
+    def spy(self, *args, attention_mask=None, **kwargs):
+        masks.append(attention_mask)
+        return layer(self, *args, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(type(lm.model.layers[0]), "forward", spy)
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", None)
+    lm(**model_inputs(plan))
+    assert masks == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"plan": None}, r"igpo_tree: Qwen2Attention got no plan; run the model as model\(\*\*model_inputs"),
+        ({"input_ids": torch.zeros(2, 3, dtype=torch.long), "position_ids": None}, "got a batch of 2; a pack is one"),
+        ({"input_ids": torch.zeros(1, 3, dtype=torch.long), "position_ids": None}, "q has 3 rows, the plan"),
+    ],
+)
+def test_what_is_no_pack_is_refused_in_one_line(changed, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make("qwen2")(**{**model_inputs(pack(trees())), **changed})
+    assert "\n" not in str(error.value)
+
+
+def test_dropout_is_refused():
+    lm, inputs = make("qwen2", attention_dropout=0.1), model_inputs(pack(trees()))
+    lm(**inputs)
+    with pytest.raises(ValueError, match=r"drops out 0\.1 of its weights; set attention_dropout to 0"):
+        lm.train()(**inputs)
