@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-seeds test slow lint docs mutants bare clean
+.PHONY: demo demo-seeds test slow lint docs mutants bare aot gpu clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,7 @@ lint: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m igpo_fast.config_docs
+	$(BIN)/python docs/mask.py > docs/mask.svg
 
 mutants: $(VENV)/.installed
 	$(BIN)/python tests/mutants.py
@@ -41,6 +42,16 @@ bare:
 	build/bare/venv/bin/pip wheel --quiet --no-deps --wheel-dir build/bare .
 	build/bare/venv/bin/pip install --quiet "torch==2.13.0" build/bare/*.whl
 	cd build/bare && venv/bin/python ../../tests/bare.py
+
+# Every kernel compiled ahead of time into a library, without a GPU.
+aot: $(VENV)/.installed
+	cmake -B build/aot -DPython3_EXECUTABLE="$(abspath $(BIN))/python"
+	cmake --build build/aot && ctest --test-dir build/aot --output-on-failure
+
+# On a machine with a GPU, under its own Python: tests, benches and tuning; results in OUT. WHEELS: what it lacks.
+OUT ?= build/gpu
+gpu:
+	$(PYTHON) bench/gpu.py --out "$(OUT)" $(if $(WHEELS),--wheels "$(WHEELS)")
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,13 +1,13 @@
 """linear_logprob against the bare product of the same shape, plain torch, torch.compile and the public kernels.
 
 Ratios are peer / ours: above 1 we are faster. ``logprob/matmul`` is the floor of the forward (one product) and of the
-backward (three: logits again, dhidden, dweight).
+backward (three: logits again, dhidden, dweight). TFLOP/s count those products, whatever a side really does.
 """
-
-import importlib.util
 
 import torch
 
+from bench.peers import logprobs, plain
+from bench.timing import DEVICE
 from igpo_kernels import linear_logprob
 
 SHAPES = {"m512-h512-v32k": (512, 512, 32_768)}
@@ -20,27 +20,37 @@ FULL_GPU = {
 }
 PANEL = 16_384
 """Columns of the bare product made at a time, so that its result does not fill the memory."""
+AGREE = dict(atol=5e-2, rtol=2e-2) if DEVICE == "cuda" else dict(atol=1e-3, rtol=1e-3)
 
 
 def pytest_generate_tests(metafunc):
-    full = metafunc.config.getoption("--full")
-    chosen = SHAPES if not full else FULL_GPU if torch.cuda.is_available() else FULL_CPU
-    metafunc.parametrize("shape", chosen.values(), ids=chosen.keys())
+    if "shape" in metafunc.fixturenames:
+        full = metafunc.config.getoption("--full")
+        chosen = SHAPES if not full else FULL_GPU if DEVICE == "cuda" else FULL_CPU
+        metafunc.parametrize("shape", chosen.values(), ids=chosen.keys())
 
 
-def rounds(shape):
-    """Enough for a median; two where a round takes minutes."""
-    return 2 if not torch.cuda.is_available() and shape in FULL_CPU.values() else 3
+def rounds(shape) -> int:
+    """Two where a round takes minutes."""
+    return 10 if DEVICE == "cuda" else 2 if shape in FULL_CPU.values() else 5
 
 
 def inputs(shape):
     m, h, v = shape
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     torch.manual_seed(0)
-    hidden = torch.randn(m, h, device=device, dtype=dtype, requires_grad=True)
-    weight = (torch.randn(v, h, device=device, dtype=dtype) * 0.02).requires_grad_()
-    return hidden, weight, torch.randint(0, v, (m,), device=device)
+    hidden = torch.randn(m, h, device=DEVICE, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(v, h, device=DEVICE, dtype=dtype) * 0.02).requires_grad_()
+    return hidden, weight, torch.randint(0, v, (m,), device=DEVICE)
+
+
+def sizes(shape) -> dict[str, int]:
+    return dict(zip("MHV", shape, strict=True))
+
+
+def product_flops(shape) -> float:
+    m, h, v = shape
+    return 2.0 * m * h * v
 
 
 def bare_products(hidden, weight):
@@ -65,56 +75,44 @@ def bare_products(hidden, weight):
     return forward, backward
 
 
-def plain(hidden, weight, labels):
-    return (hidden @ weight.T).float().log_softmax(-1).gather(1, labels[:, None])[:, 0]
-
-
-def peers(hidden, weight, labels):
-    """Public implementations of the same function that are importable here and fit in memory."""
-    found = {}
-    if len(labels) * len(weight) * 4 * 4 < 8e9:
-        found["torch"] = lambda: plain(hidden, weight, labels)
-        compiled = torch.compile(plain)
-        found["torch_compile"] = lambda: compiled(hidden, weight, labels)
-    if hidden.is_cuda and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
-
-        found["liger"] = lambda: -Liger.apply(hidden, weight, labels, None, None, -100, 0.0, 0.0, "none")[0]
-    if hidden.is_cuda and importlib.util.find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy
-
-        found["cut_cross_entropy"] = lambda: -linear_cross_entropy(hidden, weight, labels, reduction="none")
-    if hidden.is_cuda and importlib.util.find_spec("verl"):
-        from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy as verl_op
-
-        found["verl"] = lambda: verl_op(hidden, weight, labels, 1.0, "none")[0]
-    return found
-
-
 def test_logprob_forward(shape, compare):
     hidden, weight, labels = inputs(shape)
     forward, _ = bare_products(hidden, weight)
-    sides = {"ours": lambda: linear_logprob(hidden, weight, labels), "matmul": forward}
+    ways = {"ours": linear_logprob, **logprobs(len(labels), len(weight))}
     with torch.no_grad():
-        torch.testing.assert_close(
-            linear_logprob(hidden[:64], weight, labels[:64]), plain(hidden[:64], weight, labels[:64]),
-            atol=5e-2 if hidden.is_cuda else 1e-3, rtol=1e-3,
-        )  # fmt: skip
+        ours, want = linear_logprob(hidden[:64], weight, labels[:64]), plain(hidden[:64], weight, labels[:64])
+    torch.testing.assert_close(ours, want, **AGREE)
     compare(
         "logprob",
-        {"pass": "forward", **dict(zip("MHV", shape, strict=True))},
-        {**sides, **peers(hidden, weight, labels)},
+        {"pass": "forward", **sizes(shape)},
+        {"matmul": forward, **{name: lambda way=way: way(hidden, weight, labels) for name, way in ways.items()}},
+        rounds(shape),
+        flops=product_flops(shape),
+        agree=AGREE,
     )
 
 
 def test_logprob_backward(shape, compare):
     hidden, weight, labels = inputs(shape)
     _, backward = bare_products(hidden, weight)
-    g = torch.randn(len(labels), device=hidden.device)
+    g = torch.randn(len(labels), device=DEVICE)
 
-    def of(logp):
-        return lambda: torch.autograd.grad(logp, (hidden, weight), g.to(logp.dtype), retain_graph=True)
+    def of(way):
+        logp = None
 
-    sides = {"ours": of(linear_logprob(hidden, weight, labels)), "matmul": backward}
-    sides |= {name: of(side()) for name, side in peers(hidden, weight, labels).items()}
-    compare("logprob", {"pass": "backward", **dict(zip("MHV", shape, strict=True))}, sides, rounds(shape))
+        def run():
+            nonlocal logp
+            logp = way(hidden, weight, labels) if logp is None else logp
+            return torch.autograd.grad(logp, (hidden, weight), g.to(logp.dtype), retain_graph=True)
+
+        return run
+
+    ways = {"ours": linear_logprob, **logprobs(len(labels), len(weight))}
+    compare(
+        "logprob",
+        {"pass": "backward", **sizes(shape)},
+        {"matmul": backward, **{name: of(way) for name, way in ways.items()}},
+        rounds(shape),
+        flops=3 * product_flops(shape),
+        agree=AGREE,
+    )

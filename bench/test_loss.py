@@ -1,60 +1,89 @@
-"""The clipped loss: LM head to loss and gradients against three bare products, and from log-probabilities."""
+"""The clipped loss: LM head to loss and gradients against three bare products, and from log-probabilities against a
+copy of as many bytes.
 
-import importlib.util
+TFLOP/s count three products (logits, dhidden, dweight), whatever a side really does.
+"""
 
+import pytest
 import torch
 
-from bench.test_logprob import bare_products, inputs, plain, pytest_generate_tests, rounds  # noqa: F401
-from igpo_kernels import LossSettings, linear_policy_loss, policy_loss
+from bench.peers import liger_grpo, logits_fit, plain
+from bench.test_logprob import (
+    bare_products,
+    inputs,
+    product_flops,
+    pytest_generate_tests,  # noqa: F401
+    rounds,
+    sizes,
+)
+from bench.timing import DEVICE
+from igpo_kernels import linear_policy_loss, policy_loss
+
+SEQUENCE = 1024
+"""Tokens that share an advantage: Liger takes one a sequence."""
+BYTES_A_TOKEN = 20
+"""Four floats in, the gradient out."""
+
+
+def eager(logp, *inputs):
+    return policy_loss(logp, *inputs, backend="reference")
 
 
 def test_loss_from_the_lm_head(shape, compare):
     hidden, weight, labels = inputs(shape)
-    _, three_products = bare_products(hidden, weight)
-    m = len(labels)
-    advantages = torch.randn(m, device=hidden.device)
-    weights = torch.full((m,), 1 / m, device=hidden.device)
+    m, vocab = len(labels), len(weight)
+    length = min(SEQUENCE, m)
+    advantages = torch.randn(m // length, device=DEVICE)
+    by_token = advantages.repeat_interleave(length)
+    weights = torch.full((m,), 1 / m, device=DEVICE)
     with torch.no_grad():
         old = torch.cat([plain(h, weight, ids) for h, ids in zip(hidden.split(64), labels.split(64), strict=True)])
-    old = old + 0.1 * torch.randn(m, device=hidden.device)
-
-    def gradients(loss):
-        return torch.autograd.grad(loss, (hidden, weight))
-
-    def ours():
-        return gradients(linear_policy_loss(hidden, weight, labels, None, old, advantages, weights)[0])
-
-    def torch_eager():
-        return gradients(policy_loss(plain(hidden, weight, labels), old, advantages, weights)[0])
-
-    sides = {"ours": ours, "matmul": three_products}
-    if m * len(weight) * 4 * 4 < 8e9:
-        sides["torch"] = torch_eager
-        for a, b in zip(ours(), torch_eager(), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-2)
-    if hidden.is_cuda and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-        liger = LigerFusedLinearGRPOLoss(beta=0.0, loss_type="dapo", temperature=1.0)
-        mask = torch.ones(m, 1, device=hidden.device)
-        sides["liger"] = lambda: gradients(
-            liger(hidden[:, None], weight, labels[:, None], mask, advantages, old_per_token_logps=old[:, None])[0]
-        )
-    compare("loss", {"from": "lm_head", **dict(zip("MHV", shape, strict=True))}, sides, rounds(shape))
+    # Ratios far from where the clip begins: there, rounding decides whether a token has a gradient.
+    old = old + 0.01 * torch.randn(m, device=DEVICE)
+    losses = {"ours": lambda: linear_policy_loss(hidden, weight, labels, None, old, by_token, weights)[0]}
+    if logits_fit(m, vocab):
+        of_head = lambda h, w: eager(plain(h, w, labels), old, by_token, weights)[0]  # noqa: E731
+        compiled = torch.compile(of_head, dynamic=False)
+        losses |= {"torch": lambda: of_head(hidden, weight), "torch_compile": lambda: compiled(hidden, weight)}
+    if liger := liger_grpo(length):
+        losses["liger"] = lambda: liger(hidden, weight, labels, old, advantages)
+    ways = {name: lambda loss=loss: torch.autograd.grad(loss(), (hidden, weight)) for name, loss in losses.items()}
+    compare(
+        "loss",
+        {"from": "lm_head", **sizes(shape)},
+        {"matmul": bare_products(hidden, weight)[1], **ways},
+        rounds(shape),
+        flops=3 * product_flops(shape),
+        agree=dict(atol=5e-2 / m, rtol=5e-2) if DEVICE == "cuda" else dict(atol=1e-3 / m, rtol=1e-2),
+    )
 
 
-def test_loss_from_logprobs(shape, compare):
-    m = 1 << (24 if torch.cuda.is_available() else 20)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    logp, old, advantages, weights = torch.randn(4, m, device=device).unbind()
+@pytest.mark.parametrize("tokens", [1 << 20, 1 << 24], ids=["1m", "16m"])
+def test_loss_of_tokens(tokens, compare, request):
+    if tokens > 1 << 20 and not request.config.getoption("--full"):
+        pytest.skip("with --full")
+    logp, old, advantages, weights = torch.randn(4, tokens, device=DEVICE).unbind()
+    old = logp + 0.01 * old
     logp.requires_grad_()
-    copy = torch.empty(4, m, device=device)
-    source = torch.randn(4, m, device=device)
+    compiled = torch.compile(eager, dynamic=False)
+    losses = {
+        "ours": lambda: policy_loss(logp, old, advantages, weights)[0],
+        "torch": lambda: eager(logp, old, advantages, weights)[0],
+        "torch_compile": lambda: compiled(logp, old, advantages, weights)[0],
+    }
+    source = torch.randn(BYTES_A_TOKEN // 8, tokens, device=DEVICE)  # half the bytes are read, half written
+    target = torch.empty_like(source)
 
-    def run(backend):
-        return lambda: torch.autograd.grad(
-            policy_loss(logp, old, advantages, weights, LossSettings(), backend=backend)[0], logp
-        )
+    def copy():
+        target.copy_(source)
 
-    sides = {"ours": run("auto"), "reference": run("reference"), "copy": lambda: copy.copy_(source)}
-    compare("loss", {"from": "logprobs", "M": m}, sides, rounds=9)
+    ways = {name: lambda loss=loss: torch.autograd.grad(loss(), logp)[0] for name, loss in losses.items()}
+    compare(
+        "loss",
+        {"from": "logprobs", "M": tokens},
+        {"copy": copy, **ways},
+        rounds=20,
+        calls=20 if DEVICE == "cuda" else 1,
+        graph=True,
+        agree=dict(atol=1e-4, rtol=1e-4),
+    )

@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config
 
+from bench.timing import DEVICE
 from igpo_fast.model import TreeAttend, hidden_states, use_attend
 from igpo_kernels import ANSWER, Branch, RolloutTokens, Tree, linear_logprob, pack
 
@@ -30,7 +31,7 @@ def model_40m(vocab=32_768):
         vocab_size=vocab, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
         intermediate_size=1408, max_position_embeddings=8192, tie_word_embeddings=True,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(DEVICE).eval()
 
 
 def ways(turns: int, tokens_a_turn: int, wrapper: int, answer: int):
@@ -43,23 +44,25 @@ def ways(turns: int, tokens_a_turn: int, wrapper: int, answer: int):
     branch = Branch(rng.integers(0, 32_768, wrapper + answer), wrapper, wrapper + answer)
     rollout = RolloutTokens(0, ids, np.full(len(ids), -1), boundaries)
     trunk = pack([Tree([RolloutTokens(0, np.append(ids, 0), np.append(np.full(len(ids), -1), 0))])])
-    fed = torch.as_tensor(np.concatenate([ids, branch.ids[:-1]]))
-    label = torch.as_tensor(branch.ids[branch.start :])
+    fed = torch.as_tensor(np.concatenate([ids, branch.ids[:-1]]), device=DEVICE)
+    branch_ids = fed[None, len(ids) :]
+    label = torch.as_tensor(branch.ids[branch.start :], device=DEVICE)
     head = plain.get_output_embeddings().weight
 
     def run(plan):
-        hidden = hidden_states(ours, plan.tensor("input_ids"), plan.tensor("position_ids"), TreeAttend(plan))
-        return linear_logprob(hidden, head, plan.tensor("label"), plan.tensor("row"))
+        of = lambda name: plan.tensor(name, DEVICE)  # noqa: E731
+        hidden = hidden_states(ours, of("input_ids"), of("position_ids"), TreeAttend(plan))
+        return linear_logprob(hidden, head, of("label"), of("row"))
 
     def packed():
         plan = pack([Tree([rollout], [branch])])
-        return run(plan)[torch.from_numpy(plan.kind == ANSWER)].view(turns, answer).mean(1)
+        return run(plan)[plan.tensor("kind", DEVICE) == ANSWER].view(turns, answer).mean(1)
 
     def values(logits_AV):
         return logits_AV.float().log_softmax(-1).gather(1, label[:, None]).mean()
 
     def prefix(boundary):
-        return torch.cat([torch.as_tensor(ids[:boundary]), torch.as_tensor(branch.ids[:-1])])[None]
+        return torch.cat([fed[None, :boundary], branch_ids], 1)
 
     def full_logits():
         return torch.stack([values(plain(prefix(b), use_cache=False).logits[0, -answer:]) for b in boundaries])
@@ -73,7 +76,6 @@ def ways(turns: int, tokens_a_turn: int, wrapper: int, answer: int):
         cache, done, found = DynamicCache(), 0, []
         for b in boundaries:
             logits = plain(fed[None, done:b], past_key_values=cache, logits_to_keep=1).logits[0]
-            branch_ids = torch.as_tensor(branch.ids[:-1])[None]
             after = plain(branch_ids, past_key_values=cache, logits_to_keep=answer).logits[0]
             cache.crop(int(b))
             found.append(values(torch.cat([logits, after])[-answer:]))

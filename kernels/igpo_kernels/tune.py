@@ -1,9 +1,12 @@
 """The offline tuner: times candidate configurations on this machine's GPU and writes the tables.
 
-    python -m igpo_kernels.tune [--op policy_loss] [--kernel NAME] [--dtype bf16] [--dry-run]
+    python -m igpo_kernels.tune [--op policy_loss] [--kernel NAME] [--shape-class large] [--dtype bf16]
+                                [--seconds 120] [--out FOLDER] [--dry-run]
 
-Needs a GPU. A candidate is timed only if `inspect` lets every variant built from it pass; it replaces the committed
-configuration if it is at least 2 % faster. Nothing is tuned in a training step: that only looks tables up.
+Needs a GPU. Coordinate descent from the committed configuration: one constant at a time takes its other values, until
+none helps or the kernel's seconds are over. A candidate is timed if `inspect` lets the first variant built from it
+pass, and taken if it lets all pass and the candidate is at least 2 % faster than the committed one. Nothing is tuned
+in a training step: that only looks tables up.
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import itertools
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,31 +31,47 @@ GAIN = 0.98
 """A new configuration takes at most this share of the old one's time."""
 
 
-def candidates(tunable: Tunable) -> Iterator[dict[str, int]]:
-    for values in itertools.product(*tunable.space.values()):
-        yield dict(zip(tunable.space, values, strict=True))
+def candidates(space: Mapping[str, Sequence[int]], taken: Sequence[dict]) -> Iterator[dict[str, int]]:
+    """What differs in one constant from the last entry taken so far (by the caller, who appends it), each once, until a
+    round over the constants brings no new one."""
+    tried, start = list(taken), None
+    while start != taken[-1]:
+        start = taken[-1]
+        for name, values in space.items():
+            for value in values:
+                entry = {**taken[-1], name: value}
+                if entry not in tried:
+                    tried.append(entry)
+                    yield entry
 
 
 def tune(
-    tunable: Tunable, arch: str, passes: Callable[[], bool], milliseconds: Callable[[], float]
+    tunable: Tunable,
+    arch: str,
+    passes: Callable[[int | None], bool],
+    milliseconds: Callable[[], float],
+    seconds: float = math.inf,
 ) -> tuple[dict[str, int], float, float]:
     """Leave the best entry in the table; returns it, its time and the committed entry's.
 
     Args:
-        passes: whether what the table now says may ship. milliseconds: times what the table now says.
+        passes: whether the first so many variants (None: all) of what the table now says may ship.
+        milliseconds: times what the table now says.
+        seconds: after which no further candidate is begun.
     """
+    end = time.monotonic() + seconds
     entries = table(tunable.kernel)[arch][tunable.shape_class]
-    committed = best = entries[tunable.dtype]
+    taken = [entries[tunable.dtype]]
     before = fastest = milliseconds()
-    for entry in candidates(tunable):
+    for entry in candidates(tunable.space, taken):
+        if time.monotonic() > end:
+            break
         entries[tunable.dtype] = entry
-        if entry == committed or not passes():
-            continue
-        time = milliseconds()
-        if time < min(fastest, GAIN * before):
-            best, fastest = entry, time
-    entries[tunable.dtype] = best
-    return best, fastest, before
+        if passes(1) and (took := milliseconds()) < min(fastest, GAIN * before) and passes(None):
+            taken.append(entry)
+            fastest = took
+    entries[tunable.dtype] = taken[-1]
+    return taken[-1], fastest, before
 
 
 def render(entries: dict) -> str:
@@ -76,17 +96,20 @@ def tunables() -> Iterator[tuple[str, object, Tunable]]:
             yield path.parent.name, module, tunable
 
 
-def passes_gate(module, tunable: Tunable, arch: str) -> bool:
-    """Every variant that the tables now give for this kernel, architecture, class and dtype passes `inspect`."""
+def passes_gate(module, tunable: Tunable, arch: str, most: int | None = None) -> bool:
+    """The variants (the first ``most``) that the tables now give for this kernel, architecture, class and dtype pass
+    `inspect`."""
     wanted = (tunable.kernel, arch, tunable.dtype, tunable.shape_class)
     built = [v for v in module.variants() if (v.kernel, v.arch, v.dtype, v.shape_class.split("/")[0]) == wanted]
-    return bool(built) and not any(check(variant).faults for variant in built)
+    return bool(built) and not any(check(variant).faults for variant in built[:most])
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m igpo_kernels.tune", description=__doc__.splitlines()[0])
-    for option in ("op", "kernel", "dtype"):
-        parser.add_argument(f"--{option}", help=f"only this {option}")
+    for option in ("op", "kernel", "shape-class", "dtype"):
+        parser.add_argument(f"--{option}", help=f"only this {option.replace('-', ' ')}")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for each kernel, shape class and dtype")
+    parser.add_argument("--out", type=Path, default=TABLES, help="folder of the tables to write")
     parser.add_argument("--dry-run", action="store_true", help="print, write nothing")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -95,8 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda")
     arch = arch_of(device)
     for op, module, tunable in tunables():
-        wanted = (args.op, op), (args.kernel, tunable.kernel), (args.dtype, tunable.dtype)
-        if any(want not in (None, got) for want, got in wanted):
+        names = {"op": op, "kernel": tunable.kernel, "shape_class": tunable.shape_class, "dtype": tunable.dtype}
+        if any(getattr(args, option) not in (None, name) for option, name in names.items()):
             continue
         run = tunable.workload(device)
         best, after, before = tune(
@@ -104,10 +127,13 @@ def main(argv: list[str] | None = None) -> int:
             arch,
             functools.partial(passes_gate, module, tunable, arch),
             functools.partial(triton.testing.do_bench, run, return_mode="median"),
+            args.seconds,
         )
-        print(f"{tunable.kernel} {arch} {tunable.shape_class} {tunable.dtype}: {before:.4f} -> {after:.4f} ms {best}")
+        what = f"{tunable.kernel} {arch} {tunable.shape_class} {tunable.dtype}"
+        print(f"{what}: {before:.4f} -> {after:.4f} ms {best}", flush=True)
         if not args.dry_run:
-            (TABLES / f"{tunable.kernel}.json").write_text(render(table(tunable.kernel)))
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / f"{tunable.kernel}.json").write_text(render(table(tunable.kernel)))
     return 0
 
 

@@ -8,6 +8,7 @@ bitwise.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from igpo_kernels.linear_logprob import triton_kernels as kernels
 from igpo_kernels.products import product
-from igpo_kernels.triton_variants import DTYPE_NAMES, Config, Variant, arch_of, config_for, configs
+from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Config, Tunable, Variant, arch_of, config_for, configs
 from igpo_kernels.workspace import workspace_bytes
 
 SMALL_ROWS = 64
@@ -346,3 +347,52 @@ def typed(fn, config: Config, dtype: str, given: tuple[str, ...]) -> tuple[dict,
         elif name not in constexprs:
             signature[name] = "i32" if name in kernels.LENGTHS else "fp32"
     return signature, constexprs
+
+
+TUNED_ROWS = {"small": 64, "large": 4096}
+TUNED_HIDDEN, TUNED_VOCAB = 4096, 65_536
+"""What the tuner times: a chunk of the vocabulary, a multiple of every tile."""
+
+
+def tunables() -> Iterator[Tunable]:
+    """The two kernels around the tensor cores, by size class and dtype; the rest take a hundredth of the time."""
+    for size in TUNED_ROWS:
+        for dtype in DTYPES:
+            half = dtype != "fp32"  # float32 tiles are multiplied without tensor cores
+            space = {
+                "BLOCK_ROWS": [64, 128, 256] if half else [32, 64, 128],
+                "BLOCK_VOCAB": [64, 128, 256] if half else [32, 64, 128],
+                "BLOCK_HIDDEN": [32, 64, 128] if half else [8, 16, 32],
+                "num_warps": [4, 8],
+                "num_stages": [2, 3, 4, 5],
+                "GROUP_ROWS": [4, 8, 16, 32],
+                "FLATTEN": [0, 1],
+                "TMA": [0, 1],
+            }
+            for kernel, workload in (("forward", _forward_workload), ("backward", _backward_workload)):
+                make = functools.partial(workload, size=size, dtype=DTYPES[dtype])
+                yield Tunable(f"linear_logprob_{kernel}", size, dtype, space, make)
+
+
+def _forward_workload(device: torch.device, size: str, dtype: torch.dtype):
+    x, weight = (torch.randn(n, TUNED_HIDDEN, device=device, dtype=dtype) for n in (TUNED_ROWS[size], TUNED_VOCAB))
+
+    def run():
+        head = Head.of(x, weight, None, 1.0, 0.0, len(x))
+        tiles = triton.cdiv(len(weight), head.forward["BLOCK_VOCAB"])
+        top, mass = torch.empty((2, tiles, len(x)), device=device)
+        head.tile_statistics(x, top, mass, None)
+
+    return run
+
+
+def _backward_workload(device: torch.device, size: str, dtype: torch.dtype):
+    x, weight = (torch.randn(n, TUNED_HIDDEN, device=device, dtype=dtype) for n in (TUNED_ROWS[size], TUNED_VOCAB))
+    dz = torch.empty((len(x), len(weight)), device=device, dtype=dtype)
+    top, log_mass, d_logp = torch.randn((3, len(x)), device=device)
+
+    def run():
+        head = Head.of(x, weight, None, 1.0, 0.0, len(x))
+        head.tile_gradients(x, slice(0, len(weight)), dz, (top, log_mass, None, d_logp, None))
+
+    return run

@@ -118,6 +118,7 @@ def range_of_half(inputs: dict, settings) -> torch.Tensor:
 # Which optional arguments a shipped variant has; the rest are compiled out.
 FEATURES = {
     "ratio-one": ("d_logits_ptr",),
+    "ratio": ("d_logits_ptr", "old_ptr"),
     "full": ("d_logits_ptr", "bias_ptr", "old_ptr", "engine_ptr", "ref_ptr", "dual_clip"),
     "values": ("old_ptr",),
 }

@@ -144,7 +144,7 @@ def tile_terms(
 def policy_loss_kernel(
     logp_ptr, old_ptr, advantage_ptr, weight_ptr, engine_ptr, ref_ptr, entropy_ptr,
     sequence_ptr, sequence_ratio_ptr, sequence_gap_ptr, sequence_slope_ptr, d_logp_ptr, partial_ptr,
-    n, low, high, dual_clip, kl, bonus, cap,
+    n: tl.int64, low, high, dual_clip, kl, bonus, cap,
     TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One pass over n pairs: d_logp [n], and partial sums [SUMS, programs]."""

@@ -31,7 +31,8 @@ from hypothesis import strategies as st
 from igpo_kernels import linear_logprob
 from igpo_kernels.linear_logprob import triton_kernels, triton_path
 from igpo_kernels.workspace import GPU_BYTES
-from tests.kernels.test_linear_logprob import LargestTensor, make, run
+from tests.allocations import LargestTensor
+from tests.kernels.test_linear_logprob import make, run
 from tests.kernels.triton.conftest import Poison
 
 NAMES = ("logp", "entropy", "dhidden", "dweight", "dbias")

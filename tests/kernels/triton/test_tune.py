@@ -13,6 +13,7 @@ from igpo_kernels.triton_variants import ARCHITECTURES, DTYPES, TABLES, Tunable,
 pytest.importorskip("triton")
 
 from igpo_kernels import tune
+from igpo_kernels.linear_logprob import triton_path
 
 KERNELS = sorted(path.stem for path in TABLES.glob("*.json"))
 
@@ -24,18 +25,52 @@ def one_table(monkeypatch):
     return entries["sm_90"]["any"]
 
 
-def choose(one_table, times, passes=lambda entry: True):
+def choose(one_table, times, passes=lambda block, most: True, seconds=60.0):
     space = {"num_warps": [4], "num_stages": [1], "BLOCK": list(times)}
     now = lambda: one_table["bf16"]  # noqa: E731
     return tune.tune(
-        Tunable("k", "any", "bf16", space, None), "sm_90", lambda: passes(now()["BLOCK"]), lambda: times[now()["BLOCK"]]
-    )
+        Tunable("k", "any", "bf16", space, None), "sm_90", lambda most: passes(now()["BLOCK"], most),
+        lambda: times[now()["BLOCK"]], seconds,
+    )  # fmt: skip
 
 
 def test_the_fastest_that_passes_the_gate_is_left_in_the_table(one_table):
-    best, after, before = choose(one_table, {64: 10.0, 128: 8.0, 256: 5.0, 512: 9.0}, lambda block: block != 256)
+    best, after, before = choose(one_table, {64: 10.0, 128: 8.0, 256: 5.0, 512: 9.0}, lambda block, most: block != 256)
     assert (best["BLOCK"], after, before) == (128, 8.0, 10.0)
     assert one_table["bf16"] == best
+
+
+def test_the_first_variant_decides_what_is_timed_and_all_what_is_taken(one_table):
+    asked = []
+
+    def passes(block, most):
+        asked.append((block, most))
+        return block < 256 if most is None else block < 512
+
+    best, *_ = choose(one_table, {64: 10.0, 128: 8.0, 256: 5.0, 512: 1.0}, passes)
+    assert best["BLOCK"] == 128
+    assert asked == [(128, 1), (128, None), (256, 1), (256, None), (512, 1)]
+
+
+def test_constants_are_searched_one_at_a_time(one_table):
+    """From (4, 64): warps first, then blocks from the best warps, then again, until nothing is faster."""
+    times = {(4, 64): 10.0, (8, 64): 9.0, (4, 128): 1.0, (8, 128): 8.0, (8, 256): 9.5, (4, 256): 2.0}
+    now = lambda: (one_table["bf16"]["num_warps"], one_table["bf16"]["BLOCK"])  # noqa: E731
+    seen = []
+
+    def milliseconds():
+        seen.append(now())
+        return times[now()]
+
+    space = {"num_warps": [4, 8], "BLOCK": [64, 128, 256], "num_stages": [1]}
+    best, after, _ = tune.tune(Tunable("k", "any", "bf16", space, None), "sm_90", lambda most: True, milliseconds)
+    assert seen == [(4, 64), (8, 64), (8, 128), (8, 256), (4, 128), (4, 256)]
+    assert (best["num_warps"], best["BLOCK"], after) == (4, 128, 1.0)
+
+
+def test_no_candidate_is_begun_after_the_time(one_table):
+    best, after, before = choose(one_table, {64: 10.0, 128: 1.0}, seconds=-1.0)
+    assert (best["BLOCK"], after, before) == (64, 10.0, 10.0)
 
 
 def test_noise_changes_nothing(one_table):
@@ -53,6 +88,57 @@ def test_what_may_be_tuned_is_in_the_tables():
         assert (tunable.kernel, tunable.dtype, tunable.shape_class) in built
 
 
+def test_the_gate_asks_for_the_variants_of_one_class(monkeypatch):
+    """``variants()`` adds the options to the class: "small/plain", "small/entropy", ..."""
+    found = {t.shape_class: (m, t) for op, m, t in tune.tunables() if (op, t.dtype) == ("linear_logprob", "bf16")}
+    checked = []
+    monkeypatch.setattr(tune, "check", lambda v: checked.append(v) or SimpleNamespace(faults=()))
+    for size, variants in {"small": 5, "large": 4}.items():
+        checked.clear()
+        module, tunable = found[size]
+        assert tune.passes_gate(module, tunable, "sm_90")
+        assert len(checked) == variants and {v.shape_class.split("/")[0] for v in checked} == {size}
+        assert {(v.kernel, v.arch, v.dtype) for v in checked} == {(tunable.kernel, "sm_90", "bf16")}
+        assert tune.passes_gate(module, tunable, "sm_90", 1) and checked[-1].shape_class == f"{size}/plain"
+        assert len(checked) == variants + 1
+    monkeypatch.setattr(
+        tune, "check", lambda v: SimpleNamespace(faults=("spills",) * (v.shape_class == "large/capped"))
+    )
+    assert not tune.passes_gate(*found["large"], "sm_90") and tune.passes_gate(*found["large"], "sm_90", 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's size")
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_what_the_tuner_times_runs(size, monkeypatch):
+    monkeypatch.setattr(triton_path, "TUNED_HIDDEN", 16)
+    monkeypatch.setattr(triton_path, "TUNED_VOCAB", 512)
+    monkeypatch.setattr(triton_path, "TUNED_ROWS", {"small": 20, "large": 80})
+    launched = []
+    monkeypatch.setattr(triton_path.Head, "grid", lambda self, config, n, vocab: launched.append((config, n)) or (1,))
+    for op, _, tunable in tune.tunables():
+        if (op, tunable.shape_class, tunable.dtype) == ("linear_logprob", size, "bf16"):
+            tunable.workload(torch.device("cpu"))()
+            config, n = launched.pop()
+            assert n == triton_path.TUNED_ROWS[size]
+            expected = config_for(tunable.kernel, "sm_90", size, "bf16")
+            assert {name: config[name] for name in expected.constants} == dict(expected.constants)
+
+
+def test_tables_go_where_they_are_asked_to(monkeypatch, tmp_path, capsys):
+    """A machine without tables of its own: what main writes and prints, with the GPU's part replaced."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "table", lambda kernel: {"sm_90": {"any": {"bf16": {"BLOCK": 64}}}})
+    made = [("op", None, Tunable(kernel, "any", "bf16", {}, lambda device: None)) for kernel in ("a", "b")]
+    monkeypatch.setattr(tune, "tunables", lambda: iter(made))
+    monkeypatch.setattr(tune, "tune", lambda tunable, *rest: ({"BLOCK": 64}, 1.0, 2.0))
+    assert tune.main(["--kernel", "b", "--out", str(tmp_path / "new")]) == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["b.json"]
+    assert capsys.readouterr().out == "b sm_90 any bf16: 2.0000 -> 1.0000 ms {'BLOCK': 64}\n"
+    assert tune.main(["--dry-run", "--shape-class", "any", "--out", str(tmp_path / "none")]) == 0
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_committed_tables_are_as_the_tuner_writes_them(kernel):
     text = (TABLES / f"{kernel}.json").read_text()
@@ -63,7 +149,7 @@ def test_committed_tables_are_as_the_tuner_writes_them(kernel):
 def test_every_kernel_is_configured_for_every_architecture(kernel):
     found = {(arch, dtype) for arch, _, dtype, _ in configs(kernel)}
     assert {arch for arch, _ in found} == set(ARCHITECTURES)
-    assert {dtype for _, dtype in found} <= set(DTYPES)
+    assert {dtype for _, dtype in found} <= {*DTYPES, "fp64"}
 
 
 def test_without_a_gpu_the_tuner_says_so_in_one_line(monkeypatch, capsys):

@@ -1,0 +1,99 @@
+"""Ours and its peers, timed in turns; figures and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from bench.timing import DEVICE, circumstances, timed
+from tests.allocations import peak_bytes
+
+WARMUP = 1
+"""Rounds that are not counted."""
+
+
+class Comparison:
+    """Several ways to one result: ``sides["ours"]`` and its peers, functions without arguments.
+
+    First every side runs unmeasured (what compiles, compiles), its result is held against ours, and once more for its
+    memory. Then ``rounds`` rounds: each peer once, then ours. A time is that of one call, the device's work included.
+    A peer that raises or differs has a row that says so, without figures; ours raises.
+
+    Args:
+        calls: timed together, for calls of microseconds; figures are their mean.
+        graph: on a GPU, time the device alone (``timing.timed``).
+        flops: of one call, by formula.
+        agree: ``torch.testing.assert_close``'s ``atol`` and ``rtol`` for results (those that are not None); None does
+            not check.
+    """
+
+    def __init__(self, bench, shape, sides, *, calls=1, graph=False, flops=None, agree=None):
+        self.bench, self.shape, self.calls, self.flops = bench, shape, calls, flops
+        self.runs, self.peaks, self.errors = {}, {}, {}
+        self.found: dict[str, dict] = {}
+        expected = None
+        for name in ["ours", *(peer for peer in sides if peer != "ours")]:
+            try:
+                result = sides[name]()
+                if agree and expected is not None and result is not None:
+                    torch.testing.assert_close(result, expected, check_dtype=False, **agree)
+                expected = result if name == "ours" else expected
+                del result
+                self.peaks[name] = peak_bytes(sides[name], DEVICE)[0]
+                self.runs[name] = timed(sides[name], calls, graph)
+            except Exception as error:  # whatever a peer raises is its row
+                if name == "ours":
+                    raise
+                self.errors[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+    def rows(self, benchmark, rounds: int) -> list[dict]:
+        """Time all that run, ours with pytest-benchmark's fixture; a row a peer."""
+        peers = [name for name in self.runs if name != "ours"]
+        times: dict[str, list[float]] = {name: [] for name in peers}
+
+        def time_peers():
+            for name in peers:
+                start = perf_counter()
+                self.runs[name]()
+                times[name].append((perf_counter() - start) / self.calls)
+
+        benchmark.group = self.bench
+        benchmark.pedantic(self.runs["ours"], setup=time_peers, rounds=rounds, warmup_rounds=WARMUP)
+        seconds = {name: np.array(times[name][WARMUP:]) for name in peers}
+        seconds["ours"] = np.array(benchmark.stats.stats.data) / self.calls
+        self.found = {name: figures(s, self.peaks[name], self.flops) for name, s in seconds.items()}
+        about = {**circumstances(), "shape": self.shape} | ({"flops": self.flops} if self.flops else {})
+        rows = []
+        for name in [*peers, *self.errors]:
+            row = {"bench": f"{self.bench}/{name}", **about, "ours": self.found["ours"], "peer": name}
+            if name in self.errors:
+                rows.append({**row, "error": self.errors[name]})
+                continue
+            ratios = seconds[name] / seconds["ours"]
+            spread = [round(float(ratio), 3) for ratio in (ratios.min(), ratios.max())]
+            ratio = round(float(np.median(ratios)), 3)
+            rows.append({**row, "peers": {name: self.found[name]}, "ratio": ratio, "ratio_spread": spread})
+        benchmark.extra_info |= {"calls": self.calls, "rows": rows}
+        return rows
+
+
+def figures(seconds: Sequence[float], peak_bytes: int, flops: float | None) -> dict:
+    """Median, 20th and 80th percentile of one call in ms, the most bytes it held, and TFLOP/s at the median."""
+    p20, median, p80 = (float(f"{1e3 * value:.6g}") for value in np.quantile(seconds, (0.2, 0.5, 0.8)))
+    found = {"median": median, "p20": p20, "p80": p80, "unit": "ms", "peak_bytes": peak_bytes}
+    return found if flops is None else {**found, "tflops": float(f"{flops / median / 1e9:.4g}")}
+
+
+def line(row: dict) -> str:
+    """A row in words."""
+    if "error" in row:
+        return f"{row['bench']}: {row['error']}"
+    ours, peer = row["ours"], row["peers"][row["peer"]]
+    low, high = row["ratio_spread"]
+    text = f"{row['bench']}: ours {ours['median']:.4g} ms, {row['peer']} {peer['median']:.4g} ms, "
+    text += f"ratio {row['ratio']:.2f} ({low:.2f} - {high:.2f})"
+    text += f", peak {ours['peak_bytes'] / 2**20:.1f} and {peer['peak_bytes'] / 2**20:.1f} MiB"
+    return text + (f", {ours['tflops']:.3g} and {peer['tflops']:.3g} TFLOP/s" if "tflops" in ours else "")
