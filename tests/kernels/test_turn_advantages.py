@@ -25,6 +25,15 @@ def tensors(groups, dtype=torch.float64):
     )
 
 
+def spread(counts):
+    """Token offsets of turns with so many tokens each."""
+    return torch.tensor([0, *accumulate(counts)])
+
+
+def token_counts(turns):
+    return st.lists(st.integers(0, 12), min_size=turns, max_size=turns)
+
+
 def advantages(groups, normaliser, gamma=1.0, backend="auto", dtype=torch.float64):
     return turn_advantages(*tensors(groups, dtype), gamma, normaliser, backend=backend).tolist()
 
@@ -250,6 +259,22 @@ def test_carries_no_gradient_and_leaves_inputs_alone(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n_tokens", [None, 6])
+def test_tokens_carry_their_turns_advantage(backend, n_tokens):
+    # Hand-worked "separate" above: 1, 2.2247449, 1 and -1, -1; the second and the last turn have no token.
+    result = turn_advantages(
+        *tensors(GROUP), 1.0, Normaliser(**PLAIN), token_offsets=spread([2, 0, 1, 3, 0]), n_tokens=n_tokens,
+        backend=backend,
+    )  # fmt: skip
+    assert result.tolist() == pytest.approx([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+
+
+def test_no_tokens_at_all():
+    result = turn_advantages(*tensors(GROUP), 1.0, Normaliser(), token_offsets=spread([0] * 5))
+    assert result.shape == (0,)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_rewards(backend):
     args = list(tensors(GROUP, torch.float32))
     strided = torch.stack([args[0], torch.full_like(args[0], torch.nan)], dim=1)[:, 0]
@@ -279,7 +304,13 @@ def test_refuses_bad_arguments():
     refused("group_offsets", group_offsets=torch.tensor([0, 1]))
     refused("group_offsets", group_offsets=torch.tensor([0]))
     refused("gamma", gamma=1.5)
-    refused("backend", backend="triton")
+    refused("backend", backend="cuda")
+    refused("kinds", kinds=torch.tensor([0.0, 0, 1, 0, 1]))
+    refused("token_offsets", token_offsets=torch.arange(5))
+    refused("token_offsets", token_offsets=torch.arange(6, dtype=torch.int32))
+    refused("token_offsets", token_offsets=torch.arange(1, 7))
+    refused("token_offsets", token_offsets=torch.tensor([0, 2, 1, 3, 4, 5]))
+    refused("token_offsets", token_offsets=torch.arange(6), n_tokens=4)
 
 
 @pytest.mark.parametrize("bad", [{"pool": "both"}, {"scope": "rank"}, {"gate": -1.0}, {"min_std": float("nan")}])

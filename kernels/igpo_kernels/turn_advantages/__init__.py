@@ -1,16 +1,20 @@
-"""Turn rewards to turn advantages: gate, normalise, then discount (README.md has the equations)."""
+"""Turn rewards to advantages of turns or tokens: gate, normalise, discount (README.md has the equations)."""
 
 from __future__ import annotations
 
 import torch
 
-from igpo_kernels.backend import choose
+from igpo_kernels.backend import choose, lazy
 from igpo_kernels.turn_advantages.reference import GAIN, OUTCOME, Normaliser, turn_advantages_reference
 from igpo_kernels.turn_advantages.torch_path import turn_advantages_torch
 
 __all__ = ["GAIN", "OUTCOME", "Normaliser", "turn_advantages"]
 
-IMPLEMENTATIONS = {"reference": turn_advantages_reference, "torch": turn_advantages_torch}
+IMPLEMENTATIONS = {
+    "reference": turn_advantages_reference,
+    "torch": turn_advantages_torch,
+    "triton": lazy("igpo_kernels.turn_advantages.triton_path", "turn_advantages_triton"),
+}
 
 
 @torch.no_grad()
@@ -22,9 +26,11 @@ def turn_advantages(
     gamma: float,
     normaliser: Normaliser,
     *,
+    token_offsets: torch.Tensor | None = None,
+    n_tokens: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Advantages of S turns, in R rollouts, in Gr groups. Never carries a gradient.
+    """Advantages of S turns, in R rollouts, in Gr groups, or of their M tokens. Never carries a gradient.
 
     Args:
         rewards: float32 or float64 [S], rollout after rollout; finite (the caller puts 0 where a gain is
@@ -34,37 +40,66 @@ def turn_advantages(
         group_offsets: int64 [Gr + 1]: group j has rollouts ``group_offsets[j] .. [j + 1] - 1``.
         gamma: discount in [0, 1].
         normaliser: see ``Normaliser``.
-        backend: ``auto``, ``torch`` or ``reference``.
+        token_offsets: int64 [S + 1]: turn s has tokens ``token_offsets[s] .. [s + 1] - 1``, or none.
+        n_tokens: M, which is ``token_offsets[-1]``; read from there, which a GPU waits for, if not given.
+        backend: ``auto``, ``torch``, ``reference`` or ``triton``.
     Returns:
-        Advantages [S], of rewards' dtype and device; computed in float64.
+        Advantages [S], or [M] with ``token_offsets``, of rewards' dtype and device; computed in float64.
     Raises:
-        ValueError: shapes, dtypes, offsets or kinds that do not fit; a non-finite reward; unknown backend.
+        ValueError: shapes or dtypes that do not fit, gamma outside [0, 1], unknown backend. On a CPU also values: a
+            non-finite reward, offsets or kinds that do not fit. On a GPU looking at them would stop the host: there
+            a non-finite reward makes advantages of its group NaN, and the rest is the caller's promise.
     """
-    _check(rewards, kinds, rollout_offsets, group_offsets, gamma)
+    _check(rewards, kinds, rollout_offsets, group_offsets, gamma, token_offsets)
+    if token_offsets is not None and n_tokens is None:
+        n_tokens = int(token_offsets[-1])
+    if not rewards.is_cuda:
+        _check_values(rewards, kinds, rollout_offsets, group_offsets, token_offsets, n_tokens)
     run = choose("turn_advantages", backend, rewards.device, IMPLEMENTATIONS)
-    return run(rewards, kinds, rollout_offsets, group_offsets, gamma, normaliser)
+    return run(rewards, kinds, rollout_offsets, group_offsets, gamma, normaliser, token_offsets, n_tokens)
 
 
-def _check(rewards, kinds, rollout_offsets, group_offsets, gamma) -> None:
+def _check(rewards, kinds, rollout_offsets, group_offsets, gamma, token_offsets) -> None:
     if rewards.ndim != 1 or rewards.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"turn_advantages: got rewards {rewards.dtype} {tuple(rewards.shape)}; expected float32/64 [S]"
         )
-    if kinds.shape != rewards.shape:
-        raise ValueError(f"turn_advantages: got kinds {tuple(kinds.shape)}; expected {tuple(rewards.shape)}")
-    rollouts = len(rollout_offsets) - 1
-    for name, offsets, total in (
-        ("rollout_offsets", rollout_offsets, len(rewards)),
-        ("group_offsets", group_offsets, rollouts),
+    if kinds.shape != rewards.shape or kinds.is_floating_point():
+        raise ValueError(
+            f"turn_advantages: got kinds {kinds.dtype} {tuple(kinds.shape)}; expected integers {tuple(rewards.shape)}"
+        )
+    for name, offsets in (("rollout_offsets", rollout_offsets), ("group_offsets", group_offsets)):
+        if offsets.ndim != 1 or offsets.dtype != torch.int64 or len(offsets) < 2:
+            raise ValueError(
+                f"turn_advantages: got {name} {offsets.dtype} {tuple(offsets.shape)}; expected int64, two or more"
+            )
+    if token_offsets is not None and (token_offsets.dtype, len(token_offsets)) != (torch.int64, len(rewards) + 1):
+        raise ValueError(
+            f"turn_advantages: got token_offsets {token_offsets.dtype} {tuple(token_offsets.shape)}; "
+            f"expected int64 [{len(rewards) + 1}]"
+        )
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"turn_advantages: got gamma={gamma}; expected 0 <= gamma <= 1")
+
+
+def _check_values(rewards, kinds, rollout_offsets, group_offsets, token_offsets, n_tokens) -> None:
+    for name, offsets, total, least in (
+        ("rollout_offsets", rollout_offsets, len(rewards), 1),
+        ("group_offsets", group_offsets, len(rollout_offsets) - 1, 1),
+        ("token_offsets", token_offsets, n_tokens, 0),
     ):
-        good = offsets.ndim == 1 and offsets.dtype == torch.int64 and len(offsets) >= 2
-        if not good or offsets[0] != 0 or offsets[-1] != total or bool((offsets.diff() <= 0).any()):
-            raise ValueError(f"turn_advantages: {name} must be int64, rising from 0 to {total}")
+        if offsets is None:
+            continue
+        if offsets[0] != 0 or offsets[-1] != total or bool((offsets.diff() < least).any()):
+            rising = "rising" if least else "rising or level"
+            raise ValueError(f"turn_advantages: {name} must be {rising} from 0 to {total}; got {_ends(offsets)}")
     expected = torch.full_like(kinds, GAIN)
     expected[rollout_offsets[1:] - 1] = OUTCOME
     if not torch.equal(kinds, expected):
         raise ValueError("turn_advantages: kinds must be OUTCOME at each rollout's last turn, else GAIN")
     if not bool(rewards.isfinite().all()):
         raise ValueError("turn_advantages: non-finite reward; replace undefined gains by 0 and count them")
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"turn_advantages: got gamma={gamma}; expected 0 <= gamma <= 1")
+
+
+def _ends(offsets: torch.Tensor) -> str:
+    return f"{offsets[0]} .. {offsets[-1]}, steps from {offsets.diff().min()}"

@@ -60,6 +60,8 @@ def turn_advantages_reference(
     group_offsets: torch.Tensor,
     gamma: float,
     normaliser: Normaliser,
+    token_offsets: torch.Tensor | None = None,
+    n_tokens: int | None = None,
 ) -> torch.Tensor:
     """Arguments and result as ``igpo_kernels.turn_advantages``; checks nothing."""
     n, kinds = normaliser, kinds.tolist()
@@ -85,6 +87,9 @@ def turn_advantages_reference(
     for start, end in pairwise(rollouts):
         for s in reversed(range(start, end - 1)):
             advantages[s] += gamma * advantages[s + 1]
+    if token_offsets is not None:
+        tokens = (end - start for start, end in pairwise(token_offsets.tolist()))
+        advantages = [a for a, count in zip(advantages, tokens, strict=True) for _ in range(count)]
     return torch.tensor(advantages, dtype=rewards.dtype, device=rewards.device)
 
 

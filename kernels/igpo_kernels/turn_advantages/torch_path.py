@@ -14,6 +14,8 @@ def turn_advantages_torch(
     group_offsets: torch.Tensor,
     gamma: float,
     normaliser: Normaliser,
+    token_offsets: torch.Tensor | None = None,
+    n_tokens: int | None = None,
 ) -> torch.Tensor:
     """Arguments and result as ``igpo_kernels.turn_advantages``; checks nothing.
 
@@ -52,7 +54,10 @@ def turn_advantages_torch(
         factor_P = (size["outcome"].clamp(min=MIN_OUTCOME_SCALE) / size["gain"]).clamp(max=MAX_FACTOR)
         z[gain] *= factor_P.repeat_interleave(lengths["gain"])
     z = torch.where(gain, z * n.gain_weight, z * n.outcome_weight)
-    return _discount(z, rollout_offsets, gamma).to(rewards.dtype)
+    advantages = _discount(z, rollout_offsets, gamma).to(rewards.dtype)
+    if token_offsets is None:
+        return advantages
+    return advantages.repeat_interleave(token_offsets.diff(), output_size=n_tokens)
 
 
 def _statistics(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
