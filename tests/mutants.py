@@ -62,6 +62,7 @@ KERNELS = "kernels/igpo_kernels"
 COMB = "kernels/test_plan.py::test_a_comb_by_hand"
 PATHS = "kernels/test_plan.py::test_the_visible_path_of_every_pair_is_its_rollouts_prefix"
 TREES = "kernels/test_tree_attention.py::test_random_trees"
+VISITED = "kernels/test_blocks.py::test_visited_are_exactly_the_blocks_with_a_visible_pair"
 SOFTCAP = "kernels/test_tree_attention.py::test_softcapped"
 BLOCKS = "kernels/test_linear_logprob.py::test_blocks_of_any_width_give_the_same"
 REPEATED = "kernels/test_linear_logprob.py::test_repeated_rows_accumulate"
@@ -140,6 +141,15 @@ MUTANTS = [
         ("windows share a mask", '("masks", window, dtype', '("masks", dtype',
          f"{GAPS}::test_one_plan_serves_several_windows"),
         ("windows share tiles", '("tiles", window,', '("tiles",', f"{GAPS}::test_one_plan_serves_several_windows"),
+    ),
+    *faults(f"{KERNELS}/tree_attention/blocks.py",
+        ("a block of later keys is full", "start + keys - 1) // queries)", "start) // queries)", VISITED),
+        ("a block skipped before its last descendant", "-(-end.max(1) // queries)", "end.max(1) // queries", VISITED),
+        ("a block full beyond a subtree's end", "earliest // queries)", "-(-earliest // queries))", VISITED),
+        ("a full block beyond the window", "of_key[block] < window", "of_key[block] <= window", VISITED),
+        ("a block's nearest query is the tile's first", "np.maximum(reach, 1) - 1]", "0 * reach]", VISITED),
+        ("lists of one window serve another", '("blocks", window,', '("blocks",',
+         "kernels/test_blocks.py::test_lists_are_made_once_a_plan"),
     ),
     *faults(f"{KERNELS}/tree_attention/__init__.py",
         ("a given scale is ignored", "d**-0.5 if scale is None else scale", "d**-0.5", SCALE),

@@ -111,6 +111,12 @@ class TreePlan:
         """Pairs ``[:n_decisions]`` are decision tokens, the rest answer tokens."""
         return int(np.count_nonzero(self.kind == DECISION))
 
+    @property
+    def is_sequences(self) -> bool:
+        """Whether every tree is a single sequence: nothing shared, no branches."""
+        depth = self.position_ids - self.position_ids[self.tree_start]
+        return bool((depth == np.arange(self.n_tokens) - self.tree_start).all())
+
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """A field as a tensor on ``device``, copied once."""
         key = (name, str(device))

@@ -8,7 +8,9 @@ compiles every entry, a training step only looks one up.
 from __future__ import annotations
 
 import functools
+import importlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +64,8 @@ class Variant:
     num_stages: int = 1
     has_dot: bool = False
     ahead_of_time: bool = True
+    may_spill: bool = False
+    """Spilled bytes are listed, not a fault."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,10 @@ def arch_name(device: torch.device) -> str:
 def arch_of(device: torch.device) -> str:
     """The architecture whose tables ``device`` uses; a CPU (Triton's interpreter) uses sm_90's.
 
+    Every op asks before it launches: here IGPO_KERNELS_AOT takes effect.
+
     Raises:
-        ValueError: a device without tables.
+        ValueError: a device without tables; a library in IGPO_KERNELS_AOT that is not for it.
     """
     if device.type == "cpu":
         return "sm_90"
@@ -129,4 +135,12 @@ def arch_of(device: torch.device) -> str:
             f"igpo_kernels: no Triton configurations for {arch}, only for {', '.join(ARCHITECTURES)}; "
             "pass backend='torch'"
         )
+    load_ahead_of_time(arch)
     return arch
+
+
+@functools.cache
+def load_ahead_of_time(arch: str) -> None:
+    """Load the library of compiled kernels that IGPO_KERNELS_AOT names, if it is set; once an architecture."""
+    if path := os.environ.get("IGPO_KERNELS_AOT"):
+        importlib.import_module("igpo_kernels.aot").load(path, arch)

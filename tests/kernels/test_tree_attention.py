@@ -1,5 +1,9 @@
 """The tiled torch path against the dense-mask definition in float64, forward and gradients."""
 
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpo_kernels import Branch, RolloutTokens, Tree, pack, tree_attention
-from igpo_kernels.tree_attention import schedule
+from igpo_kernels.tree_attention import reference, schedule
 from tests.kernels.test_plan import plan_of
 
 
@@ -20,7 +24,7 @@ def comb(trunk, turns, wrapper_and_answer=12, trees=1):
         turn = np.where(np.arange(trunk) < 3, -1, 0)
         boundaries = np.linspace(3, trunk - 1, turns).astype(int)
         branch = Branch(rng.integers(0, 50, wrapper_and_answer), 4, wrapper_and_answer)
-        made.append(Tree([RolloutTokens(i, ids, turn, boundaries)], [branch]))
+        made.append(Tree([RolloutTokens(i, ids, turn, boundaries)], [branch] if turns else []))
     return pack(made)
 
 
@@ -103,5 +107,67 @@ def test_shapes_that_do_not_fit_are_refused():
         tree_attention(q, q[:, :3], q[:, :3], plan)
     with pytest.raises(ValueError, match="rows, the plan"):
         tree_attention(q[1:], q[1:], q[1:], plan)
-    with pytest.raises(ValueError, match="choose one of auto, reference, torch"):
+    with pytest.raises(ValueError, match="choose one of auto, reference, torch, triton, flash"):
         tree_attention(q, q, q, plan, backend="trition")
+    with pytest.raises(ValueError, match=r"got scale 0\.0; expected a number above 0"):
+        tree_attention(q, q, q, plan, scale=0.0)
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    """A stand-in of flash-attn's signature, which needs a GPU: every sequence by itself, in torch."""
+
+    def varlen(
+        q, k, v, starts, starts_k, longest, longest_k, *, softmax_scale, causal, softcap, window_size, deterministic
+    ):
+        assert causal and deterministic and starts is starts_k and longest == longest_k == int(starts.diff().max())
+        assert starts.dtype == torch.int32
+        outs = []
+        for a, b in pairwise(starts.tolist()):
+            plan = pack([Tree([RolloutTokens(0, np.arange(b - a + 1), np.where(np.arange(b - a + 1) < b - a, -1, 0))])])
+            window = None if window_size == (-1, -1) else window_size[0] + 1
+            outs.append(reference.tree_attention(q[a:b], k[a:b], v[a:b], plan, softmax_scale, softcap, window))
+        return torch.cat(outs)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen, __spec__=True))
+    monkeypatch.delitem(sys.modules, "igpo_kernels.tree_attention.flash_path", raising=False)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_sequences_through_flash_attn(flash_attn, window):
+    plan = comb(30, 0, trees=3)
+    q, k = torch.randn(plan.n_tokens, 4, 8), torch.randn(plan.n_tokens, 2, 8)
+    ours, exact = (
+        tree_attention(q, k, k, plan, softcap=3.0, window=window, backend=backend) for backend in ("flash", "reference")
+    )
+    torch.testing.assert_close(ours, exact)
+
+
+def test_flash_attn_refuses_trees(flash_attn):
+    plan = comb(30, 3)
+    q = torch.zeros(plan.n_tokens, 4, 8)
+    with pytest.raises(ValueError, match="without branches or sharing"):
+        tree_attention(q, q, q, plan, backend="flash")
+
+
+def test_automatic_takes_flash_attn_for_sequences_on_a_gpu_only(flash_attn, monkeypatch, caplog):
+    from igpo_kernels.tree_attention import _automatic
+
+    module = sys.modules[_automatic.__module__]
+    half = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
+    sequences, tree = comb(30, 0), comb(30, 3)
+    assert _automatic(half, half, half, sequences) == "torch"
+    monkeypatch.setattr(module, "resolve", lambda *_: "triton")
+    sequences.cache.clear()
+    with caplog.at_level("INFO"):
+        assert [_automatic(half, half, half, plan) for plan in (sequences, sequences, tree)] == [
+            "flash",
+            "flash",
+            "triton",
+        ]
+    assert caplog.messages == [
+        f"tree_attention: {name} for a plan of {plan.n_tokens} tokens"
+        for name, plan in (("flash", sequences), ("triton", tree))
+    ]
+    full = half.float()
+    assert _automatic(full, full, full, sequences) == "triton"

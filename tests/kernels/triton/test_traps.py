@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from igpo_kernels.linear_policy_loss.triton_kernels import row_loss_kernel
 
 SOURCES = sorted(Path(igpo_kernels.__file__).parent.glob("*/triton_*.py"))
-ROWS = "n_rows n_cells first first_row columns"
+ROWS = "n_rows n_tokens n_cells groups_per_pool splits first first_row columns"
 """Lengths that change from step to step, by argument name; ``n`` is policy_loss's."""
 
 LIST = """

@@ -1,0 +1,28 @@
+"""Packs whose trees are single sequences, through flash-attn's variable-length kernels where that is installed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from flash_attn import flash_attn_varlen_func
+
+from igpo_kernels.plan import TreePlan
+
+
+def tree_attention(q, k, v, plan, scale, softcap, window):
+    offsets, longest = _sequences(plan, q.device)
+    return flash_attn_varlen_func(
+        q, k, v, offsets, offsets, longest, longest, softmax_scale=scale, causal=True, softcap=softcap,
+        window_size=(-1, -1) if window is None else (window - 1, 0), deterministic=True,
+    )  # fmt: skip
+
+
+def _sequences(plan: TreePlan, device: torch.device) -> tuple[torch.Tensor, int]:
+    """Where each tree starts and the last one ends, int32 [trees + 1], and the longest tree's length."""
+    key = ("sequences", str(device))
+    if key not in plan.cache:
+        if not plan.is_sequences:
+            raise ValueError("tree_attention: backend='flash' takes plans without branches or sharing; pass 'auto'")
+        starts = np.append(np.unique(plan.tree_start), plan.n_tokens).astype(np.int32)
+        plan.cache[key] = torch.from_numpy(starts).to(device), int(np.diff(starts).max())
+    return plan.cache[key]

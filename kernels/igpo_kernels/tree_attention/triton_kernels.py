@@ -1,0 +1,283 @@
+"""The Triton kernels of tree attention; triton_path.py launches them, README.md derives them.
+
+A tile holds, of ``BLOCK_M // group`` consecutive queries, the ``group`` heads that share a key head: row r is query
+``r // group``, head ``r % group``, for any group size. Scores are in units of log 2. Statistics and gradients
+accumulate in float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from igpo_kernels.linear_logprob.triton_kernels import capped
+
+LENGTHS = ("n_tokens", "window", "kv_heads", "group")
+"""Never specialised on: a kernel compiles once whatever a pack holds, and for any grouping of heads."""
+
+
+@triton.jit
+def tile_rows(tile, head, n_tokens, group, BLOCK_M: tl.constexpr):
+    """Of each row of a tile: its query, its query head, and whether it is one at all."""
+    row = tl.arange(0, BLOCK_M)
+    queries = BLOCK_M // group
+    query = tile * queries + row // group
+    return query, head * group + row % group, (row < queries * group) & (query < n_tokens)
+
+
+@triton.jit
+def load_rows(
+    pointer, token_stride, head_stride, token, head, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """[rows, BLOCK_D] of a matrix [N, heads, D], zero where not ``live`` and beyond the head's size."""
+    columns = tl.arange(0, BLOCK_D)
+    at = token.to(tl.int64) * token_stride + head * head_stride
+    inside = live[:, None]
+    if BLOCK_D != HEAD_DIM:
+        inside = inside & (columns < HEAD_DIM)[None, :]
+    return tl.load(pointer + at[:, None] + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_block(
+    source, token_stride, head_stride, first, n_tokens, head,
+    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Consecutive keys or values of one head; ``source`` is a host descriptor with TMA, else a pointer."""
+    if TMA:
+        block = source.load([first, head, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        token = first + tl.arange(0, BLOCK_N)
+        block = load_rows(source, token_stride, head_stride, token, head, token < n_tokens, HEAD_DIM, BLOCK_D)
+    return block
+
+
+@triton.jit
+def store_rows(pointer, token, head, heads, values, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The counterpart of load_rows, into a contiguous [N, heads, HEAD_DIM]."""
+    columns = tl.arange(0, BLOCK_D)
+    at = (token.to(tl.int64) * heads + head) * HEAD_DIM
+    inside = live[:, None]
+    if BLOCK_D != HEAD_DIM:
+        inside = inside & (columns < HEAD_DIM)[None, :]
+    tl.store(pointer + at[:, None] + columns[None, :], values.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sees(query, key, subtree_end_ptr, position_ptr, query_position, n_tokens, window, WINDOWED: tl.constexpr):
+    """``key <= query < subtree_end[key]``, and within the window: queries down, keys across."""
+    end = tl.load(subtree_end_ptr + key, mask=key < n_tokens, other=0)
+    visible = (key[None, :] <= query[:, None]) & (query[:, None] < end[None, :])
+    if WINDOWED:
+        position = tl.load(position_ptr + key, mask=key < n_tokens, other=0)
+        visible = visible & (query_position[:, None] - position[None, :] < window)
+    return visible
+
+
+@triton.jit
+def softcapped(products, scale, softcap, CAPPED: tl.constexpr):
+    """Products of queries and keys to what ``unit`` times is the score in units of log 2."""
+    if CAPPED:
+        products = capped(products * scale, softcap, CAPPED)
+    return products
+
+
+@triton.jit
+def attend(acc, top, mass, q, k, v, visible, unit, scale, softcap, CAPPED: tl.constexpr, MASKED: tl.constexpr):
+    """One block into the running maximum, mass and weighted values of a tile."""
+    s = softcapped(tl.dot(q, k.T, input_precision="ieee"), scale, softcap, CAPPED)
+    if MASKED:
+        s = tl.where(visible, s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, axis=1) * unit)
+    if MASKED:  # a row may see nothing of what was visited so far: -inf - -inf would be NaN
+        new_top = tl.maximum(new_top, -1e30)
+    p = tl.exp2(s * unit - new_top[:, None])
+    fall = tl.exp2(top - new_top)
+    mass = mass * fall + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(v.dtype), v, acc * fall[:, None], input_precision="ieee")
+    return acc, new_top, mass
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def attention_forward(
+    q_ptr, k, v, out_ptr, mass_ptr, subtree_end_ptr, position_ptr,
+    order_ptr, full_offset_ptr, full_ptr, masked_offset_ptr, masked_ptr,
+    q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
+    n_tokens, kv_heads, group, unit, scale, softcap, window,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, WINDOWED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Output [N, Hq, D] and log2-sum-exp2 [Hq, N] of one tile and key head a program, longest tiles first."""
+    tile, head = tl.load(order_ptr + tl.program_id(0) // kv_heads), tl.program_id(0) % kv_heads
+    query, q_head, live = tile_rows(tile, head, n_tokens, group, BLOCK_M)
+    q = load_rows(q_ptr, q_token_stride, q_head_stride, query, q_head, live, HEAD_DIM, BLOCK_D)
+    top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    mass = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    for i in range(tl.load(full_offset_ptr + tile), tl.load(full_offset_ptr + tile + 1)):
+        first = tl.load(full_ptr + i) * BLOCK_N
+        k_block = load_block(k, k_token_stride, k_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        v_block = load_block(v, v_token_stride, v_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        acc, top, mass = attend(acc, top, mass, q, k_block, v_block, None, unit, scale, softcap, CAPPED, False)
+    query_position = tl.load(position_ptr + query, mask=live, other=0) if WINDOWED else query
+    for i in range(tl.load(masked_offset_ptr + tile), tl.load(masked_offset_ptr + tile + 1)):
+        first = tl.load(masked_ptr + i) * BLOCK_N
+        k_block = load_block(k, k_token_stride, k_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        v_block = load_block(v, v_token_stride, v_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        key = first + tl.arange(0, BLOCK_N)
+        visible = sees(query, key, subtree_end_ptr, position_ptr, query_position, n_tokens, window, WINDOWED)
+        acc, top, mass = attend(acc, top, mass, q, k_block, v_block, visible, unit, scale, softcap, CAPPED, True)
+    mass = tl.where(live, mass, 1.0)
+    store_rows(out_ptr, query, q_head, kv_heads * group, acc / mass[:, None], live, HEAD_DIM, BLOCK_D)
+    tl.store(mass_ptr + q_head.to(tl.int64) * n_tokens + query, top + tl.log2(mass), mask=live)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def attention_deltas(
+    out_ptr, d_out_ptr, delta_ptr, d_out_token_stride, d_out_head_stride, n_tokens, heads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """``sum_d out * d_out`` [Hq, N]: what the softmax's gradient subtracts."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = row < n_tokens.to(tl.int64) * heads
+    token, head = row % n_tokens, row // n_tokens
+    out = load_rows(out_ptr, heads * HEAD_DIM, HEAD_DIM, token, head, live, HEAD_DIM, BLOCK_D)
+    d_out = load_rows(d_out_ptr, d_out_token_stride, d_out_head_stride, token, head, live, HEAD_DIM, BLOCK_D)
+    tl.store(delta_ptr + row, tl.sum(out.to(tl.float32) * d_out.to(tl.float32), axis=1), mask=live)
+
+
+@triton.jit
+def score_gradients(s, p, d_p, delta, softcap, CAPPED: tl.constexpr):
+    """Gradient of ``scale * q . k``."""
+    d_s = p * (d_p - delta)
+    if CAPPED:
+        t = s / softcap
+        d_s *= 1 - t * t
+    return d_s
+
+
+@triton.jit
+def query_gradients(
+    d_q, q, d_out, k, v, log_mass, delta, visible, unit, scale, softcap, CAPPED: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    s = softcapped(tl.dot(q, k.T, input_precision="ieee"), scale, softcap, CAPPED)
+    p = tl.exp2(s * unit - log_mass[:, None])
+    if MASKED:
+        p = tl.where(visible, p, 0.0)
+    d_p = tl.dot(d_out, v.T, input_precision="ieee")
+    d_s = score_gradients(s, p, d_p, delta[:, None], softcap, CAPPED)
+    return tl.dot(d_s.to(k.dtype), k, d_q, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def attention_backward_q(
+    q_ptr, k, v, d_out_ptr, mass_ptr, delta_ptr, d_q_ptr, subtree_end_ptr, position_ptr,
+    order_ptr, full_offset_ptr, full_ptr, masked_offset_ptr, masked_ptr,
+    q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
+    d_out_token_stride, d_out_head_stride,
+    n_tokens, kv_heads, group, unit, scale, softcap, window,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, WINDOWED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the queries [N, Hq, D], one tile and key head a program."""
+    tile, head = tl.load(order_ptr + tl.program_id(0) // kv_heads), tl.program_id(0) % kv_heads
+    query, q_head, live = tile_rows(tile, head, n_tokens, group, BLOCK_M)
+    q = load_rows(q_ptr, q_token_stride, q_head_stride, query, q_head, live, HEAD_DIM, BLOCK_D)
+    d_out = load_rows(d_out_ptr, d_out_token_stride, d_out_head_stride, query, q_head, live, HEAD_DIM, BLOCK_D)
+    at = q_head.to(tl.int64) * n_tokens + query
+    log_mass = tl.load(mass_ptr + at, mask=live, other=float("inf"))
+    delta = tl.load(delta_ptr + at, mask=live, other=0.0)
+    d_q = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    for i in range(tl.load(full_offset_ptr + tile), tl.load(full_offset_ptr + tile + 1)):
+        first = tl.load(full_ptr + i) * BLOCK_N
+        k_block = load_block(k, k_token_stride, k_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        v_block = load_block(v, v_token_stride, v_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        d_q = query_gradients(
+            d_q, q, d_out, k_block, v_block, log_mass, delta, None, unit, scale, softcap, CAPPED, False
+        )
+    query_position = tl.load(position_ptr + query, mask=live, other=0) if WINDOWED else query
+    for i in range(tl.load(masked_offset_ptr + tile), tl.load(masked_offset_ptr + tile + 1)):
+        first = tl.load(masked_ptr + i) * BLOCK_N
+        k_block = load_block(k, k_token_stride, k_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        v_block = load_block(v, v_token_stride, v_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        key = first + tl.arange(0, BLOCK_N)
+        visible = sees(query, key, subtree_end_ptr, position_ptr, query_position, n_tokens, window, WINDOWED)
+        d_q = query_gradients(
+            d_q, q, d_out, k_block, v_block, log_mass, delta, visible, unit, scale, softcap, CAPPED, True
+        )
+    store_rows(d_q_ptr, query, q_head, kv_heads * group, d_q * scale, live, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def key_gradients(
+    d_k, d_v, k, v, key, tile, head,
+    q, d_out, mass_ptr, delta_ptr, subtree_end_ptr, position_ptr,
+    q_token_stride, q_head_stride, d_out_token_stride, d_out_head_stride,
+    n_tokens, unit, scale, softcap, window,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    CAPPED: tl.constexpr, WINDOWED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Queries of one head into the gradients of a block of keys; products are made transposed, keys down."""
+    first = tile * BLOCK_M
+    q_block = load_block(q, q_token_stride, q_head_stride, first, n_tokens, head, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
+    d_out_block = load_block(
+        d_out, d_out_token_stride, d_out_head_stride, first, n_tokens, head, BLOCK_M, HEAD_DIM, BLOCK_D, TMA
+    )
+    query = first + tl.arange(0, BLOCK_M)
+    live = query < n_tokens
+    at = head.to(tl.int64) * n_tokens + query
+    log_mass = tl.load(mass_ptr + at, mask=live, other=float("inf"))  # a query that is none weighs nothing
+    delta = tl.load(delta_ptr + at, mask=live, other=0.0)
+    s = softcapped(tl.dot(k, q_block.T, input_precision="ieee"), scale, softcap, CAPPED)
+    p = tl.exp2(s * unit - log_mass[None, :])
+    if MASKED:
+        end = tl.load(subtree_end_ptr + key, mask=key < n_tokens, other=0)
+        visible = (key[:, None] <= query[None, :]) & (query[None, :] < end[:, None])
+        if WINDOWED:
+            query_position = tl.load(position_ptr + query, mask=live, other=0)
+            position = tl.load(position_ptr + key, mask=key < n_tokens, other=0)
+            visible = visible & (query_position[None, :] - position[:, None] < window)
+        p = tl.where(visible, p, 0.0)
+    d_v = tl.dot(p.to(d_out_block.dtype), d_out_block, d_v, input_precision="ieee")
+    d_p = tl.dot(v, d_out_block.T, input_precision="ieee")
+    d_s = score_gradients(s, p, d_p, delta[None, :], softcap, CAPPED)
+    d_k = tl.dot(d_s.to(q_block.dtype), q_block, d_k, input_precision="ieee")
+    return d_k, d_v
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def attention_backward_kv(
+    q, k_ptr, v_ptr, d_out, mass_ptr, delta_ptr, d_k_ptr, d_v_ptr, subtree_end_ptr, position_ptr,
+    order_ptr, full_offset_ptr, full_ptr, masked_offset_ptr, masked_ptr,
+    q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
+    d_out_token_stride, d_out_head_stride,
+    n_tokens, kv_heads, group, unit, scale, softcap, window,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, WINDOWED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys and values [N, Hkv, D], one key block and head a program: every sum in a fixed order."""
+    block, head = tl.load(order_ptr + tl.program_id(0) // kv_heads), tl.program_id(0) % kv_heads
+    key = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = key < n_tokens
+    k = load_rows(k_ptr, k_token_stride, k_head_stride, key, head, live, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr, v_token_stride, v_head_stride, key, head, live, HEAD_DIM, BLOCK_D)
+    d_k = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    d_v = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    first = tl.load(full_offset_ptr + block)
+    for i in range((tl.load(full_offset_ptr + block + 1) - first) * group):
+        d_k, d_v = key_gradients(
+            d_k, d_v, k, v, key, tl.load(full_ptr + first + i // group), head * group + i % group,
+            q, d_out, mass_ptr, delta_ptr, subtree_end_ptr, position_ptr,
+            q_token_stride, q_head_stride, d_out_token_stride, d_out_head_stride,
+            n_tokens, unit, scale, softcap, window, HEAD_DIM, BLOCK_D, BLOCK_M, CAPPED, WINDOWED, TMA, False,
+        )  # fmt: skip
+    first = tl.load(masked_offset_ptr + block)
+    for i in range((tl.load(masked_offset_ptr + block + 1) - first) * group):
+        d_k, d_v = key_gradients(
+            d_k, d_v, k, v, key, tl.load(masked_ptr + first + i // group), head * group + i % group,
+            q, d_out, mass_ptr, delta_ptr, subtree_end_ptr, position_ptr,
+            q_token_stride, q_head_stride, d_out_token_stride, d_out_head_stride,
+            n_tokens, unit, scale, softcap, window, HEAD_DIM, BLOCK_D, BLOCK_M, CAPPED, WINDOWED, TMA, True,
+        )  # fmt: skip
+    store_rows(d_k_ptr, key, head, kv_heads, d_k * scale, live, HEAD_DIM, BLOCK_D)
+    store_rows(d_v_ptr, key, head, kv_heads, d_v, live, HEAD_DIM, BLOCK_D)

@@ -1,0 +1,235 @@
+"""Tree attention on a GPU: flash attention over the blocks that a plan's mask leaves.
+
+Forward: one program a query tile and key head. Backward: gradients of queries by query tile, of keys and values by key
+block, each in a kernel of its own, so that every sum has a fixed order: results repeat bitwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from igpo_kernels.plan import Branch, RolloutTokens, Tree, TreePlan, pack
+from igpo_kernels.tree_attention import triton_kernels as kernels
+from igpo_kernels.tree_attention.blocks import block_lists
+from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Config, Tunable, Variant, arch_of, config_for, configs
+
+LARGEST_HEAD = 256
+TMA_BYTES = 16
+"""What descriptors ask of addresses and strides."""
+
+
+def tree_attention(q, k, v, plan, scale, softcap, window):
+    if q.dtype not in DTYPE_NAMES or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"tree_attention: the triton backend takes q, k and v of one dtype, {', '.join(map(str, DTYPE_NAMES))}; "
+            f"got {q.dtype}, {k.dtype}, {v.dtype}; convert them or pass backend='torch'"
+        )
+    heads_a_group = q.shape[1] // k.shape[1]
+    if q.shape[2] > LARGEST_HEAD or heads_a_group > 16:
+        raise ValueError(
+            f"tree_attention: the triton backend takes heads of up to {LARGEST_HEAD} numbers, up to 16 to a key head; "
+            f"got {q.shape[2]} and {heads_a_group}; pass backend='torch'"
+        )
+    return _TreeAttention.apply(q, k, v, plan, scale, softcap, window)
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, plan, scale, softcap, window):
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        log_mass = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+        ctx.launch = launch = Launch(q, k, plan, scale, softcap, window)
+        config = launch.config("forward")
+        grid, lists = launch.by_query(config)
+        tma, sources = launch.sources(config["TMA"], config["BLOCK_N"], k, v)
+        kernels.attention_forward[grid](
+            q, *sources, out, log_mass, *lists, *strides(q, k, v), *launch.sizes, **launch.options(config, tma)
+        )
+        ctx.save_for_backward(q, k, v, out, log_mass)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        q, k, v, out, log_mass = ctx.saved_tensors
+        launch = ctx.launch
+        d_out = d_out if d_out.stride(2) == 1 else d_out.contiguous()
+        delta = torch.empty_like(log_mass)
+        d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        config = launch.config("deltas")
+        kernels.attention_deltas[(triton.cdiv(delta.numel(), config["BLOCK_M"]),)](
+            out, d_out, delta, *strides(d_out), q.shape[0], q.shape[1],
+            HEAD_DIM=q.shape[2], BLOCK_D=block_of(q.shape[2]), **config.launch(),
+        )  # fmt: skip
+        config = launch.config("backward_q")
+        grid, lists = launch.by_query(config)
+        tma, sources = launch.sources(config["TMA"], config["BLOCK_N"], k, v)
+        kernels.attention_backward_q[grid](
+            q, *sources, d_out, log_mass, delta, d_q, *lists, *strides(q, k, v, d_out), *launch.sizes,
+            **launch.options(config, tma),
+        )  # fmt: skip
+        config = launch.config("backward_kv")
+        grid, lists = launch.by_key(config)
+        tma, (q_source, d_out_source) = launch.sources(config["TMA"], config["BLOCK_M"], q, d_out)
+        kernels.attention_backward_kv[grid](
+            q_source, k, v, d_out_source, log_mass, delta, d_k, d_v, *lists, *strides(q, k, v, d_out), *launch.sizes,
+            **launch.options(config, tma),
+        )  # fmt: skip
+        return d_q, d_k, d_v, None, None, None, None
+
+
+class Launch:
+    """What the kernels of one call share."""
+
+    def __init__(self, q, k, plan: TreePlan, scale: float, softcap: float, window: int | None):
+        n, heads, self.head_dim = q.shape
+        self.plan, self.window, self.device = plan, window, q.device
+        self.kv_heads, self.group = k.shape[1], heads // k.shape[1]
+        self.arch, self.dtype = arch_of(q.device), DTYPE_NAMES[q.dtype]
+        self.capped = softcap > 0
+        unit = math.log2(math.e) * (1.0 if self.capped else scale)
+        self.sizes = n, self.kv_heads, self.group, unit, float(scale), float(softcap), window or 0
+
+    def config(self, part: str) -> Config:
+        size = shape_class(self.head_dim, part != "deltas" and (self.capped or self.window is not None))
+        return config_for(f"tree_attention_{part}", self.arch, size, self.dtype)
+
+    def options(self, config: Config, tma: int | None = None) -> dict:
+        return {
+            **config.launch(), **({} if tma is None else {"TMA": tma}), "HEAD_DIM": self.head_dim,
+            "BLOCK_D": block_of(self.head_dim), "CAPPED": self.capped, "WINDOWED": self.window is not None,
+        }  # fmt: skip
+
+    def by_query(self, config: Config) -> tuple:
+        return self._lists(config["BLOCK_M"] // self.group, config["BLOCK_N"], by_key=False)
+
+    def by_key(self, config: Config) -> tuple:
+        return self._lists(config["BLOCK_M"], config["BLOCK_N"], by_key=True)
+
+    def _lists(self, queries: int, keys: int, by_key: bool) -> tuple:
+        """The grid, and the mask and block lists as the kernels take them."""
+        lists = block_lists(self.plan, self.window, queries, keys, by_key=by_key, device=self.device)
+        mask = (self._int32(name) for name in ("subtree_end", "position_ids"))
+        return (len(lists.order) * self.kv_heads,), (*mask, *lists.tensors())
+
+    def _int32(self, name: str) -> torch.Tensor:
+        key = (name, torch.int32, str(self.device))
+        if key not in self.plan.cache:
+            self.plan.cache[key] = torch.from_numpy(getattr(self.plan, name).astype(np.int32)).to(self.device)
+        return self.plan.cache[key]
+
+    def sources(self, tma: int, rows: int, *tensors: torch.Tensor) -> tuple[int, list]:
+        """Tensors as descriptors of ``rows`` of one head; as pointers where the strides' alignment rules TMA out."""
+        aligned = all(
+            x.data_ptr() % TMA_BYTES == 0 and all(s * x.element_size() % TMA_BYTES == 0 for s in x.stride()[:2])
+            for x in tensors
+        )
+        if not (tma and aligned):
+            return 0, list(tensors)
+        return 1, [TensorDescriptor.from_tensor(x, [rows, 1, block_of(self.head_dim)]) for x in tensors]
+
+
+def strides(*tensors: torch.Tensor) -> list[int]:
+    """Of the tokens and of the heads of each [N, heads, D]."""
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def block_of(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def shape_class(head_dim: int, modified: bool = False) -> str:
+    """The configurations' class: soft-capping and windows take registers, so smaller blocks."""
+    return f"d{min(size for size in HEAD_DIMS if size >= head_dim)}{'-modified' if modified else ''}"
+
+
+HEAD_DIMS = (64, 128, 256)
+"""Largest head of each shape class."""
+ODD_HEAD_DIMS = (96, 192)
+"""Sizes between, which `inspect` compiles in bf16."""
+KERNELS = {
+    "forward": kernels.attention_forward,
+    "deltas": kernels.attention_deltas,
+    "backward_q": kernels.attention_backward_q,
+    "backward_kv": kernels.attention_backward_kv,
+}
+LISTS = ("subtree_end", "position", "order", "full_offset", "full", "masked_offset", "masked")
+
+SOURCES = ("q", "k", "v", "d_out")
+"""Descriptors with TMA, else pointers."""
+
+
+def variants() -> Iterator[Variant]:
+    """Every shipped configuration, for the head sizes in use; without, and with both soft-capping and a window."""
+    for part, fn in KERNELS.items():
+        for arch, size, dtype, config in configs(f"tree_attention_{part}"):
+            for modified in (False, True):
+                for head_dim in (*HEAD_DIMS, *(ODD_HEAD_DIMS if dtype == "bf16" and not modified else ())):
+                    if shape_class(head_dim, modified) == size:
+                        signature, constexprs = typed(fn, config, dtype, head_dim, modified)
+                        yield Variant(
+                            "tree_attention", f"tree_attention_{part}", arch, dtype, f"{size}/{head_dim}", fn,
+                            signature, constexprs, config.num_warps, config.num_stages, has_dot=part != "deltas",
+                            may_spill=head_dim > 128,
+                        )  # fmt: skip
+
+
+def typed(fn, config: Config, dtype: str, head_dim: int, modified: bool) -> tuple[dict, dict]:
+    """Signature and constexprs of a kernel, for contiguous tokens."""
+    constexprs = {**config.constants, "HEAD_DIM": head_dim, "BLOCK_D": block_of(head_dim)}
+    constexprs |= {name: modified for name in ("CAPPED", "WINDOWED") if name in fn.arg_names}
+    signature = {}
+    for name in fn.arg_names:
+        if name in constexprs:
+            continue
+        if name.removesuffix("_ptr") in LISTS:
+            signature[name] = "*i32:16"
+        elif name in ("mass_ptr", "delta_ptr"):
+            signature[name] = "*fp32:16"
+        elif name in SOURCES and constexprs["TMA"]:
+            rows = config["BLOCK_N" if name in ("k", "v") else "BLOCK_M"]
+            signature[name] = f"tensordesc<{dtype}[{rows},1,{block_of(head_dim)}]>"
+        elif name.endswith("_ptr") or name in SOURCES:
+            signature[name] = f"*{dtype}:16"
+        elif name.endswith("stride"):
+            signature[name] = "i32:16"
+        else:
+            signature[name] = "fp32" if name in ("unit", "scale", "softcap") else "i32"
+    return signature, constexprs
+
+
+def tunables() -> Iterator[Tunable]:
+    """Each kernel on two trees of 16k tokens with 16 branches each, 16 query heads to 4 key heads."""
+    blocks = [32, 64, 128]
+    space = {"BLOCK_M": blocks, "BLOCK_N": blocks, "num_warps": [4, 8], "num_stages": [1, 2, 3, 4], "TMA": [0, 1]}
+    for part in ("forward", "backward_q", "backward_kv"):
+        for head_dim in HEAD_DIMS:
+            for modified in (False, True):
+                for dtype in ("bf16", "fp16"):
+                    workload = functools.partial(
+                        _workload, part=part, head_dim=head_dim, modified=modified, dtype=DTYPES[dtype]
+                    )
+                    yield Tunable(f"tree_attention_{part}", shape_class(head_dim, modified), dtype, space, workload)
+
+
+def _workload(device: torch.device, part: str, head_dim: int, modified: bool, dtype: torch.dtype):
+    boundaries = np.arange(1, 17) * 1024
+    trunk = np.arange(boundaries[-1])
+    trees = [
+        Tree([RolloutTokens(i, trunk, np.where(trunk < 1, -1, 0), boundaries)], [Branch(trunk[:24], 16, 24)])
+        for i in range(2)
+    ]
+    plan = pack(trees)
+    q, k, v = (torch.randn(plan.n_tokens, heads, head_dim, device=device, dtype=dtype) for heads in (16, 4, 4))
+    options = (head_dim**-0.5, 50.0 if modified else 0.0, 4096 if modified else None)
+    if part == "forward":
+        return lambda: tree_attention(q, k, v, plan, *options)
+    out = tree_attention(*(x.requires_grad_() for x in (q, k, v)), plan, *options)
+    return lambda: torch.autograd.grad(out, (q, k, v), out, retain_graph=True)

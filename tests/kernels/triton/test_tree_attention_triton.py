@@ -1,0 +1,185 @@
+"""The Triton kernels of tree attention against the dense-mask definition in float64, forward and gradients.
+
+Blocks are 16 x 16 here, so that small trees have full, masked and skipped ones; every output starts as NaN.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from igpo_kernels import Branch, RolloutTokens, Tree, pack, tree_attention
+from igpo_kernels.tree_attention import triton_kernels, triton_path
+from igpo_kernels.triton_variants import Config
+from tests.kernels.test_plan import plan_of
+from tests.kernels.test_tree_attention import comb
+from tests.kernels.triton.conftest import Poison
+
+pytestmark = pytest.mark.usefixtures("bf16_dots")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("out", "dq", "dk", "dv")
+
+
+def set_blocks(patch, rows=16, keys=16, tma=1):
+    config = Config({"BLOCK_M": rows, "BLOCK_N": keys, "TMA": tma}, 4, 1)
+    deltas = Config({"BLOCK_M": 16}, 4, 1)
+    patch.setattr(triton_path.Launch, "config", lambda self, part: deltas if part == "deltas" else config)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        set_blocks(patch)
+        yield
+
+
+def case_of(plan, q_heads=2, kv_heads=1, d=16, seed=0):
+    """q, k, v and the upstream gradient, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(plan.n_tokens, heads, d) for heads in (q_heads, kv_heads, kv_heads, q_heads)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE) for shape in shapes]
+
+
+def run(case, plan, dtype, backend, **options):
+    *leaves, upstream = (x.to(dtype) for x in case)
+    leaves = [x.requires_grad_() for x in leaves]
+    out = tree_attention(*leaves, plan, backend=backend, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def check(plan, dtype=torch.float32, options=None, **sizes):
+    """Rule of error 3: no more than twice what plain torch errs in the same dtype."""
+    case, options = case_of(plan, **sizes), options or {}
+    with Poison():
+        ours = run(case, plan, dtype, "triton", **options)
+    exact = run(case, plan, torch.float64, "reference", **options)
+    plain = run(case, plan, dtype, "reference", **options)
+    for name, e, o, p in zip(NAMES, exact, ours, plain, strict=True):
+        assert o.dtype == dtype
+        allowed = 2 * (p.double() - e).abs().max() + 1e-5
+        assert (o.double() - e).abs().max() <= allowed, name
+
+
+def rollout(index, ids, boundaries=()):
+    ids = np.asarray(ids)
+    return RolloutTokens(index, ids, np.where(np.arange(len(ids)) < 1, -1, 0), np.array(boundaries, np.int64))
+
+
+ANSWERS = [Branch(np.arange(90, 96), 2, 6), Branch(np.arange(80, 83), 0, 3)]
+TREES = {
+    "one token": [Tree([rollout(0, [1])])],
+    "several trees of one token": [Tree([rollout(i, [1])]) for i in range(19)],
+    "no branches": [Tree([rollout(0, range(45))]), Tree([rollout(1, range(7))])],
+    "answers at the very start and end": [Tree([rollout(0, range(37), [1, 37])], ANSWERS)],
+    "one a prefix of another": [Tree([rollout(0, range(50), [3, 20, 41]), rollout(1, range(20), [3, 20])], ANSWERS)],
+    "two turns shared": [
+        Tree([rollout(i, [*range(24), *range(100 * i, 100 * i + 18)], [4, 14, 24, 42]) for i in range(1, 4)], ANSWERS)
+    ],
+    "deep": [
+        Tree([rollout(i, [*range(9 * i), *[100 + i] * 9], [9 * i, 9 * i + 9]) for i in range(1, 6)], ANSWERS)
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trees", TREES.values(), ids=TREES.keys())
+def test_trees(trees):
+    check(pack(trees, pad_to=4))
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([(1, 1), (6, 2), (7, 1), (8, 1)]), st.sampled_from([None, 1, 5]))
+def test_random_trees(seed, heads, window):
+    q_heads, kv_heads = heads
+    check(plan_of(seed)[-1], options={"window": window}, q_heads=q_heads, kv_heads=kv_heads, seed=seed % 97)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_softcapped(window):
+    check(comb(50, 4, trees=2), options={"softcap": 5.0, "window": window, "scale": 0.7})
+
+
+@pytest.mark.parametrize("d", [16, 24, 64, 96, 256])
+def test_head_dims(d):
+    check(comb(33, 3), d=d)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_no_more_than_plain_torch(dtype):
+    check(comb(60, 4), dtype)
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(32, 16), (16, 32)])
+def test_pointers_and_blocks_of_other_shapes(monkeypatch, rows, keys):
+    set_blocks(monkeypatch, rows, keys, tma=0)
+    check(comb(70, 5), options={"window": 20}, q_heads=3)
+
+
+def test_large_scores_keep_their_mass():
+    plan = comb(40, 3)
+    case = case_of(plan)
+    case[0] *= 300
+    exact, ours = (
+        run(case, plan, torch.float64 if b == "reference" else torch.float32, b) for b in ("reference", "triton")
+    )
+    for name, e, o in zip(NAMES, exact, ours, strict=True):
+        assert (o.double() - e).abs().max() <= 1e-3 * e.abs().max() + 1e-3, name
+
+
+def test_strided_inputs_and_upstream():
+    """Heads before tokens, as some models lay them out, and gradients that are views."""
+    plan = comb(40, 3)
+    case = case_of(plan, q_heads=4, kv_heads=2)
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in case]
+    strided[3] = case[3].transpose(1, 2).contiguous().transpose(1, 2)
+    assert not any(x.is_contiguous() for x in strided)
+    for name, a, b in zip(NAMES, *(run(c, plan, torch.float32, "triton") for c in (case, strided)), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_backward_repeats_bitwise():
+    plan = comb(45, 4)
+    case = case_of(plan, q_heads=4, kv_heads=2)
+    for a, b in zip(*(run(case, plan, torch.float32, "triton") for _ in range(2)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_one_launch_forward_three_backward(monkeypatch):
+    launched = []
+    for name in ("attention_forward", "attention_deltas", "attention_backward_q", "attention_backward_kv"):
+        kernel = getattr(triton_kernels, name)
+        counted = type(
+            "Counted", (), {"__getitem__": lambda _, grid, k=kernel, n=name: launched.append(n) or k[grid]}
+        )()
+        monkeypatch.setattr(triton_kernels, name, counted)
+    plan = comb(30, 3)
+    run(case_of(plan), plan, torch.float32, "triton")
+    assert launched == ["attention_forward", "attention_deltas", "attention_backward_q", "attention_backward_kv"]
+
+
+@pytest.mark.parametrize("mutant", ["subtree_end", "position_ids"])
+def test_a_wrong_mask_is_seen(mutant):
+    """The comparison fails where a kernel is given a mask that is off by one."""
+    plan = comb(50, 4)
+    off = dataclasses.replace(plan, cache={}, **{mutant: getattr(plan, mutant) + (np.arange(plan.n_tokens) > 20)})
+    case, options = case_of(plan), {"window": 9}
+    exact = run(case, plan, torch.float64, "reference", **options)
+    wrong = run(case, off, torch.float32, "triton", **options)
+    assert (wrong[0].double() - exact[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("q", "k", "message"), [
+    ((2, 1, 300), torch.float32, "heads of up to 256"),
+    ((17, 1, 16), torch.float32, "up to 16 to a key head"),
+    ((2, 1, 16), torch.bfloat16, "one dtype"),
+])  # fmt: skip
+def test_what_the_kernels_do_not_take_is_refused(q, k, message):
+    plan = comb(10, 2)
+    heads, kv_heads, d = q
+    q, kv = torch.zeros(plan.n_tokens, heads, d), torch.zeros(plan.n_tokens, kv_heads, d, dtype=k)
+    with pytest.raises(ValueError, match=message):
+        tree_attention(q, kv, kv, plan, backend="triton")
