@@ -19,6 +19,9 @@ demo: $(VENV)/.installed
 demo-seeds: $(VENV)/.installed
 	$(BIN)/python bench/demo_seeds.py
 
+# cmake comes with the development extra.
+test slow aot: export PATH := $(abspath $(BIN)):$(PATH)
+
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
