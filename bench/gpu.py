@@ -38,7 +38,7 @@ def commands(out: Path) -> dict[str, list[str]]:
     return {
         "tests": [*pytest, "tests/kernels", "tests/parity", "-m", "not slow", "--durations=10"],
         "bench": [*pytest, "bench", "--full", "--results", str(out / "gpu.jsonl")],
-        "tune": ["igpo_kernels.tune", "--seconds", str(TUNING_SECONDS), "--out", str(out / "tables")],
+        "tune": ["igpo_kernels.tune", "--dtype=bf16", f"--seconds={TUNING_SECONDS}", f"--out={out / 'tables'}"],
     }
 
 
