@@ -17,6 +17,7 @@ from tests.parity import naive
 from tests.trees import VOCAB, random_branches, random_group
 
 TEMPERATURE = 1.3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def models(seed=0):
@@ -96,7 +97,7 @@ class Case:
 
 
 def gradients(lm):
-    grads = {name: p.grad.clone() for name, p in lm.named_parameters()}
+    grads = {name: p.grad.cpu() for name, p in lm.named_parameters()}
     lm.zero_grad()
     return grads
 
@@ -127,13 +128,20 @@ def test_answer_values_and_sampled_logprobs(seed, packs):
         np.testing.assert_allclose(logp[i], separate, atol=1e-4)
 
 
+def test_one_pass_gradients_on_triton():
+    """Every kernel in its place, in the interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    test_one_pass_gradients(1, "token_mean", "triton", groups=2)
+
+
 @pytest.mark.parametrize("packs", [1, 2, 5])
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"])
-def test_one_pass_gradients(packs, aggregation):
-    case, (ours, plain) = Case(7), models()
+def test_one_pass_gradients(packs, aggregation, backend="auto", groups=5):
+    case, (ours, plain) = Case(7, groups), models()
+    ours = ours.to(DEVICE)
     recipe = Recipe(answers="max", basis="prob", min_std=0.05, center=False)
     settings = LossSettings(entropy=0.01)
-    policy = Policy(ours, TEMPERATURE, settings)
+    policy = Policy(ours, TEMPERATURE, settings, backend)
     weights = token_weights([r.decision_tokens for r in case.rollouts], aggregation)
     for plan in case.plans(packs):
         at = np.unique(plan.rollout)
