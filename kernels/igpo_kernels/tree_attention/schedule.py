@@ -25,20 +25,24 @@ class Tile(NamedTuple):
 
     start: int
     stop: int
-    keys: slice | torch.Tensor
-    """One range of packed indices, or int64 [n_keys]."""
+    runs: tuple[slice, ...]
+    """Packed indices of the keys, in order; few ranges, so that gathering them copies long pieces."""
     n_keys: int
 
+    def keys_of(self, x: torch.Tensor) -> torch.Tensor:
+        """The keys' rows of ``x`` [N, ...]: a view where they are one range."""
+        return x[self.runs[0]] if len(self.runs) == 1 else torch.cat([x[run] for run in self.runs])
 
-def tiles(plan: TreePlan, window: int | None, device: torch.device | str = "cpu") -> list[Tile]:
+
+def tiles(plan: TreePlan, window: int | None) -> list[Tile]:
     """Tiles that cover every query once, each with a superset of the keys it sees.
 
     For a query q >= start, any visible key k < start has ``k < start <= q < subtree_end[k]``: it lies on the path
     to ``start``. So a tile's keys are that path and the tile itself.
     """
-    key = ("tiles", window, str(device))
+    key = ("tiles", window)
     if key not in plan.cache:
-        plan.cache[key] = [_tile(plan, window, a, b, device) for a, b in _cuts(plan)]
+        plan.cache[key] = [_tile(plan, window, a, b) for a, b in _cuts(plan)]
     return plan.cache[key]
 
 
@@ -47,15 +51,20 @@ def mask(plan: TreePlan, number: int, window: int | None, dtype: torch.dtype, de
     made = plan.cache.setdefault(("masks", window, dtype, str(device)), {})
     if number in made:
         return made[number]
-    every = tiles(plan, window, device)
+    every = tiles(plan, window)
     tile = every[number]
+    result = torch.zeros(tile.stop - tile.start, tile.n_keys, dtype=dtype, device=device)
     query = torch.arange(tile.start, tile.stop, device=device)[:, None]
-    key = torch.arange(plan.n_tokens, device=device)[tile.keys]
-    hidden = (key > query) | (query >= plan.tensor("subtree_end", device)[tile.keys])
+    key = tile.keys_of(torch.arange(plan.n_tokens, device=device))
+    end = tile.keys_of(plan.tensor("subtree_end", device))
+    # What lies before the tile is seen by its first query, and by all where no subtree ends inside the tile.
+    before = tile.n_keys - len(query)
+    first = 0 if window is not None or bool((end[:before] < tile.stop).any()) else before
+    hidden = (key[first:] > query) | (query >= end[first:])
     if window is not None:
         position = plan.tensor("position_ids", device)
-        hidden |= position[tile.start : tile.stop, None] - position[tile.keys] >= window
-    result = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+        hidden |= position[tile.start : tile.stop, None] - tile.keys_of(position) >= window
+    result[:, first:].masked_fill_(hidden, float("-inf"))
     if sum((t.stop - t.start) * t.n_keys for t in every) <= CACHED_CELLS:
         made[number] = result
     return result
@@ -85,13 +94,13 @@ def _cuts(plan: TreePlan) -> list[tuple[int, int]]:
     return cuts
 
 
-def _tile(plan: TreePlan, window: int | None, start: int, stop: int, device: torch.device | str) -> Tile:
+def _tile(plan: TreePlan, window: int | None, start: int, stop: int) -> Tile:
     root = int(plan.tree_start[start])
     seen = plan.subtree_end[root:start] > start
     if window is not None:
         lowest = int(plan.position_ids[start:stop].min())
         seen &= plan.position_ids[root:start] > lowest - window
     keys = np.concatenate([np.flatnonzero(seen) + root, np.arange(start, stop)])
-    if keys[-1] - keys[0] + 1 == len(keys):
-        return Tile(start, stop, slice(int(keys[0]), stop), len(keys))
-    return Tile(start, stop, torch.from_numpy(keys).to(device), len(keys))
+    cuts = np.flatnonzero(np.diff(keys) > 1) + 1
+    firsts, lasts = keys[np.append(0, cuts)].tolist(), keys[np.append(cuts, len(keys)) - 1].tolist()
+    return Tile(start, stop, tuple(slice(a, b + 1) for a, b in zip(firsts, lasts, strict=True)), len(keys))

@@ -24,7 +24,7 @@ class _TreeAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, plan, scale, softcap, window):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = []
-        for number, tile in enumerate(tiles(plan, window, q.device)):
+        for number, tile in enumerate(tiles(plan, window)):
             q_tile, k_tile, v_tile = _heads(q, k, v, tile)
             bias = mask(plan, number, window, q.dtype, q.device)
             if _uses_flash(q, softcap):
@@ -45,7 +45,7 @@ class _TreeAttention(torch.autograd.Function):
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         dk = torch.zeros(k.shape, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
         dv = torch.zeros_like(dk)
-        for number, tile in enumerate(tiles(plan, window, q.device)):
+        for number, tile in enumerate(tiles(plan, window)):
             q_tile, k_tile, v_tile = _heads(q, k, v, tile)
             bias = mask(plan, number, window, q.dtype, q.device)
             dout_tile = _rows(dout, tile, kv_heads)
@@ -77,7 +77,7 @@ def _rows(x: torch.Tensor, tile: Tile, kv_heads: int) -> torch.Tensor:
 def _heads(q, k, v, tile: Tile):
     """q [Hkv, Hq / Hkv, tile, D]; k, v [Hkv, Hq / Hkv (a view of one), keys, D]."""
     q_tile = _rows(q, tile, k.shape[1])
-    k_tile, v_tile = (x[tile.keys].transpose(0, 1).unsqueeze(1).expand(-1, q_tile.shape[1], -1, -1) for x in (k, v))
+    k_tile, v_tile = (tile.keys_of(x).transpose(0, 1).unsqueeze(1).expand(-1, q_tile.shape[1], -1, -1) for x in (k, v))
     return q_tile, k_tile, v_tile
 
 
@@ -87,10 +87,11 @@ def _accumulate(grad: torch.Tensor, grad_tile: torch.Tensor, tile: Tile) -> None
         summed = grad_tile[:, 0].transpose(0, 1)
     else:
         summed = grad_tile.sum(1, dtype=grad.dtype).transpose(0, 1)
-    if isinstance(tile.keys, slice):
-        grad[tile.keys] += summed
-    else:
-        grad.index_add_(0, tile.keys, summed.to(grad.dtype))
+    first = 0
+    for run in tile.runs:
+        count = run.stop - run.start
+        grad[run] += summed[first : first + count]
+        first += count
 
 
 def _plain(q, k, v, bias, scale, softcap):
