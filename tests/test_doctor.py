@@ -11,6 +11,8 @@ import igpo_fast.doctor as doctor
 from igpo_fast import config
 from igpo_fast.doctor import diagnose, packed_error, table
 from igpo_fast.model import use_attend
+from igpo_kernels import triton_variants
+from igpo_kernels.tree_attention import IMPLEMENTATIONS
 
 TINY = [
     "world.persons=12", "world.companies=6", "world.cities=6", "world.countries=4", "world.train_worlds=1",
@@ -38,11 +40,18 @@ def test_the_configured_model_and_data():
     assert found["parity, the configured model"].found.startswith("ok")
 
 
-def test_kernels_are_those_asked_for():
+def test_kernels_are_those_asked_for(monkeypatch):
     assert checks(["model.kernels=reference"])["op linear_logprob"].found == "reference"
+    monkeypatch.setattr(triton_variants, "runs_on_cpu", lambda: False)
     found = checks(["model.kernels=triton"])
-    assert not found["op tree_attention"].ok and "no triton; choose of" in found["op tree_attention"].found
+    assert not found["op tree_attention"].ok and "triton needs a GPU" in found["op tree_attention"].found
     assert not found["parity, a tiny Qwen2"].ok
+
+
+def test_a_kernel_that_does_not_exist_is_named(monkeypatch):
+    monkeypatch.delitem(IMPLEMENTATIONS, "reference")
+    found = checks(["model.kernels=reference"])
+    assert not found["op tree_attention"].ok and "no reference; choose of torch" in found["op tree_attention"].found
 
 
 def test_a_configuration_that_does_not_load_is_a_line():

@@ -125,9 +125,15 @@ def arch_of(device: torch.device) -> str:
     Every op asks before it launches: here IGPO_KERNELS_AOT takes effect.
 
     Raises:
-        ValueError: a device without tables; a library in IGPO_KERNELS_AOT that is not for it.
+        ValueError: a device without tables, or a CPU without the interpreter; a library in IGPO_KERNELS_AOT that is not
+            for it.
     """
     if device.type == "cpu":
+        if not runs_on_cpu():
+            raise ValueError(
+                "igpo_kernels: Triton kernels run on GPUs, got tensors on the CPU; pass backend='auto' or 'torch' "
+                "(TRITON_INTERPRET=1 runs them in Triton's interpreter)"
+            )
         return "sm_90"
     arch = arch_name(device)
     if arch not in ARCHITECTURES:
@@ -137,6 +143,17 @@ def arch_of(device: torch.device) -> str:
         )
     load_ahead_of_time(arch)
     return arch
+
+
+def runs_on_cpu() -> bool:
+    """Whether Triton takes CPU tensors: in its interpreter, or with a driver that somebody put in place."""
+    try:
+        from triton import knobs
+        from triton.runtime.driver import driver
+
+        return knobs.runtime.interpret or driver.active is not None
+    except (ImportError, RuntimeError):  # no Triton, or no driver
+        return False
 
 
 @functools.cache
