@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,20 @@ from igpo_fast.tools.base import Passage
 from igpo_fast.types import Question
 from igpo_fast.world import make_worlds
 
-ANSWER_KEYS = ("answers", "golden_answers", "answer", "ground_truth", "solution")
-"""Columns that may hold the accepted answers, a text or a list of texts; the first present counts."""
+QUESTION_KEYS = ("question", "Question")
+"""Columns that may hold the question (Bamboogle's is upper case); the first present counts."""
+ANSWER_KEYS = ("answers", "golden_answers", "answer", "Answer", "ground_truth", "solution", "possible_answers")
+"""Columns that may hold the accepted answers, a text or a list of texts; the first present counts. TriviaQA's
+``answer`` has ``value`` and ``aliases``, PopQA's ``possible_answers`` is JSON."""
+ID_KEYS = ("id", "_id", "question_id")
+"""Columns that may hold the id (2WikiMultiHopQA's, TriviaQA's); the first present counts."""
 ANSWER_SPLIT = "<|answer_split|>"
 """Joins several accepted answers in verl's ``reward_model.ground_truth``."""
+
+
+SEARCH_R1_PROMPT = re.compile(r".*<search>.*<answer>.*Question:(.+)", re.DOTALL)
+NAMED_SOURCE = re.compile(r"(?:([\w.+-]+)=)?(.*)", re.DOTALL)
+"""A source of evaluation questions and the name that may stand before it."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,7 @@ class Data:
 
     train: tuple[Question, ...]
     eval: tuple[Question, ...]
-    """Of worlds at least ``eval.questions``; of files all of ``data.eval``, or the end of ``data.train``."""
+    """What an evaluation asks: at most ``eval.questions`` of each data set."""
     collections: Mapping[str, Sequence[Passage]]
     """What ``Question.corpus`` names: one for each world; from files one without a name, or none."""
 
@@ -55,7 +66,7 @@ def _from_world(config: Config) -> Data:
         )
     return Data(
         train=tuple(question for world in train for question in world.questions),
-        eval=tuple(shuffled),
+        eval=tuple(shuffled[:wanted]),
         collections={world.name: world.passages for world in [*train, *evaluation]},
     )
 
@@ -63,7 +74,7 @@ def _from_world(config: Config) -> Data:
 def _from_files(config: Config) -> Data:
     train = load_questions(config.data.train)
     if config.data.eval is not None:
-        evaluation = load_questions(config.data.eval)
+        evaluation = _evaluation(config.data.eval, config.eval.questions)
     else:
         held_out = min(config.eval.questions, len(train) // 2)
         if not held_out:
@@ -73,20 +84,48 @@ def _from_files(config: Config) -> Data:
     return Data(train, evaluation, collections)
 
 
-def load_questions(source: str | Path) -> tuple[Question, ...]:
+def _evaluation(given: str | Sequence[str], most: int) -> tuple[Question, ...]:
+    """At most ``most`` questions of each data set: of a larger one a random part (many are sorted), always the same."""
+    sources = [given] if isinstance(given, str) else given
+    sets: dict[str, list[Question]] = {}
+    seen: set[str] = set()
+    for entry in sources:
+        name, source = NAMED_SOURCE.fullmatch(entry).groups()
+        if name is None and len(sources) > 1:
+            name = Path(source.partition(":")[0]).stem
+        for question in load_questions(source, name or ""):
+            if question.id in seen:
+                raise InputError(
+                    f"data.eval: an earlier set has the question {question.id!r} of {entry!r} too; tell them apart by "
+                    "writing NAME=SOURCE"
+                )
+            seen.add(question.id)
+            sets.setdefault(question.dataset, []).append(question)
+    for questions in sets.values():
+        if len(questions) > most:
+            random.Random(0).shuffle(questions)
+            del questions[most:]
+    return tuple(question for questions in sets.values() for question in questions)
+
+
+def load_questions(source: str | Path, dataset: str = "") -> tuple[Question, ...]:
     """Questions with their accepted answers, in the order of the source.
 
     Args:
-        source: a ``.jsonl`` or ``.parquet`` file, or a datasets-hub name or folder and split: ``name:split``.
-            Rows have ``question`` (or ``prompt``: a text, or a chat whose last user message counts) and one
-            of ``ANSWER_KEYS`` or verl's ``reward_model.ground_truth``; optional ``id``, ``hops``, ``steps``.
+        source: a ``.jsonl`` or ``.parquet`` file, or a datasets-hub name or folder, optional configuration and split:
+            ``name:split`` or ``name:configuration:split``. Rows have one of ``QUESTION_KEYS`` (or verl's
+            ``extra_info.question``, or ``prompt``: a text, or a chat whose last user message counts) and one of
+            ``ANSWER_KEYS`` (with MuSiQue's ``answer_aliases``) or verl's ``reward_model.ground_truth``; optional
+            one of ``ID_KEYS``, ``hops``, ``steps``, or MuSiQue's ``question_decomposition``, or HotpotQA's and
+            2WikiMultiHopQA's ``supporting_facts``, whose titles are counted as hops.
+        dataset: ``Question.dataset``, in place of verl's ``data_source``. Ids begin with it.
     Raises:
         InputError: missing or malformed file, no rows, a row without question or answers, an id given twice.
     """
     questions: dict[str, Question] = {}
     for where, row in _rows(source):
         number = where.rpartition(" ")[2]
-        question = _question(row, where, default_id=f"{Path(str(source)).stem}-{number}")
+        question = _question(row, where, dataset, default_id=f"{Path(str(source)).stem}-{number}")
         if question.id in questions:
             raise InputError(f"{where}: id {question.id!r} occurs twice; make ids unique")
         questions[question.id] = question
@@ -167,9 +206,9 @@ def _rows(source: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         return _json_lines(path)
     if path.suffix == ".parquet":
         return _parquet_rows(path)
-    name, colon, split = str(source).rpartition(":")
-    if colon:
-        return _hub_rows(name, split)
+    name, *rest = str(source).split(":")
+    if len(rest) in (1, 2):
+        return _hub_rows(str(source), [name, *rest[:-1]], split=rest[-1])
     raise InputError(f"{source}: not a .jsonl or .parquet file, nor a datasets-hub name with :split; give one of these")
 
 
@@ -216,49 +255,89 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield f"{path} row {number}", row
 
 
-def _hub_rows(name: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _hub_rows(source: str, name: Sequence[str], split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of the data set ``name`` and perhaps its configuration."""
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(*name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{name}:{split}: cannot load it ({reason}); give an existing name and split") from None
+        raise InputError(f"{source}: cannot load it ({reason}); give an existing name and split") from None
     for number, row in enumerate(rows, start=1):
-        yield f"{name}:{split} row {number}", row
+        yield f"{source} row {number}", row
 
 
-def _question(row: Mapping[str, Any], where: str, default_id: str) -> Question:
-    text = _prompt_text(row.get("question") or row.get("prompt"))
+def _question(row: Mapping[str, Any], where: str, dataset: str, default_id: str) -> Question:
+    text = _prompt_text(_first(row, QUESTION_KEYS) or _inside(row, "extra_info").get("question") or row.get("prompt"))
     if not text:
         raise InputError(f'{where}: no question; fill "question" or "prompt"')
-    answers = tuple(dict.fromkeys(answer for answer in map(str.strip, _answers(row)) if answer))
+    try:
+        found = _answers(row)
+    except ValueError:
+        raise InputError(f"{where}: possible_answers is not a JSON list; correct it") from None
+    answers = tuple(dict.fromkeys(answer for answer in map(str.strip, found) if answer))
     if not answers:
         raise InputError(f'{where}: question without answers; fill "answers" or remove it')
-    id, hops, steps = row.get("id"), row.get("hops"), row.get("steps") or []
+    hops, steps = _support(row)
     if not isinstance(hops, int | None):
         raise InputError(f"{where}: hops {hops!r} is not a whole number; correct or remove it")
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         raise InputError(f"{where}: steps is not a list of objects; correct or remove it")
-    return Question(default_id if id in (None, "") else str(id), text, answers, hops, tuple(steps))
+    source, id = str(row.get("data_source") or ""), _first(row, ID_KEYS)
+    id = default_id if id in (None, "") else str(id)
+    id = "/".join(dict.fromkeys(part for part in (dataset, source, id) if part))
+    return Question(id, text, answers, hops, tuple(steps), dataset=dataset or source)
+
+
+def _first(row: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    """The first of several columns that is filled."""
+    return next((row[key] for key in keys if row.get(key) is not None), None)
+
+
+def _inside(row: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A column of objects; empty where there is none."""
+    return row[key] if isinstance(row.get(key), dict) else {}
+
+
+def _support(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Hops and steps: as given, or steps of a decomposition and the number of these or of supporting titles."""
+    row = {**_inside(row, "metadata"), **row}  # FlashRAG keeps a data set's own columns in metadata
+    decomposition, facts = row.get("question_decomposition"), row.get("supporting_facts")
+    if row.get("hops") is not None or row.get("steps"):
+        return row.get("hops"), row.get("steps") or []
+    if decomposition:
+        return len(decomposition), decomposition
+    if isinstance(facts, dict):  # the hub's HotpotQA; the original has [title, sentence] pairs
+        facts = [[title] for title in facts.get("title", [])]
+    titles = {fact[0] for fact in facts if fact} if isinstance(facts, list) else set()
+    return len(titles) or None, []
 
 
 def _prompt_text(value: Any) -> str:
-    """A text, or the last user message of a chat."""
+    """A text, or the last user message of a chat; of Search-R1's prompts the question without the instructions, which
+    are the dialect's."""
     if isinstance(value, list):
         chat = [message for message in value if isinstance(message, dict)]
         value = next((m.get("content") for m in reversed(chat) if m.get("role") == "user"), None)
-    return value.strip() if isinstance(value, str) else ""
+    if not isinstance(value, str):
+        return ""
+    instructed = SEARCH_R1_PROMPT.fullmatch(value)
+    return (instructed[1] if instructed else value).strip()
 
 
 def _answers(row: Mapping[str, Any]) -> Iterable[str]:
-    """The accepted answers as texts, blank ones included."""
-    value = next((row[key] for key in ANSWER_KEYS if row.get(key) is not None), None)
-    if value is None and isinstance(row.get("reward_model"), dict):
-        value = row["reward_model"].get("ground_truth")
+    """The accepted answers as texts, blank ones included.
+
+    Raises:
+        ValueError: PopQA's are not JSON.
+    """
+    value = _first(row, ANSWER_KEYS)
+    if value is None:
+        value = _inside(row, "reward_model").get("ground_truth")
+    elif value is row.get("possible_answers") and isinstance(value, str):
+        value = json.loads(value)
     if isinstance(value, dict):
-        value = value.get("target")
-    if isinstance(value, str):
-        return value.split(ANSWER_SPLIT)
-    values = value if isinstance(value, list) else [value]
-    return [str(answer) for answer in values if answer is not None]
+        value = value["target"] if "target" in value else [value.get("value"), *(value.get("aliases") or [])]
+    values = value.split(ANSWER_SPLIT) if isinstance(value, str) else value if isinstance(value, list) else [value]
+    return [str(answer) for answer in [*values, *(row.get("answer_aliases") or [])] if answer is not None]

@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -87,12 +88,128 @@ def test_prompts_of_verl_and_trl(tmp_path, prompt):
     }
     for path in (write_lines(tmp_path / "q.jsonl", row), write_parquet(tmp_path / "q.parquet", row)):
         (question,) = load_questions(path)
-        assert (question.id, question.question, question.answers) == ("q-1", "q?", ("x",))
+        assert question == Question("nq/q-1", "q?", ("x",), dataset="nq")
 
 
 def test_ids_default_to_the_line(tmp_path):
     path = write_lines(tmp_path / "q.jsonl", {"question": "q?", "answer": "x"}, "", {"question": "r?", "answer": "y"})
     assert [q.id for q in load_questions(path)] == ["q-1", "q-3"]
+
+
+INSTRUCTIONS = (
+    "Answer the question. Search by <search> query </search> as often as you want, and answer inside <answer> and "
+    "</answer>, as in <answer> Beijing </answer>. Question: "
+)
+SEARCH_R1 = {
+    "data_source": "nq",
+    "prompt": [{"role": "user", "content": f"{INSTRUCTIONS}who wrote it?\n"}],
+    "ability": "fact-reasoning",
+    "reward_model": {"ground_truth": {"target": ["Ann", "A. B."]}, "style": "rule"},
+    "extra_info": {"index": 0, "split": "test"},
+}
+
+
+@pytest.mark.parametrize(
+    ("columns", "id", "hops"),
+    [
+        ({}, "nq/q-1", None),
+        ({"id": "test_0", "question": "who wrote it?", "golden_answers": ["Ann", "A. B."]}, "nq/test_0", None),
+        ({"prompt": "?", "extra_info": {"question": "who wrote it?", "index": 0}}, "nq/q-1", None),
+        ({"id": 7, "metadata": {"supporting_facts": {"title": ["A", "B", "A"], "sent_id": [0, 1, 2]}}}, "nq/7", 2),
+    ],
+    ids=["prompt only", "FlashRAG's columns kept", "verl's extra_info", "metadata"],
+)
+def test_search_r1_parquet(tmp_path, columns, id, hops):
+    """Its prompts begin with instructions, which are the dialect's; its ids repeat from data set to data set."""
+    (question,) = load_questions(write_parquet(tmp_path / "q.parquet", SEARCH_R1 | columns))
+    assert question == Question(id, "who wrote it?", ("Ann", "A. B."), hops, dataset="nq")
+
+
+def test_other_prompts_keep_their_words(tmp_path):
+    text = "Answer in <answer>.\nQuestion: who?"
+    (question,) = load_questions(write_lines(tmp_path / "q.jsonl", SEARCH_R1 | {"prompt": text}))
+    assert question.question == text
+
+
+HUB = {
+    "google-research-datasets/nq_open:validation": (
+        {"question": "who?", "answer": ["Ann", "A. B."]},
+        Question("nq_open:validation-1", "who?", ("Ann", "A. B.")),
+    ),
+    "mandarjoshi/trivia_qa:unfiltered.nocontext:validation": (
+        {
+            "question": "who?", "question_id": "tc_2", "question_source": "x", "entity_pages": {"title": []},
+            "answer": {"aliases": ["A. B.", "Ann"], "normalized_aliases": ["ann"], "value": "Ann", "type": "Entity"},
+        },
+        Question("tc_2", "who?", ("Ann", "A. B.")),
+    ),
+    "hotpotqa/hotpot_qa:distractor:validation": (
+        {
+            "id": "5a8b", "question": "who?", "answer": "Ann", "type": "bridge", "level": "hard",
+            "supporting_facts": {"title": ["A", "B", "B"], "sent_id": [0, 1, 2]},
+            "context": {"title": ["A"], "sentences": [["x"]]},
+        },
+        Question("5a8b", "who?", ("Ann",), 2),
+    ),
+    "framolfese/2WikiMultihopQA:validation": (
+        {"id": "61a4", "question": "who?", "answer": "Ann", "evidences": [["A", "b", "C"]],
+         "supporting_facts": {"title": ["A", "B", "C", "D"], "sent_id": [0, 0, 0, 0]}},
+        Question("61a4", "who?", ("Ann",), 4),
+    ),
+    "xanhho/2WikiMultihopQA:dev": (
+        {"_id": "61a4", "question": "who?", "answer": "Ann", "supporting_facts": "[['A', 0], ['B', 1]]"},
+        Question("61a4", "who?", ("Ann",)),
+    ),
+    "dgslibisey/MuSiQue:validation": (
+        {
+            "id": "2hop__1_2", "question": "who?", "answer": "Ann", "answer_aliases": ["A. B."], "answerable": True,
+            "paragraphs": [{"idx": 0, "title": "A", "paragraph_text": "x", "is_supporting": True}],
+            "question_decomposition": [
+                {"id": 1, "question": "film >> director", "answer": "Bo", "paragraph_support_idx": 0},
+                {"id": 2, "question": "#1 >> child", "answer": "Ann", "paragraph_support_idx": 3},
+            ],
+        },
+        Question(
+            "2hop__1_2", "who?", ("Ann", "A. B."), 2,
+            (
+                {"id": 1, "question": "film >> director", "answer": "Bo", "paragraph_support_idx": 0},
+                {"id": 2, "question": "#1 >> child", "answer": "Ann", "paragraph_support_idx": 3},
+            ),
+        ),
+    ),
+    "chiayewken/bamboogle:test": (
+        {"Question": "who?", "Answer": "Ann"},
+        Question("bamboogle:test-1", "who?", ("Ann",)),
+    ),
+    "akariasai/PopQA:test": (
+        {
+            "id": 4222, "subj": "It", "prop": "author", "obj": "Ann", "question": "who?",
+            "possible_answers": '["Ann", "A. B.", "Ann"]', "s_aliases": "[]", "o_aliases": '["A. B."]', "o_pop": 3,
+        },
+        Question("4222", "who?", ("Ann", "A. B.")),
+    ),
+    "RUC-NLPIR/FlashRAG_datasets:musique:dev": (
+        {"id": "dev_0", "question": "who?", "golden_answers": ["Ann"], "metadata": {"type": "x"}},
+        Question("dev_0", "who?", ("Ann",)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", HUB)
+def test_columns_of_the_hubs_data_sets(source, monkeypatch):
+    """Rows made up in each set's columns; loading itself is replaced, here is no network."""
+    import datasets
+
+    row, expected = HUB[source]
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, split: asked.append((*name, split)) or [row])
+    assert load_questions(source) == (expected,)
+    assert asked == [tuple(source.split(":"))]
+
+
+def test_the_original_files_of_hotpotqa_and_2wiki(tmp_path):
+    row = {"_id": "x", "question": "who?", "answer": "Ann", "supporting_facts": [["A", 0], ["B", 2], ["B", 3]]}
+    assert load_questions(write_lines(tmp_path / "q.jsonl", row)) == (Question("x", "who?", ("Ann",), 2),)
 
 
 def test_a_folder_as_datasets_name(tmp_path, monkeypatch):
@@ -125,6 +242,11 @@ GOOD = {"id": "b", "question": "q?", "answers": ["x"]}
         ({"id": "a", "question": "q?", "answers": [" ", "\n", None]}, "line 2: question without answers"),
         ({"id": "a", "question": "q?", "reward_model": "x"}, "line 2: question without answers"),
         ({"id": "b", "question": "r?", "answers": ["x"]}, "line 2: id 'b' occurs twice"),
+        ({"question": "q?", "possible_answers": "[Ann]"}, "line 2: possible_answers is not a JSON list; correct it"),
+        (
+            {"id": "a", "question": "q?", "answers": ["x"], "question_decomposition": ["a"]},
+            "line 2: steps is not a list",
+        ),
         (
             {"id": "a", "question": "q?", "answers": ["x"], "hops": "2"},
             "line 2: hops '2' is not a whole number",
@@ -225,9 +347,48 @@ def test_eval_file_and_search_server(tmp_path):
     assert load_data(served).collections == {}
 
 
+def rows_of(name, n):
+    return [{"id": f"{name}{i}", "question": "q?", "answers": ["x"]} for i in range(n)]
+
+
+def test_several_sets_are_named_and_each_is_cut(tmp_path):
+    first = write_lines(tmp_path / "first.jsonl", *rows_of("a", 9))
+    second = write_lines(tmp_path / "second.jsonl", *rows_of("a", 2))
+    data = load_data(files(tmp_path, 4, f"data.eval=[NQ={first}, {second}]", "eval.questions=4"))
+    assert [q.dataset for q in data.eval] == ["NQ"] * 4 + ["second"] * 2
+    assert [q.id for q in data.eval[4:]] == ["second/a0", "second/a1"]
+    part = [q.id for q in data.eval[:4]]
+    assert len(set(part)) == 4 and set(part) <= {f"NQ/a{i}" for i in range(9)}
+    assert part != [f"NQ/a{i}" for i in range(4)]  # many files are sorted by kind
+    more = load_data(files(tmp_path, 4, f"data.eval=NQ={first}", "eval.questions=6")).eval
+    assert [q.id for q in more[:4]] == part and len(more) == 6
+    (alone,) = load_data(files(tmp_path, 4, f"data.eval={second}", "eval.questions=1")).eval
+    assert (alone.dataset, alone.id[0]) == ("", "a")
+
+
+def test_a_file_of_several_data_sources_is_several_sets(tmp_path):
+    rows = [SEARCH_R1 | {"data_source": source, "id": f"test_{i}"} for source in ("nq", "popqa") for i in range(3)]
+    path = write_parquet(tmp_path / "test.parquet", *rows)
+    data = load_data(files(tmp_path, 4, f"data.eval={path}", "eval.questions=2"))
+    assert [q.dataset for q in data.eval] == ["nq", "nq", "popqa", "popqa"]
+
+
+def test_sets_that_cannot_be_told_apart(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_lines(tmp_path / folder / "dev.jsonl", *rows_of("x", 1))
+    same = files(tmp_path, 4, f"data.eval=[{tmp_path}/a/dev.jsonl, {tmp_path}/b/dev.jsonl]")
+    assert re.fullmatch(
+        r"data\.eval: an earlier set has the question 'dev/x0' of '.*/b/dev\.jsonl' too; .* NAME=SOURCE",
+        refusal(load_data, same),
+    )
+    named = files(tmp_path, 4, f"data.eval=[A={tmp_path}/a/dev.jsonl, B={tmp_path}/b/dev.jsonl]")
+    assert [q.id for q in load_data(named).eval] == ["A/x0", "B/x0"]
+
+
 def test_world_data():
     data = load_data(config.load(None, ["eval.questions=50", "world.eval_worlds=4"]))
-    assert len(data.eval) == 52
+    assert len(data.eval) == 50
     assert data == load_data(config.load(None, ["eval.questions=50", "world.eval_worlds=4"]))
     assert {q.hops for q in data.eval} == {q.hops for q in data.train} == {3, 4}
     assert set(data.collections) == {q.corpus for q in (*data.train, *data.eval)}

@@ -245,33 +245,15 @@ class TestChat:
         )
 
     def test_a_turn_cut_by_length_is_closed(self):
-        ended, text = self.dialect.response(INVALID, None, ended=True)
-        cut, _ = self.dialect.response(INVALID, None, ended=False)
+        _, text = self.dialect.response(INVALID, None, ended=True)
+        cut, told = self.dialect.response(INVALID, None, ended=False)
         assert text.startswith("\n<|im_start|>user\n") and text.endswith("<|im_start|>assistant\n")
-        assert cut.tolist() == [self.end, *ended.tolist()]
+        assert told == "<|im_end|>" + text.replace("No action", "Your turn was too long and was cut. No action")
+        assert cut[0] == self.end and self.dialect.decode(cut) == told
 
-    @pytest.mark.parametrize(
-        "text, action",
-        [
-            ('<tool_call>\n{"name": "search", "arguments": {"query": " A "}}\n</tool_call>', (SEARCH, "A")),
-            ('{"name": "search", "parameters": {"query": "A"}}<|eot_id|>', (SEARCH, "A")),
-            ('<|python_tag|>{"name": "search", "parameters": {"query": "A"}}<|eom_id|>', (SEARCH, "A")),
-            ("It is so.\n<answer>\nC D\n</answer><|im_end|>", (ANSWER, "C D")),
-            ("<think>\n<answer>no</answer>\n</think>\n<answer>yes</answer>", (ANSWER, "yes")),
-            ('<answer>a</answer><tool_call>{"name": "search"}</tool_call>', (ANSWER, "a")),
-            ('<tool_call>{"name": "search", "arguments": {"query": "A"}}', (INVALID, "")),
-            ('<tool_call>{"name": "search", "arguments": {"query": " "}}</tool_call>', (INVALID, "")),
-            ('<tool_call>{"name": "search", "arguments": {"query": 3}}</tool_call>', (INVALID, "")),
-            ('<tool_call>{"name": "search", "arguments": ["A"]}</tool_call>', (INVALID, "")),
-            ('<tool_call>{"name": "buy", "arguments": {"query": "A"}}</tool_call>', (INVALID, "")),
-            ("<tool_call>search(A)</tool_call>", (INVALID, "")),
-            ("<tool_call>[1]</tool_call>", (INVALID, "")),
-            ("{not json}", (INVALID, "")),
-            ("C D<|im_end|>", (INVALID, "")),
-        ],
-    )
-    def test_parse(self, text, action):
-        assert self.dialect.parse(text) == action
+    def test_without_a_call_of_the_templates_own_calls_are_json_in_tags(self):
+        call = '<tool_call>\n{"name": "search", "arguments": {"query": " A "}}\n</tool_call>'
+        assert self.dialect.parse(call) == (SEARCH, "A")
 
     @pytest.mark.parametrize(
         "template, before",

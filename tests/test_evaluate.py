@@ -1,13 +1,14 @@
 """evaluate.py: hand-worked means, and noise that training cannot touch."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from igpo_fast.dialect import make_dialect
 from igpo_fast.engines.base import Sampling
 from igpo_fast.errors import InputError
-from igpo_fast.evaluate import EVAL_STEP, evaluate
+from igpo_fast.evaluate import EVAL_STEP, evaluate, set_names
 from igpo_fast.rollout import Limits, question_key
 from igpo_fast.types import Question
 from tests.scripted import ScriptedEngine, ScriptedTool, words_tokenizer
@@ -71,6 +72,31 @@ def test_keys_are_its_own():
 def test_one_question_has_no_standard_error():
     metrics = run(QUESTIONS[:1], ScriptedEngine(lambda key, turn: "<answer> C D </answer>"))
     assert (metrics["eval/f1"], math.isnan(metrics["eval/f1_se"])) == (1.0, True)
+
+
+def test_several_data_sets_are_averaged_plainly():
+    """Three questions of one set with F1 1, 2/3 and 0, one of the other without an answer: not the mean of four."""
+    asked = [replace(question, dataset="NQ" if i < 3 else "PopQA") for i, question in enumerate(QUESTIONS)]
+    metrics = run(asked, ScriptedEngine(lambda key, turn: BY_KEY[key[2]]))
+    mean = 5 / 9
+    se = math.sqrt(((1 - mean) ** 2 + (2 / 3 - mean) ** 2 + mean**2) / 2 / 3)
+    assert (metrics["eval/NQ/f1"], metrics["eval/PopQA/f1"]) == pytest.approx((mean, 0.0))
+    assert (metrics["eval/NQ/turns"], metrics["eval/PopQA/turns"]) == (1.0, 3.0)
+    assert (metrics["eval/f1"], metrics["eval/turns"]) == pytest.approx((mean / 2, 2.0))
+    assert metrics["eval/NQ/f1_se"] == pytest.approx(se)
+    assert math.isnan(metrics["eval/PopQA/f1_se"]) and math.isnan(metrics["eval/f1_se"])
+    assert set_names(metrics) == ["NQ", "PopQA"]
+    assert set_names(run(QUESTIONS, ScriptedEngine(lambda key, turn: BY_KEY[key[2]]))) == []
+
+
+def test_the_averages_standard_error():
+    """Of independent sets: the root of the summed squares, over their number."""
+    said = {"q0": "<answer> C D </answer>", "q1": "<answer> A </answer>"} | {"q2": "<answer> C D </answer>"}
+    by_key = {question_key(question): said.get(question.id, "A <eos>") for question in QUESTIONS}
+    asked = [replace(question, dataset=f"set{i // 2}") for i, question in enumerate(QUESTIONS)]
+    metrics = run(asked, ScriptedEngine(lambda key, turn: by_key[key[2]]))
+    assert metrics["eval/set0/f1_se"] == metrics["eval/set1/f1_se"] == pytest.approx(0.5)
+    assert metrics["eval/f1_se"] == pytest.approx(math.sqrt(0.5**2 + 0.5**2) / 2)
 
 
 def test_no_questions_are_refused():

@@ -1,0 +1,38 @@
+"""How a turn is written and parsed: ``tags`` (Search-R1's style) and ``chat`` (the model's own template)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from igpo_fast.dialect.base import Dialect
+from igpo_fast.dialect.chat import CHAT_SYSTEM, SEARCH_TOOL, ChatDialect
+from igpo_fast.dialect.tags import BARE, FULL, TagsDialect, Wording
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "BARE", "CHAT_SYSTEM", "FULL", "SEARCH_TOOL", "ChatDialect", "Dialect", "TagsDialect", "Wording", "make_dialect",
+]  # fmt: skip
+
+
+def make_dialect(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    system: str | None = None,
+    thinking: bool | None = None,
+    **budgets: int,
+) -> Dialect:
+    """The dialect ``tags`` or ``chat`` for a tokenizer.
+
+    Args:
+        system: instructions before the question; None takes the dialect's own, "" has none.
+        thinking: what ``chat`` passes to templates as ``enable_thinking``; None leaves them their own choice.
+        budgets: ``Dialect``'s ``max_passage_tokens``, ``max_answer_tokens`` and ``max_answers``.
+    Raises:
+        InputError: the tokenizer cannot serve the dialect.
+    """
+    if name == "tags":
+        return TagsDialect(tokenizer, system=system, **budgets)
+    return ChatDialect(tokenizer, system=system, thinking=thinking, **budgets)
