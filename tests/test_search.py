@@ -1,9 +1,8 @@
 import asyncio
-import json
 import math
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,13 @@ from hypothesis import strategies as st
 
 from igpo_fast import config
 from igpo_fast.data import Data, load_corpus, load_questions
+from igpo_fast.dialect import make_dialect
 from igpo_fast.errors import InputError
-from igpo_fast.tools.base import Passage
-from igpo_fast.tools.search import Bm25Search, HttpSearch, NoSearch, ToolError, make_search
+from igpo_fast.tools.base import COUNTS, Passage, ToolError, ToolResult, settle
+from igpo_fast.tools.search import Bm25Search, HttpSearch, NoSearch, make_search
+from tests.scripted import words_tokenizer
+from tests.search_server import Server
+from tests.test_dialect import chat
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -122,38 +125,6 @@ def test_real_questions_find_their_passages(name, floor):
     assert sum(found) / len(found) >= floor
 
 
-class Server:
-    """A retrieval server that gives (status, body) pairs in turn, the last one again and again."""
-
-    def __init__(self, *answers, delay=0.0):
-        self.answers, self.requests, self.delay = list(answers), [], delay
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                server.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                status, body = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
-                time.sleep(server.delay)
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
-
-            def log_message(self, *args):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.handle_error = lambda *args: None  # a client that has timed out
-        self.url = f"http://127.0.0.1:{self._server.server_port}/retrieve"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        self._server.shutdown()
-        self._server.server_close()
-
-
 GOOD = {
     "result": [
         [
@@ -178,10 +149,18 @@ def test_http_cuts_to_top_k_and_works_in_a_second_event_loop():
     with Server((200, GOOD)) as server:
         search = HttpSearch(server.url, 1)
         first = asyncio.run(search("one"))
-        client = search._client
+        clients = search._clients
         assert asyncio.run(search("two")) == first
-        assert search._client is not client, "connections of a closed loop cannot be used"
+        assert search._clients is not clients, "connections of a closed loop cannot be used"
         assert [passage.id for passage in first.passages] == ["7"]
+
+
+def test_http_replaces_what_utf8_cannot_write():
+    answer = b'{"result": [[{"document": {"id": "1", "contents": "t\\ud800\\nx\\udfff"}, "score": 1}]]}'
+    with Server((200, answer)) as server:
+        found = asyncio.run(HttpSearch(server.url, 2)("a\udc00b"))
+        assert server.requests[0]["queries"] == ["a?b"]
+    assert found.passages == (Passage("1", "t?", "x?"),)
 
 
 def test_http_finding_nothing_is_no_error():
@@ -213,9 +192,11 @@ def test_http_gives_up_with_one_line(status, attempts):
         {"result": []},
         {"result": [[{"score": 1}]]},
         {"result": [[{"document": {"id": "1"}}]]},
+        {"result": [[], []]},
         [1],
+        b"[" * 100_000,
     ],
-    ids=str,
+    ids=lambda body: str(body)[:30],
 )
 def test_http_never_takes_a_malformed_answer_for_an_empty_one(body):
     with Server((200, body)) as server, pytest.raises(ToolError, match="not Search-R1's"):
@@ -223,14 +204,135 @@ def test_http_never_takes_a_malformed_answer_for_an_empty_one(body):
 
 
 def test_http_times_out():
-    with Server((200, GOOD), delay=0.3) as server, pytest.raises(ToolError, match="ReadTimeout"):
-        ids(HttpSearch(server.url, 2, timeout=0.05, retries=1, backoff=0), "x")
+    with Server((200, GOOD), delay=0.3) as server:
+        search = HttpSearch(server.url, 2, timeout=0.05, retries=1, backoff=0)
+        with pytest.raises(ToolError, match=r"no answer within 0\.05 s after 2 attempts"):
+            ids(search, "x")
+        assert counted(search) == {"calls": 1, "failures": 1, "retries": 1, "timeouts": 2}
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/retrieve", "not a url"])
-def test_http_without_a_server(url):
-    with pytest.raises(ToolError, match="no answer"):
-        ids(HttpSearch(url, 2, retries=0), "x")
+def test_a_timeout_is_of_the_whole_attempt_and_not_of_waiting_for_a_turn():
+    with Server((200, GOOD), delay=0.05) as server:
+        search = HttpSearch(server.url, 2, timeout=0.3, retries=0, concurrency=1)
+        assert len(asyncio.run(gathered(search, 10))) == 10  # 0.5 s together
+    with Server((200, dribble(seconds=0.6))) as server, pytest.raises(ToolError, match=r"within 0\.2 s"):
+        ids(HttpSearch(server.url, 2, timeout=0.2, retries=0), "x")
+
+
+def test_http_limits_how_many_requests_run_at_a_time():
+    with Server((200, GOOD), delay=0.02) as server:
+        asyncio.run(gathered(HttpSearch(server.url, 2, concurrency=3), 12))
+        assert server.most_at_a_time == 3
+
+
+def test_http_waits_longer_each_time(monkeypatch):
+    assert waits(monkeypatch, [(503, {})] * 3 + [(200, GOOD)], backoff=0.5) == [0.5, 1, 2]
+    assert waits(monkeypatch, [(503, {})] * 8 + [(200, GOOD)], backoff=1, retries=8)[-3:] == [30, 30, 30]
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [("2", 2), ("0", 0.5), ("3600", 30), ("soon", 0.5), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.5)],
+)
+def test_http_waits_as_long_as_the_server_asks(monkeypatch, after, expected):
+    assert waits(monkeypatch, [(429, {}, {"Retry-After": after}), (200, GOOD)], backoff=0.5) == [expected]
+
+
+def test_http_waits_until_the_date_the_server_names(monkeypatch):
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=20), usegmt=True)
+    (wait,) = waits(monkeypatch, [(503, {}, {"Retry-After": later}), (200, GOOD)], backoff=0.5)
+    assert 15 < wait <= 20
+
+
+def waits(monkeypatch, answers, **options):
+    """Seconds between attempts."""
+    slept, real = [], asyncio.sleep
+
+    async def sleep(seconds):
+        slept.append(seconds)
+        await real(0)
+
+    with Server(*answers) as server, monkeypatch.context() as patch:
+        patch.setattr("igpo_fast.tools.search.asyncio.sleep", sleep)
+        assert ids(HttpSearch(server.url, 2, **options), "x") == ["7", "8"]
+    return slept
+
+
+def test_http_stops_reading_an_answer_that_is_too_large():
+    sent = []
+
+    def endless(file):
+        for _ in range(2000):
+            file.write(b" " * 100_000)
+            sent.append(100_000)
+
+    with Server((200, endless)) as server:
+        search = HttpSearch(server.url, 2, max_bytes=1_000_000)
+        with pytest.raises(ToolError, match=r"its answer exceeds 1,000,000 bytes; lower search\.top_k, or raise"):
+            ids(search, "x")
+        assert counted(search) == {"calls": 1, "failures": 1, "too_large": 1}
+        assert sum(sent) < 50e6, "the connection was not closed"
+
+
+def test_http_failed_for_good_the_policy_reads_the_text():
+    with Server((404, {}), (200, GOOD)) as server:
+        search = HttpSearch(server.url, 2, failure_text="Search is down.")
+        assert asyncio.run(search("x")) == ToolResult((), failure="Search is down.")
+        assert ids(search, "x") == ["7", "8"]
+        assert counted(search) == {"calls": 2, "failures": 1, "refused": 1}
+        found, warning = settle(search, "step 3")
+    assert found == {f"tool/{name}": {"calls": 2, "failures": 1, "refused": 1}.get(name, 0) for name in COUNTS}
+    assert warning == "step 3: 1 of 2 searches failed for good (refused 1); the policy read so"
+    assert settle(search, "step 4") == ({f"tool/{name}": 0 for name in COUNTS}, "")
+
+
+def test_a_step_in_which_every_search_failed_stops():
+    with Server((404, {}), (200, b"{}")) as server:
+        search = HttpSearch(server.url, 2, failure_text="no")
+        ids(search, "x"), ids(search, "x")
+    with pytest.raises(ToolError, match=r"step 3: every search failed \(2 calls; refused 1, malformed 1\); see that"):
+        settle(search, "step 3")
+    assert settle(NoSearch(), "step 3") == ({}, "")
+
+
+def test_both_dialects_show_the_failure_in_place_of_passages():
+    tags = make_dialect("tags", words_tokenizer(), max_passage_tokens=4, max_answer_tokens=4, max_answers=1)
+    _, text = tags.response("search", ToolResult((), failure="A B"))
+    assert text == "\n<information>\nA B\n</information>\n"
+    _, text = chat().response("search", ToolResult((), failure="A B"))
+    assert "A B" in text and "Nothing was found." not in text
+
+
+def counted(search):
+    return {name: count for name, count in search.counts.items() if count}
+
+
+async def gathered(search, calls):
+    return await asyncio.gather(*(search(str(i)) for i in range(calls)))
+
+
+def dribble(seconds):
+    """A body that comes in ten pieces."""
+
+    def write(file):
+        for _ in range(10):
+            file.write(b" ")
+            time.sleep(seconds / 10)
+
+    return write
+
+
+def test_http_without_a_server():
+    with pytest.raises(ToolError, match=r"no answer .* is the search server running there"):
+        ids(HttpSearch("http://127.0.0.1:9/retrieve", 2, retries=0), "x")
+
+
+@pytest.mark.parametrize("url", ["not a url", "localhost:8000/retrieve", "http://[::1/retrieve", "ftp://localhost/x"])
+def test_http_without_a_url(url):
+    search = HttpSearch(url, 2)
+    with pytest.raises(ToolError, match=r"no answer .*; give a URL like http://127\.0\.0\.1:8000/retrieve"):
+        ids(search, "x")
+    assert not search.counts["retries"]
 
 
 def test_no_search_finds_nothing():

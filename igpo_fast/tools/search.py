@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import re
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from typing import Any
 
 import bm25s
 import httpx
-import numpy as np
 
 from igpo_fast.config import Config
 from igpo_fast.data import Data, passage_of
-from igpo_fast.errors import InputError
-from igpo_fast.tools.base import Passage, Tool, ToolResult
+from igpo_fast.tools.base import Passage, Tool, ToolError, ToolResult
+from igpo_fast.tools.index import best, indexed_words
 
-_WORD = re.compile(r"\w+")
-
-
-class ToolError(InputError):
-    """A tool failed for good. Training stops: it must not learn from results that an error left empty."""
+LONGEST_WAIT = 30.0
+"""Seconds; longer back-offs, also those a server asks for, are cut to it."""
 
 
 class Bm25Search:
@@ -53,32 +51,18 @@ class Bm25Search:
         return self._search_cached(query, corpus)
 
     def _search(self, query: str, corpus: str) -> ToolResult:
-        index = self._index(corpus)
-        ids = index.get_tokens_ids(_words(query))
-        if not ids:
-            return ToolResult(())
-        scores = index.get_scores_from_ids(ids)
-        # The k-th best score first: sorting only what reaches it keeps large collections quick.
-        k = min(self._top_k, len(scores))
-        threshold = np.partition(scores, -k)[-k]
-        reach = np.flatnonzero((scores >= threshold) & (scores > 0))
-        best = reach[np.argsort(-scores[reach], kind="stable")][:k]
-        passages = self._collections[corpus]
-        return ToolResult(tuple(passages[i] for i in best))
+        index, passages = self._index(corpus), self._collections[corpus]
+        return ToolResult(tuple(passages[number] for number, _ in best(index, query, self._top_k)))
 
     def _index(self, corpus: str) -> bm25s.BM25:
         if corpus not in self._indices:
             if not self._collections.get(corpus):
                 raise ToolError(f"search: no passages in collection {corpus!r}; give data.corpus=FILE or search.url")
-            texts = [f"{passage.title} {passage.title} {passage.text}" for passage in self._collections[corpus]]
             index = bm25s.BM25()
-            index.index([_words(text) for text in texts], show_progress=False, create_empty_token=False)
+            texts = [indexed_words(passage) for passage in self._collections[corpus]]
+            index.index(texts, show_progress=False, create_empty_token=False)
             self._indices[corpus] = index
         return self._indices[corpus]
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
 
 
 class HttpSearch:
@@ -87,13 +71,19 @@ class HttpSearch:
     ``POST {"queries": [q], "topk": k, "return_scores": true}`` brings
     ``{"result": [[{"document": {"id", "contents"}, "score"}, ...]]}``, contents being ``title\\ntext``.
 
+    A timeout, a server that is not reached, 408, 429 and 5xx are tried again; an answer that is too large or not of the
+    protocol would be so again, and is not. ``counts`` holds a Counter of ``tools.base.COUNTS``.
+
     Args:
         url: of the retrieval endpoint.
         top_k: most passages a search returns.
-        timeout: seconds to wait for a connection, and for the answer.
-        retries: further attempts after the server was not reached, or answered 429 or 5xx.
-        backoff: seconds before the first of them, doubled before each later one.
-        connections: most connections at a time; other searches wait their turn.
+        timeout: seconds an attempt may take.
+        retries: further attempts.
+        backoff: seconds before the first of them, doubled before each later one; a server's Retry-After may make it
+            longer.
+        concurrency: most requests at a time; other searches wait their turn. Who backs off makes room.
+        max_bytes: larger answers are refused unread.
+        failure_text: what the policy reads when all attempts failed; None raises ToolError.
     """
 
     def __init__(
@@ -102,58 +92,157 @@ class HttpSearch:
         top_k: int,
         *,
         timeout: float = 30.0,
-        retries: int = 3,
+        retries: int = 5,
         backoff: float = 0.5,
-        connections: int = 64,
+        concurrency: int = 64,
+        max_bytes: int = 4_000_000,
+        failure_text: str | None = None,
     ):
         self._url = url
         self._top_k = top_k
-        self._timeout = httpx.Timeout(timeout, pool=None)
+        self._timeout = timeout
         self._retries = retries
         self._backoff = backoff
-        self._limits = httpx.Limits(max_connections=connections)
-        self._client: httpx.AsyncClient | None = None
+        self._concurrency = concurrency
+        self._max_bytes = max_bytes
+        self._failure_text = failure_text
+        self._ssl = httpx.create_ssl_context()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.counts: Counter[str] = Counter()
+
+    def check(self) -> None:
+        """Search once.
+
+        Raises:
+            ToolError: no usable answer after all attempts.
+        """
+        asyncio.run(self._search("Is the search server there?"))
+        self.counts.clear()
 
     async def __call__(self, query: str, corpus: str = "") -> ToolResult:
         """The server's passages for ``query``; it has one collection, so ``corpus`` is ignored.
 
         Raises:
-            ToolError: no usable answer after all attempts.
+            ToolError: no usable answer after all attempts, and there is no ``failure_text``.
         """
-        for attempt in range(self._retries + 1):
-            if attempt:
-                await asyncio.sleep(self._backoff * 2 ** (attempt - 1))
-            try:
-                response = await self._post(query)
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
-                reason = str(error) or type(error).__name__
-                continue
-            if response.is_success:
-                return self._read(response)
-            reason = f"status {response.status_code}"
-            if response.status_code != 429 and response.status_code < 500:
-                break
-        raise ToolError(f"search.url={self._url}: no answer ({reason}); is the search server running there?")
-
-    async def _post(self, query: str) -> httpx.Response:
-        # Connections belong to an event loop, and each step of a run may have its own.
-        loop = asyncio.get_running_loop()
-        if self._client is None or self._loop is not loop:
-            self._client = httpx.AsyncClient(timeout=self._timeout, limits=self._limits)
-            self._loop = loop
-        body = {"queries": [query], "topk": self._top_k, "return_scores": True}
-        return await self._client.post(self._url, json=body)
-
-    def _read(self, response: httpx.Response) -> ToolResult:
+        self.counts["calls"] += 1
         try:
-            hits: list[dict[str, Any]] = response.json()["result"][0]
-            return ToolResult(tuple(passage_of(hit["document"]) for hit in hits[: self._top_k]))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ToolError(
-                f"search.url={self._url}: its answer is not Search-R1's ({type(error).__name__}: {error}); "
-                'expected {"result": [[{"document": {"id", "contents"}, "score"}]]}'
-            ) from None
+            return ToolResult(await self._search(query))
+        except ToolError:
+            self.counts["failures"] += 1
+            if self._failure_text is None:
+                raise
+            return ToolResult((), failure=self._failure_text)
+
+    async def _search(self, query: str) -> tuple[Passage, ...]:
+        for attempt in range(self._retries + 1):
+            try:
+                return await self._attempt(query)
+            except _Failed as failed:
+                self.counts[failed.count] += 1
+                if not failed.again or attempt == self._retries:
+                    tried = "" if not failed.again else f" after {attempt + 1} attempts"
+                    raise ToolError(f"search.url={self._url}: {failed}{tried}; {failed.remedy}") from None
+                wait = max(self._backoff * 2**attempt, failed.wait)
+            self.counts["retries"] += 1
+            await asyncio.sleep(min(wait, LONGEST_WAIT))
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _attempt(self, query: str) -> tuple[Passage, ...]:
+        # Connections and queues belong to an event loop, and each step of a run may have its own.
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            # A client for each request at a time, made when first needed, the last used one first: one client's pool
+            # goes through all its connections for every request (4 ms of CPU against 1 at 32).
+            self._clients: asyncio.LifoQueue[httpx.AsyncClient | None] = asyncio.LifoQueue()
+            for _ in range(self._concurrency):
+                self._clients.put_nowait(None)
+            self._loop = loop
+        client = await self._clients.get() or httpx.AsyncClient(timeout=None, verify=self._ssl)
+        try:
+            async with asyncio.timeout(self._timeout):
+                return self._read(await self._fetch(client, query))
+        except TimeoutError:
+            raise _Failed("timeouts", f"no answer within {self._timeout:g} s") from None
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            remedy = "give a URL like http://127.0.0.1:8000/retrieve"
+            raise _Failed("refused", f"no answer ({error})", again=False, remedy=remedy) from None
+        except httpx.HTTPError as error:
+            raise _Failed("unreachable", f"no answer ({str(error) or type(error).__name__})") from None
+        finally:
+            self._clients.put_nowait(client)
+
+    async def _fetch(self, client: httpx.AsyncClient, query: str) -> bytes:
+        body = {"queries": [_encodable(query)], "topk": self._top_k, "return_scores": True}
+        # Not compressed: the limit is on what would be held here.
+        request = client.stream("POST", self._url, json=body, headers={"Accept-Encoding": "identity"})
+        async with request as response:
+            status = response.status_code
+            if status == 429:
+                raise _Failed("rate_limited", "no answer (status 429)", wait=_retry_after(response))
+            if status >= 500 or status == 408:
+                raise _Failed("server_errors", f"no answer (status {status})", wait=_retry_after(response))
+            if not response.is_success:
+                raise _Failed("refused", f"no answer (status {status})", again=False)
+            content = bytearray()
+            async for chunk in response.aiter_raw():
+                content += chunk
+                if len(content) > self._max_bytes:
+                    raise _Failed(
+                        "too_large", f"its answer exceeds {self._max_bytes:,} bytes", again=False,
+                        remedy="lower search.top_k, or raise search.max_response_mb",
+                    )  # fmt: skip
+        return bytes(content)
+
+    def _read(self, content: bytes) -> tuple[Passage, ...]:
+        try:
+            (hits,) = json.loads(content)["result"]
+            passages = [passage_of(hit["document"]) for hit in hits[: self._top_k]]
+            return tuple(Passage(*map(_encodable, (p.id, p.title, p.text))) for p in passages)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            raise _Failed(
+                "malformed", f"its answer is not Search-R1's ({type(error).__name__}: {error})", again=False,
+                remedy='expected {"result": [[{"document": {"id", "contents"}, "score"}]]}',
+            ) from None  # fmt: skip
+
+
+class _Failed(Exception):
+    """An attempt failed.
+
+    Args:
+        count: which of ``tools.base.COUNTS`` it adds to.
+        again: whether another attempt may succeed.
+        wait: seconds the server asks for before that.
+    """
+
+    def __init__(
+        self,
+        count: str,
+        reason: str,
+        *,
+        again: bool = True,
+        wait: float = 0.0,
+        remedy: str = "is the search server running there?",
+    ):
+        super().__init__(reason)
+        self.count, self.again, self.wait, self.remedy = count, again, wait, remedy
+
+
+def _encodable(text: str) -> str:
+    """Without lone surrogates: JSON's escapes can write them, UTF-8 and tokenizers cannot."""
+    return text.encode(errors="replace").decode()
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds that the server asks for, given as such or as a date; 0 where it asks for none."""
+    value = response.headers.get("Retry-After", "")
+    try:
+        seconds = (
+            float(value) if value.isdecimal() else (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        )
+    except (ValueError, TypeError):
+        return 0.0
+    return max(seconds, 0.0)
 
 
 class NoSearch:
@@ -165,6 +254,11 @@ class NoSearch:
 
 def make_search(config: Config, data: Data) -> Tool:
     """The search tool of a run: the server at ``search.url``, else BM25 over the run's collections."""
-    if config.search.url:
-        return HttpSearch(config.search.url, config.search.top_k)
-    return Bm25Search(data.collections, config.search.top_k)
+    search = config.search
+    if not search.url:
+        return Bm25Search(data.collections, search.top_k)
+    return HttpSearch(
+        search.url, search.top_k, timeout=search.timeout, retries=search.retries, backoff=search.backoff,
+        concurrency=search.concurrency, max_bytes=int(search.max_response_mb * 1e6),
+        failure_text=search.failure_text if search.on_failure == "text" else None,
+    )  # fmt: skip

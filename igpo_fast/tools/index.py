@@ -1,0 +1,307 @@
+"""A search index over a corpus file: built once, kept on disk, memory-mapped by every process that serves it.
+
+DIR/CORPUS-KIND-KEY/    a complete index; what is half built has a name that begins with a dot
+  documents.jsonl       one {"id", "contents"} a passage, in the corpus's order
+  offsets.npy           where each begins, and the end of the last: int64 [passages + 1]
+  ...                   the retriever's files
+  manifest.json         what it was built from and with, and the size of each file
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import re
+import shutil
+import sys
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Protocol
+
+import bm25s
+import numpy as np
+from bm25s.tokenization import Tokenized
+
+from igpo_fast.data import json_object, passage_of
+from igpo_fast.errors import InputError
+from igpo_fast.tools.base import Passage
+
+FORMAT = 1
+"""Of the files; raised when they, or how texts become words, change."""
+_WORD = re.compile(r"\w+")
+
+Hits = list[tuple[int, float]]
+"""A query's passages by number, with scores, best first."""
+Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+"""``with bar("reading") as progress: progress(done, total)``."""
+
+
+def words(text: str) -> list[str]:
+    """Lower-cased runs of letters and digits: no stop words, no stemming."""
+    return _WORD.findall(text.lower())
+
+
+def indexed_words(passage: Passage) -> list[str]:
+    """A passage as BM25 reads it, its title twice: what is about something comes before what mentions it."""
+    return words(f"{passage.title} {passage.title} {passage.text}")
+
+
+def best(index: bm25s.BM25, query: str, k: int) -> Hits:
+    """The ``k`` best passages that share a word with ``query``; equal scores keep the passages' order."""
+    ids = index.get_tokens_ids(words(query))
+    if not ids:
+        return []
+    scores = index.get_scores_from_ids(ids)
+    # The k-th best score first: sorting only what reaches it keeps large collections quick.
+    k = min(k, len(scores))
+    threshold = np.partition(scores, -k)[-k]
+    reach = np.flatnonzero((scores >= threshold) & (scores > 0))
+    first = reach[np.argsort(-scores[reach], kind="stable")][:k]
+    return list(zip(first.tolist(), scores[first].tolist(), strict=True))
+
+
+class Documents:
+    """The passages of an index as they are served: a mapped file, no copy in memory."""
+
+    def __init__(self, folder: Path):
+        self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+        with open(folder / "documents.jsonl", "rb") as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, number: int) -> bytes:
+        """A passage's JSON object."""
+        return self._bytes[self._offsets[number] : self._offsets[number + 1] - 1]
+
+    def passage(self, number: int) -> Passage:
+        return passage_of(json.loads(self[number]))
+
+
+class Retriever(Protocol):
+    """One way to rank passages."""
+
+    kind: str
+    settings: dict[str, object]
+    """What its files depend on, beside the corpus."""
+
+    def build(self, documents: Documents, folder: Path, bar: Bar) -> None:
+        """Write its files."""
+        ...
+
+    def open(self, folder: Path) -> None:
+        """Map them."""
+        ...
+
+    def search(self, queries: Sequence[str], k: int) -> list[Hits]:
+        """At most ``k`` passages for each query. Called from several threads."""
+        ...
+
+
+class Bm25:
+    """BM25 (Lucene's variant), ranked as ``Bm25Search`` ranks."""
+
+    kind = "bm25"
+
+    def __init__(self):
+        self.settings = {"bm25s": bm25s.__version__}
+
+    def build(self, documents: Documents, folder: Path, bar: Bar) -> None:
+        vocabulary: dict[str, int] = {}
+        ids = []
+        with bar("words") as progress:
+            for number in range(len(documents)):
+                found = indexed_words(documents.passage(number))
+                ids.append(array("i", [vocabulary.setdefault(word, len(vocabulary)) for word in found]))
+                progress(number + 1, len(documents))
+        index = bm25s.BM25()
+        # Its own bars follow.
+        index.index(Tokenized(ids, vocabulary), show_progress=sys.stderr.isatty(), create_empty_token=False)
+        index.save(folder / "bm25", show_progress=False)
+
+    def open(self, folder: Path) -> None:
+        self._index = bm25s.BM25.load(folder / "bm25", mmap=True, show_progress=False)
+
+    def search(self, queries: Sequence[str], k: int) -> list[Hits]:
+        return [best(self._index, query, k) for query in queries]
+
+
+class Index:
+    """A corpus's passages and one way to search them."""
+
+    def __init__(self, folder: Path, retriever: Retriever):
+        self.folder, self.retriever = folder, retriever
+        self.documents = Documents(folder)
+        retriever.open(folder)
+
+    def search(self, queries: Sequence[str], k: int) -> list[Hits]:
+        return self.retriever.search(queries, k)
+
+
+def open_index(corpus: Path, retriever: Retriever, root: Path, bar: Bar | None = None) -> Index:
+    """The index of a corpus file: the one in ``root`` that was built from this content with these settings, else built
+    now. A second process that wants it meanwhile waits.
+
+    A corpus whose path, size and time are those of the index is taken to be the same; if only its size is, it is read
+    and compared by content.
+
+    Args:
+        corpus: JSON lines as ``data.load_corpus`` takes them.
+        bar: shows progress.
+    Raises:
+        InputError: missing or malformed corpus, naming the line; a damaged index; ``root`` cannot be written.
+    """
+    stat = _stat(corpus)
+    settings = json.loads(json.dumps({"format": FORMAT, "kind": retriever.kind, **retriever.settings}))
+    with _locked(root):
+        folder = _find(corpus, stat, settings, root)
+        if folder is None:
+            folder = _build(corpus, stat, settings, retriever, root, bar or (lambda name: nullcontext(_ignore)))
+    return Index(folder, retriever)
+
+
+def _ignore(done: int, total: int) -> None:
+    pass
+
+
+def _stat(corpus: Path) -> dict[str, object]:
+    """What tells a file from another without reading it."""
+    try:
+        with open(corpus, "rb") as file:
+            found = os.fstat(file.fileno())
+    except OSError as error:
+        raise InputError(f"{corpus}: cannot read it ({error.strerror}); give an existing file") from None
+    return {"path": str(corpus.resolve()), "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = open(root / ".lock", "a+")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise InputError(f"{root}: cannot keep an index there ({error.strerror}); give another --index") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _find(corpus: Path, stat: dict, settings: dict, root: Path) -> Path | None:
+    """The complete index of this corpus with these settings."""
+    digest = None
+    for path in sorted(root.glob("*/manifest.json")):
+        manifest = json.loads(path.read_bytes())
+        known = manifest["corpus"]
+        if manifest["settings"] != settings or known["size"] != stat["size"]:
+            continue
+        same = {key: known[key] for key in stat} == stat
+        if not same:
+            digest = digest or digest_of_file(corpus)
+        if same or digest == known["digest"]:
+            _check(path.parent, manifest)
+            if not same:
+                _write_manifest(path.parent, {**manifest, "corpus": {**stat, "digest": digest}})
+            return path.parent
+    return None
+
+
+def _check(folder: Path, manifest: dict) -> None:
+    for name, size in manifest["files"].items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            raise InputError(f"{folder / name}: missing or damaged; delete {folder}, and it is built again")
+
+
+def _build(corpus: Path, stat: dict, settings: dict, retriever: Retriever, root: Path, bar: Bar) -> Path:
+    for leftover in root.glob(".*.tmp"):
+        shutil.rmtree(leftover)
+    temporary = root / f".{retriever.kind}.tmp"
+    temporary.mkdir()
+    try:
+        digest = _write_documents(corpus, temporary, bar)
+        if _stat(corpus) != stat:
+            raise InputError(f"{corpus}: changed while it was read; start again when it is complete")
+        retriever.build(Documents(temporary), temporary, bar)
+        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+        sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
+        manifest = {"settings": settings, "corpus": {**stat, "digest": digest}, "files": sizes}
+        _write_manifest(temporary, manifest)
+        for path in temporary.rglob("*"):
+            _sync(path)
+        key = hashlib.blake2b(json.dumps([settings, digest]).encode(), digest_size=6).hexdigest()
+        folder = root / f"{corpus.stem}-{retriever.kind}-{key}"
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise InputError(f"{root}: cannot write the index ({error.strerror or error}); give another --index") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(root)
+    return folder
+
+
+def _write_documents(corpus: Path, folder: Path, bar: Bar) -> str:
+    """documents.jsonl and offsets.npy; returns the corpus's digest."""
+    digest, seen, offsets, size = hashlib.blake2b(digest_size=16), set(), array("q", [0]), corpus.stat().st_size
+    read = 0
+    with open(corpus, "rb") as source, open(folder / "documents.jsonl", "wb") as out, bar("corpus") as progress:
+        for number, line in enumerate(source, start=1):
+            digest.update(line)
+            read += len(line)
+            if not line.strip():
+                continue
+            id, document = _document(line, f"{corpus} line {number}")
+            if id in seen:
+                raise InputError(f"{corpus} line {number}: id {id!r} occurs twice; make ids unique")
+            seen.add(id)
+            offsets.append(offsets[-1] + out.write(document))
+            progress(read, size)
+    if not seen:
+        raise InputError(f"{corpus}: no passages; give at least one line")
+    np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
+    return digest.hexdigest()
+
+
+def _document(line: bytes, where: str) -> tuple[str, bytes]:
+    """A line's id, and its passage as it is served: contents as they are given, else title and text."""
+    try:
+        row = json_object(line.decode(), where)
+        passage = passage_of(row)
+    except UnicodeDecodeError:
+        raise InputError(f"{where}: not UTF-8 text; give JSON lines") from None
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    given = "contents" in row and "text" not in row
+    title = " ".join(passage.title.split())
+    contents = str(row["contents"]) if given else f"{title}\n{passage.text}"
+    document = json.dumps({"id": passage.id, "contents": contents}, ensure_ascii=False)
+    return passage.id, document.encode(errors="replace") + b"\n"
+
+
+def _write_manifest(folder: Path, manifest: dict) -> None:
+    temporary = folder / ".manifest.tmp"
+    temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, folder / "manifest.json")
+    _sync(folder)
+
+
+def digest_of_file(path: Path) -> str:
+    """Of its content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,185 @@
+"""The retrieval server: Search-R1's protocol, one index for several processes, bad input in one line."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from igpo_fast.cli import app
+from igpo_fast.data import load_corpus
+from igpo_fast.tools.search import Bm25Search, HttpSearch
+from tests.search_server import ROOT, Serving, serving
+
+pytest.importorskip("uvicorn")
+ROWS = [
+    {"id": "a", "title": "Mars", "text": "is red"},
+    {"id": "b", "title": "", "text": "of Mars"},
+    {"id": "c", "contents": '"Venus"\nis hot'},
+]
+A, B, C = (
+    {"id": "a", "contents": "Mars\nis red"},
+    {"id": "b", "contents": "\nof Mars"},
+    {"id": "c", "contents": '"Venus"\nis hot'},
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(corpus):
+    with serving(corpus, corpus.parent / "index", "--topk=1") as server:
+        yield server
+
+
+def post(server, **body):
+    return httpx.post(server.url, json=body)
+
+
+def test_scores(server):
+    found = post(server, queries=["mars", "venus", "pluto"], topk=3, return_scores=True).json()
+    (first, second), (third,), nothing = found["result"]
+    assert [hit["document"] for hit in (first, second, third)] == [A, B, C] and nothing == []
+    assert all(set(hit) == {"document", "score"} for hit in (first, second, third))
+    assert first["score"] > second["score"] > 0
+
+
+def test_without_scores_the_documents_themselves(server):
+    assert post(server, queries=["mars", "venus"], topk=3).json() == {"result": [[A, B], [C]]}
+    assert post(server, queries=["mars"], topk=3, return_scores=False).json() == {"result": [[A, B]]}
+
+
+@pytest.mark.parametrize("topk", [None, 0])
+def test_the_server_has_its_own_number(server, topk):
+    assert (
+        post(server, queries=["mars"], topk=topk).json() == post(server, queries=["mars"]).json() == {"result": [[A]]}
+    )
+
+
+def test_as_many_as_there_are(server):
+    assert post(server, queries=["mars"], topk=10**9).json() == {"result": [[A, B]]}
+    assert post(server, queries=[]).json() == {"result": []}
+
+
+@pytest.mark.parametrize("body", [{}, {"queries": "mars"}, {"queries": [1]}, {"queries": [], "topk": -1}, []])
+def test_other_requests_are_refused(server, body):
+    response = httpx.post(server.url, json=body)
+    assert response.status_code == 422 and response.json()["detail"]
+
+
+def test_what_is_not_json_is_refused_and_the_server_lives_on(server):
+    assert httpx.post(server.url, content=b"{", headers={"Content-Type": "application/json"}).status_code == 422
+    health = httpx.get(server.url.replace("/retrieve", "/health"))
+    assert health.json() == {"status": "ok", "retriever": "bm25", "passages": 3}
+
+
+def test_our_client_finds_what_search_in_process_finds(server, corpus):
+    local, remote = Bm25Search({"": load_corpus(corpus)}, 3), HttpSearch(server.url, 3)
+    for query in ("mars", "venus is", "pluto", "", "\ud800 mars \x00"):
+        assert asyncio.run(remote(query)) == asyncio.run(local(query))
+
+
+def test_a_search_r1_client_reads_titles_and_texts(server):
+    """As Search-R1 and verl read an answer: the first line of contents is the title."""
+    (hits,) = post(server, queries=["mars"], topk=2, return_scores=True).json()["result"]
+    contents = [hit["document"]["contents"] for hit in hits]
+    assert [content.split("\n")[0] for content in contents] == ["Mars", ""]
+    assert ["\n".join(content.split("\n")[1:]) for content in contents] == ["is red", "of Mars"]
+
+
+def mapped(server):
+    """Inodes of the mapped files, by name."""
+    lines = Path(f"/proc/{server.process.pid}/maps").read_text().splitlines()
+    parts = [line.split(maxsplit=5) for line in lines]
+    return {Path(part[5]).name: int(part[4]) for part in parts if len(part) > 5}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_two_processes_share_one_index(corpus, tmp_path):
+    """Started together: one builds, the other waits and maps the same files."""
+    with ThreadPoolExecutor(2) as pool:
+        started = list(pool.map(lambda _: Serving(corpus, tmp_path), range(2)))
+    try:
+        assert sorted("words 100%" in server.log for server in started) == [False, True]
+        (folder,) = (path.parent for path in tmp_path.glob("*/manifest.json"))
+        arrays = [f"{name}.csc.index.npy" for name in ("data", "indices", "indptr")]
+        shared = ["documents.jsonl", "offsets.npy", *arrays]
+        on_disk = {path.name: path.stat().st_ino for path in folder.rglob("*") if path.name in shared}
+        assert sorted(on_disk) == sorted(shared)
+        for server in started:
+            assert {name: inode for name, inode in mapped(server).items() if name in shared} == on_disk
+        assert [post(server, queries=["venus"]).json() for server in started] == [{"result": [[C]]}] * 2
+    finally:
+        for server in started:
+            server.end()
+
+
+def test_ctrl_c_ends_it_quietly(corpus, tmp_path):
+    server = Serving(corpus, tmp_path)
+    os.kill(server.process.pid, signal.SIGINT)
+    assert server.process.wait(10) == 130
+    assert server.process.stderr.read() == ""
+    server.end()
+
+
+def refused(*options):
+    result = CliRunner().invoke(app, ["search", "serve", *options])
+    assert result.exit_code == 2, result.output
+    *_, line = result.stderr.splitlines()
+    assert line.startswith("error: ") and "Traceback" not in result.output
+    return line.removeprefix("error: ")
+
+
+def test_a_taken_port_is_found_before_anything_is_built(corpus, tmp_path, server):
+    line = refused(f"--corpus={corpus}", f"--index={tmp_path / 'index'}", f"--port={server.port}")
+    assert line.startswith(
+        f"127.0.0.1:{server.port}: cannot listen there (Address already in use); give another --port"
+    )
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_port_that_is_taken_meanwhile(corpus, tmp_path):
+    """Between binding and listening another process may begin to listen."""
+    from igpo_fast.errors import InputError
+    from igpo_fast.tools.server import bind, serve
+
+    with bind("127.0.0.1", 0) as ours, socket.socket() as theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        theirs.bind(ours.getsockname())
+        theirs.listen()
+        with pytest.raises(InputError, match="cannot listen there"):
+            serve(None, ours, 3)
+
+
+def test_other_bad_input(corpus, tmp_path):
+    index = f"--index={tmp_path / 'index'}"
+    assert refused(f"--corpus={tmp_path / 'absent'}", index, "--port=0").endswith("give an existing file")
+    (tmp_path / "bad.jsonl").write_text('{"id": "a", "text": "t"}\n{"id": "b"\n')
+    assert "bad.jsonl line 2: not JSON" in refused(f"--corpus={tmp_path / 'bad.jsonl'}", index, "--port=0")
+    assert "host.invalid" in refused(f"--corpus={corpus}", index, "--host=host.invalid")
+    assert "give --dense DIR" in refused(f"--corpus={corpus}", index, "--query-prompt=x", "--port=0")
+
+
+@pytest.mark.parametrize(
+    ("missing", "extra", "options"),
+    [("fastapi", "search", []), ("uvicorn", "search", []), ("sentence_transformers", "dense", ["--dense=."])],
+)
+def test_a_missing_extra_is_named(corpus, missing, extra, options):
+    code = f"import sys; sys.modules[{missing!r}] = None; from igpo_fast.cli import main; main()"
+    command = [sys.executable, "-c", code, "search", "serve", f"--corpus={corpus}", "--port=0", *options]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 2 and line.endswith(f"pip install 'igpo-fast[{extra}]'")
