@@ -7,6 +7,17 @@ from igpo_fast.config import Config
 from igpo_fast.errors import InputError
 
 
+def longest_rollout(config: Config, recipe: Recipe, answer_tokens: int) -> int:
+    """Most packed tokens that a rollout and its forced answers may take."""
+    return config.rollout.max_tokens + config.rollout.max_turns * answer_tokens * recipe.needs_values
+
+
+def groups_a_pack(config: Config, recipe: Recipe, answer_tokens: int) -> int:
+    """How many whole groups surely fit a pack, at least 1: they are scored together as soon as all have finished."""
+    largest = config.rollout.group_size * longest_rollout(config, recipe, answer_tokens)
+    return max(1, config.train.token_budget // largest)
+
+
 def choose_passes(config: Config, recipe: Recipe, answer_tokens: int) -> str:
     """``one`` or ``two`` passes over a rollout's tokens per update (design.md); fixed for the run.
 
@@ -14,19 +25,26 @@ def choose_passes(config: Config, recipe: Recipe, answer_tokens: int) -> str:
         answer_tokens: most tokens that forced answers take after one prefix.
     Raises:
         InputError: ``algorithm.passes=one`` with a configuration that it cannot honour, or a rollout may exceed
-            ``train.token_budget``.
+            ``train.token_budget``; ``rollout.skip_collapsed`` where groups have no advantages of their own.
     """
     rollout, asked, budget = config.rollout, config.algorithm.passes, config.train.token_budget
-    longest = rollout.max_tokens + rollout.max_turns * answer_tokens * recipe.needs_values
+    longest = longest_rollout(config, recipe, answer_tokens)
     largest = rollout.group_size * longest
     if longest > budget:
         raise InputError(
             f"train.token_budget={budget}: a rollout and its forced answers may take {longest} tokens; raise it, or "
             "lower rollout.max_tokens"
         )
+    if rollout.skip_collapsed and recipe.normaliser.scope == "batch":
+        raise InputError(
+            f"rollout.skip_collapsed: algorithm.name={recipe.algorithm} normalises over the batch, so no group has "
+            "advantages of its own; leave it out"
+        )
     hindrance = None
     if config.train.updates > 1:
         hindrance = f"train.updates={config.train.updates} needs old log-probabilities"
+    elif recipe.needs_values and rollout.skip_collapsed:
+        hindrance = "rollout.skip_collapsed chooses groups by their gains"
     elif recipe.needs_values and recipe.normaliser.scope == "batch":
         hindrance = f"algorithm.name={recipe.algorithm} normalises gains over the batch"
     elif largest > budget:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+import statistics
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from igpo_fast.dialect import Dialect
-from igpo_fast.engines.base import Engine, Request, Sampling
+from igpo_fast.engines.base import Engine, Request, Sampling, others
 from igpo_fast.errors import InputError
-from igpo_fast.tools.base import Tool
+from igpo_fast.tools.base import Tool, ToolResult
 from igpo_fast.types import ANSWER, SEARCH, Group, Question, Rollout, Turn, TurnScores
 
 NOTHING = np.zeros(0, dtype=np.int32)
@@ -111,7 +111,121 @@ async def run_rollout(
     return Rollout(question, index, prompt, (*turns, turn))
 
 
-def rollout_groups(
+@dataclass(frozen=True)
+class Stragglers:
+    """When ``share`` of a batch's rollouts are done, each of the rest may take ``factor`` times their median duration.
+
+    One that takes longer is left out of its group, as if the group had been smaller; a group that keeps fewer than two
+    has nothing to compare and is dropped. Ended as a rollout without an answer, it would earn the format penalty for
+    its tools' latency, likelier the more turns it makes: that teaches short rollouts and shifts the mean of its group.
+    Left out, it biases nothing where latency is chance; where rollouts are slow because they are long, the long ones
+    are not learnt from. What is left out depends on the clock, so a run with stragglers does not repeat.
+    """
+
+    share: float
+    factor: float
+
+
+class _Flight:
+    """The rollouts of a batch, each a task of its own, and the groups that they make."""
+
+    def __init__(
+        self,
+        run: Callable[..., Coroutine[Any, Any, Rollout]],
+        tool: Tool,
+        questions: Sequence[Question],
+        group_size: int,
+        concurrency: int,
+        enough: int,
+        stragglers: Stragglers | None,
+        progress: Callable[[int, int], None] | None,
+    ):
+        self._run, self._tool, self._questions, self._group_size = run, tool, questions, group_size
+        self._gate, self._changed = asyncio.Semaphore(concurrency), asyncio.Event()
+        self._enough, self._stragglers, self._progress = enough, stragglers, progress
+        self._all: asyncio.Future | None = None
+        self._begun: dict[asyncio.Timeout, float] = {}  # of each rollout in flight: its deadline, when it began
+        self._waiting = 0  # those of them that wait for their tool
+        self._seconds: list[float] = []  # that the finished ones took
+        self._allowed: float | None = None  # seconds, once enough of them are known
+        self._ended: dict[int, dict[int, Rollout | None]] = defaultdict(dict)
+        self._finished: deque[tuple[int, Group]] = deque()
+        self._groups = 0  # finished, handed out or not
+        self.stragglers = 0
+
+    async def next(self) -> tuple[int, Group] | None:
+        """A finished group, as soon as nothing can be sampled before a tool answers; None after the last."""
+        if self._all is None:
+            places = range(len(self._questions))
+            self._all = asyncio.gather(*(self._one(place, i) for place in places for i in range(self._group_size)))
+            self._all.add_done_callback(self._over)
+        while self._groups < self._enough:
+            await others()  # what has arrived meanwhile goes first
+            if self._all.done():
+                self._all.result()  # raises the first fault
+                break
+            if self._finished and self._waiting == len(self._begun):
+                break
+            self._changed.clear()
+            await self._changed.wait()
+        return self._finished.popleft() if self._finished else None
+
+    def _over(self, everything: asyncio.Future) -> None:
+        everything.cancelled() or everything.exception()  # else asyncio complains, where nobody asks any more
+        self._changed.set()
+
+    async def _one(self, place: int, index: int) -> None:
+        question, rollout = self._questions[place], None
+        loop = asyncio.get_running_loop()
+        async with self._gate:
+            began = loop.time()
+            try:
+                async with asyncio.timeout(None) as deadline:
+                    self._begun[deadline] = began
+                    self._limit(deadline)
+                    rollout = await self._run(question, index, tool=self._call)
+            except TimeoutError:
+                if not deadline.expired():
+                    raise
+                self.stragglers += 1
+            finally:
+                del self._begun[deadline]
+        if rollout is not None:
+            self._seconds.append(loop.time() - began)
+        self._end(place, index, rollout)
+
+    async def _call(self, query: str, corpus: str = "") -> ToolResult:
+        self._waiting += 1
+        self._changed.set()
+        try:
+            return await self._tool(query, corpus)
+        finally:
+            self._waiting -= 1
+
+    def _end(self, place: int, index: int, rollout: Rollout | None) -> None:
+        group = self._ended[place]
+        group[index] = rollout
+        total, done = len(self._questions) * self._group_size, sum(map(len, self._ended.values()))
+        if self._progress:
+            self._progress(done, total)
+        if len(group) == self._group_size:
+            kept = tuple(rollout for _, rollout in sorted(group.items()) if rollout is not None)
+            if len(kept) >= min(2, self._group_size):
+                self._finished.append((place, Group(self._questions[place], kept)))
+                self._groups += 1
+        limits = self._stragglers
+        if limits and self._allowed is None and len(self._seconds) >= limits.share * total:
+            self._allowed = limits.factor * statistics.median(self._seconds)
+            for deadline in self._begun:
+                self._limit(deadline)
+        self._changed.set()
+
+    def _limit(self, deadline: asyncio.Timeout) -> None:
+        if self._allowed is not None:
+            deadline.reschedule(self._begun[deadline] + self._allowed)
+
+
+def finished_groups(
     questions: Sequence[Question],
     group_size: int,
     *,
@@ -123,20 +237,31 @@ def rollout_groups(
     limits: Limits,
     sampling: Sampling,
     concurrency: int,
+    enough: int | None = None,
+    stragglers: Stragglers | None = None,
+    counts: Counter | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Group, ...]:
-    """``group_size`` rollouts of each question, all together.
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> Iterator[tuple[int, Group]]:
+    """``group_size`` rollouts of each question, all together; groups as they finish.
+
+    A group is handed out when the engine has nothing to do: every rollout in flight waits for its tool, or all have
+    ended. While the caller works on it nothing else runs, so that work on the engine's device costs tools' time only.
 
     Args:
         seed, step: they key the sampling noise, with question and rollout: what is sampled depends neither on
             the other questions nor on their order.
         concurrency: rollouts in flight at a time.
+        enough: end with so many groups, whichever finish first, and cancel the rest; None waits for all.
+        stragglers: None waits for every rollout.
+        counts: gets ``rollout/stragglers``, the rollouts that were left out.
         progress: called with (done, total) after each rollout.
-    Returns:
-        A group a question, in the order of ``questions``.
+        loop_factory: makes the event loop; None takes asyncio's.
+    Yields:
+        A group and its question's place in ``questions``.
     Raises:
         InputError: two questions share an id, and so would share their noise.
-        Else whatever a rollout raises first; the others are cancelled.
+        Else whatever a rollout raises first; the others are cancelled, as they are when the iterator is closed.
     """
     twice = [id for id, count in Counter(question.id for question in questions).items() if count > 1]
     if twice:
@@ -144,28 +269,40 @@ def rollout_groups(
             f"question {twice[0]}: occurs twice in a batch; give every question its own id, and a step no "
             "more questions than the data set has"
         )
-    gate = asyncio.Semaphore(concurrency)
-    total, done = len(questions) * group_size, 0
-    run = partial(run_rollout, engine=engine, tool=tool, dialect=dialect, limits=limits, sampling=sampling)
 
-    async def one(question: Question, index: int) -> Rollout:
-        nonlocal done
+    def run(question: Question, index: int, tool: Tool) -> Coroutine[Any, Any, Rollout]:
         key = (seed, step, question_key(question), index)
-        async with gate:
-            rollout = await run(question, key, index)
-        done += 1
-        if progress:
-            progress(done, total)
-        return rollout
+        return run_rollout(
+            question, key, index, engine=engine, tool=tool, dialect=dialect, limits=limits, sampling=sampling
+        )
 
-    async def everything() -> list[Rollout]:
-        return await asyncio.gather(*(one(question, i) for question in questions for i in range(group_size)))
+    enough = len(questions) if enough is None else enough
+    flight = _Flight(run, tool, questions, group_size, concurrency, enough, stragglers, progress)
+    # A Runner keeps its loop between runs; when it closes it cancels what is left and awaits its end.
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        while (found := runner.run(flight.next())) is not None:
+            yield found
+    if counts is not None:
+        counts["rollout/stragglers"] += flight.stragglers
 
-    # gather raises the first exception at once; asyncio.run then cancels the others and awaits their end.
-    rollouts = asyncio.run(everything())
-    return tuple(
-        Group(question, tuple(rollouts[q * group_size : (q + 1) * group_size])) for q, question in enumerate(questions)
-    )
+
+def rollout_groups(questions: Sequence[Question], group_size: int, **options) -> tuple[Group, ...]:
+    """All of ``finished_groups``, which takes the options, in the order of ``questions``."""
+    groups = dict(finished_groups(questions, group_size, **options))
+    return tuple(groups[place] for place in sorted(groups))
+
+
+def in_ranges(finished: Iterable[tuple[int, Group]], size: int, total: int) -> Iterator[dict[int, Group]]:
+    """Groups by their places, in ranges of ``size`` of the ``total`` places: a range as soon as it is whole, and at the
+    end what came of the others. So what is in a range depends on nothing that finished when."""
+    ranges: dict[int, dict[int, Group]] = defaultdict(dict)
+    for place, group in finished:
+        number = place // size
+        ranges[number][place] = group
+        if len(ranges[number]) == min(size, total - number * size):
+            yield dict(sorted(ranges.pop(number).items()))
+    for number in sorted(ranges):
+        yield dict(sorted(ranges[number].items()))
 
 
 def _numbers(values: Any) -> list[float | None]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -20,16 +21,19 @@ from igpo_fast.checkpoint import RunFolder, load_checkpoint, open_run, rewind, s
 from igpo_fast.config import Config
 from igpo_fast.data import question_order
 from igpo_fast.display import Display
+from igpo_fast.engines.base import EngineError
+from igpo_fast.errors import InputError
 from igpo_fast.interrupt import Interrupted, stop_requested
 from igpo_fast.losses import token_weights
 from igpo_fast.metrics import StepMetrics, tracker, warnings_for
+from igpo_fast.packs import Packs, Scored, count_tokens, rollout_key
 from igpo_fast.parts import Parts, assemble
-from igpo_fast.passes import choose_passes
-from igpo_fast.rewards import values_of
-from igpo_fast.rollout import rollout_groups, rollout_record
-from igpo_fast.scoring import LossInputs, Policy, answer_means, make_trees
+from igpo_fast.passes import choose_passes, groups_a_pack
+from igpo_fast.rollout import Stragglers, finished_groups, in_ranges, rollout_record
+from igpo_fast.scoring import LossInputs, Policy
+from igpo_fast.tools.base import ToolError, settle
 from igpo_fast.types import Batch, Group, TurnScores
-from igpo_kernels import Branch, LossSettings, TreePlan, pack_within
+from igpo_kernels import LossSettings, TreePlan
 from igpo_kernels.backend import chosen
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -55,8 +59,14 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
             for step in range(first + 1, config.train.steps + 1):
                 metrics = StepMetrics(step)
                 questions = trainer.questions(step)
-                groups = trainer.rollouts(questions, step, metrics)
-                batch = trainer.update(Batch(step, groups), metrics)
+                finished = trainer.rollouts(questions, step, metrics)
+                try:
+                    batch, found = trainer.collect(finished, step, metrics)
+                except (ToolError, EngineError):  # nothing has changed since the last step; keep that
+                    if step > 1:
+                        trainer.save(run, step - 1)
+                    raise
+                batch = trainer.update(batch, metrics, found)
                 trainer.sync(metrics)
                 if trainer.evaluation_due(step):
                     metrics.set(trainer.evaluate())
@@ -66,7 +76,7 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
                 run.append_metrics(row)
                 track(row)
                 display.step(row)
-                for warning in warnings_for(rows):
+                for warning in warnings_for(rows, {"mismatch/logp_abs_diff": config.rollout.mismatch_warn}):
                     display.warn(warning)
                 if step % config.train.checkpoint_every == 0 or step == config.train.steps or stop.is_set():
                     trainer.save(run, step)
@@ -75,22 +85,14 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
     return run
 
 
-@dataclass(frozen=True)
-class Pass:
-    """What a scoring pass found for each rollout of a batch."""
-
-    values: dict[int, np.ndarray]
-    """v_t by rollout number: float64 [T]; empty where the algorithm needs none."""
-    logp: dict[int, np.ndarray]
-    """Decision tokens' log-probabilities by rollout number: float32 [decision tokens]."""
-
-
 class Trainer:
     """The state of training, and one method for each arrow of the flow."""
 
     def __init__(self, config: Config, display: Display):
         self.config, self.display = config, display
         self.parts: Parts = assemble(config, sft_progress=self._sft_progress)
+        if config.search.url:
+            self.parts.tool.check()
         a = config.algorithm
         self.recipe = Recipe(
             algorithm=a.name, basis=a.basis, answers=a.answers, pool=a.pool, gate=a.ig_gate, center=a.ig_center,
@@ -108,7 +110,10 @@ class Trainer:
         if a.kl:
             frozen = copy.deepcopy(lm).requires_grad_(False)
             self.reference = Policy(frozen, config.rollout.temperature, settings, config.model.kernels)
+        self._tokens_read = 0  # at the last update
         self.passes = choose_passes(config, self.recipe, self.parts.answer_tokens)
+        self.groups_a_pack = groups_a_pack(config, self.recipe, self.parts.answer_tokens)
+        self.packs = Packs(self.policy, self.parts.dialect, self.recipe, self.passes, config.train.token_budget)
         self.optimizer = torch.optim.AdamW(
             lm.parameters(), lr=config.train.lr, betas=config.train.betas, weight_decay=config.train.weight_decay
         )
@@ -134,7 +139,7 @@ class Trainer:
             self.display.note(f"resumed after step {step}")
         if moved:
             self.display.note(f"what an earlier session wrote after step {step} is in {moved}")
-        self.parts.engine.load_weights()
+        self.parts.send_weights()
         return step
 
     def save(self, run: RunFolder, step: int) -> None:
@@ -142,51 +147,103 @@ class Trainer:
 
     def questions(self, step: int) -> list:
         train, config = self.parts.data.train, self.config.train
-        return [train[i] for i in question_order(len(train), config.questions, step - 1, config.seed)]
+        asked = config.questions + self.config.rollout.oversample
+        return [train[i] for i in question_order(len(train), asked, step - 1, config.seed)]
 
-    def rollouts(self, questions: Sequence, step: int, metrics: StepMetrics) -> tuple[Group, ...]:
-        rollout, parts = self.config.rollout, self.parts
+    def rollouts(self, questions: Sequence, step: int, metrics: StepMetrics) -> Iterator[tuple[int, Group]]:
+        """Groups and their places, as they finish; each when the engine has nothing to do (``finished_groups``)."""
+        rollout, parts, counts = self.config.rollout, self.parts, Counter()
         self.display.phase("rollout", total=len(questions) * rollout.group_size)
-        with metrics.phase("rollout"):
-            return rollout_groups(
-                questions, rollout.group_size, seed=self.config.train.seed, step=step, engine=parts.engine,
-                tool=parts.tool, dialect=parts.dialect, limits=parts.limits, sampling=parts.sampling,
-                concurrency=rollout.concurrency, progress=lambda done, total: self.display.advance(),
-            )  # fmt: skip
+        limited = rollout.straggler_share < 1
+        groups = finished_groups(
+            questions, rollout.group_size, seed=self.config.train.seed, step=step, engine=parts.engine,
+            tool=parts.tool, dialect=parts.dialect, limits=parts.limits, sampling=parts.sampling,
+            concurrency=rollout.concurrency, counts=counts, progress=lambda done, total: self.display.advance(),
+            enough=self.config.train.questions if rollout.keep == "arrival" else None,
+            stragglers=Stragglers(rollout.straggler_share, rollout.straggler_factor) if limited else None,
+        )  # fmt: skip
+        with closing(groups):
+            while True:
+                with metrics.phase("rollout"):
+                    group = next(groups, None)
+                if group is None:
+                    break
+                yield group
+        parts.engine.sleep()
+        metrics.set(counts if limited else {})
+        counts, warning = settle(parts.tool, f"step {step}")
+        metrics.set(counts)
+        if warning:
+            self.display.warn(warning)
 
-    def update(self, batch: Batch, metrics: StepMetrics) -> Batch:
-        """Score the batch and take ``train.updates`` optimiser steps; returns it with its scores."""
-        read_before = self.policy.tokens_read
-        scores = self._one_pass(batch, metrics) if self.passes == "one" else self._two_passes(batch, metrics)
-        read = self.policy.tokens_read - read_before
+    def collect(self, finished: Iterator[tuple[int, Group]], step: int, metrics: StepMetrics) -> tuple[Batch, Scored]:
+        """The groups to train on, and what the first of two passes found for those that it has read by now.
+
+        With ``rollout.overlap`` groups are scored while others wait for their tools, in packs that depend on nothing
+        that finished when. One pass cannot begin so early: its backward would add up gradients in the order in which
+        groups finish, and where a weight depends on all tokens of the batch it is not known yet.
+        """
+        rollout, wanted = self.config.rollout, self.config.train.questions
+        asked = wanted + rollout.oversample
+        by_gains = rollout.skip_collapsed and self.recipe.needs_values
+        groups: dict[int, Group] = {}
+        found: Scored = {}
+        with closing(finished):
+            for some in in_ranges(finished, self.groups_a_pack, asked):
+                groups |= some
+                if self.passes == "two" and rollout.overlap:
+                    needed = tuple(group for place, group in some.items() if by_gains or place < wanted)
+                    self.packs.score(Batch(step, needed), found, metrics)
+        if by_gains:
+            self.packs.score(Batch(step, tuple(groups.values())), found, metrics)
+        preferred = sorted(groups, key=lambda i: (rollout.skip_collapsed and self.packs.collapsed(groups[i], found), i))
+        kept = sorted(preferred[:wanted])
+        if not kept:
+            raise InputError(
+                f"step {step}: stragglers left no group with two rollouts; raise rollout.straggler_factor or "
+                "rollout.straggler_share"
+            )
+        if rollout.oversample or rollout.straggler_share < 1:
+            metrics.set({"group/sampled": asked, "group/dropped": asked - len(kept)})
+        return Batch(step, tuple(groups[i] for i in kept)), found
+
+    def update(self, batch: Batch, metrics: StepMetrics, found: Scored | None = None) -> Batch:
+        """Score what is not ``found`` yet and take ``train.updates`` optimiser steps; returns the scored batch."""
+        one = self.passes == "one"
+        scores = self._one_pass(batch, metrics) if one else self._two_passes(batch, found or {}, metrics)
+        read, self._tokens_read = self.policy.tokens_read - self._tokens_read, self.policy.tokens_read
         metrics.set(reward_metrics(batch.groups, scores))
         metrics.set(
             {
                 "tokens/rollout": sum(len(rollout.ids) for rollout in batch.rollouts),
                 "tokens/read": read,
-                "sharing/ratio": self._separate_tokens(batch) / read,
+                "sharing/ratio": self.packs.separate_tokens(batch) / read,
             }
         )
         return Batch(batch.step, batch.groups, scores)
 
     def sync(self, metrics: StepMetrics) -> None:
         with metrics.phase("sync"):
-            self.parts.engine.load_weights()
+            self.parts.send_weights()
+        metrics.set(self.parts.engine.counts())
 
     def evaluation_due(self, step: int) -> bool:
         every = self.config.eval.every
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
     def evaluate(self) -> dict[str, float]:
-        self.display.phase("evaluation", total=min(self.config.eval.questions, len(self.parts.data.eval)))
-        return self.parts.evaluate(progress=lambda done, total: self.display.advance())
+        self.display.phase("evaluation", total=len(self.parts.data.eval))
+        found = self.parts.evaluate(progress=lambda done, total: self.display.advance())
+        if failures := found.get("eval/search_failures"):
+            self.display.warn(f"evaluation: {failures:.0f} searches failed for good; the policy read so")
+        return found
 
     def _one_pass(self, batch: Batch, metrics: StepMetrics) -> tuple[TurnScores, ...]:
         """Each pack is read once: answers, then gains and advantages, then the loss of the same hidden states."""
         self.display.phase("train")
         metrics.set({"time/score": 0.0})
         with metrics.phase("train"):
-            plans = self._plans(batch, range(len(batch.groups)), scored=True)
+            plans = self.packs.plans(batch, range(len(batch.groups)), scored=True)
             weights = self._weights(batch, range(len(batch.groups)))
             if not self.recipe.needs_values:  # known beforehand, of the whole batch: a pack is not one
                 known = score_rollouts(batch.groups, None, self.recipe)
@@ -198,7 +255,7 @@ class Trainer:
             def advantages_of(plan: TreePlan, answer_logp: np.ndarray) -> np.ndarray:
                 inside = np.unique(plan.rollout)
                 groups = np.unique(np.searchsorted(number_of_group, inside, side="right") - 1)
-                values = self._values(plan, answer_logp)
+                values = self.packs.values(plan, answer_logp)
                 scored = score_rollouts([batch.groups[g] for g in groups], [values[i] for i in inside], self.recipe)
                 scores.update(zip(inside.tolist(), scored, strict=True))
                 return _advantages(plan, scores)
@@ -206,31 +263,20 @@ class Trainer:
             self._step(batch, plans, weights, metrics, advantages_of=advantages_of)
         return tuple(scores[i] for i in range(len(batch.rollouts)))
 
-    def _two_passes(self, batch: Batch, metrics: StepMetrics) -> tuple[TurnScores, ...]:
+    def _two_passes(self, batch: Batch, found: Scored, metrics: StepMetrics) -> tuple[TurnScores, ...]:
         """A pass without gradient gives values and old log-probabilities; then the updates, without branches."""
-        updates = self.config.train.updates
+        updates = min(self.config.train.updates, len(batch.groups))
         self.display.phase("score")
-        with metrics.phase("score"):
-            found = self._score(batch, metrics)
-            values = [found.values[i] for i in range(len(batch.rollouts))] if found.values else None
-            scores = score_rollouts(batch.groups, values, self.recipe)
+        self.packs.score(batch, found, metrics)
+        old_logp = {i: found[rollout_key(rollout)].logp for i, rollout in enumerate(batch.rollouts)}
+        scores = self.packs.scores(batch.groups, found)
         self.display.phase("train", total=updates)
         with metrics.phase("train"):
             for share in np.array_split(np.arange(len(batch.groups)), updates):
-                plans = self._plans(batch, share, scored=False)
-                self._step(batch, plans, self._weights(batch, share), metrics, scores=scores, old_logp=found.logp)
+                plans = self.packs.plans(batch, share, scored=False)
+                self._step(batch, plans, self._weights(batch, share), metrics, scores=scores, old_logp=old_logp)
                 self.display.advance()
         return scores
-
-    def _score(self, batch: Batch, metrics: StepMetrics) -> Pass:
-        values, logp = {}, {}
-        for plan in self._plans(batch, range(len(batch.groups)), scored=True):
-            result = self.policy(plan)
-            _count(metrics, plan)
-            values |= self._values(plan, result.answer_logp)
-            owner = plan.rollout[: plan.n_decisions]
-            logp |= {int(i): result.decision_logp[owner == i] for i in np.unique(owner)}
-        return Pass(values, logp)
 
     def _step(
         self,
@@ -258,8 +304,11 @@ class Trainer:
             )
             result = self.policy(plan, inputs, advantages_of and (lambda logp, plan=plan: advantages_of(plan, logp)))
             result.loss.backward()
-            _count(metrics, plan)
+            count_tokens(metrics, plan)
+            anchor = result.decision_logp if inputs.old_logp is None else inputs.old_logp
+            metrics.largest({"mismatch/logp_abs_max": np.abs(anchor - inputs.engine_logp).max()})
             sums.append(result.sums)
+        self._check_mismatch(batch.step, sums)
         parameters = list(self.policy.parameters())
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.train.max_grad_norm)
         finite = math.isfinite(grad_norm) and all(math.isfinite(s["policy"]) for s in sums)
@@ -275,31 +324,15 @@ class Trainer:
         self.scheduler.step()
         metrics.update(sums, grad_norm)
 
-    def _plans(self, batch: Batch, share: Sequence[int], scored: bool) -> list[TreePlan]:
-        """Packs of the groups ``share``; ``scored`` hangs the answers on them. One pass needs whole groups."""
-        groups = [batch.groups[g] for g in share]
-        starts = np.cumsum([0, *(len(g.rollouts) for g in batch.groups)])
-        numbers = [range(starts[g], starts[g + 1]) for g in share]
-        branches = [self._branches(group) for group in groups] if scored else None
-        trees = make_trees(groups, branches, numbers)
-        return pack_within(trees, self.config.train.token_budget, split=self.passes == "two")
-
-    def _separate_tokens(self, batch: Batch) -> int:
-        """Tokens that separate passes would read for the same numbers: each rollout for each pass, and each of its
-        prefixes with each answer."""
-        total = 0
-        for group in batch.groups:
-            answers = [branch.stop - 1 for branch in self._branches(group)]
-            for rollout in group.rollouts:
-                total += len(rollout.ids) * (1 if self.passes == "one" else 2)
-                total += len(answers) * int(rollout.boundaries.sum()) + len(rollout.boundaries) * sum(answers)
-        return total
-
-    def _branches(self, group: Group) -> Sequence[Branch]:
-        """The answers that are forced after each prefix; none where the algorithm needs no values."""
-        if not self.recipe.needs_values:
-            return ()
-        return self.parts.dialect.branches(group.question)[: 1 if self.recipe.answers == "first" else None]
+    def _check_mismatch(self, step: int, sums: Sequence[Mapping[str, float]]) -> None:
+        """Raises InputError, before the update, where ``rollout.mismatch_stop`` is exceeded."""
+        limit = self.config.rollout.mismatch_stop
+        mean = sum(s["mismatch"] for s in sums) / sum(s["tokens"] for s in sums)
+        if limit and not mean <= limit:
+            raise InputError(
+                f"step {step}: the engine's log-probabilities differ from the trainer's by {mean:.3g} on average, more "
+                f"than rollout.mismatch_stop={limit:g}; correct for it (algorithm.importance), or raise the limit"
+            )
 
     def _weights(self, batch: Batch, share: Sequence[int]) -> np.ndarray:
         """Each rollout's token weight, 0 outside the groups ``share``: float64 [R]."""
@@ -308,10 +341,6 @@ class Trainer:
         lengths = [r.decision_tokens for r, mine in zip(batch.rollouts, inside, strict=True) if mine]
         weights[inside] = token_weights(lengths, self.config.algorithm.aggregation)
         return weights
-
-    def _values(self, plan: TreePlan, answer_logp: np.ndarray) -> dict[int, np.ndarray]:
-        means = answer_means(plan, answer_logp)
-        return {i: values_of(mean, self.recipe.basis, self.recipe.answers) for i, mean in means.items()}
 
     def _sft_progress(self, done: int, total: int, loss: float) -> None:
         if done == 1:
@@ -341,7 +370,3 @@ def _of_pairs(plan: TreePlan, per_rollout: Mapping[int, np.ndarray]) -> np.ndarr
     owner = plan.rollout[: plan.n_decisions]
     first = np.flatnonzero(np.diff(owner, prepend=-1))  # a rollout's decision pairs are contiguous and in order
     return np.concatenate([per_rollout[int(owner[at])] for at in first]).astype(np.float32)
-
-
-def _count(metrics: StepMetrics, plan: TreePlan) -> None:
-    metrics.add({"tokens/packed": plan.n_tokens, "tokens/scored": plan.n_pairs - plan.n_decisions})

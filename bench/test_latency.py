@@ -1,0 +1,71 @@
+"""Wall time of a batch of rollouts whose tool takes 0-2 s a call: what waits for its search holds up no other."""
+
+import asyncio
+import random
+import time
+from collections import defaultdict
+
+import pytest
+
+pytest.importorskip("pydantic")
+
+from igpo_fast.config import load
+from igpo_fast.parts import assemble
+from igpo_fast.rollout import rollout_groups
+from igpo_fast.tools.base import ToolResult
+from igpo_fast.types import SEARCH
+
+QUESTIONS, GROUP = 16, 8
+SLOWEST = 2.0
+"""Seconds; latencies are uniform between 0 and this."""
+
+
+class SlowTool:
+    """``chains[rollout]`` are the latencies of its calls in the latest batch."""
+
+    def __init__(self, tool, slowest):
+        self.tool, self.slowest = tool, slowest
+        self.begin()
+
+    def begin(self):
+        self.rng, self.chains = random.Random(0), defaultdict(list)
+
+    async def __call__(self, query: str, corpus: str = "") -> ToolResult:
+        latency = self.rng.uniform(0, self.slowest)
+        self.chains[asyncio.current_task()].append(latency)
+        await asyncio.sleep(latency)
+        return await self.tool(query, corpus)
+
+
+def test_rollouts(compare, tmp_path):
+    config = load(
+        "configs/quickstart.yaml",
+        [f"run.cache={tmp_path}", "sft.clean_steps=0", "sft.noisy_steps=0", "sft.hard_steps=0"],
+    )
+    parts = assemble(config)
+    # An untrained policy never searches; here every turn does, whatever it says.
+    parts.dialect.parse = lambda text: (SEARCH, "who")
+    slow, quick = SlowTool(parts.tool, SLOWEST), SlowTool(parts.tool, 0.0)
+
+    def batch(tool):
+        tool.begin()
+        parts.engine.load_weights()
+        return rollout_groups(
+            parts.data.train[:QUESTIONS], GROUP, seed=0, step=1, engine=parts.engine, tool=tool, dialect=parts.dialect,
+            limits=parts.limits, sampling=parts.sampling, concurrency=QUESTIONS * GROUP,
+        ) and None  # fmt: skip
+
+    def longest_chain():
+        time.sleep(max(map(sum, slow.chains.values())))
+        batch(quick)
+
+    def turn_by_turn():
+        calls = max(map(len, slow.chains.values()))
+        time.sleep(sum(max(chain[t] for chain in slow.chains.values() if len(chain) > t) for t in range(calls)))
+        batch(quick)
+
+    shape = dict(rollouts=QUESTIONS * GROUP, turns=parts.limits.max_turns, turn_tokens=parts.limits.max_turn_tokens)
+    shape |= dict(latency=f"uniform 0-{SLOWEST:g} s")
+    sides = {"ours": lambda: batch(slow), "longest_chain": longest_chain, "turn_by_turn": turn_by_turn}
+    found = compare("latency/rollouts", shape, sides, rounds=1)
+    assert found["ours"]["median"] <= 1.3 * found["longest_chain"]["median"]

@@ -1,0 +1,105 @@
+"""Groups of rollouts into packs, and what a pass over them found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from igpo_fast.advantages import Recipe, collapsed, score_rollouts
+from igpo_fast.dialect import Dialect
+from igpo_fast.metrics import StepMetrics
+from igpo_fast.rewards import values_of
+from igpo_fast.scoring import Policy, answer_means, make_trees
+from igpo_fast.types import Batch, Group, Rollout, TurnScores
+from igpo_kernels import Branch, TreePlan, pack_within
+
+
+class Found(NamedTuple):
+    """What a scoring pass found for a rollout."""
+
+    values: np.ndarray | None
+    """v_t: float64 [T]; None where the algorithm needs none."""
+    logp: np.ndarray
+    """Its decision tokens' log-probabilities: float32 [decision tokens]."""
+
+
+Scored = dict[tuple[str, int], Found]
+"""By the question's id and the rollout's index."""
+
+
+class Packs:
+    """Makes the packs of a run, and reads them where no gradient is needed.
+
+    Args:
+        passes: ``one`` or ``two``.
+        token_budget: most packed tokens that a forward reads.
+    """
+
+    def __init__(self, policy: Policy, dialect: Dialect, recipe: Recipe, passes: str, token_budget: int):
+        self._policy, self._dialect, self._recipe = policy, dialect, recipe
+        self._passes, self._budget = passes, token_budget
+
+    def plans(self, batch: Batch, share: Sequence[int], scored: bool) -> list[TreePlan]:
+        """Packs of the groups ``share``; ``scored`` hangs the answers on them. One pass needs whole groups."""
+        groups = [batch.groups[g] for g in share]
+        starts = np.cumsum([0, *(len(g.rollouts) for g in batch.groups)])
+        numbers = [range(starts[g], starts[g + 1]) for g in share]
+        branches = [self._branches(group) for group in groups] if scored else None
+        trees = make_trees(groups, branches, numbers)
+        return pack_within(trees, self._budget, split=self._passes == "two")
+
+    def separate_tokens(self, batch: Batch) -> int:
+        """Tokens that separate passes would read for the same numbers: each rollout for each pass, and each of its
+        prefixes with each answer."""
+        total = 0
+        for group in batch.groups:
+            answers = [branch.stop - 1 for branch in self._branches(group)]
+            for rollout in group.rollouts:
+                total += len(rollout.ids) * (1 if self._passes == "one" else 2)
+                total += len(answers) * int(rollout.boundaries.sum()) + len(rollout.boundaries) * sum(answers)
+        return total
+
+    def _branches(self, group: Group) -> Sequence[Branch]:
+        """The answers that are forced after each prefix; none where the algorithm needs no values."""
+        if not self._recipe.needs_values:
+            return ()
+        return self._dialect.branches(group.question)[: 1 if self._recipe.answers == "first" else None]
+
+    def values(self, plan: TreePlan, answer_logp: np.ndarray) -> dict[int, np.ndarray]:
+        """v_t of each rollout in a pack, by its number in the batch: float64 [T] each."""
+        means = answer_means(plan, answer_logp)
+        return {i: values_of(mean, self._recipe.basis, self._recipe.answers) for i, mean in means.items()}
+
+    def score(self, batch: Batch, found: Scored, metrics: StepMetrics) -> None:
+        """The first of two passes, over those groups that are not ``found`` yet."""
+        new = Batch(batch.step, tuple(group for group in batch.groups if rollout_key(group.rollouts[0]) not in found))
+        with metrics.phase("score"):
+            for plan in self.plans(new, range(len(new.groups)), scored=True):
+                result = self._policy(plan)
+                count_tokens(metrics, plan)
+                values = self.values(plan, result.answer_logp)
+                owner = plan.rollout[: plan.n_decisions]
+                for i in np.unique(owner).tolist():
+                    found[rollout_key(new.rollouts[i])] = Found(values.get(i), result.decision_logp[owner == i])
+
+    def scores(self, groups: Sequence[Group], found: Scored) -> tuple[TurnScores, ...]:
+        """What the groups' rollouts earned; outcome-only algorithms need nothing ``found``."""
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        values = [found[rollout_key(rollout)].values for rollout in rollouts] if self._recipe.needs_values else None
+        return score_rollouts(groups, values, self._recipe)
+
+    def collapsed(self, group: Group, found: Scored) -> bool:
+        """Whether its advantages are all 0; outcomes that are all equal do not make it so where gains differ."""
+        return collapsed([group], self.scores([group], found)) == 1
+
+
+def rollout_key(rollout: Rollout) -> tuple[str, int]:
+    """Under which ``Scored`` has a rollout."""
+    return rollout.question.id, rollout.index
+
+
+def count_tokens(metrics: StepMetrics, plan: TreePlan) -> None:
+    """Add a pack that was read to the step's row."""
+    metrics.add({"tokens/packed": plan.n_tokens, "tokens/scored": plan.n_pairs - plan.n_decisions})
