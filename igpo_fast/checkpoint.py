@@ -35,7 +35,10 @@ from igpo_fast.errors import InputError
 # Not eval.questions, which can decide what is held out of the training questions.
 SESSION_KEYS = {
     "run.dir", "run.cache", "run.tracker", "model.device", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.threads", "eval.every",
+    "train.threads", "eval.every", "search.url", "search.timeout", "search.retries", "search.backoff",
+    "search.concurrency", "search.max_response_mb", "search.on_failure", "rollout.server", "rollout.server_timeout",
+    "rollout.gpu_memory", "rollout.mismatch_warn", "rollout.mismatch_stop",
+    "rollout.tool_calls", "rollout.tool_timeout",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``igpo-fast train | sft | eval | score | doctor``."""
+"""The command line: ``igpo-fast train | sft | eval | score | search | doctor``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from igpo_fast.config import Config
 
 INTERRUPTED = 130
+INDICES = Path("runs/cache/search")
+LOG_SECONDS = 10.0
+"""Between lines of a log that tell of progress."""
 
 
 class Commands(TyperGroup):
@@ -43,6 +47,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reinforcement learning for multi-turn agents with information-gain turn rewards.",
 )
+
+search = typer.Typer(no_args_is_help=True, help="Search servers.")
+app.add_typer(search, name="search")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A YAML configuration.")]
 Overrides = Annotated[
@@ -130,18 +137,23 @@ def evaluate(
     """Sampled F1 on held-out questions: of a run's newest checkpoint, or of a model with --config."""
     overrides = [*(overrides or ()), *([f"eval.questions={questions}"] if questions else ())]
     settings, weights = _evaluated(target, config, overrides)
+    from igpo_fast.evaluate import set_names
     from igpo_fast.parts import assemble
     from igpo_fast.tools.search import NoSearch
 
     parts = assemble(settings, weights=weights)
     with _bar("evaluation") as advance:
         found = parts.evaluate(NoSearch() if no_search else None, advance)
-    count = min(settings.eval.questions, len(parts.data.eval))
+    count = len(parts.data.eval)
     if as_json:
         numbers = {key: value if math.isfinite(value) else None for key, value in found.items()}
         typer.echo(json.dumps({"model": weights, "search": not no_search, "questions": count, **numbers}))
         return
-    search = "no search" if no_search else "with search"
+    for name in set_names(found):
+        f1, se, em, turns = (found[f"eval/{name}/{key}"] for key in ("f1", "f1_se", "em", "turns"))
+        typer.echo(f"{name:<16} f1 {f1:.3f} ± {se:.3f}  em {em:.3f}  turns {turns:.1f}")
+    failures = found.get("eval/search_failures", 0)
+    search = "no search" if no_search else f"{failures:.0f} searches failed" if failures else "with search"
     typer.echo(
         f"eval f1 {found['eval/f1']:.3f} ± {found['eval/f1_se']:.3f}  em {found['eval/em']:.3f}  "
         f"turns {found['eval/turns']:.1f}  ({count} questions, {search}, {weights})"
@@ -180,6 +192,36 @@ def score(
     with _bar("score") as advance:
         count = score_file(source, target, make_scorer, overwrite=overwrite, progress=advance)
     typer.echo(f"scored {count:,} trajectories into {target}")
+
+
+@search.command("serve")
+def search_serve(
+    corpus: Annotated[Path, typer.Option(metavar="FILE", help="Passages, JSON lines of id, title, text.")],
+    host: Annotated[str, typer.Option(help="0.0.0.0 for other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    index: Annotated[Path, typer.Option(metavar="DIR", help="Where built indices are kept.")] = INDICES,
+    topk: Annotated[int, typer.Option(min=1, help="Passages a query gets where a request names no number.")] = 3,
+    dense: Annotated[Path | None, typer.Option(metavar="DIR", help="A sentence-transformer; BM25 without one.")] = None,
+    query_prompt: Annotated[str | None, typer.Option(help="Precedes queries, as 'query: ' for E5.")] = None,
+    passage_prompt: Annotated[str | None, typer.Option(help="Precedes passages, as 'passage: ' for E5.")] = None,
+) -> None:
+    """Serve a corpus over HTTP, speaking Search-R1's protocol; its index is built once and kept."""
+    try:
+        from igpo_fast.tools.server import bind, serve
+    except ImportError as error:
+        raise InputError(f"search serve: {error}; pip install 'igpo-fast[search]'") from None
+    from igpo_fast.tools.dense import Dense, SentenceEncoder
+    from igpo_fast.tools.index import Bm25, open_index
+
+    if dense is None and (query_prompt, passage_prompt) != (None, None):
+        raise InputError("--query-prompt, --passage-prompt: BM25 takes none; give --dense DIR")
+    if dense:
+        _quiet()
+    with bind(host, port) as listener:
+        retriever = Dense(SentenceEncoder(dense, (query_prompt, passage_prompt))) if dense else Bm25()
+        found = open_index(corpus, retriever, index, partial(_bar, log=True))
+        about = f"{len(found.documents):,} passages ({retriever.kind}, {found.folder})"
+        serve(found, listener, topk, lambda url: typer.echo(f"serving {about} at {url}", err=True))
 
 
 @app.command()
@@ -237,12 +279,28 @@ def _quiet() -> None:
 
 
 @contextmanager
-def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr that takes (done, total); nothing where that is no terminal."""
+def _bar(name: str, log: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr that takes (done, total); where that is no terminal nothing, or with ``log`` a line at times."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
+    if log and not console.is_terminal:
+        yield _log_line(name)
+        return
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(name, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _log_line(name: str) -> Callable[[int, int], None]:
+    """Prints the first, the last, and every tenth second's progress."""
+    last = -math.inf
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= LOG_SECONDS:
+            last = time.monotonic()
+            typer.echo(f"{name} {done / total:.0%}", err=True)
+
+    return show

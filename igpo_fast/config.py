@@ -31,7 +31,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_as_number(cls, value, info):
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation not in (bool, bool | None):
             raise ValueError("true and false are not values of this key")
         return value
 
@@ -81,10 +81,11 @@ class Data(Section):
     source: Literal["world", "files"] = "world"
     """`world` makes up a knowledge world (section `world`); `files` reads the paths below."""
     train: str | None = None
-    """Training questions: .jsonl, .parquet (own, verl's or TRL's columns), or a datasets-hub name with
-    `:split`."""
-    eval: str | None = None
-    """Evaluation questions, in the same forms. Empty holds out the last `eval.questions` of `train`."""
+    """Training questions: .jsonl, .parquet (own, verl's, TRL's or the usual QA sets' columns), or a datasets-hub
+    name with `:split` or `:config:split`."""
+    eval: str | list[str] | None = None
+    """Evaluation questions, in the same forms; a list of `NAME=SOURCE` evaluates several sets. Empty holds out the last
+    `eval.questions` of `train`."""
     corpus: str | None = None
     """Passages for search, JSON lines of id, title, text."""
     max_answer_tokens: Positive = 64
@@ -134,8 +135,18 @@ class Sft(Section):
 
 
 class Rollout(Section):
-    engine: Literal["torch"] = "torch"
-    """What samples: `torch` runs the trainer's own model with a KV cache."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """What samples: `torch` runs the trainer's own model with a KV cache; `vllm` vLLM, in this process or `server`."""
+    server: tuple[str, ...] = ()
+    """URLs of replicas that `python -m igpo_fast.engines.vllm.serve` started; empty runs vLLM in this process."""
+    server_timeout: AboveZero = 300.0
+    """Seconds a turn may take there, and a batch without any replica waits for one to come back."""
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the GPU that vLLM in this process takes for weights and cache; while training it sleeps."""
+    mismatch_warn: AboveZero = 0.1
+    """Warn when the engine's log-probabilities differ more from the trainer's, on average over a step's tokens."""
+    mismatch_stop: NonNegative = 0.0
+    """Stop, before the update, when they differ more than this; 0 never stops."""
     group_size: Positive = 8
     """Rollouts of each question."""
     max_turns: Positive = 6
@@ -156,8 +167,32 @@ class Rollout(Section):
     """How a turn is written: Search-R1 tags, or the model's own chat template and tool calls."""
     system: str | None = None
     """Instructions before the question; null takes the dialect's own, "" has none."""
+    thinking: bool | None = None
+    """Given to a chat template that has `enable_thinking` (Qwen3's: `false` opens each turn with an empty thought);
+    null leaves the template's own choice."""
     concurrency: Positive = 256
     """Rollouts in flight in the engine."""
+    tool_calls: Positive = 256
+    """Most calls of a tool that can fail (`search.url`) at a time; more wait their turn."""
+    tool_timeout: AboveZero = 300.0
+    """Seconds after which such a call, its retries included, is given up; `search.on_failure` says what follows."""
+    overlap: bool = True
+    """With two passes: score finished groups while the others wait for their tools; a vLLM on the same device is awake
+    meanwhile. `false` scores all at the end, in fuller packs: the same numbers but for rounding."""
+    oversample: Count = 0
+    """Questions sampled beyond `train.questions`. The first ones whose groups are complete and, with `skip_collapsed`,
+    not collapsed are trained on."""
+    keep: Literal["order", "arrival"] = "order"
+    """Which groups of an over-sampled step are kept: the first questions, or the first to finish. `arrival` ends the
+    rest: quicker, but it prefers short rollouts and the run does not repeat."""
+    skip_collapsed: bool = False
+    """Prefer groups with an advantage other than 0 (dynamic sampling); collapsed ones only fill up. Gains count: groups
+    of equal outcomes are kept where they differ."""
+    straggler_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Once this share of a step's rollouts is done, the rest have limited time; one that exceeds it is left out of its
+    group. 1 waits for all. Below 1 the run does not repeat: it depends on the clock."""
+    straggler_factor: Annotated[float, Field(ge=1)] = 3.0
+    """That time, as a multiple of the median duration of the rollouts that are done."""
 
 
 class Search(Section):
@@ -167,6 +202,21 @@ class Search(Section):
     """Passages a search returns."""
     max_passage_tokens: Positive = 128
     """Longer passages are cut."""
+    timeout: AboveZero = 30.0
+    """Seconds an attempt to reach the server may take."""
+    retries: Count = 5
+    """Further attempts after a timeout, a lost connection, 408, 429 or 5xx."""
+    backoff: NonNegative = 0.5
+    """Seconds before the first of them, doubled before each later one (at most 30); a Retry-After may ask for more."""
+    concurrency: Positive = 64
+    """Most requests at a time."""
+    max_response_mb: AboveZero = 4.0
+    """Larger answers (in 1e6 bytes) are refused."""
+    on_failure: Literal["text", "stop"] = "text"
+    """When all attempts failed: `text` lets the policy read `failure_text`, counts it (`tool/failures`) and warns, and
+    stops only if every search of a step failed; `stop` stops at the first."""
+    failure_text: Annotated[str, Field(min_length=1)] = "The search service did not answer."
+    """What the policy then reads in place of passages."""
 
 
 class Algorithm(Section):
@@ -279,7 +329,7 @@ class Eval(Section):
     every: Count = 20
     """Steps between evaluations; 0 evaluates only at the start and the end."""
     questions: Positive = 128
-    """Questions of an evaluation."""
+    """Questions of an evaluation, of each set; of a larger one a fixed random part."""
     temperature: NonNegative = 1.0
     """0 is greedy."""
     top_p: TopP = 1.0
@@ -318,6 +368,19 @@ class Config(Section):
                 "rollout.top_p, top_k and repetition_penalty change the distribution that is trained; "
                 "leave them at 1, 0, 1 (eval.* has its own)"
             )
+        if r.server and r.engine != "vllm":
+            raise ValueError("rollout.server is for rollout.engine=vllm; set that, or leave the servers out")
+        if bad := [url for url in r.server if not url.startswith(("http://", "https://"))]:
+            raise ValueError(f"rollout.server: {bad[0]!r} is no URL; give [http://host:8000, ...]")
+        if r.oversample and not (r.skip_collapsed or r.straggler_share < 1 or r.keep == "arrival"):
+            raise ValueError(
+                "rollout.oversample needs something to choose by; set rollout.skip_collapsed, rollout.straggler_share "
+                "or rollout.keep=arrival"
+            )
+        if not r.oversample and (r.skip_collapsed or r.keep == "arrival"):
+            raise ValueError("rollout.skip_collapsed and keep=arrival choose among spare groups; set oversample, too")
+        if r.skip_collapsed and r.keep == "arrival":
+            raise ValueError("rollout.keep=arrival ends a step before gains are known; leave skip_collapsed out")
         if self.train.questions % self.train.updates:
             raise ValueError(f"train.updates={self.train.updates} must divide train.questions={self.train.questions}")
         if self.world.min_hops > self.world.max_hops:

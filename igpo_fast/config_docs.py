@@ -28,6 +28,8 @@ def _type(schema: dict) -> str:
     """A key's JSON schema in words."""
     if "anyOf" in schema:
         return " or ".join("empty" if s.get("type") == "null" else _type(s) for s in schema["anyOf"])
+    if schema.get("type") == "array" and "items" in schema:
+        return f"list of {_type(schema['items'])}"
     if "prefixItems" in schema:
         return f"list of {len(schema['prefixItems'])}: {_type(schema['prefixItems'][0])}"
     choices = schema.get("enum") or ([schema["const"]] if "const" in schema else None)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from igpo_fast import __version__
 from igpo_fast.config import Config, Sft
+from igpo_fast.engines import vllm
 from igpo_fast.errors import InputError
+from igpo_fast.memory import kv_bytes_per_token, training_bytes
 from igpo_fast.model import build, device_of, probe, use_attend
 from igpo_fast.parts import assemble
 from igpo_fast.scoring import Policy
-from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack
+from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack, triton_variants
 from igpo_kernels.backend import chosen
 
 NEEDED = ("torch", "transformers", "numpy", "bm25s")
@@ -45,6 +49,7 @@ def diagnose(config: Config, *, configured: bool) -> Iterator[Check]:
     """
     yield from _versions()
     device = torch.device(device_of(config.model.device))
+    yield _vllm()
     yield from _device(device)
     yield from _kernels(config.model.kernels, device)
     yield _parity("parity, a tiny Qwen2", lambda: probe(_tiny().to(device)), config.model.kernels)
@@ -105,6 +110,17 @@ def _versions() -> Iterator[Check]:
             yield Check(name, f"not importable ({error})", ok=name in OPTIONAL)
 
 
+def _vllm() -> Check:
+    """Its version, and how it would get the trainer's weights."""
+    if find_spec("vllm") is None:
+        return Check("vllm", "not installed; rollout.engine=torch needs none")
+    vllm.prepare()
+    try:
+        return Check("vllm", f"{importlib.import_module('vllm').__version__}, weights through {vllm.sync_method()}")
+    except ImportError as error:
+        return Check("vllm", f"not importable ({error})")
+
+
 def _device(device: torch.device) -> Iterator[Check]:
     count = torch.cuda.device_count()
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "none"
@@ -118,8 +134,12 @@ def _kernels(backend: str, device: torch.device) -> Iterator[Check]:
     """Which implementation of each op runs."""
     for op, name in chosen(backend, device).items():
         implementations = importlib.import_module(f"igpo_kernels.{op}").IMPLEMENTATIONS
-        known = name in implementations
-        yield Check(f"op {op}", name if known else f"no {name}; choose of {', '.join(implementations)}", known)
+        if name not in implementations:
+            yield Check(f"op {op}", f"no {name}; choose of {', '.join(implementations)}", ok=False)
+        elif name == "triton" and device.type == "cpu" and not triton_variants.runs_on_cpu():
+            yield Check(f"op {op}", "triton needs a GPU; use model.kernels=auto", ok=False)
+        else:
+            yield Check(f"op {op}", name)
 
 
 def _parity(name: str, load, backend: str) -> Check:
@@ -135,7 +155,26 @@ def _parity(name: str, load, backend: str) -> Check:
     return Check(name, f"{verdict}: packed and separate differ by {error:.1e} (at most {bound:g})", ok)
 
 
+def _memory(config: Config) -> Iterator[Check]:
+    """What training will hold, said before anything of that size is loaded; nothing for a small built model."""
+    if config.model.path is None:
+        return
+    try:
+        lm = AutoConfig.from_pretrained(config.model.path).get_text_config()
+    except (OSError, ValueError):  # loading the model says it better
+        return
+    parts = training_bytes(config, lm)
+    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    kv = kv_bytes_per_token(lm, getattr(torch, config.model.dtype)) / 1e6
+    on_gpu = device_of(config.model.device) == "cuda" and torch.cuda.is_available()
+    total, there = sum(parts.values()), torch.cuda.mem_get_info()[1] if on_gpu else math.inf
+    of = f" of {there / 1e9:.1f}" if on_gpu else ""
+    found = f"{total / 1e9:.1f}{of} GB: {listed}; rollouts take {kv:.2g} GB for 1,000 tokens"
+    yield Check("memory in training", found, ok=total <= there)
+
+
 def _configured(config: Config) -> Iterator[Check]:
+    yield from _memory(config)
     untrained = Sft(clean_steps=0, noisy_steps=0, hard_steps=0)
     probed = config.model.model_copy(update={"probe": True})
     try:

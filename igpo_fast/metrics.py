@@ -8,18 +8,23 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
+import numpy as np
 import torch
+
+from igpo_fast.tools.base import COUNTS
 
 KEYS = (
     "step", "reward/outcome", "reward/f1", "reward/em", "reward/ig_mean", "reward/ig_abs", "reward/ig_zero",
     "reward/ig_cum_negative", "value/first", "value/last", "group/collapsed_outcome", "group/collapsed",
     "turns/mean", "turns/format_error", "tokens/packed", "tokens/rollout", "tokens/scored", "sharing/ratio",
     "loss/policy", "loss/kl", "loss/entropy", "loss/clip_frac", "loss/grad_norm", "mismatch/logp_abs_diff",
+    "mismatch/logp_abs_max", *(f"tool/{name}" for name in COUNTS),
     "time/rollout", "time/score", "time/train", "time/sync", "time/step", "memory/peak_gb",
-    "eval/f1", "eval/f1_se", "eval/em", "eval/turns",
+    "eval/f1", "eval/f1_se", "eval/em", "eval/turns", "eval/search_failures",
 )  # fmt: skip
 """The order of a row; other keys follow."""
 
@@ -70,6 +75,11 @@ class StepMetrics:
         for key, value in values.items():
             self._values[key] = self._values.get(key, 0) + value
 
+    def largest(self, values: Mapping[str, float]) -> None:
+        """Keep the larger of these and what the row has under the same keys; NaN stays."""
+        for key, value in values.items():
+            self._values[key] = float(np.maximum(self._values.get(key, -math.inf), value))
+
     def update(self, packs: Iterable[Mapping[str, float | torch.Tensor]], grad_norm: float | torch.Tensor) -> None:
         """Count one optimiser update.
 
@@ -116,6 +126,10 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+PATIENCE = 3
+"""Rows in a row past the limit before a warning."""
+
+
 @dataclass(frozen=True)
 class Signature:
     """A metric that, past a limit, tells of a known failure (algorithm.md, "What is known to go wrong")."""
@@ -127,12 +141,12 @@ class Signature:
     """A number, or a function of the metric's early level; then the early rows themselves are not judged."""
     above: bool = True
     """Whether high values are the bad ones."""
+    patience: int = PATIENCE
+    """Rows in a row past the limit before a warning."""
 
 
 EARLY = 5
 """Rows whose mean is a metric's early level."""
-PATIENCE = 3
-"""Rows in a row past the limit before a warning."""
 RELEASE = 0.1
 """A metric must come back by this share of the limit before it can be warned about again."""
 
@@ -181,17 +195,19 @@ SIGNATURES = (
         "engine and trainer disagree",
         "sampled log-probabilities are of another policy: try algorithm.importance=token or model.dtype=float32",
         limit=0.1,
+        patience=1,
     ),
 )
 
 
-def warnings_for(rows: Sequence[Mapping]) -> list[str]:
-    """Warnings that the last of a run's rows raises, a line each.
+def warnings_for(rows: Sequence[Mapping], limits: Mapping[str, float] = MappingProxyType({})) -> list[str]:
+    """Warnings that the last of a run's rows raises, a line each; ``limits`` replace those of the metrics they name.
 
-    A signature warns once, when its metric has been past the limit for ``PATIENCE`` rows, and again only
+    A signature warns once, when its metric has been past the limit for ``patience`` rows, and again only
     after it came back clearly. It depends on the rows alone, so a resumed run repeats nothing.
     """
-    return [message for signature in SIGNATURES if (message := _warning(signature, rows))]
+    signatures = [replace(s, limit=limits[s.key]) if s.key in limits else s for s in SIGNATURES]
+    return [message for signature in signatures if (message := _warning(signature, rows))]
 
 
 def _warning(signature: Signature, rows: Sequence[Mapping]) -> str | None:
@@ -208,11 +224,12 @@ def _warning(signature: Signature, rows: Sequence[Mapping]) -> str | None:
         excess = sign * (value - limit)
         streak = streak + 1 if excess > 0 else 0
         warned = warned and excess >= -RELEASE * limit
-        new = streak >= PATIENCE and not warned
+        new = streak >= signature.patience and not warned
         warned = warned or new
     if not new:
         return None
-    past = f"{'above' if signature.above else 'below'} {limit:.3g} for {PATIENCE} steps"
+    steps = f" for {signature.patience} steps" if signature.patience > 1 else ""
+    past = f"{'above' if signature.above else 'below'} {limit:.3g}{steps}"
     return f"{signature.what}: {signature.key} {values[-1]:.3g}, {past}{began}; {signature.remedy}"
 
 

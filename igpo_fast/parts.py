@@ -12,14 +12,18 @@ from igpo_fast import model
 from igpo_fast.config import Config
 from igpo_fast.data import Data, load_data, question_order
 from igpo_fast.dialect import Dialect, make_dialect
-from igpo_fast.engines.base import Sampling
+from igpo_fast.engines import vllm
+from igpo_fast.engines.base import Engine, Sampling
 from igpo_fast.engines.torch import TorchEngine
+from igpo_fast.errors import InputError
 from igpo_fast.evaluate import evaluate
 from igpo_fast.rollout import Limits, opening
 from igpo_fast.sft import Progress, warm_start
 from igpo_fast.tokenizer import load_tokenizer
-from igpo_fast.tools.base import Tool
+from igpo_fast.tools.base import Tool, settle
+from igpo_fast.tools.limited import LimitedTool
 from igpo_fast.tools.search import make_search
+from igpo_kernels import triton_variants
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Parts:
     dialect: Dialect
     tool: Tool
     lm: PreTrainedModel
-    engine: TorchEngine
+    engine: Engine
     limits: Limits
     answer_tokens: int
     """Most tokens that the forced answers of a training question take after one prefix."""
@@ -40,15 +44,22 @@ class Parts:
         """Of rollouts that are trained on."""
         return Sampling(temperature=self.config.rollout.temperature)
 
+    def send_weights(self) -> None:
+        """Bring the engine to the policy's present weights."""
+        self.engine.load_weights(self.lm.state_dict().items())
+
     def evaluate(
         self, tool: Tool | None = None, progress: Callable[[int, int], None] | None = None
     ) -> dict[str, float]:
-        """Sampled F1 on the held-out questions, with the run's search or another ``tool``."""
-        settings = self.config.eval
-        return evaluate(
-            self.data.eval[: settings.questions],
+        """Sampled F1 on the held-out questions, with the run's search or another ``tool``; where that can fail,
+        ``eval/search_failures`` is how many searches did, for good."""
+        if not self.engine.version:
+            self.send_weights()
+        settings, tool = self.config.eval, tool or self.tool
+        found = evaluate(
+            self.data.eval,
             engine=self.engine,
-            tool=tool or self.tool,
+            tool=tool,
             dialect=self.dialect,
             limits=self.limits,
             sampling=Sampling(settings.temperature, settings.top_p, settings.top_k, settings.repetition_penalty),
@@ -57,6 +68,8 @@ class Parts:
             f1_normalisation=self.config.algorithm.f1_normalisation,
             progress=progress,
         )
+        counts, _ = settle(tool, "evaluation")
+        return found | ({"eval/search_failures": counts["tool/failures"]} if counts else {})
 
 
 def assemble(config: Config, *, weights: str | None = None, sft_progress: Progress | None = None) -> Parts:
@@ -76,14 +89,18 @@ def assemble(config: Config, *, weights: str | None = None, sft_progress: Progre
         config.rollout.dialect,
         tokenizer,
         system=config.rollout.system,
+        thinking=config.rollout.thinking,
         max_passage_tokens=config.search.max_passage_tokens,
         max_answer_tokens=config.data.max_answer_tokens,
         max_answers=config.data.max_answers,
     )
+    dialect.check()
     limits = Limits(config.rollout.max_turns, config.rollout.max_turn_tokens, config.rollout.max_tokens)
     answer_tokens = _check_questions(config, data, dialect, limits)
     tool = make_search(config, data)
     device = model.device_of(config.model.device)
+    if config.model.kernels == "triton" and device == "cpu" and not triton_variants.runs_on_cpu():
+        raise InputError("model.kernels=triton: needs a GPU, and the model is on the CPU; use model.kernels=auto")
     dtype = getattr(torch, config.model.dtype)
     path = weights or config.model.path
     if path:
@@ -96,18 +113,30 @@ def assemble(config: Config, *, weights: str | None = None, sft_progress: Progre
         lm = warm_start(config, lm, tokenizer, dialect, data, tool, sft_progress)
     if config.model.gradient_checkpointing:
         model.recompute_layers(lm)
-    engine = TorchEngine(
-        lm,
-        decode=tokenizer.decode,
-        max_slots=config.rollout.concurrency,
-        max_tokens=config.rollout.max_tokens,
-    )
-    return Parts(config, data, tokenizer, dialect, tool, lm, engine, limits, answer_tokens)
+    engine = _make_engine(config, lm, tokenizer)
+    return Parts(config, data, tokenizer, dialect, _limited(tool, config), lm, engine, limits, answer_tokens)
+
+
+def _make_engine(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Engine:
+    if config.rollout.engine == "vllm":
+        return vllm.make_engine(config, lm, tokenizer.decode)
+    slots, tokens = config.rollout.concurrency, config.rollout.max_tokens
+    return TorchEngine(lm, decode=tokenizer.decode, max_slots=slots, max_tokens=tokens)
+
+
+def _limited(tool: Tool, config: Config) -> Tool:
+    """With limits if it can fail: search in process never waits."""
+    if not hasattr(tool, "counts"):
+        return tool
+    search, rollout = config.search, config.rollout
+    failure_text = search.failure_text if search.on_failure == "text" else None
+    return LimitedTool(tool, calls=rollout.tool_calls, timeout=rollout.tool_timeout, failure_text=failure_text)
 
 
 def _check_questions(config: Config, data: Data, dialect: Dialect, limits: Limits) -> int:
     """Refuse now what would end the run in some later step; returns ``Parts.answer_tokens``."""
-    question_order(len(data.train), config.train.questions, step=0, seed=config.train.seed)
+    asked = config.train.questions + config.rollout.oversample
+    question_order(len(data.train), asked, step=0, seed=config.train.seed)
     for question in (*data.train, *data.eval):
         opening(question, dialect, limits)
     scored = 1 if config.algorithm.answers == "first" else None

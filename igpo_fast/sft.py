@@ -23,7 +23,7 @@ from igpo_fast.config import Config
 from igpo_fast.data import Data
 from igpo_fast.dialect import Dialect
 from igpo_fast.model import hidden_states, lm_head, load
-from igpo_fast.tools.base import Tool
+from igpo_fast.tools.base import Tool, ToolError
 from igpo_fast.tools.search import Bm25Search
 from igpo_fast.types import ANSWER, SEARCH, Question
 from igpo_fast.world import CLEAN, HARD, NOISY, Demonstration, Noise, World, demonstrate, make_worlds
@@ -67,8 +67,11 @@ def warm_start(
 
 def _fingerprint(config: Config) -> str:
     """Names everything that the warm start depends on."""
-    sections = {name: getattr(config, name).model_dump() for name in ("model", "data", "world", "sft", "search")}
-    rollout = config.rollout.model_dump(include={"dialect", "system", "max_turns", "max_tokens"})
+    sections = {name: getattr(config, name).model_dump() for name in ("model", "data", "world", "sft")}
+    # Demonstrations of the made-up world search in process, of other questions with the run's own search.
+    url = {"url"} if config.data.source == "files" else set()
+    sections["search"] = config.search.model_dump(include={"top_k", "max_passage_tokens"} | url)
+    rollout = config.rollout.model_dump(include={"dialect", "system", "thinking", "max_turns", "max_tokens"})
     text = repr((sections, rollout, config.train.seed, __version__))
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -118,7 +121,10 @@ async def write(
     for action, argument in demonstration.turns:
         pieces.append((dialect.encode(dialect.write(action, argument)), WRITTEN))
         if action == SEARCH:
-            pieces.append((dialect.response(action, await tool(argument, question.corpus))[0], RESPONSE))
+            result = await tool(argument, question.corpus)
+            if result.failure:
+                raise ToolError("warm start: a search failed for good; see that the server at search.url answers")
+            pieces.append((dialect.response(action, result)[0], RESPONSE))
     ids = np.concatenate([piece for piece, _ in pieces])[:max_tokens]
     writer = np.concatenate([np.full(len(piece), who) for piece, who in pieces])[:max_tokens]
     return ids, writer

@@ -41,6 +41,8 @@ class Question:
     """The supporting steps as the data set gives them (``passage_id``, optional ``question`` and ``answer``)."""
     corpus: str = ""
     """The collection that search looks in; empty for the only one."""
+    dataset: str = ""
+    """The data set it comes from, where several are evaluated; empty for the only one."""
 
 
 @dataclass(frozen=True)

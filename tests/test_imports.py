@@ -12,8 +12,8 @@ LIGHT = ("model", "scoring", "rewards", "advantages", "losses", "types", "errors
 ORDER = [
     {"types", "errors", "config", "interrupt"},
     {"world", "data", "dialect", "rewards", "advantages", "losses", "tokenizer"},
-    {"engines", "tools", "rollout", "model", "scoring", "checkpoint", "metrics", "display"},
-    {"evaluate", "passes", "sft", "parts", "distributed"},
+    {"engines", "tools", "rollout", "model", "scoring", "checkpoint", "metrics", "display", "memory"},
+    {"evaluate", "packs", "passes", "sft", "parts", "distributed"},
     {"train", "score", "doctor", "summary"},
     {"cli"},
 ]

@@ -85,7 +85,17 @@ def test_keys_come_in_the_documented_order_others_last():
     assert [KEYS.index(key) for key in keys[:-1]] == sorted(KEYS.index(key) for key in keys[:-1])
     assert keys[0] == "step" and keys[-1] == "mine"
     assert (row["step"], row["tokens/packed"], row["reward/f1"]) == (3, 15, 0.25)
-    assert len(set(KEYS)) == len(KEYS) == 34
+    assert len(set(KEYS)) == len(KEYS) == 46
+
+
+def test_the_largest_of_a_step_is_kept():
+    metrics = StepMetrics(1)
+    for value in (0.2, 0.5, 0.3):
+        metrics.largest({"mismatch/logp_abs_max": value})
+    assert metrics.row()["mismatch/logp_abs_max"] == 0.5
+    metrics.largest({"mismatch/logp_abs_max": float("nan")})
+    metrics.largest({"mismatch/logp_abs_max": 1.0})
+    assert math.isnan(metrics.row()["mismatch/logp_abs_max"])
 
 
 def test_phases_add_up_even_when_they_fail():
@@ -131,25 +141,35 @@ BAD = [
     ("loss/clip_frac", 0.1, 0.4),
     ("mismatch/logp_abs_diff", 0.01, 0.2),
 ]
+PATIENCE_OF = {signature.key: signature.patience for signature in SIGNATURES}
 
 
 @pytest.mark.parametrize("key, good, bad", BAD)
 def test_each_signature_warns_once_in_one_line(key, good, bad):
-    assert warned_at(key, [good] * EARLY + [bad] * 20) == [EARLY + PATIENCE]
-    message = warnings_for(rows_of(key, [good] * EARLY + [bad] * PATIENCE))[0]
+    assert warned_at(key, [good] * EARLY + [bad] * 20) == [EARLY + PATIENCE_OF[key]]
+    message = warnings_for(rows_of(key, [good] * EARLY + [bad] * PATIENCE_OF[key]))[0]
     assert key in message and f"{bad:.3g}" in message and "\n" not in message
 
 
 @pytest.mark.parametrize("key, good, bad", BAD)
 def test_a_short_spell_is_not_worth_a_warning(key, good, bad):
-    assert warned_at(key, [good] * EARLY + ([bad] * (PATIENCE - 1) + [good]) * 5) == []
+    assert warned_at(key, [good] * EARLY + ([bad] * (PATIENCE_OF[key] - 1) + [good]) * 5) == []
 
 
 @pytest.mark.parametrize("key, good, bad", BAD)
 def test_it_warns_again_only_after_a_clear_recovery(key, good, bad):
-    spell = [bad] * PATIENCE
+    patience = PATIENCE_OF[key]
+    spell = [bad] * patience
     again = warned_at(key, [good] * EARLY + spell + [good] + spell)
-    assert again == [EARLY + PATIENCE, EARLY + 2 * PATIENCE + 1]
+    assert again == [EARLY + patience, EARLY + 2 * patience + 1]
+
+
+def test_a_mismatch_warns_at_once_over_the_limit_given():
+    key = "mismatch/logp_abs_diff"
+    assert PATIENCE_OF[key] == 1
+    assert warnings_for(rows_of(key, [0.2]), {key: 0.3}) == []
+    (message,) = warnings_for(rows_of(key, [0.2]), {key: 0.1})
+    assert f"{key} 0.2, above 0.1;" in message
 
 
 def test_hovering_about_the_limit_warns_once():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+
+from igpo_fast.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ class Generation:
     """Ended with a stop token or string, not by length."""
 
 
+class EngineError(InputError):
+    """No engine answers: nothing has changed since the last step, and the same run may go on later."""
+
+
 class Engine(Protocol):
     """Requests of many rollouts run together; each finishes on its own."""
 
@@ -73,6 +80,20 @@ class Engine(Protocol):
         """The rollout is over: its cache may go."""
         ...
 
+    def sleep(self) -> None:
+        """No rollout follows before the next ``load_weights``: give back what memory can be."""
+        ...
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take the trainer's weights, drop every cache, raise ``version``."""
         ...
+
+    def counts(self) -> dict[str, float]:
+        """What went wrong and was mended since the last call, for the metrics; empty if nothing can."""
+        ...
+
+
+async def others() -> None:
+    """Let rollouts do what they can without waiting, so that their next turns join an engine's next step."""
+    for _ in range(4):
+        await asyncio.sleep(0)

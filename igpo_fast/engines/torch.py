@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from igpo_fast.engines import noise
-from igpo_fast.engines.base import Generation, Request
+from igpo_fast.engines.base import Generation, Request, others
+from igpo_fast.engines.stops import StopStrings
 from igpo_fast.model import hidden_states, lm_head
 
 MASK_ELEMENTS = 1 << 26  # most elements of a block's attention mask; larger blocks are split
@@ -158,12 +159,11 @@ class TorchEngine:
         self.version = 0
         self.stats = Stats()
         self.max_slots, self.max_tokens, self.prefill_tokens = max_slots, max_tokens, prefill_tokens
-        self._lm, self._decode = lm, decode
+        self._lm, self._stops = lm, decode and StopStrings(decode)
         self._device = next(lm.parameters()).device
         self._waiting: dict[tuple[int, ...], _Job] = {}  # in order of arrival
         self._running: dict[int, _Job] = {}  # by slot
         self._pump: asyncio.Task | None = None
-        self._may_complete: dict[tuple[tuple[str, ...], int], bool] = {}
         # A slot's rollout: tokens known, how many of them are cached, where its turn began and must end.
         self._tokens = np.zeros((max_slots, max_tokens), np.int32)
         self._logp = np.zeros((max_slots, max_tokens), np.float32)
@@ -219,6 +219,13 @@ class TorchEngine:
         self._drop_caches()
         self.version += 1
 
+    def sleep(self) -> None:
+        """Drop every cache."""
+        self._drop_caches()
+
+    def counts(self) -> dict[str, float]:
+        return {}
+
     def _drop_caches(self) -> None:
         self._cache = _Cache(self.max_slots, self.max_tokens)
         self._slot: dict[tuple[int, ...], int] = {}
@@ -232,7 +239,7 @@ class TorchEngine:
         if length + request.max_tokens > self.max_tokens:
             wanted = f"{length} tokens and {request.max_tokens} to sample"
             raise ValueError(f"{where}: {wanted} exceed the engine's max_tokens={self.max_tokens}")
-        if request.stop_strings and self._decode is None:
+        if request.stop_strings and self._stops is None:
             raise ValueError(f"{where}: stop strings need an engine with decode")
         slot = self._slot.get(request.key)
         if request.key in self._waiting or slot in self._running:
@@ -252,14 +259,14 @@ class TorchEngine:
         for module in training:
             module.training = False
         try:
-            await _others()
+            await others()
             while self._admit():
                 finished = self._step()
                 for slot, generation in finished:
                     future = self._running.pop(slot).future
                     if not future.done():  # cancelled while the step ran
                         future.set_result(generation)
-                await (_others() if finished else asyncio.sleep(0))
+                await (others() if finished else asyncio.sleep(0))
         except BaseException as error:
             self._fail(error)
             if not isinstance(error, Exception):
@@ -373,36 +380,14 @@ class TorchEngine:
         full_B = self._known[slots] == self._limit[slots]
         for slot, token, full in zip(slots.tolist(), token_B.tolist(), full_B.tolist(), strict=True):
             request = self._running[slot].request
-            stopped = token in request.stop_ids or self._completes(request.stop_strings, slot, token)
+            turn = slice(self._began[slot], self._known[slot])
+            stopped = token in request.stop_ids or (
+                bool(request.stop_strings) and self._stops.completed(request.stop_strings, self._tokens[slot, turn])
+            )
             if stopped or full:
-                turn = slice(self._began[slot], self._known[slot])
                 parts = self._tokens[slot, turn].copy(), self._logp[slot, turn].copy()
                 finished.append((slot, Generation(*parts, stopped)))
         return finished
 
-    def _completes(self, strings: tuple[str, ...], slot: int, token: int) -> bool:
-        """Whether the slot's newest token completes any of the strings in its turn's text."""
-        if not strings:
-            return False
-        # Only a token that shows a string's last character can complete it. One that decodes to a replacement
-        # character may show it with its neighbours, and a decoder may add spaces between tokens.
-        if (may := self._may_complete.get((strings, token))) is None:
-            text = self._decode([token])
-            may = any(s[-1] in text or s[-1].isspace() or "\ufffd" in text for s in strings)
-            self._may_complete[strings, token] = may
-        if not may:
-            return False
-        known = self._known[slot]
-        # A token is a byte or more, and a character cut at the tail's start takes up to 4.
-        tail = max(len(s.encode()) for s in strings) + 4
-        text = self._decode(self._tokens[slot, max(self._began[slot], known - tail) : known].tolist())
-        return any(s in text for s in strings)
-
     def _put(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
-
-
-async def _others() -> None:
-    """Let rollouts do what they can without waiting, so that their next turns join the next step."""
-    for _ in range(4):
-        await asyncio.sleep(0)

@@ -179,7 +179,7 @@ def test_a_broken_question_is_found_before_training(here, change, expected, more
 
 def test_a_long_prompt_among_the_evaluation_questions(here):
     write("eval.jsonl", [*QUESTIONS[8:], {"id": "long", "question": "Where? " * 200, "answers": ["City 1"]}])
-    assert refused("run.dir=new").startswith("question long: its prompt of ")
+    assert refused("run.dir=new", "eval.questions=99").startswith("question long: its prompt of ")
 
 
 # --- checkpoints ---

@@ -1,0 +1,120 @@
+"""A step's rollouts, sampled from the same policy on the same questions.
+
+    ours            the embedded engine: continuous batching, keys and values kept across turns
+    vllm            vLLM in this process
+    transformers    ``generate`` on the rollouts that wait, all prefixes again each turn; no log-probabilities
+
+Rollouts and generated tokens a second are the shape's divided by the times. Draws differ, so do the tokens, slightly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from bench.peers import imported
+from bench.timing import DEVICE
+from igpo_fast import config
+from igpo_fast.engines import vllm
+from igpo_fast.engines.base import Generation, Request, others
+from igpo_fast.engines.torch import TorchEngine
+from igpo_fast.parts import assemble
+from igpo_fast.rollout import rollout_groups
+
+SMALL = ("sft.clean_steps=120", "sft.noisy_steps=0", "sft.hard_steps=0")
+LARGER = (
+    "model.hidden_size=512", "model.layers=8", "model.heads=8", "model.kv_heads=4", "model.ffn_size=1408",
+    "sft.clean_steps=0", "sft.noisy_steps=0", "sft.hard_steps=0",
+)  # fmt: skip
+SHAPES = {"0.4m": (SMALL, 16, 8), "27m": (LARGER, 4, 4)}
+"""Settings, questions, rollouts of each; the second policy is untrained and uses all its turns."""
+
+
+class GenerateEngine:
+    """An ``Engine`` that hands all requests that wait to ``generate`` as one left-padded batch."""
+
+    name, version = "transformers", 1
+
+    def __init__(self, lm):
+        self.lm, self._waiting, self._pump = lm, [], None
+
+    async def generate(self, request: Request) -> Generation:
+        loop = asyncio.get_running_loop()
+        self._waiting.append((request, future := loop.create_future()))
+        if self._pump is None or self._pump.done():
+            self._pump = loop.create_task(self._run())
+        return await future
+
+    async def _run(self):
+        await others()
+        while self._waiting:
+            jobs, self._waiting = self._waiting, []
+            for (_, future), generation in zip(jobs, self._batch([request for request, _ in jobs]), strict=True):
+                future.set_result(generation)
+            await others()
+
+    def _batch(self, requests: list[Request]) -> list[Generation]:
+        width = max(len(request.ids) for request in requests)
+        ids = torch.zeros(len(requests), width, dtype=torch.long, device=DEVICE)
+        mask = torch.zeros_like(ids)
+        for row, request in enumerate(requests):
+            ids[row, width - len(request.ids) :] = torch.as_tensor(request.ids)
+            mask[row, width - len(request.ids) :] = 1
+        stops = set(requests[0].stop_ids)
+        settings = GenerationConfig(
+            do_sample=True, top_k=0, max_new_tokens=requests[0].max_tokens, eos_token_id=sorted(stops), pad_token_id=0
+        )
+        found = self.lm.generate(ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
+        ends = [next((i + 1 for i, id in enumerate(row) if id in stops), len(row)) for row in found]
+        return [
+            Generation(np.asarray(row[:end], np.int32), np.zeros(end, np.float32), row[end - 1] in stops)
+            for row, end in zip(found, ends, strict=True)
+        ]
+
+    def release(self, key):
+        pass
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_rollout(name, compare, tmp_path):
+    options, questions, group_size = SHAPES[name]
+    settings = config.load("configs/quickstart.yaml", [*options, "run.cache=runs/cache", f"run.dir={tmp_path}"])
+    parts = assemble(settings)
+    plain = copy.deepcopy(parts.lm)
+    plain.set_attn_implementation("sdpa")
+    tokens = {}
+
+    def side(key, engine):
+        def run():
+            groups = rollout_groups(
+                parts.data.train[:questions], group_size, seed=0, step=1, engine=engine, tool=parts.tool,
+                dialect=parts.dialect, limits=parts.limits, sampling=parts.sampling, concurrency=256,
+            )  # fmt: skip
+            tokens[key] = sum(rollout.decision_tokens for group in groups for rollout in group.rollouts)
+
+        return run
+
+    sides = {
+        "ours": side("ours", TorchEngine(parts.lm, decode=parts.tokenizer.decode)),
+        "transformers": side("transformers", GenerateEngine(plain)),
+    }
+    vllm.prepare()
+    if imported("vllm", "vllm", gpu=False):
+        engine = vllm.make_engine(
+            config.load(None, ["rollout.engine=vllm", "rollout.max_tokens=224"]), parts.lm, parts.tokenizer.decode
+        )
+        engine.load_weights(parts.lm.state_dict().items())
+        sides["vllm"] = side("vllm", engine)
+    parameters = sum(p.numel() for p in parts.lm.parameters())
+    for run in sides.values():
+        run()
+    shape = {"parameters": parameters, "rollouts": questions * group_size, "generated_tokens": dict(tokens)}
+    found = compare("rollout/engines", shape, sides)
+    for key, times in found.items():
+        seconds = times["median"] / 1e3
+        print(f"{key}: {questions * group_size / seconds:.1f} rollouts/s, {tokens[key] / seconds:.0f} tokens/s")

@@ -1,0 +1,47 @@
+"""A number that any changed bit of a tensor changes, however the tensor is laid out or cut in memory.
+
+The bit patterns of its elements, as integers, are summed with pseudo-random odd coefficients of their row and column,
+modulo 2**64: exact, so equal tensors give equal numbers on every device and in every order of adding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+CHUNK = 1 << 22
+"""Elements that are widened to int64 at a time."""
+
+
+def fingerprint(tensor: torch.Tensor) -> int:
+    """The number of a whole tensor of any shape, in its own dtype: -2**63 .. 2**63 - 1.
+
+    Zeros of either sign, and numbers too small to be normal (which some CPU kernels flush), count as 0.
+    """
+    matrix = tensor.detach()[..., None].flatten(1) if tensor.ndim < 2 else tensor.detach().flatten(1)
+    rows = max(1, CHUNK // max(1, matrix.shape[1]))
+    return combine(block_sum(part, i * rows, 0) for i, part in enumerate(matrix.split(rows)))
+
+
+def block_sum(block_RC: torch.Tensor, first_row: int, first_column: int) -> int:
+    """What a block of a matrix contributes to the matrix's fingerprint; contributions of all blocks ``combine``."""
+    integer = {2: torch.int16, 4: torch.int32}[block_RC.element_size()]
+    flushed = block_RC.masked_fill(block_RC.abs() < torch.finfo(block_RC.dtype).tiny, 0)
+    bits_RC = flushed.contiguous().view(integer).long()
+    rows, columns = block_RC.shape
+    c_C = _coefficients(first_column, columns, 0x5851F42D4C957F2D, block_RC.device)
+    r_R = _coefficients(first_row, rows, 0x14057B7EF767814F, block_RC.device)
+    return int((bits_RC.mul_(c_C).sum(1) * r_R).sum())
+
+
+def combine(sums: Iterable[int]) -> int:
+    """Their sum, modulo 2**64, as a signed integer."""
+    return (sum(sums) + 2**63) % 2**64 - 2**63
+
+
+def _coefficients(first: int, count: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Odd pseudo-random int64 [count] of the indices from ``first``; products wrap, as is wanted."""
+    x = torch.arange(first + 1, first + 1 + count, device=device) * seed
+    x = (x ^ (x >> 29)) * 0x2545F4914F6CDD1D
+    return (x ^ (x >> 32)) | 1

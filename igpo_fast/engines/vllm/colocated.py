@@ -1,0 +1,231 @@
+"""vLLM in this process: one engine, the trainer's weights handed over in place."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import PreTrainedModel
+
+from igpo_fast.engines.base import Generation, Request, others
+from igpo_fast.engines.stops import StopStrings
+from igpo_fast.engines.vllm import TRANSFER, prepare, sync_method, weights
+from igpo_fast.engines.vllm.requests import check, generation, sampling_parameters
+
+PREFILL_TOKENS = 8192
+"""Most tokens of a step, but for a longer single request."""
+CPU_BLOCK = 32
+"""Tokens of a block of the prefix cache on CPU, where vLLM's own choice (128) is longer than many a turn."""
+
+
+_live = None
+"""The ``LLMEngine`` of this process. vLLM's process groups are global: one that ends takes another's with it."""
+
+
+@dataclass
+class _Job:
+    request: Request
+    future: asyncio.Future
+    ids: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+
+
+class VllmEngine:
+    """An ``Engine``: vLLM's, stepped by whoever waits in the running event loop.
+
+    The engine itself is made by the first ``load_weights``. Its weights are made up until then, and never read from
+    disk: those of a sleeping engine are discarded, and the next ``load_weights`` wakes it.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        max_slots: int = 256,
+        max_tokens: int = 512,
+        gpu_memory: float = 0.5,
+    ):
+        """
+        Args:
+            lm: the trainer's model: its configuration and dtype are taken.
+            decode: token ids to text, for stop strings.
+            max_slots: rollouts that sample at a time; more wait.
+            max_tokens: longest rollout, prompt and responses included.
+            gpu_memory: share of the GPU for weights and cache.
+        """
+        prepare()
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: tensors are handed over, not copied out
+        import vllm
+
+        self._sync = sync_method()
+        self.version = 0
+        self.name = f"vllm {vllm.__version__} (weights through {self._sync})"
+        self.max_tokens = max_tokens
+        self._lm, self._stops, self._max_slots, self._gpu_memory = lm, StopStrings(decode), max_slots, gpu_memory
+        self._llm = None
+        self._asleep = False
+        self._jobs: dict[str, _Job] = {}
+        self._pump: asyncio.Task | None = None
+
+    async def generate(self, request: Request) -> Generation:
+        """One turn (``Engine.generate``).
+
+        Raises:
+            ValueError: the request is empty, too long, or its key's second at a time.
+            RuntimeError: no weights have been loaded since the start, or since ``sleep``.
+            FloatingPointError: the model's logits are not finite.
+        """
+        check(request, self.max_tokens)
+        if self._llm is None or self._asleep or self._llm is not _live:
+            raise RuntimeError("generate: no weights, or another engine has replaced this one; call load_weights first")
+        name = _name(request.key)
+        if name in self._jobs:
+            raise ValueError(f"request {request.key}: its last request is still running")
+        self._add(name, request)
+        job = self._jobs[name] = _Job(request, asyncio.get_running_loop().create_future())
+        if self._pump is None or self._pump.done():
+            self._pump = asyncio.get_running_loop().create_task(self._run())
+        try:
+            finished = await job.future
+        except asyncio.CancelledError:
+            self.release(request.key)
+            raise
+        return generation(request, job.ids, job.logp, finished)
+
+    def release(self, key: tuple[int, ...]) -> None:
+        """The rollout is over or given up: cancels its request. Its cached tokens stay until others need the room."""
+        if job := self._jobs.pop(_name(key), None):
+            job.future.cancel()
+            self._llm.abort_request([_name(key)])
+
+    def sleep(self) -> None:
+        """Give back the memory of weights and cache until the next ``load_weights``, where the platform can."""
+        if self._llm is not None and self._llm.vllm_config.model_config.enable_sleep_mode and not self._asleep:
+            self._llm.sleep(level=2)
+            self._asleep = True
+
+    def counts(self) -> dict[str, float]:
+        return {}
+
+    def load_weights(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take the trainer's weights, drop the prefix cache, raise ``version``.
+
+        Raises:
+            RuntimeError: requests are pending.
+            InputError: afterwards the engine computes with other weights than these.
+        """
+        if self._jobs:
+            raise RuntimeError("load_weights: requests are pending; await them first")
+        if self._llm is None or self._llm is not _live:
+            self._start()
+        sent = weights.complete(pairs)
+        if self._asleep:
+            self._llm.wake_up(["weights"])
+        self._send(sent)
+        if self._asleep:
+            self._llm.wake_up(["kv_cache"])
+            self._asleep = False
+        self._llm.reset_prefix_cache()
+        (found,) = self._llm.collective_rpc("igpo_fingerprints")
+        weights.compare(found, weights.fingerprints(sent), "rollout.engine=vllm")
+        self.version += 1
+
+    def _send(self, sent: weights.Weights) -> None:
+        call = self._llm.collective_rpc
+        if self._sync != TRANSFER:
+            call("reload_weights", kwargs={"weights_iterator": iter(sent)})
+            return
+        call("start_weight_update")
+        for bucket in weights.buckets(sent):
+            call("update_weights", kwargs={"update_info": {"tensors": bucket}})
+        call("finish_weight_update")
+
+    def _start(self) -> None:
+        """Make vLLM's engine, in place of the one that this process may have."""
+        global _live
+        from vllm import EngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        on_cpu = current_platform.is_cpu()
+        options = {"block_size": CPU_BLOCK} if on_cpu else {"gpu_memory_utilization": self._gpu_memory}
+        if self._sync == TRANSFER:
+            options["weight_transfer_config"] = {"backend": weights.BACKEND}
+        with TemporaryDirectory(prefix="igpo-vllm-") as folder:
+            config = copy.deepcopy(self._lm.config)
+            config.architectures = [type(self._lm).__name__]
+            config.save_pretrained(folder)
+            arguments = EngineArgs(
+                model=folder,
+                skip_tokenizer_init=True,  # token ids in, token ids out
+                load_format="dummy",
+                dtype=str(self._lm.dtype).removeprefix("torch."),
+                max_model_len=self.max_tokens,
+                max_num_seqs=self._max_slots,
+                max_num_batched_tokens=max(PREFILL_TOKENS, self.max_tokens),
+                enable_chunked_prefill=False,  # on CPU a prompt in parts fails with a seed of its own
+                enable_prefix_caching=True,
+                enforce_eager=on_cpu,  # compiled code would keep the repacked weights that it was compiled with
+                enable_sleep_mode=current_platform.is_sleep_mode_available(),
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",
+                worker_extension_cls=weights.EXTENSION,
+                disable_log_stats=True,
+                **options,
+            )
+            if _live is not None:
+                _live.engine_core.shutdown()
+            self._llm = _live = LLMEngine.from_engine_args(arguments)
+
+    def _add(self, name: str, request: Request) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        # Tokens come one by one only where their text decides.
+        kind = RequestOutputKind.DELTA if request.stop_strings else RequestOutputKind.FINAL_ONLY
+        parameters = SamplingParams(**sampling_parameters(request), output_kind=kind)
+        self._llm.add_request(name, {"prompt_token_ids": request.ids.tolist()}, parameters)
+
+    async def _run(self) -> None:
+        try:
+            await others()
+            while self._jobs:
+                ended = [self._take(output) for output in self._llm.step() if output.request_id in self._jobs]
+                await (others() if any(ended) else asyncio.sleep(0))
+        except BaseException as error:
+            for name, job in self._jobs.items():
+                if isinstance(error, Exception) and not job.future.done():
+                    job.future.set_exception(error)
+                self._llm.abort_request([name])
+            self._jobs.clear()
+            if not isinstance(error, Exception):
+                raise
+
+    def _take(self, output) -> bool:
+        """New tokens of a request; True if they end its turn."""
+        name, (new,) = output.request_id, output.outputs
+        job = self._jobs[name]
+        completed = False
+        for token, logp in zip(new.token_ids, new.logprobs, strict=True):
+            job.ids.append(token)
+            job.logp.append(logp[token].logprob)
+            if completed := self._stops.completed(job.request.stop_strings, job.ids):
+                break
+        if not (completed or output.finished):
+            return False
+        if not output.finished:
+            self._llm.abort_request([name])
+        del self._jobs[name]
+        if not job.future.done():
+            job.future.set_result(completed or new.finish_reason == "stop")
+        return True
+
+
+def _name(key: tuple[int, ...]) -> str:
+    return "_".join(map(str, key))

@@ -1,0 +1,53 @@
+"""A request as vLLM takes it, and what comes back: the same in process and over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from igpo_fast.engines import noise
+from igpo_fast.engines.base import Generation, Request
+
+
+def check(request: Request, max_tokens: int) -> None:
+    """Raises ValueError for a request that is empty, or longer than ``max_tokens`` with what it may sample."""
+    where, length = f"request {request.key}", len(request.ids)
+    if not length or request.max_tokens < 1:
+        raise ValueError(f"{where}: needs a token to continue and max_tokens >= 1")
+    if length + request.max_tokens > max_tokens:
+        wanted = f"{length} tokens and {request.max_tokens} to sample"
+        raise ValueError(f"{where}: {wanted} exceed the engine's max_tokens={max_tokens}")
+
+
+def seed_of(request: Request) -> int:
+    """The seed of a turn's draws, from its rollout's key and how many tokens precede it: 0 .. 2**63 - 1."""
+    return int(noise.stream((*request.key, len(request.ids)))) >> 1
+
+
+def sampling_parameters(request: Request) -> dict:
+    """``vllm.SamplingParams`` as keywords, or as JSON, without the stop strings.
+
+    Only the request's own stop tokens end a turn, not those of the model's configuration.
+    """
+    sampling = request.sampling
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "repetition_penalty": sampling.repetition_penalty,
+        "seed": seed_of(request),
+        "max_tokens": request.max_tokens,
+        "stop_token_ids": [int(id) for id in request.stop_ids],
+        "ignore_eos": True,
+        "detokenize": False,
+        "logprobs": 0,  # of the sampled token alone
+    }
+
+
+def generation(request: Request, ids: Sequence[int], logp: Sequence[float], finished: bool) -> Generation:
+    """Raises FloatingPointError where a log-probability is not finite."""
+    logp = np.asarray(logp, np.float32)
+    if not np.isfinite(logp).all():
+        raise FloatingPointError("sampling: the model's logits are not finite")
+    return Generation(np.asarray(ids, np.int32), logp, finished)

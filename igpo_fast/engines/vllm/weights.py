@@ -1,0 +1,74 @@
+"""The trainer's weights on their way to vLLM: what is sent, in which buckets, and whether it has arrived."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import safetensors.torch
+import torch
+
+from igpo_fast.engines.fingerprint import fingerprint
+from igpo_fast.errors import InputError
+
+BACKEND = "igpo"
+"""Our backend's name in vLLM's weight transfer."""
+EXTENSION = "igpo_fast.engines.vllm.worker.WorkerExtension"
+BUCKET_BYTES = 64 << 20
+
+Weights = Sequence[tuple[str, torch.Tensor]]
+
+
+def buckets(weights: Weights, limit: int = BUCKET_BYTES) -> Iterator[Weights]:
+    """Neighbouring tensors of at most ``limit`` bytes together; a larger one alone."""
+    bucket, size = [], 0
+    for name, tensor in weights:
+        if bucket and size + tensor.nbytes > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def as_json(bucket: Weights) -> dict[str, str]:
+    """A bucket as ``transfer.Bucket`` reads it from JSON. Tied tensors are written twice: safetensors shares none."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in bucket}
+    return {"safetensors": base64.b64encode(safetensors.torch.save(tensors)).decode()}
+
+
+def fingerprints(weights: Weights) -> dict[str, int]:
+    """The trainer's, each storage read once."""
+    known: dict[tuple, int] = {}
+    found = {}
+    for name, tensor in weights:
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if place not in known:
+            known[place] = fingerprint(tensor)
+        found[name] = known[place]
+    return found
+
+
+def compare(engine: Mapping[str, int], trainer: Mapping[str, int], where: str) -> None:
+    """Raises InputError, naming the first tensor, where the engine computes with others than the trainer's."""
+    absent = sorted(engine.keys() ^ trainer.keys())
+    differing = [name for name in trainer if name in engine and engine[name] != trainer[name]]
+    if not absent and not differing:
+        return
+    name = (differing or absent)[0]
+    what = "is not the trainer's" if differing else f"is in {'the engine' if name in engine else 'the trainer'} alone"
+    raise InputError(
+        f"{where}: after the weight sync {name} {what} ({len(differing) + len(absent)} of {len(trainer)} tensors); "
+        "rollouts would come from stale weights, so the run stops: start it again, or use rollout.engine=torch"
+    )
+
+
+def complete(weights: Iterable[tuple[str, torch.Tensor]]) -> Weights:
+    """The weights as a list, with the LM head of a model that ties it to its embeddings: vLLM keeps a copy of it."""
+    weights = list(weights)
+    names = {name for name, _ in weights}
+    embedding = [tensor for name, tensor in weights if name.endswith("embed_tokens.weight")]
+    if "lm_head.weight" not in names and len(embedding) == 1:
+        weights.append(("lm_head.weight", embedding[0]))
+    return weights

@@ -1,0 +1,106 @@
+"""What is added to vLLM's worker (``worker_extension_cls``): fingerprints of the weights it computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from igpo_fast.engines.fingerprint import block_sum, combine, fingerprint
+from igpo_fast.engines.vllm import TRANSFER, sync_method
+
+if sync_method() == TRANSFER:
+    from igpo_fast.engines.vllm import transfer  # noqa: F401  registers its backend
+
+UNIT_ROWS = 256
+"""Unit vectors that are multiplied with a repacked matrix at a time."""
+
+
+class WorkerExtension:
+    """Mixed into the worker's class; called through ``collective_rpc``."""
+
+    def igpo_about(self) -> dict:
+        """The settings that a trainer relies on, and whether a weight update has begun and not ended."""
+        model, transfer = self.vllm_config.model_config, self.vllm_config.weight_transfer_config
+        return {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "logprobs_mode": model.logprobs_mode,
+            "max_tokens": model.max_model_len,
+            "transfer": transfer and transfer.backend,
+            "updating": self._weight_update_active,
+        }
+
+    def igpo_fingerprints(self) -> dict[str, int]:
+        """``fingerprint`` of every parameter, by its name in the checkpoint.
+
+        Packed projections are taken apart. A matrix that the CPU backend has repacked is read through the very product
+        that inference makes: unit vectors times the matrix give its columns, exactly.
+
+        Raises:
+            NotImplementedError: the model is sharded over several workers.
+        """
+        if self.vllm_config.parallel_config.world_size > 1:
+            raise NotImplementedError("fingerprints need tensor_parallel_size=1 and pipeline_parallel_size=1")
+        with torch.inference_mode():
+            return dict(_parameters(self.get_model(), self.vllm_config.model_config.dtype))
+
+
+def _parameters(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, int]]:
+    parts_of = getattr(model, "packed_modules_mapping", {})
+    for path, module in model.named_modules():
+        if isinstance(module, LinearBase | VocabParallelEmbedding):
+            parent, _, leaf = path.rpartition(".")
+            names = [f"{parent}.{part}" for part in parts_of[leaf]] if leaf in parts_of else [path]
+            yield from _matrices(names, _sizes(module), module, dtype)
+        else:
+            for name, parameter in module.named_parameters(recurse=False):
+                yield f"{path}.{name}", fingerprint(parameter.to(dtype))
+
+
+def _sizes(module: torch.nn.Module) -> list[int]:
+    """Rows of each matrix that is packed into the module's; a padded vocabulary counts without its padding."""
+    if isinstance(module, VocabParallelEmbedding):
+        return [module.org_vocab_size]
+    if isinstance(module, QKVParallelLinear):
+        heads = (module.num_heads, module.num_kv_heads, module.num_kv_heads)
+        return [n * module.head_size for n in heads[:2]] + [heads[2] * getattr(module, "v_head_size", module.head_size)]
+    if isinstance(module, MergedColumnParallelLinear):
+        return list(module.output_sizes)
+    return [module.output_size]
+
+
+def _matrices(
+    names: list[str], sizes: list[int], module: torch.nn.Module, dtype: torch.dtype
+) -> Iterator[tuple[str, int]]:
+    product = _repacked_product(module, dtype)
+    bias = getattr(module, "bias", None)
+    begin = 0
+    for name, size in zip(names, sizes, strict=True):
+        rows = slice(begin, begin + size)
+        if product is None:
+            yield f"{name}.weight", fingerprint(module.weight[rows].to(dtype))
+        else:
+            yield f"{name}.weight", combine(block_sum(columns[rows], 0, first) for first, columns in product())
+        if isinstance(bias, torch.Tensor):
+            yield f"{name}.bias", fingerprint(bias[rows].to(dtype))
+        begin += size
+
+
+def _repacked_product(module: torch.nn.Module, dtype: torch.dtype) -> Callable | None:
+    """For a matrix that inference reads from a repacked copy: what yields (first column, columns [rows, n])."""
+    if not hasattr(module, "cpu_linear") or (
+        isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+    ):
+        return None  # an embedding is looked up in the plain parameter
+    width = module.embedding_dim if isinstance(module, VocabParallelEmbedding) else module.input_size
+
+    def columns() -> Iterator[tuple[int, torch.Tensor]]:
+        for first in range(0, width, UNIT_ROWS):
+            count = min(UNIT_ROWS, width - first)
+            units = torch.zeros(count, width, dtype=dtype)
+            units[:, first : first + count].fill_diagonal_(1)
+            yield first, module.quant_method.apply(module, units, None).mT
+
+    return columns

