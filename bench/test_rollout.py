@@ -17,6 +17,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+pytest.importorskip("pydantic")
+
 from bench.peers import imported
 from bench.timing import DEVICE
 from igpo_fast import config

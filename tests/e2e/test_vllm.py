@@ -12,15 +12,18 @@ import pytest
 import torch
 
 from igpo_fast import config
+from igpo_fast.dialect import make_dialect
 from igpo_fast.engines.base import Request, Sampling
 from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.engines.vllm import colocated
 from igpo_fast.engines.vllm.colocated import VllmEngine
 from igpo_fast.errors import InputError
-from igpo_fast.model import load
+from igpo_fast.model import build, load
 from igpo_fast.parts import Parts, assemble
-from igpo_fast.rollout import rollout_groups
+from igpo_fast.rollout import Limits, rollout_groups
+from igpo_fast.tools.search import NoSearch
 from igpo_fast.train import train
+from tests.families import tokenizer_of
 from tests.tiny import Recorder, files, rows
 
 pytestmark = [
@@ -155,6 +158,29 @@ def test_greedy_rollouts_are_those_of_the_torch_engine(parts, engine):
         np.testing.assert_allclose(b.logp, a.logp, atol=1e-4)
     assert ties <= 2
     assert np.mean([len(group.rollouts[0].turns) for group in theirs]) > 1.5
+
+
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3-thinking", "llama3.2"])
+def test_the_chat_dialect_gives_the_same_rollouts_on_both_engines(parts, family):
+    """Templates of model families (tests/families.py), an untrained policy, greedy: malformed calls, hints."""
+    tokenizer = tokenizer_of(family)
+    lm = build(
+        len(tokenizer), hidden_size=64, layers=1, heads=2, kv_heads=1, ffn_size=64, max_tokens=2048,
+        tie_embeddings=True, seed=1,
+    )  # fmt: skip
+    dialect = make_dialect("chat", tokenizer, max_passage_tokens=99, max_answer_tokens=16, max_answers=2)
+    engines = [kind(lm, decode=tokenizer.decode, max_tokens=2048) for kind in (TorchEngine, VllmEngine)]
+    engines[1].load_weights(lm.state_dict().items())
+    ours, theirs = (
+        rollout_groups(
+            parts.data.train[:4], 1, seed=0, step=1, engine=engine, tool=NoSearch(), dialect=dialect,
+            limits=Limits(3, 12, 2048), sampling=Sampling(0.0), concurrency=4,
+        )
+        for engine in engines
+    )  # fmt: skip
+    assert [len(group.rollouts[0].turns) for group in theirs] == [3] * 4
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a.rollouts[0].ids, b.rollouts[0].ids)
 
 
 @torch.no_grad()
