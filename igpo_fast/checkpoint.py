@@ -8,7 +8,7 @@
 
 ``step`` is the 1-based number of the finished step; row 0 may hold an evaluation before training. The
 rollouts and the row of step k are written before the checkpoint of step k: what it builds on is on disk.
-Files appear under their names whole: written to ``.NAME.tmp``, fsynced, renamed.
+Files appear under their names whole (files.py).
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -30,6 +29,7 @@ import torch
 
 from igpo_fast.config import Config, load
 from igpo_fast.errors import InputError
+from igpo_fast.files import atomic, sync, temporary_of
 
 # Keys that a later session of a run may change: they alter neither what is trained on nor what is computed.
 # Not eval.questions, which can decide what is held out of the training questions.
@@ -75,7 +75,7 @@ class RunFolder:
         """The first write of a session: its configuration; clears what a killed session left half written."""
         content = self.config.dump().encode()
         if not self._stored.exists() or self._stored.read_bytes() != content:
-            with _atomic(self._stored) as file:
+            with atomic(self._stored) as file:
                 file.write(content)
         for folder in (self.rollouts, self.checkpoints):
             folder.mkdir(exist_ok=True)
@@ -83,7 +83,7 @@ class RunFolder:
             for leftover in list(self.path.glob(pattern)):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         self.metrics.touch()
-        _sync(self.path)
+        sync(self.path)
 
     def saved(self) -> dict[int, Path]:
         """Step -> folder of every checkpoint, oldest first."""
@@ -105,7 +105,7 @@ class RunFolder:
     def write_rollouts(self, step: int, records: Iterable[Mapping]) -> Path:
         """Write a step's rollouts as JSON lines, replacing the file if there is one."""
         path = self.rollouts / f"step_{step:06d}.jsonl"
-        with _atomic(path) as file:
+        with atomic(path) as file:
             for record in records:
                 file.write(json.dumps(_plain(record), allow_nan=False, ensure_ascii=False).encode() + b"\n")
         return path
@@ -123,7 +123,7 @@ def open_run(path: str | Path, config: Config) -> RunFolder:
     run = RunFolder(path)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        found = {entry.name for entry in run.path.iterdir()} - {".lock", _temporary(run._stored).name}
+        found = {entry.name for entry in run.path.iterdir()} - {".lock", temporary_of(run._stored).name}
     except OSError as error:
         raise InputError(f"{path}: cannot be a run folder ({error.strerror}); give another run.dir=") from None
     if found and run._stored.name not in found:
@@ -156,7 +156,7 @@ def save_checkpoint(run: RunFolder, step: int, lm, tokenizer, optimizer, schedul
         return folder
     rest = {"scheduler": scheduler.state_dict(), "extra": dict(extra), "rng": _rng_state()}
     _check_loadable(rest)
-    temporary = _temporary(folder)
+    temporary = temporary_of(folder)
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir()
@@ -169,14 +169,14 @@ def save_checkpoint(run: RunFolder, step: int, lm, tokenizer, optimizer, schedul
     }
     (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
     for path in temporary.rglob("*"):
-        _sync(path)
-    _sync(temporary)
+        sync(path)
+    sync(temporary)
     os.replace(temporary, folder)
-    _sync(run.checkpoints)
+    sync(run.checkpoints)
     for old in list(run.saved().values())[: -run.config.train.keep_checkpoints]:
         # Renamed first: a kill during the deletion must not leave a folder that looks like a checkpoint.
-        os.replace(old, _temporary(old))
-        shutil.rmtree(_temporary(old))
+        os.replace(old, temporary_of(old))
+        shutil.rmtree(temporary_of(old))
     return folder
 
 
@@ -229,10 +229,10 @@ def rewind(run: RunFolder, step: int) -> Path | None:
         earlier = [int(p.name) for p in run.discarded.glob("*") if p.name.isdecimal()]
         folder = run.discarded / str(max(earlier, default=0) + 1)
         (folder / "rollouts").mkdir(parents=True)
-        with _atomic(folder / "metrics.jsonl") as file:
+        with atomic(folder / "metrics.jsonl") as file:
             file.write(_joined(late))
     if _joined(kept) != content:
-        with _atomic(run.metrics) as file:
+        with atomic(run.metrics) as file:
             file.write(_joined(kept))
     for path in rollouts:
         os.replace(path, folder / "rollouts" / path.name)
@@ -297,29 +297,6 @@ def _check_loadable(state: dict) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-@contextmanager
-def _atomic(path: Path) -> Iterator[io.BufferedWriter]:
-    with open(_temporary(path), "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(_temporary(path), path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _numbered(folder: Path, suffix: str) -> dict[int, Path]:

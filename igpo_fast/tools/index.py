@@ -29,6 +29,7 @@ from bm25s.tokenization import Tokenized
 
 from igpo_fast.data import json_object, passage_of
 from igpo_fast.errors import InputError
+from igpo_fast.files import atomic, sync
 from igpo_fast.tools.base import Passage
 
 FORMAT = 1
@@ -232,7 +233,7 @@ def _build(corpus: Path, stat: dict, settings: dict, retriever: Retriever, root:
         manifest = {"settings": settings, "corpus": {**stat, "digest": digest}, "files": sizes}
         _write_manifest(temporary, manifest)
         for path in temporary.rglob("*"):
-            _sync(path)
+            sync(path)
         key = hashlib.blake2b(json.dumps([settings, digest]).encode(), digest_size=6).hexdigest()
         folder = root / f"{corpus.stem}-{retriever.kind}-{key}"
         os.replace(temporary, folder)
@@ -240,7 +241,7 @@ def _build(corpus: Path, stat: dict, settings: dict, retriever: Retriever, root:
         raise InputError(f"{root}: cannot write the index ({error.strerror or error}); give another --index") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _sync(root)
+    sync(root)
     return folder
 
 
@@ -285,23 +286,11 @@ def _document(line: bytes, where: str) -> tuple[str, bytes]:
 
 
 def _write_manifest(folder: Path, manifest: dict) -> None:
-    temporary = folder / ".manifest.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, folder / "manifest.json")
-    _sync(folder)
+    with atomic(folder / "manifest.json") as file:
+        file.write(json.dumps(manifest, indent=1).encode())
 
 
 def digest_of_file(path: Path) -> str:
     """Of its content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -63,8 +63,8 @@ def _automatic(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: TreePlan
     kind = ("backend", q.device, q.dtype, k.dtype, v.dtype, q.shape[2])
     if kind not in plan.cache:
         name = resolve("auto", q.device, IMPLEMENTATIONS, (q.dtype, k.dtype, v.dtype))
-        fits = plan.is_sequences and q.dtype in FLASH_DTYPES and q.shape[2] <= 256
-        if name == "triton" and fits and importlib.util.find_spec("flash_attn"):
+        fits = name == "triton" and q.dtype in FLASH_DTYPES and q.shape[2] <= 256
+        if fits and plan.is_sequences and importlib.util.find_spec("flash_attn"):
             name = "flash"
         log.info("tree_attention: %s for a plan of %d tokens", name, plan.n_tokens)
         plan.cache[kind] = name

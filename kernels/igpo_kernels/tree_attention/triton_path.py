@@ -48,7 +48,7 @@ class _TreeAttention(torch.autograd.Function):
         log_mass = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
         ctx.launch = launch = Launch(q, k, plan, scale, softcap, window)
         config = launch.config("forward")
-        grid, lists = launch.by_query(config)
+        grid, lists = launch.visits(config)
         tma, sources = launch.sources(config["TMA"], config["BLOCK_N"], k, v)
         kernels.attention_forward[grid](
             q, *sources, out, log_mass, *lists, *strides(q, k, v), *launch.sizes, **launch.options(config, tma)
@@ -69,14 +69,14 @@ class _TreeAttention(torch.autograd.Function):
             HEAD_DIM=q.shape[2], BLOCK_D=block_of(q.shape[2]), **config.launch(),
         )  # fmt: skip
         config = launch.config("backward_q")
-        grid, lists = launch.by_query(config)
+        grid, lists = launch.visits(config)
         tma, sources = launch.sources(config["TMA"], config["BLOCK_N"], k, v)
         kernels.attention_backward_q[grid](
             q, *sources, d_out, log_mass, delta, d_q, *lists, *strides(q, k, v, d_out), *launch.sizes,
             **launch.options(config, tma),
         )  # fmt: skip
         config = launch.config("backward_kv")
-        grid, lists = launch.by_key(config)
+        grid, lists = launch.visits(config, by_key=True)
         tma, (q_source, d_out_source) = launch.sources(config["TMA"], config["BLOCK_M"], q, d_out)
         kernels.attention_backward_kv[grid](
             q_source, k, v, d_out_source, log_mass, delta, d_k, d_v, *lists, *strides(q, k, v, d_out), *launch.sizes,
@@ -107,15 +107,11 @@ class Launch:
             "BLOCK_D": block_of(self.head_dim), "CAPPED": self.capped, "WINDOWED": self.window is not None,
         }  # fmt: skip
 
-    def by_query(self, config: Config) -> tuple:
-        return self._lists(config["BLOCK_M"] // self.group, config["BLOCK_N"], by_key=False)
-
-    def by_key(self, config: Config) -> tuple:
-        return self._lists(config["BLOCK_M"], config["BLOCK_N"], by_key=True)
-
-    def _lists(self, queries: int, keys: int, by_key: bool) -> tuple:
-        """The grid, and the mask and block lists as the kernels take them."""
-        lists = block_lists(self.plan, self.window, queries, keys, by_key=by_key, device=self.device)
+    def visits(self, config: Config, by_key: bool = False) -> tuple:
+        """The grid, and the mask and block lists as the kernels take them: for tiles of queries with all heads of a
+        group, or for blocks of keys, which take the heads one by one."""
+        queries = config["BLOCK_M"] if by_key else config["BLOCK_M"] // self.group
+        lists = block_lists(self.plan, self.window, queries, config["BLOCK_N"], by_key=by_key, device=self.device)
         mask = (self._int32(name) for name in ("subtree_end", "position_ids"))
         return (len(lists.order) * self.kv_heads,), (*mask, *lists.tensors())
 

@@ -24,7 +24,6 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -37,29 +36,8 @@ from tests.kernels.triton.conftest import Poison
 
 NAMES = ("logp", "entropy", "dhidden", "dweight", "dbias")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("bf16_dots")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def bf16_dots():
-    """The interpreter keeps bf16 as 16-bit integers, and multiplies them as such."""
-    if DEVICE == "cuda":
-        yield
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    plain = InterpreterBuilder.create_dot
-
-    def widened(handle):
-        if handle.dtype.scalar != triton.language.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), triton.language.float32)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            InterpreterBuilder, "create_dot", lambda self, a, b, *rest: plain(self, widened(a), widened(b), *rest)
-        )
-        yield
 
 
 def on_device(case):
