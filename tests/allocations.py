@@ -38,19 +38,3 @@ def peak_bytes(run: Callable[[], Result], device: str = "cpu") -> tuple[int, Res
     events = [e for e in trace["traceEvents"] if e["name"] == "[memory]" and e["args"]["Device Type"] == CPU]
     events.sort(key=lambda event: event["ts"])
     return max(accumulate((event["args"]["Bytes"] for event in events), initial=0)), result
-
-
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """The largest storage that any operation returns, in bytes: bounds one tensor where a CPU's copies would blur the
-    peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
-        return out

@@ -6,7 +6,12 @@ import torch
 
 
 def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
-    """``out (+)= a @ b`` into a float32 ``out``; CUDA tensors of bfloat16 and float16 are multiplied as they are."""
+    """``out = a @ b``, or ``out += a @ b`` with ``accumulate``; returns ``out``.
+
+    Args:
+        a: [M, K]. b: [K, N]. One dtype: float32, bfloat16 or float16; CUDA tensors are multiplied as they are.
+        out: float32 [M, N].
+    """
     beta = 1 if accumulate else 0
     if a.dtype == torch.float32 or not a.is_cuda:  # only CUDA has half operands with a float32 output
         return torch.addmm(out, a.float(), b.float(), beta=beta, out=out)

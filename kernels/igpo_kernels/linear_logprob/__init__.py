@@ -12,6 +12,7 @@ IMPLEMENTATIONS = {
     "torch": torch_path.linear_logprob,
     "triton": lazy("igpo_kernels.linear_logprob.triton_path", "linear_logprob"),
 }
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def linear_logprob(
@@ -20,6 +21,7 @@ def linear_logprob(
     labels: torch.Tensor,
     rows: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    *,
     temperature: float = 1.0,
     softcap: float = 0.0,
     entropy: bool = False,
@@ -30,9 +32,9 @@ def linear_logprob(
     Avoids the [M, V] logits and their gradient: at M 65,536, V 151,936 those are 80 GB in float32.
 
     Args:
-        hidden: [N, H]. weight: [V, H]. bias: [V].
-        labels: int64 [M], in 0 .. V-1.
-        rows: int64 [M], in 0 .. N-1, repeats allowed; None is row m for pair m.
+        hidden: [N, H]. weight: [V, H]. bias: [V]; -inf bars a token.
+        labels: integers [M], in 0 .. V-1; ignored tokens have no place in labels and rows.
+        rows: integers [M], in 0 .. N-1, repeats allowed; None is row m for pair m.
         temperature: above 0.
         softcap: ``c * tanh(z / c)`` where above 0 (Gemma-2's final logits).
         entropy: also return ``-sum p log p`` of each pair's row, in nats.
@@ -40,21 +42,47 @@ def linear_logprob(
     Returns:
         logp [M], in nats, float32 or wider; with ``entropy`` also entropy [M]. Differentiable in hidden, weight, bias.
     Raises:
-        ValueError: shapes or values that do not fit.
+        ValueError: shapes, dtypes, devices or values that do not fit. On GPUs a label or row out of range fails a
+            device-side assertion instead, without synchronising.
     """
-    rows = check_pairs("linear_logprob", hidden, weight, labels, rows, temperature)
+    rows = check_pairs("linear_logprob", hidden, weight, labels, rows, temperature, softcap, bias)
     run = choose("linear_logprob", backend, hidden.device, IMPLEMENTATIONS, (hidden.dtype, weight.dtype))
-    return run(hidden, weight, labels, rows, bias, temperature, softcap, entropy)
+    return run(hidden, weight, labels.long(), rows, bias, temperature, softcap, entropy)
 
 
-def check_pairs(op, hidden, weight, labels, rows, temperature) -> torch.Tensor:
-    """Validate what every LM-head op takes; returns ``rows``, filled in if None."""
+def check_pairs(op, hidden, weight, labels, rows, temperature, softcap=0.0, bias=None) -> torch.Tensor:
+    """Validate what every LM-head op takes; returns ``rows`` as int64, filled in if None."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit")
-    if temperature <= 0:
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias {tuple(bias.shape)} for a weight {tuple(weight.shape)}; give [{len(weight)}]")
+    if not temperature > 0:
         raise ValueError(f"{op}: temperature must be above 0, got {temperature}")
+    if not softcap >= 0:
+        raise ValueError(f"{op}: softcap must be at least 0 (0 is none), got {softcap}")
     if rows is None:
         rows = torch.arange(len(hidden), device=hidden.device)
     if labels.shape != rows.shape or labels.ndim != 1:
         raise ValueError(f"{op}: {tuple(labels.shape)} labels for {tuple(rows.shape)} rows")
-    return rows
+    for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels), ("rows", rows)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{op}: {name} on {tensor.device}, hidden on {hidden.device}; move them to one device")
+    check_range(op, "label", labels, len(weight))
+    return check_range(op, "row", rows, len(hidden))
+
+
+def check_range(op: str, name: str, indices: torch.Tensor, stop: int) -> torch.Tensor:
+    """``indices`` as int64."""
+    if indices.dtype not in INTEGERS:
+        raise ValueError(f"{op}: {name}s must be integers, got {indices.dtype}; convert them with .long()")
+    indices = indices.long()
+    outside = (indices < 0) | (indices >= stop)
+    if indices.device.type != "cpu":
+        torch._assert_async(~outside.any(), f"{op}: a {name} is not in 0 .. {stop - 1}")
+    elif outside.any():
+        pair = int(outside.nonzero()[0])
+        raise ValueError(
+            f"{op}: {name} {int(indices[pair])} of pair {pair} is not in 0 .. {stop - 1}; "
+            "leave ignored pairs out of labels and rows"
+        )
+    return indices

@@ -1,10 +1,12 @@
-"""The definition of linear_logprob: full logits, full log-softmax."""
+"""The definition of linear_logprob: full logits, multiplied in the inputs' dtype; the rest in float32 or wider."""
 
 from __future__ import annotations
 
+import torch
+
 
 def logits(hidden, weight, rows, bias, temperature, softcap):
-    z = hidden[rows] @ weight.T
+    z = (hidden[rows] @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
     if bias is not None:
         z = z + bias
     if softcap:
@@ -15,4 +17,5 @@ def logits(hidden, weight, rows, bias, temperature, softcap):
 def linear_logprob(hidden, weight, labels, rows, bias, temperature, softcap, entropy):
     log_p = logits(hidden, weight, rows, bias, temperature, softcap).log_softmax(-1)
     logp = log_p.gather(1, labels[:, None])[:, 0]
-    return (logp, -(log_p.exp() * log_p).sum(-1)) if entropy else logp
+    # p log p is 0 where p is: -inf times 0 would be NaN.
+    return (logp, -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)) if entropy else logp

@@ -14,12 +14,13 @@ import torch
 
 from igpo_kernels.workspace import workspace_bytes
 
-LIVE_BLOCKS = 4
-"""The workspace holds so many blocks: logits, a temporary for the entropy, and the rows of a block twice (hidden
-states and their gradient), which at hidden sizes up to VOCAB_BLOCK are no larger."""
 VOCAB_BLOCK = 2048
+BLOCK_LOGITS = 2048 * VOCAB_BLOCK
+"""Most logits of a block: 16 MiB in float32; larger ones would only be farther from the caches."""
+PAIR_BYTES = 80
+"""What indices and statistics take of a pair, its row's included."""
 MOST_FALL = -1e30
-"""Stands for -inf (the maximum before the first block), whose product with a mass of 0 would be NaN."""
+"""Stands for -inf (the maximum before the first block, a barred token), whose product with 0 would be NaN."""
 
 
 def linear_logprob(hidden, weight, labels, rows, bias, temperature, softcap, entropy):
@@ -32,13 +33,14 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, rows, temperature, softcap, entropy):
         distinct, pair_row = torch.unique(rows, return_inverse=True)
         compute = torch.promote_types(hidden.dtype, torch.float32)
-        blocks = Blocks(len(distinct), len(weight), hidden.device, compute)
+        blocks = Blocks(hidden, weight, len(labels), len(distinct), compute, logits=1 + entropy, states=1)
         statistics = Statistics(len(distinct), hidden.device, compute)
         target = statistics.top.new_empty(len(labels))
         for r in blocks.rows:
-            x = hidden[distinct[r]].to(compute)
+            x = blocks.states(hidden, distinct[r])
             for c in blocks.columns:
-                z = block_logits(x, weight[c], _part(bias, c), temperature, softcap, blocks.logits(r, c))
+                w = blocks.upcast(weight[c])
+                z = block_logits(x, w, _part(bias, c), temperature, softcap, blocks.logits(r, c))
                 pairs = _pairs(pair_row, labels, r, c)
                 target[pairs] = z[pair_row[pairs] - r.start, labels[pairs] - c.start]
                 statistics.add(z, r, entropy)
@@ -50,20 +52,24 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_logp, d_entropy):
         hidden, weight, bias, labels, distinct, pair_row, top, log_mass, row_entropy = ctx.saved_tensors
+        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         compute = top.dtype
-        blocks = Blocks(len(distinct), len(weight), hidden.device, compute)
+        blocks = Blocks(
+            hidden, weight, len(labels), len(distinct), compute,
+            logits=1 + ctx.entropy + (ctx.softcap > 0), states=1 + of_hidden,
+        )  # fmt: skip
         # d logp_m / dz = onehot - p, d entropy / dz = -p * (log p + entropy), each summed over the pairs of a row.
         d_logp = d_logp.to(compute)
         row_d_logp = torch.zeros_like(top).index_add_(0, pair_row, d_logp)
         row_d_entropy = torch.zeros_like(top).index_add_(0, pair_row, d_entropy.to(compute))
-        d_hidden = torch.zeros(hidden.shape, dtype=compute, device=hidden.device)
-        d_weight = torch.zeros(weight.shape, dtype=compute, device=weight.device)
-        d_bias = torch.zeros(len(weight), dtype=compute, device=weight.device) if bias is not None else None
+        d_hidden = torch.zeros_like(hidden) if of_hidden else None
+        d_weight = torch.zeros(weight.shape, dtype=compute, device=weight.device) if of_weight else None
+        d_bias = torch.zeros(len(weight), dtype=compute, device=weight.device) if of_bias else None
         for r in blocks.rows:
-            x = hidden[distinct[r]].to(compute)
-            dx = torch.zeros_like(x)
+            x = blocks.states(hidden, distinct[r])
+            dx = blocks.states_gradient(r) if of_hidden else None
             for c in blocks.columns:
-                w = weight[c].to(compute)
+                w = blocks.upcast(weight[c])
                 z = block_logits(x, w, _part(bias, c), ctx.temperature, ctx.softcap, blocks.logits(r, c))
                 slope = slope_of(z, ctx.temperature, ctx.softcap)
                 entropy = (row_entropy[r], row_d_entropy[r]) if ctx.entropy else None
@@ -72,13 +78,18 @@ class _LinearLogprob(torch.autograd.Function):
                 at = (pair_row[pairs] - r.start, labels[pairs] - c.start)
                 dz.index_put_(at, d_logp[pairs], accumulate=True)
                 dz *= slope
-                dx.addmm_(dz, w)
-                d_weight[c].addmm_(dz.T, x)
-                if d_bias is not None:
+                del slope
+                if of_hidden:
+                    dx.addmm_(dz, w)
+                if of_weight:
+                    d_weight[c].addmm_(dz.T, x)
+                if of_bias:
                     d_bias[c] += dz.sum(0)
-            d_hidden.index_add_(0, distinct[r], dx)
-        d_bias = d_bias.to(bias.dtype) if d_bias is not None else None
-        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias, None, None, None, None, None
+            if of_hidden:
+                d_hidden.index_copy_(0, distinct[r], dx.to(hidden.dtype))
+        d_weight = d_weight.to(weight.dtype) if of_weight else None
+        d_bias = d_bias.to(bias.dtype) if of_bias else None
+        return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
 class Statistics:
@@ -93,11 +104,12 @@ class Statistics:
         """Take in a block of the rows ``r``; ``scratch``, of its shape, is used up, ``z`` itself without one."""
         top, mass, moment = self.top[r], self.mass[r], self.moment[r]
         new_top = torch.maximum(top, z.amax(1))
-        fall = (top - new_top).clamp(min=MOST_FALL)
-        below = torch.sub(z, new_top[:, None], out=z if scratch is None else scratch)
+        base = new_top.clamp(min=MOST_FALL)
+        fall = (top - base).clamp_(min=MOST_FALL)
+        below = torch.sub(z, base[:, None], out=z if scratch is None else scratch)
         e = below.exp() if entropy else below.exp_()
         if entropy:
-            moment.add_(fall * mass).mul_(fall.exp()).add_(below.mul_(e).sum(1))
+            moment.add_(fall * mass).mul_(fall.exp()).add_(below.clamp_(min=MOST_FALL).mul_(e).sum(1))
         mass.mul_(fall.exp()).add_(e.sum(1))
         top.copy_(new_top)
 
@@ -111,19 +123,46 @@ class Statistics:
 
 
 class Blocks:
-    """Row blocks outside, vocabulary blocks inside, and the one buffer that their logits share."""
+    """Row blocks outside, vocabulary blocks inside, and the buffers that they share, within the workspace.
 
-    def __init__(self, n_rows, vocab, device, dtype):
-        elements = workspace_bytes(device) // (dtype.itemsize * LIVE_BLOCKS)
+    ``logits`` blocks of logits live at once, and ``states`` copies of a row block's hidden states.
+    """
+
+    def __init__(self, hidden, weight, pairs, n_rows, dtype, logits: int, states: int):
+        vocab, size = weight.shape
+        workspace = workspace_bytes(hidden.device)
+        budget = max(workspace // 2, workspace - PAIR_BYTES * pairs)
         width = min(vocab, VOCAB_BLOCK)
-        height = max(1, min(n_rows, elements // width))
+        upcast, copied = weight.dtype != dtype, hidden.dtype != dtype
+        if upcast:
+            width = max(1, min(width, budget // (4 * dtype.itemsize * size)))
+            budget -= dtype.itemsize * width * size
+        row_bytes = dtype.itemsize * (logits * width + states * size) + (hidden.dtype.itemsize * size if copied else 0)
+        height = max(1, min(n_rows, BLOCK_LOGITS // width, budget // row_bytes))
         self.rows = [slice(r, min(r + height, n_rows)) for r in range(0, n_rows, height)]
         self.columns = [slice(c, min(c + width, vocab)) for c in range(0, vocab, width)]
-        self._buffer = torch.empty(height * width, dtype=dtype, device=device)
+        new = lambda *shape: torch.empty(shape, dtype=dtype, device=hidden.device)  # noqa: E731
+        self._logits, self._states = new(height * width), new(states, height, size)
+        self._weight = new(width, size) if upcast else None
 
     def logits(self, r: slice, c: slice) -> torch.Tensor:
         shape = r.stop - r.start, c.stop - c.start
-        return self._buffer[: shape[0] * shape[1]].view(shape)
+        return self._logits[: shape[0] * shape[1]].view(shape)
+
+    def states(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The hidden states of ``rows``, in the dtype of the logits."""
+        out = self._states[0, : len(rows)]
+        if hidden.dtype == out.dtype:
+            return torch.index_select(hidden, 0, rows, out=out)
+        return out.copy_(hidden[rows])
+
+    def states_gradient(self, r: slice) -> torch.Tensor:
+        """Zeros [rows, H]."""
+        return self._states[1, : r.stop - r.start].zero_()
+
+    def upcast(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight of a block, in the dtype of the logits."""
+        return weight if self._weight is None else self._weight[: len(weight)].copy_(weight)
 
 
 def block_logits(x, weight, bias, temperature, softcap, out):
@@ -141,7 +180,7 @@ def slope_of(z, temperature, softcap):
     if not softcap:
         return 1 / temperature
     t = z * (temperature / softcap)
-    return (1 - t * t) / temperature
+    return t.square_().sub_(1).div_(-temperature)
 
 
 def softmax_gradient_(z, top, log_mass, d_logp, entropy):
@@ -151,6 +190,7 @@ def softmax_gradient_(z, top, log_mass, d_logp, entropy):
     if entropy is None:
         return log_p.exp_().mul_(-d_logp[:, None])
     h, d_entropy = entropy
+    log_p.clamp_(min=MOST_FALL)
     pull = (log_p + h[:, None]).mul_(d_entropy[:, None]).add_(d_logp[:, None])
     return log_p.exp_().mul_(pull.neg_())
 

@@ -84,8 +84,14 @@ def scaled(z, bias_ptr, columns, n_vocab, inverse_temperature, softcap, CAPPED: 
 
 
 @triton.jit
+def finite(top):
+    """A base to subtract: 0 where every logit so far is -inf (barred), of which -inf would make NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
 def mass_and_moment(z, top):
-    fall = z - top[:, None]
+    fall = z - finite(top)[:, None]
     e = tl.exp(fall)
     return tl.sum(e, axis=1), tl.sum(e * tl.maximum(fall, -1e30), axis=1)  # 0 * -inf would be NaN
 
@@ -140,8 +146,9 @@ def combine_tiles(
         tile_top = tl.load(tile_top_ptr + at, mask=inside, other=float("-inf"))
         tile_mass = tl.load(tile_mass_ptr + at, mask=inside, other=0.0)
         new_top = tl.maximum(top, tl.max(tile_top, axis=0))
-        # Before the first tile, and where there is no tile, -inf - top times a mass of 0 would be NaN.
-        fall, tile_fall = tl.maximum(top - new_top, -1e30), tl.maximum(tile_top - new_top[None, :], -1e30)
+        # Before the first tile, where there is none, and in a barred one, -inf times a mass of 0 would be NaN.
+        base = finite(new_top)
+        fall, tile_fall = tl.maximum(top - base, -1e30), tl.maximum(tile_top - base[None, :], -1e30)
         if entropy_ptr is not None:
             tile_moment = tl.load(tile_moment_ptr + at, mask=inside, other=0.0)
             moment = (moment + fall * mass) * tl.exp(fall)
@@ -186,7 +193,7 @@ def logit_gradient(z, top, log_mass, entropy, d_logp, d_entropy, cell_d_logp, in
     log_p = z - top - log_mass
     pull = d_logp
     if ENTROPY:
-        pull = (d_logp + d_entropy * entropy) + d_entropy * log_p
+        pull = (d_logp + d_entropy * entropy) + d_entropy * tl.maximum(log_p, -1e30)  # p = 0 times -inf would be NaN
     dz = (cell_d_logp - tl.exp(log_p) * pull) * inverse_temperature
     if CAPPED:
         t = z * (1 / (inverse_temperature * softcap))

@@ -26,8 +26,10 @@ SMALL_ROWS = 64
 INTERPRETER_PROGRAMS = 3
 LEAST_WIDTH = 4096
 """Vocabulary entries that a chunk of the backward should have: cuBLAS reads and writes dx once a chunk."""
-TMA_BYTES = 16
-"""What descriptors ask of addresses and row strides."""
+ALIGNMENT = 16
+"""Rows that kernels read start at multiples of so many bytes and are multiples of so many elements long."""
+PAIR_BYTES = 160
+"""What indices and statistics take of a pair, its row's and cell's included."""
 
 
 def linear_logprob(hidden, weight, labels, rows, bias, temperature, softcap, entropy):
@@ -45,40 +47,44 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, rows, temperature, softcap, entropy):
         cells = Cells.of(rows, labels, len(weight))
-        head = Head.of(hidden, weight, bias, temperature, softcap, len(cells.distinct))
-        new = lambda n: torch.empty(n, dtype=torch.float32, device=hidden.device)  # noqa: E731
         n_rows = len(cells.distinct)
+        head = Head.of(hidden, weight, bias, temperature, softcap, n_rows)
+        new = lambda n: torch.empty(n, dtype=torch.float32, device=hidden.device)  # noqa: E731
         logit, top, log_mass = new(len(cells.row)), new(n_rows), new(n_rows)
         row_entropy = new(n_rows) if entropy else None
         tiles = triton.cdiv(len(weight), head.forward["BLOCK_VOCAB"])
-        row_bytes = 4 * tiles * (3 if entropy else 2) + head.gathered_bytes(hidden, n_rows)
-        height = even(workspace_bytes(hidden.device) // row_bytes)
+        row_bytes = 4 * tiles * (3 if entropy else 2) + packed_bytes(hidden, n_rows)
+        height = min(even(budget_of(cells) // row_bytes), max(1, n_rows))
+        packed = buffer_of(hidden, height) if packed_bytes(hidden, n_rows) else None
+        buffers = [new(tiles * height) for _ in range(3 if entropy else 2)]
         for first in range(0, n_rows, height):
             part = slice(first, min(first + height, n_rows))
-            x = rows_of(hidden, cells.distinct, part)
-            statistics = [new((tiles, len(x))) for _ in range(3 if entropy else 2)]
-            head.tile_statistics(x, *statistics, *(() if entropy else (None,)))
-            head.combine(*statistics, *(() if entropy else (None,)), top, log_mass, row_entropy, part)
+            x = rows_of(hidden, cells.distinct, part, packed)
+            statistics = [buffer[: tiles * len(x)].view(tiles, len(x)) for buffer in buffers]
+            statistics += () if entropy else (None,)
+            head.tile_statistics(x, *statistics)
+            head.combine(*statistics, top, log_mass, row_entropy, part)
             head.cell_logits(x, cells, logit, first)
         # Products of tiles and of labels round differently: 1e-6 above zero is zero.
         cell_logp = (logit - top[cells.row] - log_mass[cells.row]).clamp_(max=0)
         ctx.save_for_backward(hidden, weight, bias, logit, top, log_mass, row_entropy)
-        ctx.cells, ctx.head = cells, head
+        ctx.cells, ctx.temperature, ctx.softcap = cells, temperature, softcap
         ctx.set_materialize_grads(False)
         return cell_logp[cells.of_pair], row_entropy[cells.row[cells.of_pair]] if entropy else None
 
     @staticmethod
     def backward(ctx, d_logp, d_entropy):
         hidden, weight, bias, logit, top, log_mass, row_entropy = ctx.saved_tensors
-        cells, head = ctx.cells, ctx.head
+        cells = ctx.cells
         if d_logp is None and d_entropy is None:
             return (None,) * 8
         d_logp = torch.zeros_like(cells.of_pair, dtype=torch.float32) if d_logp is None else d_logp
         row_d_logp, cell_d_logp = cells.by_row(d_logp), cells.by_cell(d_logp)
         row_d_entropy = None if d_entropy is None else cells.by_row(d_entropy)
         row_entropy = None if d_entropy is None else row_entropy
-        n_rows, vocab = len(cells.distinct), len(weight)
-        height, width = head.backward_chunks(hidden, n_rows, vocab)
+        n_rows, (vocab, size) = len(cells.distinct), weight.shape
+        head = Head.of(hidden, weight, bias, ctx.temperature, ctx.softcap, n_rows)
+        height, width = head.backward_chunks(hidden, n_rows, vocab, budget_of(cells))
         one_block = height >= n_rows
         d_hidden, d_weight, d_bias = (
             torch.zeros(x.shape, dtype=dtype, device=x.device) if needed else None
@@ -90,11 +96,13 @@ class _LinearLogprob(torch.autograd.Function):
             )
         )
         stride = triton.cdiv(width, head.backward["BLOCK_VOCAB"]) * head.backward["BLOCK_VOCAB"]
+        packed = buffer_of(hidden, height) if packed_bytes(hidden, n_rows) else None
+        dx_buffer = torch.empty((height, size), dtype=torch.float32, device=hidden.device)
+        dz_buffer = torch.empty((height, stride), dtype=hidden.dtype, device=hidden.device)
         for first in range(0, n_rows, height):
             part = slice(first, min(first + height, n_rows))
-            x = rows_of(hidden, cells.distinct, part)
-            dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if d_hidden is not None else None
-            dz_rows = torch.empty((len(x), stride), dtype=x.dtype, device=x.device)
+            x = rows_of(hidden, cells.distinct, part, packed)
+            dx, dz_rows = dx_buffer[: len(x)], dz_buffer[: len(x)]
             row_values = [
                 None if value is None else value[part]
                 for value in (top, log_mass, row_entropy, row_d_logp, row_d_entropy)
@@ -104,12 +112,12 @@ class _LinearLogprob(torch.autograd.Function):
                 head.tile_gradients(x, c, dz_rows, row_values)
                 head.cell_gradients(dz_rows, cells, logit, cell_d_logp, row_values, first, c)
                 dz = dz_rows[:, : c.stop - c.start]
-                if dx is not None:
-                    product(dz, head.weight[c], dx, accumulate=True)
+                if d_hidden is not None:
+                    product(dz, head.weight[c, :size], dx, accumulate=start > 0)
                 if d_weight is not None and one_block:
-                    torch.mm(dz.T, x, out=d_weight[c])
+                    torch.mm(dz.T, x[:, :size], out=d_weight[c])
                 elif d_weight is not None:
-                    product(dz.T, x, d_weight[c], accumulate=True)
+                    product(dz.T, x[:, :size], d_weight[c], accumulate=True)
                 if d_bias is not None:
                     d_bias[c] += dz.sum(0, dtype=torch.float32)
             if d_hidden is not None:
@@ -160,11 +168,39 @@ def segment_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True) if len(values) else values
 
 
-def rows_of(hidden: torch.Tensor, distinct: torch.Tensor, part: slice) -> torch.Tensor:
-    """The distinct rows of a block, packed; not copied where they are all of ``hidden`` in order."""
-    if len(distinct) == len(hidden) and hidden.stride(1) == 1:
+def budget_of(cells: Cells) -> int:
+    """Bytes of the workspace for blocks; at least half of it, however many pairs there are."""
+    workspace = workspace_bytes(cells.order.device)
+    return max(workspace // 2, workspace - PAIR_BYTES * len(cells.order))
+
+
+def aligned(matrix: torch.Tensor) -> bool:
+    """Whether kernels may read the matrix where it lies: they ship compiled for such rows only."""
+    sizes = matrix.data_ptr(), matrix.stride(0), matrix.shape[1]
+    return matrix.stride(1) == 1 and all(size % ALIGNMENT == 0 for size in sizes)
+
+
+def aligned_size(matrix: torch.Tensor) -> int:
+    return triton.cdiv(matrix.shape[1], ALIGNMENT) * ALIGNMENT
+
+
+def buffer_of(matrix: torch.Tensor, rows: int) -> torch.Tensor:
+    """Aligned zeros for so many rows of the matrix; columns beyond its own add nothing to a product."""
+    return matrix.new_zeros(rows, aligned_size(matrix))
+
+
+def packed_bytes(hidden: torch.Tensor, n_rows: int) -> int:
+    """Bytes a row that rows_of copies: none where the distinct rows are all of ``hidden``, in order and aligned."""
+    return 0 if n_rows == len(hidden) and aligned(hidden) else aligned_size(hidden) * hidden.element_size()
+
+
+def rows_of(hidden, distinct: torch.Tensor, part: slice, packed: torch.Tensor | None) -> torch.Tensor:
+    """The distinct rows of a block, in ``packed`` unless it is None."""
+    if packed is None:
         return hidden[part]
-    return hidden[distinct[part]]
+    x = packed[: part.stop - part.start]
+    torch.index_select(hidden, 0, distinct[part], out=x[:, : hidden.shape[1]])
+    return x
 
 
 @dataclass(frozen=True)
@@ -187,10 +223,14 @@ class Head:
         arch, dtype = arch_of(hidden.device), DTYPE_NAMES[hidden.dtype]
         # With both a bias and soft-capping (no model known has both) large tiles would spill registers.
         size = "small" if n_rows <= SMALL_ROWS or (bias is not None and softcap) else "large"
-        weight = weight.detach()
+        weight, bias = weight.detach(), None if bias is None else bias.detach().contiguous()
+        if not aligned(weight):
+            copy = buffer_of(weight, len(weight))
+            copy[:, : weight.shape[1]] = weight
+            weight = copy
         return cls(
-            weight if weight.stride(1) == 1 else weight.contiguous(),
-            None if bias is None else bias.detach().contiguous(),
+            weight,
+            bias.clone() if bias is not None and bias.data_ptr() % ALIGNMENT else bias,
             1 / temperature,
             float(softcap),
             config_for("linear_logprob_forward", arch, size, dtype),
@@ -205,17 +245,13 @@ class Head:
     def scaling(self) -> tuple[float, float]:
         return self.inverse_temperature, self.softcap
 
-    def gathered_bytes(self, hidden: torch.Tensor, n_rows: int) -> int:
-        """Bytes a row that rows_of copies."""
-        in_place = n_rows == len(hidden) and hidden.stride(1) == 1
-        return 0 if in_place else hidden.shape[1] * hidden.element_size()
-
-    def backward_chunks(self, hidden: torch.Tensor, n_rows: int, vocab: int) -> tuple[int, int]:
-        """Rows and vocabulary entries of a block: half the workspace for x and its gradient, the rest for dz."""
-        budget, block = workspace_bytes(hidden.device), self.backward["BLOCK_VOCAB"]
-        row_bytes = self.gathered_bytes(hidden, n_rows) + 4 * hidden.shape[1]
-        height = min(even(budget // 2 // max(row_bytes, LEAST_WIDTH * hidden.element_size())), max(1, n_rows))
-        most = max(1, (budget - height * row_bytes) // (height * hidden.element_size() * block))
+    def backward_chunks(self, hidden: torch.Tensor, n_rows: int, vocab: int, budget: int) -> tuple[int, int]:
+        """Rows and vocabulary entries of a block: half the bytes for x and its gradient, the rest for dz."""
+        block, element = self.backward["BLOCK_VOCAB"], hidden.element_size()
+        gradient_bytes = 4 if element == 4 else 4 + element  # float32, and what it is cast to
+        row_bytes = packed_bytes(hidden, n_rows) + hidden.shape[1] * gradient_bytes
+        height = min(even(budget // 2 // max(row_bytes, LEAST_WIDTH * element)), max(1, n_rows))
+        most = max(1, (budget - height * row_bytes) // (height * element * block))
         chunks = triton.cdiv(triton.cdiv(vocab, block), most)
         return height, triton.cdiv(triton.cdiv(vocab, chunks), block) * block
 
@@ -263,13 +299,10 @@ class Head:
         return (min(tiles, self.programs),)
 
     def tiled(self, config: Config, x: torch.Tensor, weight: torch.Tensor) -> tuple[dict, list]:
-        """Launch options, and x and weight as descriptors; as pointers where the rows' alignment rules TMA out."""
+        """Launch options, and x and weight, as descriptors with TMA."""
         launch = config.launch()
-        aligned = all(
-            m.data_ptr() % TMA_BYTES == 0 and m.stride(0) * m.element_size() % TMA_BYTES == 0 for m in (x, weight)
-        )
-        if not (launch["TMA"] and aligned):
-            return {**launch, "TMA": 0}, [x, weight]
+        if not launch["TMA"]:
+            return launch, [x, weight]
         blocks = config["BLOCK_ROWS"], config["BLOCK_VOCAB"]
         return launch, [
             TensorDescriptor.from_tensor(m, [block, config["BLOCK_HIDDEN"]])
@@ -279,7 +312,7 @@ class Head:
 
 def even(height: int) -> int:
     """Row blocks start at multiples of 16, so that what they point to stays aligned (and kernels compile once)."""
-    return max(1, height if height < 16 else height - height % 16)
+    return max(16, height - height % 16)
 
 
 def programs_of(device: torch.device) -> int:
