@@ -70,11 +70,21 @@ def fused_linear_grpo(
     Returns:
         The loss, and means over the trained tokens: ``kl``, ``clip_ratio``, ``entropy``, ``ratio``.
     Raises:
-        ValueError: shapes or options that do not fit.
+        ValueError: shapes or options that do not fit; nothing is broadcast.
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"fused_linear_grpo: loss_type={loss_type!r}; choose one of {', '.join(LOSS_TYPES)}")
+    if ids.ndim != 2:
+        raise ValueError(f"fused_linear_grpo: ids {tuple(ids.shape)}; give [B, T]")
     batch, length = ids.shape
+    if hidden.shape[:-1] != ids.shape:
+        raise ValueError(
+            f"fused_linear_grpo: hidden {tuple(hidden.shape)} for ids {tuple(ids.shape)}; "
+            f"give the states that predict ids, [{batch}, {length}, H] (hidden[:, :-1] for ids[:, 1:])"
+        )
+    for name, x in (("mask", mask), ("old_logp", old_logp), ("ref_logp", ref_logp)):
+        if x is not None and x.shape != ids.shape:
+            raise ValueError(f"fused_linear_grpo: {name} {tuple(x.shape)}; give [{batch}, {length}] as of ids")
     if advantages.shape not in ((batch,), (batch, length)):
         raise ValueError(
             f"fused_linear_grpo: advantages {tuple(advantages.shape)}; give [{batch}] or [{batch}, {length}]"

@@ -72,3 +72,20 @@ def test_wrong_advantages_are_never_broadcast():
         fused_linear_grpo(hidden, weight, ids, mask, advantages[:1])
     with pytest.raises(ValueError, match="loss_type"):
         fused_linear_grpo(hidden, weight, ids, mask, advantages, loss_type="ppo")
+
+
+@pytest.mark.parametrize("name, cut, message", [
+    ("hidden", lambda x: torch.cat([x, x[:, :1]], 1), r"hidden \(3, 6, 8\) for ids \(3, 5\); give the states"),
+    ("hidden", lambda x: x.flatten(0, 1), r"hidden \(15, 8\) for ids \(3, 5\)"),
+    ("mask", lambda x: x[:, :1], r"mask \(3, 1\); give \[3, 5\]"),
+    ("mask", lambda x: x[0], r"mask \(5,\); give \[3, 5\]"),
+    ("old_logp", lambda x: x[:, 0], r"old_logp \(3,\); give \[3, 5\]"),
+    ("ref_logp", lambda x: x[:, :, None], r"ref_logp \(3, 5, 1\); give \[3, 5\]"),
+    ("ids", lambda x: x.flatten(), r"ids \(15,\); give \[B, T\]"),
+])  # fmt: skip
+def test_shapes_that_differ_from_the_ids_are_refused(name, cut, message):
+    hidden, weight, ids, mask, advantages = inputs()
+    given = dict(hidden=hidden, ids=ids, mask=mask, old_logp=advantages, ref_logp=advantages)
+    given[name] = cut(given[name])
+    with pytest.raises(ValueError, match=f"^fused_linear_grpo: {message}"):
+        fused_linear_grpo(weight=weight, advantages=advantages, **given)

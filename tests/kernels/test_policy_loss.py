@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from igpo_kernels import LossSettings, linear_policy_loss, policy_loss
 from igpo_kernels.linear_policy_loss import torch_path
+from tests.allocations import peak_bytes
 
 
 def loss_of(logp, old, advantages, weights, settings=None, **more):
@@ -104,6 +105,38 @@ def test_advantages_are_never_broadcast():
         loss_of([-1.0, -1.0], None, [1.0], [1.0, 1.0])
 
 
+def test_more_than_one_dimension_is_refused():
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"policy_loss: logp is \(2, 3\); give one dimension: flatten\(\)"):
+        policy_loss(x, None, x, x)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(importance="seq"), "importance is 'seq'; choose one of none, token, sequence"),
+    (dict(importance_mode="drop"), "importance_mode is 'drop'; choose one of truncate, mask"),
+    (dict(dual_clip=0.5), "dual_clip must exceed 1, got 0.5"),
+    (dict(importance_cap=0.0), "importance_cap must exceed 0, got 0.0"),
+    (dict(clip_low=-1), "clip_low must be at least 0, got -1"),
+    (dict(kl=math.nan), "kl must be at least 0, got nan"),
+])  # fmt: skip
+def test_settings_that_mean_nothing_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=f"^LossSettings: {message}$"):
+        LossSettings(**wrong)
+
+
+def test_a_pair_of_weight_0_adds_nothing():
+    # Were it there, the second pair's ratio would be exp(1e4) and the third's NaN; sequence 0's ratio is exp(0.1).
+    old = [-1.1, -1e4, math.nan, -1.0]
+    for settings_, more, ratio in (
+        (LossSettings(), {}, math.exp(0.1)),
+        (LossSettings(sequence_ratio=True), {"sequence": [0, 0, 0, 1]}, math.exp(0.1)),
+    ):
+        loss, grad, metrics = loss_of([-1.0] * 4, old, [1.0, -1.0, 1.0, 1.0], [0.5, 0.0, 0.0, 0.5], settings_, **more)
+        assert loss == pytest.approx(-0.5 * ratio - 0.5)
+        assert grad == pytest.approx([-0.5 * ratio, 0, 0, -0.5])
+        assert float(metrics["ratio"]) == pytest.approx(ratio + 1) and float(metrics["tokens"]) == 2
+
+
 @pytest.mark.parametrize(
     "settings_",
     [LossSettings(kl=1), LossSettings(entropy=1), LossSettings(importance="token"), LossSettings(sequence_ratio=True)],
@@ -119,12 +152,12 @@ def fused(case, settings_, dtype, backend, old, ref, temperature=1.0, softcap=0.
     randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     leaves = [x.to(dtype).requires_grad_() for x in (randn(n, h), randn(v, h), randn(v))]
     rows, labels = torch.randint(0, n, (m,), generator=g), torch.randint(0, v, (m,), generator=g)
-    old_logp, ref_logp, advantages = randn(m) - 2, randn(m) - 2, randn(m)
+    old_logp, ref_logp, engine_logp, advantages = randn(m) - 2, randn(m) - 2, randn(m) - 2, randn(m)
     weights = torch.rand(m, generator=g, dtype=torch.float64) * (torch.rand(m, generator=g) > 0.2)
     loss, metrics = linear_policy_loss(
         leaves[0], leaves[1], labels, rows, old_logp.to(dtype) if old else None, advantages.to(dtype),
         weights.to(dtype), settings_, bias=leaves[2], temperature=temperature, softcap=softcap,
-        ref_logp=ref_logp.to(dtype) if ref else None, backend=backend,
+        ref_logp=ref_logp.to(dtype) if ref else None, engine_logp=engine_logp.to(dtype), backend=backend,
     )  # fmt: skip
     grads = torch.autograd.grad(loss * 1.7, leaves)
     return {
@@ -139,9 +172,10 @@ def fused(case, settings_, dtype, backend, old, ref, temperature=1.0, softcap=0.
     case=st.tuples(st.integers(1, 30), st.integers(1, 17), st.integers(1, 50), st.integers(1, 60), st.integers(0, 999)),
     kl=st.sampled_from([0.0, 0.3]), entropy=st.sampled_from([0.0, 0.2]), old=st.booleans(),
     dual=st.sampled_from([None, 1.5]), softcap=st.sampled_from([0.0, 2.0]),
+    importance=st.sampled_from(["none", "token"]),
 )  # fmt: skip
-def test_fused_equals_its_definition(case, kl, entropy, old, dual, softcap):
-    settings_ = LossSettings(kl=kl, entropy=entropy, dual_clip=dual)
+def test_fused_equals_its_definition(case, kl, entropy, old, dual, softcap, importance):
+    settings_ = LossSettings(kl=kl, entropy=entropy, dual_clip=dual, importance=importance)
     run = lambda dtype, backend: fused(case, settings_, dtype, backend, old, kl > 0, 1.3, softcap)  # noqa: E731
     exact, ours, plain = run(torch.float64, "reference"), run(torch.float32, "torch"), run(torch.float32, "reference")
     for name in exact:
@@ -154,16 +188,84 @@ def test_fused_equals_its_definition(case, kl, entropy, old, dual, softcap):
 def test_chunks_add_up(monkeypatch):
     case, settings_ = (20, 6, 31, 50, 3), LossSettings(kl=0.1, entropy=0.1)
     whole = fused(case, settings_, torch.float64, "torch", True, True)
-    monkeypatch.setattr(torch_path, "workspace_bytes", lambda device: 8 * (31 * 5 + 2 * 6) * 3)
+    monkeypatch.setattr(torch_path, "chunk_shape", lambda *_: (3, 8))
     parts = fused(case, settings_, torch.float64, "torch", True, True)
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name])
 
 
-@pytest.mark.parametrize("settings_", [LossSettings(sequence_ratio=True), LossSettings(importance="token")])
+@pytest.mark.parametrize("settings_", [LossSettings(sequence_ratio=True), LossSettings(importance="sequence")])
 def test_what_needs_the_whole_sequence_is_refused(settings_):
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="needs the whole sequence first; use linear_logprob and policy_loss"):
         linear_policy_loss(
             x, x, torch.zeros(2, dtype=torch.long), None, None, torch.zeros(2), torch.zeros(2), settings_
         )
+
+
+def training(n, h, v, a_row=2, dtype=torch.float32, backend="torch", frozen=(), **options):
+    """A call that returns the loss, and the gradients of what is not frozen."""
+    g = torch.Generator().manual_seed(0)
+    leaves = {
+        k: (torch.randn(*s, generator=g) / h**0.5).to(dtype)
+        for k, s in (("hidden", (n, h)), ("weight", (v, h)), ("bias", (v,)))
+    }
+    wanted = [leaves[k].requires_grad_() for k in leaves if k not in frozen]
+    rows, one = torch.arange(n).repeat_interleave(a_row), torch.ones(n * a_row)
+    labels = torch.randint(0, v, rows.shape, generator=g)
+    pairs = dict(old_logp=-2 * one, ref_logp=-2 * one, advantages=one, weights=one, rows=rows, labels=labels)
+
+    def run():
+        loss, _ = linear_policy_loss(
+            **leaves, **pairs, settings=LossSettings(kl=0.1, entropy=0.1), backend=backend, **options
+        )
+        return loss, torch.autograd.grad(loss, wanted) if loss.requires_grad else ()
+
+    return run
+
+
+@pytest.mark.parametrize("n, h, v, a_row, dtype, softcap", [
+    (300, 16, 3000, 2, torch.float32, 0.0),
+    (300, 16, 3000, 2, torch.float32, 2.0),
+    (900, 2048, 64, 1, torch.float32, 0.0),
+    (500, 512, 1500, 2, torch.bfloat16, 0.0),
+    (900, 4, 50, 20, torch.float32, 0.0),
+])  # fmt: skip
+def test_what_it_holds_beside_gradients_fits_the_workspace(n, h, v, a_row, dtype, softcap, monkeypatch):
+    workspace, shapes, chunk_shape = 2 << 20, [], torch_path.chunk_shape
+    monkeypatch.setattr(torch_path, "workspace_bytes", lambda device: workspace)
+    monkeypatch.setattr(torch_path, "chunk_shape", lambda *x: shapes.append(chunk_shape(*x)) or shapes[-1])
+    peak, (_, gradients) = peak_bytes(training(n, h, v, a_row, dtype, softcap=softcap))
+    wide = 0 if dtype == torch.float32 else 4 * (v * h + v)  # the float32 gradients of weight and bias
+    assert shapes[0][0] * 3 <= n
+    assert peak - sum(g.nbytes for g in gradients) - wide <= workspace
+
+
+@pytest.mark.parametrize("frozen", [("weight", "bias"), ("hidden",)])
+def test_what_is_frozen_costs_no_gradient(frozen, monkeypatch):
+    monkeypatch.setattr(torch_path, "workspace_bytes", lambda device: 1 << 19)
+    peak, (_, gradients) = peak_bytes(training(200, 512, 600, 1, frozen=frozen))
+    assert peak - sum(g.nbytes for g in gradients) <= 1 << 19
+    expected = training(200, 512, 600, 1, frozen=frozen, backend="reference")()
+    for ours, theirs in zip(gradients, expected[1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_without_gradients_none_is_made():
+    run = training(200, 64, 3000)
+    with torch.no_grad():
+        peak, (loss, gradients) = peak_bytes(run)
+    assert gradients == () and not loss.requires_grad
+    torch.testing.assert_close(loss, run()[0].detach())
+    with_gradients, _ = peak_bytes(run)
+    assert peak <= with_gradients - 4 * 64 * 3200
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_gradients_are_handed_out_once(factor):
+    hidden, weight = torch.ones(2, 3, requires_grad=True), torch.zeros(4, 3)
+    one = torch.ones(2)
+    loss, _ = linear_policy_loss(hidden, weight, torch.tensor([0, 1]), None, None, one, one)
+    (loss * factor).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"linear_policy_loss: a second backward; .* call linear_policy_loss again"):
+        loss.backward()

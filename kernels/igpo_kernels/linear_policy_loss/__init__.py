@@ -36,25 +36,33 @@ def linear_policy_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """``policy_loss(*linear_logprob(hidden, weight, ...), ...)`` in 6 * M * H * V FLOPs, loss and gradients together.
 
-    The gradients are made in the forward; backward only scales them. Arguments as in ``linear_logprob`` and
-    ``policy_loss``; ``old_logp=None`` is ratio 1. ``engine_logp`` only reports the mismatch here.
+    The gradients are made in the forward and handed out by one backward, which only scales them.
 
+    Args:
+        hidden: [N, H]. weight: [V, H]. bias: [V]. labels, rows: as in ``linear_logprob``. On Triton hidden and weight
+            have one dtype, bfloat16, float16 or float32.
+        old_logp, advantages, weights, settings, engine_logp, ref_logp: [M], as in ``policy_loss``, of any float dtype;
+            ``old_logp=None`` is ratio 1.
+        temperature, softcap, backend: as in ``linear_logprob``.
     Returns:
-        The loss (a scalar), and ``policy_loss``'s sums with ``logp`` [M] (no gradient) beside them.
+        The loss (a scalar), and ``policy_loss``'s sums with ``logp`` [M] (no gradient) beside them; float32 or wider.
     Raises:
-        ValueError: shapes that do not fit, and settings that need the whole sequence before the first gradient
-            (sequence-level ratio, importance weights): use linear_logprob and policy_loss for those.
+        ValueError: shapes, dtypes or values that do not fit, and settings that need the whole sequence before the first
+            gradient (sequence-level ratio or importance weights): use linear_logprob and policy_loss for those.
+        RuntimeError: a second backward.
     """
     settings = settings or LossSettings()
-    if settings.sequence_ratio or settings.importance != "none":
-        what = "sequence_ratio" if settings.sequence_ratio else f"importance={settings.importance!r}"
+    if settings.sequence_ratio or settings.importance == "sequence":
+        what = "sequence_ratio" if settings.sequence_ratio else "importance='sequence'"
         raise ValueError(
             f"linear_policy_loss: {what} needs the whole sequence first; use linear_logprob and policy_loss"
         )
-    rows = check_pairs("linear_policy_loss", hidden, weight, labels, rows, temperature)
+    rows = check_pairs("linear_policy_loss", hidden, weight, labels, rows, temperature, softcap, bias)
     pair_inputs = dict(
         old_logp=old_logp, advantages=advantages, weights=weights, engine_logp=engine_logp, ref_logp=ref_logp
     )
     check_inputs("linear_policy_loss", labels.shape, settings, pair_inputs, exempt=("entropy",))
+    if not torch.is_grad_enabled():  # an autograd.Function is not told
+        hidden, weight, bias = (None if x is None else x.detach() for x in (hidden, weight, bias))
     run = choose("linear_policy_loss", backend, hidden.device, IMPLEMENTATIONS, (hidden.dtype, weight.dtype))
-    return run(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap)
+    return run(hidden, weight, bias, labels.long(), rows, pair_inputs, settings, temperature, softcap)

@@ -8,8 +8,10 @@ gradients. Both sweeps go panel by panel of the vocabulary, so that what is done
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from igpo_kernels.linear_logprob.torch_path import Statistics, block_logits, slope_of, softmax_gradient_
+from igpo_kernels.policy_loss.gradients import hand_out
 from igpo_kernels.policy_loss.reference import policy_loss
 from igpo_kernels.workspace import workspace_bytes
 
@@ -18,6 +20,8 @@ PANEL = 1024
 """Columns that are worked on at a time: with a chunk's hundred rows they fit a core's own cache."""
 TEMPORARIES = 4
 """Panels that live beside a chunk's logits."""
+PAIR_BYTES, CHUNK_PAIR_BYTES = 32, 320
+"""What a pair takes: its place in the order of rows and its row's; and, while its chunk is at work, its loss."""
 
 
 def linear_policy_loss(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap):
@@ -31,49 +35,57 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap):
         compute = torch.promote_types(hidden.dtype, torch.float32)
-        distinct, pair_row = torch.unique(rows, return_inverse=True)
-        order = torch.argsort(pair_row, stable=True)
+        new = lambda *shape: torch.empty(shape, dtype=compute, device=hidden.device)  # noqa: E731
         d_hidden, d_weight, d_bias = (
-            None if x is None else torch.zeros(x.shape, dtype=compute, device=x.device) for x in (hidden, weight, bias)
+            torch.zeros(x.shape, dtype=dtype, device=x.device) if needed else None
+            for x, dtype, needed in zip(
+                (hidden, weight, bias), (hidden.dtype, compute, compute), ctx.needs_input_grad, strict=False
+            )
         )
-        loss = d_hidden.new_zeros(())
-        logp_all = d_hidden.new_empty(len(labels))
+        differentiate = any(ctx.needs_input_grad)
+        distinct, pair_row = torch.unique(rows, return_inverse=True)
+        pair_row, order = pair_row.sort(stable=True)
+        loss, logp_all = new().zero_(), new(len(labels))
         sums = {name: torch.zeros_like(loss) for name in METRICS}
-        vocab = len(weight)
-        columns = [slice(c, min(c + PANEL, vocab)) for c in range(0, vocab, PANEL)]
-        height = chunk_rows(vocab, hidden.shape[1], compute, hidden.device)
-        buffer = d_hidden.new_empty(min(height, len(distinct)) * vocab)
-        scratch = d_hidden.new_empty(min(height, len(distinct)) * min(vocab, PANEL))
+        vocab, size = weight.shape
+        height, panel = chunk_shape(hidden, weight, len(labels), len(distinct), compute)
+        columns = [slice(c, min(c + panel, vocab)) for c in range(0, vocab, panel)]
+        buffer, scratch, states = new(height * vocab), new(height * panel), new(2, height, size)
+        upcast = None if weight.dtype == compute else new(panel, size)
+        weight_of = lambda c: weight[c] if upcast is None else upcast[: c.stop - c.start].copy_(weight[c])  # noqa: E731
         for start in range(0, len(distinct), height):
             at = distinct[start : start + height]
             edges = torch.tensor([start, start + len(at)], device=at.device)
-            lo, hi = torch.searchsorted(pair_row[order], edges).tolist()
+            lo, hi = torch.searchsorted(pair_row, edges).tolist()
             pairs = order[lo:hi]
-            cell = (pair_row[pairs] - start, labels[pairs])
-            x = hidden[at].to(compute)
+            cell = (pair_row[lo:hi] - start, labels[pairs])
+            x = states[0, : len(at)].copy_(hidden[at])
             z = buffer[: len(at) * vocab].view(len(at), vocab)
             statistics = Statistics(len(at), hidden.device, compute)
             for c in columns:
                 part_bias = None if bias is None else bias[c]
-                block = block_logits(x, weight[c], part_bias, temperature, softcap, z[:, c])
+                block = block_logits(x, weight_of(c), part_bias, temperature, softcap, z[:, c])
                 statistics.add(block, scratch=scratch[: block.numel()].view(block.shape))
             top, log_mass, row_entropy = statistics.finish()
-            logp = (z[cell] - top[cell[0]] - log_mass[cell[0]]).requires_grad_()
-            entropy = row_entropy[cell[0]].requires_grad_()
+            logp = (z[cell] - top[cell[0]] - log_mass[cell[0]]).requires_grad_(differentiate)
+            entropy = row_entropy[cell[0]].requires_grad_(differentiate)
             chunk = {name: value if value is None else value[pairs] for name, value in pair_inputs.items()}
-            with torch.enable_grad():
+            with torch.set_grad_enabled(differentiate):
                 part, metrics = policy_loss(logp, settings=settings, entropy=entropy, sequence=None, **chunk)
-            d_logp, d_entropy = torch.autograd.grad(part, (logp, entropy))
             loss = loss + part.detach()
             logp_all[pairs] = logp.detach()
             for name in METRICS:
                 combine = torch.maximum if name == "ratio_max" else torch.add
                 sums[name] = combine(sums[name], metrics[name])
+            if not differentiate:
+                continue
+            d_logp, d_entropy = torch.autograd.grad(part, (logp, entropy))
+            del part
             row_d_logp = torch.zeros_like(top).index_add_(0, cell[0], d_logp)
             row_d_entropy = torch.zeros_like(top).index_add_(0, cell[0], d_entropy)
             pull = d_logp * slope_of(z[cell], temperature, softcap)
             of_entropy = (row_entropy, row_d_entropy) if settings.entropy else None
-            in_block, dx = cell[1] // PANEL, torch.zeros_like(x)
+            in_block, dx = cell[1] // panel, states[1, : len(at)].zero_()
             for number, c in enumerate(columns):
                 slope = slope_of(z[:, c], temperature, softcap)
                 dz = softmax_gradient_(z[:, c], top, log_mass, row_d_logp, of_entropy)
@@ -81,25 +93,42 @@ class _LinearPolicyLoss(torch.autograd.Function):
                     dz *= slope
                 mine = (in_block == number).nonzero()[:, 0]
                 dz.index_put_((cell[0][mine], cell[1][mine] - c.start), pull[mine], accumulate=True)
-                dx.addmm_(dz, weight[c].to(compute))
-                d_weight[c].addmm_(dz.T, x)
+                if d_hidden is not None:
+                    dx.addmm_(dz, weight_of(c))
+                if d_weight is not None:
+                    d_weight[c].addmm_(dz.T, x)
                 if d_bias is not None:
                     d_bias[c] += dz.sum(0)
-            d_hidden.index_add_(0, at, dx)
+            if d_hidden is not None:
+                d_hidden.index_copy_(0, at, dx.to(hidden.dtype))
         ctx.mark_non_differentiable(logp_all, *sums.values())
         ctx.gradients = [
-            None if x is None else g.to(x.dtype) for g, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
+            None if g is None else g.to(x.dtype) for g, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
         ]
         return loss, logp_all, *sums.values()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_loss, *_):
-        if d_loss.device.type == "cpu" and d_loss == 1:  # the usual case; saves a copy of the weight's gradient
-            return *ctx.gradients, *[None] * 6
-        return *(None if g is None else g * d_loss for g in ctx.gradients), *[None] * 6
+        gradients = hand_out(ctx, "linear_policy_loss")
+        if d_loss.device.type != "cpu" or d_loss != 1:  # 1 is the usual case, and a pass over the weight's gradient
+            for gradient in filter(lambda g: g is not None, gradients):
+                gradient *= d_loss
+        return *gradients, *[None] * 6
 
 
-def chunk_rows(vocab: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows whose logits fill the workspace, with a block's temporaries and the rows themselves twice."""
-    row_bytes = dtype.itemsize * (vocab + TEMPORARIES * min(vocab, PANEL) + 2 * hidden_size)
-    return max(1, workspace_bytes(device) // row_bytes)
+def chunk_shape(
+    hidden: torch.Tensor, weight: torch.Tensor, pairs: int, rows: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Rows whose logits fill the workspace, with a panel's temporaries and the rows themselves; columns of a panel.
+
+    Pairs are taken to be spread evenly over rows. However many they are, half of the workspace is left for logits.
+    """
+    (vocab, size), workspace = weight.shape, workspace_bytes(hidden.device)
+    panel, fixed = min(vocab, PANEL), PAIR_BYTES * pairs
+    if weight.dtype != dtype:
+        panel = max(1, min(panel, workspace // (4 * dtype.itemsize * size)))
+        fixed += dtype.itemsize * panel * size
+    row_bytes = dtype.itemsize * (vocab + TEMPORARIES * panel + 2 * size) + hidden.dtype.itemsize * size
+    row_bytes += CHUNK_PAIR_BYTES * -(-pairs // max(1, rows))
+    return max(1, min(rows, max(workspace // 2, workspace - fixed) // row_bytes)), panel

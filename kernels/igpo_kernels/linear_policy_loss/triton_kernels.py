@@ -7,7 +7,14 @@ before any writes it. Values are float32; NaN stays NaN.
 import triton
 import triton.language as tl
 
-from igpo_kernels.policy_loss.triton_kernels import combine, load, no_terms, pair_terms, store_partials
+from igpo_kernels.policy_loss.triton_kernels import (
+    combine,
+    importance_weight,
+    load,
+    no_terms,
+    pair_terms,
+    store_partials,
+)
 
 LOWEST = tl.constexpr(-1e30)
 """Stands for -inf where it meets a factor of 0."""
@@ -68,11 +75,12 @@ def row_loss_kernel(
     engine_ptr, ref_ptr, scale_ptr, logp_ptr, d_logp_ptr, partial_ptr,
     first, columns, n_vocab, logits_stride, d_logits_stride,
     inverse_temperature, softcap, low, high, dual_clip, kl, bonus,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr, importance_cap=None, MASKED: tl.constexpr = False,
 ):  # fmt: skip
     """Row ``first + program``: logp and d_logp of its pairs, partial sums [SUMS, columns], the gradient of its logits.
 
-    The row's pairs are order[offset[row] : offset[row + 1]]; d_logp is in that order. d_logits_ptr None: values only.
+    The row's pairs are order[offset[row] : offset[row + 1]], by label; d_logp is in that order. d_logits_ptr None:
+    values only. importance_cap None: no importance weights.
     """
     program = tl.cast(tl.program_id(0), tl.int64)
     row = first + program
@@ -96,8 +104,9 @@ def row_loss_kernel(
         gap = old - load(engine_ptr, pair, mask) if engine_ptr is not None else tl.zeros_like(logp)
         weight = load(weight_ptr, pair, mask)
         ref_logp = load(ref_ptr, pair, mask) if ref_ptr is not None else None
+        correction = 1.0 if importance_cap is None else importance_weight(gap, importance_cap, MASKED)
         d_logp, terms = pair_terms(
-            logp, logp - old, gap, 1.0, load(advantage_ptr, pair, mask), weight, ref_logp,
+            logp, logp - old, gap, correction, load(advantage_ptr, pair, mask), weight, ref_logp,
             tl.zeros_like(logp) + entropy, low, high, dual_clip, kl, bonus,
         )  # fmt: skip
         d_logp *= scale
@@ -125,33 +134,43 @@ def row_loss_kernel(
 
 
 @triton.jit
+def joined(sum_a, begins_a, sum_b, begins_b):
+    """Running sums that begin anew where a label does."""
+    return tl.where(begins_b != 0, sum_b, sum_a + sum_b), begins_a | begins_b
+
+
+@triton.jit
+def label_of(label_ptr, order_ptr, at, mask):
+    pair = tl.load(order_ptr + at, mask=mask, other=0)
+    return tl.load(label_ptr + pair, mask=mask, other=-1)
+
+
+@triton.jit
 def add_labels(
     d_row_ptr, label_ptr, order_ptr, logp_ptr, d_logp_ptr, begin, end, logp_slope, entropy_slope,
     log_sum, entropy, softcap, inverse_temperature, CAPPED: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient at each pair's label anew, the onehot of all pairs with that label included.
+    """Write the gradient at each label anew, the onehots of all its pairs included; the last of them writes.
 
-    Pairs that share a label write the same value.
+    The row's pairs are in the order of their labels.
     """
+    lanes = tl.arange(0, PAIRS)
+    unfinished = 0.0
     for start in range(begin, end, PAIRS):
-        at = start + tl.arange(0, PAIRS)
+        at = start + lanes
         mask = at < end
-        pair = tl.load(order_ptr + at, mask=mask, other=0)
-        label = tl.load(label_ptr + pair, mask=mask, other=-1)
-        logp = load(logp_ptr, pair, mask)
-        onehot = tl.zeros([PAIRS], tl.float32)
-        for other_start in range(begin, end, PAIRS):
-            other_at = other_start + tl.arange(0, PAIRS)
-            other_mask = other_at < end
-            other_pair = tl.load(order_ptr + other_at, mask=other_mask, other=0)
-            other_label = tl.load(label_ptr + other_pair, mask=other_mask, other=-1)
-            other = load(d_logp_ptr, other_at, other_mask)
-            onehot += tl.sum(tl.where(label[:, None] == other_label[None, :], other[None, :], 0.0), 1)
+        label = label_of(label_ptr, order_ptr, at, mask)
+        begins = label != label_of(label_ptr, order_ptr, at - 1, mask & (at > begin))
+        ends = label != label_of(label_ptr, order_ptr, at + 1, at + 1 < end)
+        onehot, begun = tl.associative_scan((load(d_logp_ptr, at, mask), begins.to(tl.int32)), 0, joined)
+        onehot = tl.where(begun != 0, onehot, unfinished + onehot)
+        unfinished = tl.sum(tl.where(lanes == PAIRS - 1, onehot, 0.0), 0)
         # The logit itself is overwritten; the slope of soft-capping follows from z = logp + log-sum-exp.
+        logp = load(logp_ptr, tl.load(order_ptr + at, mask=mask, other=0), mask)
         slope = tl.zeros_like(logp) + inverse_temperature
         if CAPPED:
             t = (logp + log_sum) / (softcap * inverse_temperature)
             slope = (1 - t * t) * inverse_temperature
         logp = above_lowest(logp)
         d_z = (onehot - tl.exp(logp) * (logp_slope + entropy_slope * (logp + entropy))) * slope
-        tl.store(d_row_ptr + label, d_z.to(d_row_ptr.dtype.element_ty), mask=mask)
+        tl.store(d_row_ptr + label, d_z.to(d_row_ptr.dtype.element_ty), mask=mask & ends)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from igpo_kernels.linear_policy_loss.triton_kernels import row_loss_kernel
+from igpo_kernels.policy_loss.gradients import hand_out
 from igpo_kernels.policy_loss.settings import LossSettings
 from igpo_kernels.policy_loss.triton_kernels import SUMS
-from igpo_kernels.policy_loss.triton_path import METRICS, bounds, finish, scaled
+from igpo_kernels.policy_loss.triton_path import METRICS, bounds, finish, scale_
 from igpo_kernels.products import product
 from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Tunable, Variant, arch_of, config_for, configs
 from igpo_kernels.workspace import workspace_bytes
@@ -21,7 +23,7 @@ from igpo_kernels.workspace import workspace_bytes
 ALIGN = 16
 """Rows of logits start at a multiple of this many elements."""
 PAIR_BYTES = 72
-"""Workspace a pair may take beside the logits: ids and offsets 32, its row's partial sums 36, slope 4."""
+"""Workspace a pair takes beside the logits: its place, row and offset 24, its row's partial sums 36, slope 4, and 8."""
 
 
 def linear_policy_loss(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap):
@@ -43,11 +45,13 @@ class _LinearPolicyLoss(torch.autograd.Function):
         arch, dtype = arch_of(hidden.device), hidden.dtype
         config = config_for("linear_policy_loss", arch, "any", DTYPE_NAMES[dtype])
         inputs = {name: None if x is None else x.detach().contiguous() for name, x in pair_inputs.items()}
-        labels = labels.contiguous()
-        distinct, pair_row = torch.unique(rows, return_inverse=True)
-        by_row, order = pair_row.sort(stable=True)
-        count, vocab = len(distinct), len(weight)
-        offsets = torch.searchsorted(by_row, torch.arange(count + 1, device=rows.device))
+        bias = None if bias is None else bias.detach().contiguous()
+        labels, (vocab, size) = labels.contiguous(), weight.shape
+        key, order = (rows * vocab + labels).sort(stable=True)
+        distinct, pairs_of_row = torch.unique_consecutive(key // vocab, return_counts=True)
+        offsets = torch.nn.functional.pad(pairs_of_row.cumsum(0), (1, 0))
+        count = len(distinct)
+        del key, pairs_of_row
         new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=hidden.device)  # noqa: E731
         logp, d_logp, partials = new(len(labels)), new(len(labels)), new(SUMS.value, count)
         d_hidden, d_weight, d_bias = (
@@ -59,11 +63,13 @@ class _LinearPolicyLoss(torch.autograd.Function):
         differentiate = any(ctx.needs_input_grad)
         scale = range_of_half(inputs, settings) if dtype == torch.float16 else None
         height = chunk_rows(count, len(labels), vocab, hidden)
-        stride = -(-vocab // ALIGN) * ALIGN
-        logits = new(height, stride)
+        logits = new(height, -(-vocab // ALIGN) * ALIGN)
+        states = torch.empty((height, size), dtype=dtype, device=hidden.device)
+        d_states = None if d_hidden is None else new(height, size)
+        importance_cap = float(settings.importance_cap) if settings.importance == "token" else None
         for first in range(0, count, height):
             at = distinct[first : first + height]
-            x = hidden[at]
+            x = torch.index_select(hidden, 0, at, out=states[: len(at)])
             z = logits[: len(at)]
             d_z = z.view(dtype)[:, :vocab]
             product(x, weight.T, z[:, :vocab])
@@ -72,14 +78,15 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 inputs["old_logp"], inputs["advantages"], inputs["weights"], inputs["engine_logp"], inputs["ref_logp"],
                 scale, logp, d_logp, partials, first, count, vocab, z.stride(0), d_z.stride(0),
                 float(1 / temperature), float(softcap), *bounds(settings), settings.dual_clip, float(settings.kl),
-                float(settings.entropy), CAPPED=softcap > 0, **config.launch(),
+                float(settings.entropy), CAPPED=softcap > 0, importance_cap=importance_cap,
+                MASKED=settings.importance_mode == "mask", **config.launch(),
             )  # fmt: skip
-            if d_hidden is not None:
-                d_hidden[at] = product(d_z, weight, new(*x.shape)).to(dtype)
             if d_weight is not None:
                 product(d_z.T, x, d_weight, accumulate=first > 0)
             if d_bias is not None:
                 d_bias += d_z.sum(0, dtype=torch.float32)
+            if d_hidden is not None:
+                d_hidden.index_copy_(0, at, x.copy_(product(d_z, weight, d_states[: len(at)])))
         loss, sums = finish(partials, arch)
         ctx.gradients = [
             None if g is None else g.to(x.dtype)
@@ -90,15 +97,21 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return loss, logp, sums
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_loss, *_):
+        gradients = hand_out(ctx, "linear_policy_loss")
         factor = d_loss if ctx.scale is None else d_loss / ctx.scale
-        return *(None if g is None else scaled(g, factor) for g in ctx.gradients), *[None] * 6
+        return *(None if g is None else scale_(g, factor) for g in gradients), *[None] * 6
 
 
 def chunk_rows(count: int, pairs: int, vocab: int, hidden: torch.Tensor) -> int:
-    """Rows a chunk, so that their logits, hidden states and gradients fit the workspace; chunks of equal height."""
+    """Rows a chunk, so that their logits, hidden states and gradients fit the workspace; chunks of equal height.
+
+    However many the pairs, half of the workspace is left for it.
+    """
     row_bytes = 4 * (-(-vocab // ALIGN) * ALIGN) + hidden.shape[1] * (hidden.element_size() + 4)
-    most = max(1, (workspace_bytes(hidden.device) - PAIR_BYTES * pairs) // row_bytes)
+    workspace = workspace_bytes(hidden.device)
+    most = max(1, max(workspace // 2, workspace - PAIR_BYTES * pairs - 4 * vocab) // row_bytes)
     chunks = -(-count // most)
     return -(-count // chunks) if chunks else 1
 
@@ -110,7 +123,10 @@ def range_of_half(inputs: dict, settings) -> torch.Tensor:
     for ratios and for rows with several pairs.
     """
     advantages = inputs["advantages"].float().abs() + settings.kl + settings.entropy
-    slopes = inputs["weights"].float().abs() * advantages
+    if settings.importance == "token":
+        advantages *= settings.importance_cap
+    weights = inputs["weights"].float().abs()
+    slopes = torch.where(weights != 0, weights * advantages, 0.0)
     _, exponent = torch.frexp(slopes.max() if len(slopes) else slopes.sum())
     return torch.ldexp(torch.ones_like(slopes.sum()), 6 - exponent)
 
@@ -119,7 +135,9 @@ def range_of_half(inputs: dict, settings) -> torch.Tensor:
 FEATURES = {
     "ratio-one": ("d_logits_ptr",),
     "ratio": ("d_logits_ptr", "old_ptr"),
-    "full": ("d_logits_ptr", "bias_ptr", "old_ptr", "engine_ptr", "ref_ptr", "dual_clip"),
+    "full": ("d_logits_ptr", "bias_ptr", "old_ptr", "engine_ptr", "ref_ptr", "dual_clip", "importance_cap"),
+    # Masked weights, and a vocabulary that 16 does not divide.
+    "ragged": ("d_logits_ptr", "old_ptr", "engine_ptr", "importance_cap"),
     "values": ("old_ptr",),
 }
 OPTIONAL = {name for names in FEATURES.values() for name in names} | {"scale_ptr"}
@@ -133,7 +151,7 @@ def variants() -> Iterator[Variant]:
     """Every shipped configuration, with the sets of optional inputs that trainers use."""
     for arch, shape_class, dtype, config in configs("linear_policy_loss"):
         for features, given in FEATURES.items():
-            constexprs = {"CAPPED": features == "full", **config.constants}
+            constexprs = {"CAPPED": features == "full", "MASKED": features == "ragged", **config.constants}
             signature = {}
             for name in row_loss_kernel.arg_names:
                 if name in OPTIONAL and name not in given and not (name == "scale_ptr" and dtype == "fp16"):
@@ -141,6 +159,8 @@ def variants() -> Iterator[Variant]:
                 elif name not in constexprs:
                     half = f"*{dtype}:16" if name in ("d_logits_ptr", "bias_ptr") else "*fp32:16"
                     signature[name] = INTEGERS.get(name, half if name.endswith("_ptr") else "fp32")
+            if features == "ragged":
+                signature["n_vocab"] = "i32"
             yield Variant(
                 "linear_policy_loss", "linear_policy_loss", arch, dtype, f"{shape_class}/{features}", row_loss_kernel,
                 signature, constexprs, config.num_warps, config.num_stages,

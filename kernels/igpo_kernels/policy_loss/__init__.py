@@ -32,19 +32,23 @@ def policy_loss(
     """``sum_m w_m * (c_m * max(-r_m A_m, -clip(r_m) A_m) + kl * k3_m - entropy * H_m)``, ``r_m = exp(logp - old)``.
 
     Args:
-        logp: [M], with gradient. old_logp: [M], or None for ratio 1 (the gradient is then the policy gradient's).
-        advantages: [M], one per token. weights: [M], global: they are the aggregation, nothing is divided here.
+        logp: [M], with gradient; like every input of floats of any float dtype, but on Triton not float64.
+        old_logp: [M], or None for ratio 1 (the gradient is then the policy gradient's).
+        advantages: [M], one per token. weights: [M], global: they are the aggregation, nothing is divided here. A pair
+            of weight 0 adds nothing to anything, whatever its other numbers are.
         engine_logp: [M], what the rollout engine sampled with; gives ``mismatch`` and, with
             ``settings.importance``, the correction c_m (of old_logp, or of logp without gradient).
         ref_logp: [M] of the reference policy, for ``settings.kl``.
         entropy: [M], with gradient, for ``settings.entropy``.
-        sequence: int64 [M], which rollout a pair belongs to; needed by sequence-level settings. A rollout's pairs
-            must all be here.
+        sequence: int64 [M], which rollout a pair belongs to, from 0; needed by sequence-level settings. A rollout's
+            pairs must all be here.
     Returns:
         The loss (a scalar), and sums over pairs of non-zero weight: ``tokens``, ``clipped``, ``ratio``, ``kl``,
-        ``mismatch``, ``entropy``; the maximum ``ratio_max``; and ``policy``, the loss without KL and entropy.
+        ``mismatch``, ``entropy``; the maximum ``ratio_max``; and ``policy``, the loss without KL and entropy. All are
+        float32 on Triton, else of the inputs' dtype. On Triton backward runs once: the gradient is handed out.
     Raises:
-        ValueError: shapes that differ (advantages are never broadcast), or a missing input.
+        ValueError: shapes that differ (advantages are never broadcast) or have more than one dimension, a missing
+            input, or a negative ``sequence``.
     """
     settings = settings or LossSettings()
     inputs = dict(
@@ -58,6 +62,8 @@ def policy_loss(
 
 def check_inputs(op: str, shape: torch.Size, settings: LossSettings, inputs: dict, exempt: tuple = ()) -> None:
     """Every given input has one number a pair, and what the settings need is given."""
+    if len(shape) != 1:
+        raise ValueError(f"{op}: logp is {tuple(shape)}; give one dimension: flatten() it and every other input")
     for name, x in inputs.items():
         if x is not None and x.shape != shape:
             raise ValueError(f"{op}: {name} is {tuple(x.shape)}, the pairs {tuple(shape)}; give one number a pair")

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
-def _per_sequence(x, sequence, reduce):
-    """Each pair's sum or mean of x over its sequence."""
-    n = int(sequence.max()) + 1 if len(sequence) else 0
+def sequence_count(lowest: int, highest: int) -> int:
+    if lowest < 0:
+        raise ValueError(f"policy_loss: sequence holds {lowest}; count sequences from 0, leave out what has none")
+    return highest + 1
+
+
+def _per_sequence(x, active, sequence, reduce):
+    """Each pair's sum or mean of x, 0 where not active, over its sequence."""
+    n = sequence_count(*torch.stack(sequence.aminmax()).tolist()) if len(sequence) else 0
     total = x.new_zeros(n).index_add(0, sequence, x)
     if reduce == "mean":
-        total = total / x.new_zeros(n).index_add(0, sequence, torch.ones_like(x)).clamp(min=1)
+        total = total / x.new_zeros(n).index_add(0, sequence, active.to(x.dtype)).clamp(min=1)
     return total[sequence]
 
 
 def policy_loss(logp, *, old_logp, advantages, weights, settings, engine_logp, ref_logp, entropy, sequence):
+    # A pair of weight 0 adds nothing, not even 0 * inf.
+    kept = weights != 0
+    logp, old_logp, advantages, engine_logp, ref_logp, entropy = (
+        None if x is None else torch.where(kept, x, 0.0)
+        for x in (logp, old_logp, advantages, engine_logp, ref_logp, entropy)
+    )
+    active = kept.to(logp.dtype)
     log_ratio = logp - (logp.detach() if old_logp is None else old_logp)
     if settings.sequence_ratio:
         # Value and gradient of the sequence's mean: GSPO.
-        log_ratio = _per_sequence(log_ratio, sequence, "mean")
-    ratio = log_ratio.exp()
+        log_ratio = _per_sequence(log_ratio, active, sequence, "mean")
+    # A ratio so large is clipped, if anything clips it; overflowing, it would make 0 * inf of its gradient.
+    most = math.log(torch.finfo(logp.dtype).max) / 2
+    held = (log_ratio > most) & ((advantages >= 0) | (settings.dual_clip is not None))
+    ratio = torch.where(held, most, log_ratio).exp()
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
     surrogate = torch.maximum(-ratio * advantages, -clipped * advantages)
     if settings.dual_clip is not None:
@@ -31,10 +49,10 @@ def policy_loss(logp, *, old_logp, advantages, weights, settings, engine_logp, r
         gap = anchor - engine_logp
         mismatch = gap.abs()
         if settings.importance != "none":
-            gap = _per_sequence(gap, sequence, "sum") if settings.importance == "sequence" else gap
+            gap = _per_sequence(gap, active, sequence, "sum") if settings.importance == "sequence" else gap
             correction = gap.exp()
             if settings.importance_mode == "mask":
-                correction = torch.where(correction <= settings.importance_cap, correction, 0.0)  # inf * 0 is NaN
+                correction = torch.where(correction > settings.importance_cap, 0.0, correction)
             else:
                 correction = correction.clamp(max=settings.importance_cap)
     per_pair = correction * surrogate
@@ -45,15 +63,15 @@ def policy_loss(logp, *, old_logp, advantages, weights, settings, engine_logp, r
     if entropy is not None:
         per_pair = per_pair - settings.entropy * entropy
     with torch.no_grad():
-        active = (weights != 0).to(logp.dtype)
+        ratio = torch.where(kept, log_ratio.exp(), 0.0)
         metrics = {
             "policy": (weights * correction * surrogate).sum(),
             "tokens": active.sum(),
-            "clipped": (active * (surrogate > -ratio * advantages)).sum(),
-            "ratio": (active * ratio).sum(),
-            "ratio_max": (active * ratio).max() if len(ratio) else ratio.sum(),
-            "kl": (active * k3).sum(),
-            "mismatch": (active * mismatch).sum(),
-            "entropy": (active * entropy).sum() if entropy is not None else torch.zeros_like(ratio.sum()),
+            "clipped": (surrogate > -ratio * advantages).to(logp.dtype).sum(),
+            "ratio": ratio.sum(),
+            "ratio_max": ratio.max() if len(ratio) else ratio.sum(),
+            "kl": k3.sum(),
+            "mismatch": mismatch.sum(),
+            "entropy": entropy.sum() if entropy is not None else logp.new_zeros(()),
         }
     return (weights * per_pair).sum(), metrics

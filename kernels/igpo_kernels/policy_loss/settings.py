@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+IMPORTANCE = ("none", "token", "sequence")
+IMPORTANCE_MODES = ("truncate", "mask")
+
 
 @dataclass(frozen=True)
 class LossSettings:
     """``loss = sum_m weights_m * (surrogate_m + kl * k3_m - entropy * H_m)``.
+
+    Raises:
+        ValueError: a value out of range, or a name that is not one of the choices.
 
     >>> LossSettings(clip_high=0.28).clip_low
     0.2
@@ -17,7 +23,7 @@ class LossSettings:
     clip_high: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     dual_clip: float | None = None
-    """Where the advantage is negative, the surrogate loss is at most ``dual_clip * |advantage|``."""
+    """Where the advantage is negative, the surrogate loss is at most ``dual_clip * |advantage|``; above 1."""
     kl: float = 0.0
     """Coefficient of k3 to the reference, ``exp(ref - logp) - (ref - logp) - 1``."""
     entropy: float = 0.0
@@ -29,3 +35,15 @@ class LossSettings:
     importance_mode: str = "truncate"
     """``truncate``: min(weight, cap). ``mask``: drop where the weight exceeds the cap."""
     importance_cap: float = 2.0
+
+    def __post_init__(self):
+        for name, choices in (("importance", IMPORTANCE), ("importance_mode", IMPORTANCE_MODES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"LossSettings: {name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        for name in ("clip_low", "clip_high", "kl", "entropy"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"LossSettings: {name} must be at least 0, got {getattr(self, name)}")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"LossSettings: dual_clip must exceed 1, got {self.dual_clip}")
+        if not self.importance_cap > 0:
+            raise ValueError(f"LossSettings: importance_cap must exceed 0, got {self.importance_cap}")

@@ -33,7 +33,7 @@ def load(pointer, at, mask):
 @triton.jit
 def surrogate_of(ratio, advantage, low, high, dual_clip):
     """The clipped surrogate, and its slope in the log ratio."""
-    free = -ratio * advantage
+    free = tl.where((advantage == 0) & (ratio == float("inf")), 0.0, -ratio * advantage)
     clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
     bound = -clipped * advantage
     surrogate = tl.where(bound > free, bound, free)
@@ -72,6 +72,9 @@ def pair_terms(logp, log_ratio, gap, correction, advantage, weight, ref_logp, en
     else:
         entropy = tl.zeros_like(logp)
     active = weight != 0
+    d_logp = tl.where(active, d_logp, 0.0)
+    loss = tl.where(active, loss, 0.0)
+    policy = tl.where(active, policy, 0.0)
     clipped = active & (surrogate > -ratio * advantage)
     ratio = tl.where(active, ratio, 0.0)
     k3 = tl.where(active, k3, 0.0)
@@ -136,6 +139,7 @@ def tile_terms(
             d_logp = load(sequence_slope_ptr, sequence, mask)
             if ref_logp is not None:
                 d_logp += weight * kl * (1 - tl.exp(ref_logp - logp))
+            d_logp = tl.where(weight != 0, d_logp, 0.0)
         tl.store(d_logp_ptr + at, d_logp.to(d_logp_ptr.dtype.element_ty), mask=mask)
     return terms
 
@@ -185,26 +189,49 @@ def policy_loss_finish_kernel(partial_ptr, sums_ptr, columns, BLOCK: tl.constexp
     tl.store(sums_ptr + k, result)
 
 
+@triton.jit(do_not_specialize=["n"])
+def policy_loss_scale_kernel(gradient_ptr, factor_ptr, n: tl.int64, BLOCK: tl.constexpr):
+    """Multiply n numbers by a scalar in place, rounded once; none is touched where it is 1."""
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        program, programs = tl.program_id(0), tl.num_programs(0)
+        full = n // BLOCK
+        for tile in range(program, full, programs):
+            at = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            x = load(gradient_ptr, at, None) * factor
+            tl.store(gradient_ptr + at, x.to(gradient_ptr.dtype.element_ty))
+        if program == full % programs:
+            at = tl.cast(full, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            x = load(gradient_ptr, at, at < n) * factor
+            tl.store(gradient_ptr + at, x.to(gradient_ptr.dtype.element_ty), mask=at < n)
+
+
 @triton.jit
 def policy_loss_sequence_kernel(
     logp_ptr, old_ptr, advantage_ptr, weight_ptr, engine_ptr, order_ptr, offset_ptr,
     ratio_ptr, gap_ptr, slope_ptr, low, high, dual_clip, cap,
     TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Per sequence: mean log ratio, summed engine gap, mean slope; its pairs are order[offset[s] : offset[s + 1]]."""
+    """Per sequence: mean log ratio, summed engine gap, mean slope; its pairs are order[offset[s] : offset[s + 1]].
+
+    Pairs of weight 0 are none of it.
+    """
     s = tl.program_id(0)
     begin, end = tl.load(offset_ptr + s), tl.load(offset_ptr + s + 1)
-    count = tl.maximum(end - begin, 1).to(tl.float32)
+    counts = tl.zeros([BLOCK], tl.float32)
     log_ratios, gaps = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = at < end
         pair = tl.load(order_ptr + at, mask=mask, other=0)
-        logp = load(logp_ptr, pair, mask)
-        old = load(old_ptr, pair, mask) if old_ptr is not None else logp
+        active = load(weight_ptr, pair, mask) != 0
+        counts += active.to(tl.float32)
+        logp = load(logp_ptr, pair, active)
+        old = load(old_ptr, pair, active) if old_ptr is not None else logp
         log_ratios += logp - old
         if gap_ptr is not None:
-            gaps += old - load(engine_ptr, pair, mask)
+            gaps += old - load(engine_ptr, pair, active)
+    count = tl.maximum(tl.sum(counts, 0), 1.0)
     correction = 1.0
     if gap_ptr is not None:
         gap = tl.sum(gaps, 0)
@@ -223,5 +250,6 @@ def policy_loss_sequence_kernel(
                 correction = importance_weight(anchor - load(engine_ptr, pair, mask), cap, MASKED)
             ratio = tl.zeros([BLOCK], tl.float32) + tl.exp(log_ratio)
             _, slope = surrogate_of(ratio, load(advantage_ptr, pair, mask), low, high, dual_clip)
-            slopes += load(weight_ptr, pair, mask) * correction * slope
+            weight = load(weight_ptr, pair, mask)
+            slopes += tl.where(weight != 0, weight * correction * slope, 0.0)
         tl.store(slope_ptr + s, tl.sum(slopes, 0) / count)

@@ -2,24 +2,29 @@
 
 20 bytes a token (logp, old_logp, advantages, weights in; the gradient out), 4 more for each further input. Sums are
 in float32 and in a fixed order: results are bitwise equal from run to run. Sequence statistics cost a sort of
-``sequence`` and a launch before it.
+``sequence`` and a launch before it. The backward hands the gradient out: it passes over it only to scale it, in place.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 import triton
+from torch.autograd.function import once_differentiable
 
+from igpo_kernels.policy_loss.gradients import hand_out
+from igpo_kernels.policy_loss.reference import sequence_count
 from igpo_kernels.policy_loss.settings import LossSettings
 from igpo_kernels.policy_loss.triton_kernels import (
     SUMS,
     policy_loss_finish_kernel,
     policy_loss_kernel,
+    policy_loss_scale_kernel,
     policy_loss_sequence_kernel,
 )
-from igpo_kernels.triton_variants import Tunable, Variant, arch_of, config_for, configs
+from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Config, Tunable, Variant, arch_of, config_for, configs
 
 METRICS = ("policy", "tokens", "clipped", "ratio", "ratio_max", "kl", "mismatch", "entropy")
 
@@ -27,6 +32,8 @@ METRICS = ("policy", "tokens", "clipped", "ratio", "ratio_max", "kl", "mismatch"
 def policy_loss(logp, *, old_logp, advantages, weights, settings, engine_logp, ref_logp, entropy, sequence):
     if logp.dtype == torch.float64:
         raise ValueError("policy_loss: the triton backend computes in float32, logp is float64; pass backend='torch'")
+    if not torch.is_grad_enabled():  # an autograd.Function is not told
+        logp, entropy = logp.detach(), None if entropy is None else entropy.detach()
     given = dict(
         old=old_logp, advantage=advantages, weight=weights, engine=engine_logp, ref=ref_logp, sequence=sequence
     )
@@ -42,7 +49,7 @@ class _PolicyLoss(torch.autograd.Function):
         given = {name: None if x is None else x.detach().contiguous() for name, x in given.items()}
         logp, entropy = logp.contiguous(), None if entropy is None else entropy.contiguous()
         d_logp = torch.empty_like(logp) if ctx.needs_input_grad[0] else None
-        programs = min(config["PROGRAMS"], max(1, triton.cdiv(len(logp), config["BLOCK"])))
+        programs = programs_for(len(logp), config)
         partials = logp.new_empty((SUMS.value, programs), dtype=torch.float32)
         ratio, gap, slope = sequence_statistics(logp, given, settings, arch)
         by_sequence = given["sequence"] if ratio is not None or gap is not None else None
@@ -54,21 +61,30 @@ class _PolicyLoss(torch.autograd.Function):
             BLOCK=config["BLOCK"], **config.options(),
         )  # fmt: skip
         loss, sums = finish(partials, arch)
-        ctx.save_for_backward(d_logp, given["weight"] if ctx.needs_input_grad[1] else None)
+        ctx.save_for_backward(given["weight"] if ctx.needs_input_grad[1] else None)
+        ctx.gradients = (d_logp,)
         ctx.bonus, ctx.entropy_dtype = settings.entropy, None if entropy is None else entropy.dtype
         ctx.mark_non_differentiable(sums)
         return loss, sums
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_loss, _):
-        d_logp, weights = ctx.saved_tensors
+        (d_logp,), (weights,) = hand_out(ctx, "policy_loss"), ctx.saved_tensors
         d_entropy = None if weights is None else (weights * (d_loss * -ctx.bonus)).to(ctx.entropy_dtype)
-        return None if d_logp is None else scaled(d_logp, d_loss), d_entropy, None, None
+        return None if d_logp is None else scale_(d_logp, d_loss), d_entropy, None, None
 
 
-def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """``gradient * factor`` in float32, rounded once; a factor without dimensions would be rounded first."""
-    return torch.mul(gradient, factor.reshape([1] * gradient.ndim).float(), out=torch.empty_like(gradient))
+def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """``gradient *= factor``, a dense tensor by a float32 scalar, rounded once; at 1 no pass over memory."""
+    config = config_for("policy_loss_scale", arch_of(gradient.device), "any", DTYPE_NAMES.get(gradient.dtype, "fp32"))
+    n = gradient.numel()
+    policy_loss_scale_kernel[(programs_for(n, config),)](gradient, factor, n, BLOCK=config["BLOCK"], **config.options())
+    return gradient
+
+
+def programs_for(n: int, config: Config) -> int:
+    return min(config["PROGRAMS"], max(1, triton.cdiv(n, config["BLOCK"])))
 
 
 def bounds(settings: LossSettings) -> tuple[float, float]:
@@ -80,7 +96,7 @@ def finish(partials: torch.Tensor, arch: str) -> tuple[torch.Tensor, torch.Tenso
     sums = partials.new_empty(SUMS.value)
     config = config_for("policy_loss_finish", arch, "any", "fp32")
     policy_loss_finish_kernel[(SUMS.value,)](partials, sums, partials.shape[1], **config.launch())
-    return sums[0].clone(), sums[1:]
+    return sums[0].data, sums[1:]  # no view to autograd: the loss may be changed in place
 
 
 def sequence_statistics(logp, given, settings, arch):
@@ -89,7 +105,7 @@ def sequence_statistics(logp, given, settings, arch):
     if not (of_ratio or of_gap) or not len(logp):
         return None, None, None
     by_sequence, order = given["sequence"].sort(stable=True)
-    count = int(by_sequence[-1]) + 1
+    count = sequence_count(*torch.stack((by_sequence[0], by_sequence[-1])).tolist())
     offsets = torch.searchsorted(by_sequence, torch.arange(count + 1, device=logp.device))
     new = lambda wanted: logp.new_empty(count, dtype=torch.float32) if wanted else None  # noqa: E731
     ratio, gap, slope = new(of_ratio), new(of_gap), new(of_ratio)
@@ -103,13 +119,16 @@ def sequence_statistics(logp, given, settings, arch):
 
 
 # Which optional arguments a shipped variant has; the rest are compiled out.
+SEQUENCE = ("old_ptr", "engine_ptr", "sequence_ptr", "sequence_ratio_ptr", "sequence_gap_ptr", "sequence_slope_ptr",
+            "ratio_ptr", "gap_ptr", "slope_ptr")  # fmt: skip
 FEATURES = {
     "ratio-one": (),
     "ratio": ("old_ptr",),
     "full": ("old_ptr", "engine_ptr", "ref_ptr", "entropy_ptr", "dual_clip"),
-    "sequence": ("old_ptr", "engine_ptr", "sequence_ptr", "sequence_ratio_ptr", "sequence_gap_ptr",
-                 "sequence_slope_ptr", "ratio_ptr", "gap_ptr", "slope_ptr"),
-}  # fmt: skip
+    "masked": ("old_ptr", "engine_ptr"),
+    "sequence": SEQUENCE,
+    "sequence-full": (*SEQUENCE, "ref_ptr", "entropy_ptr", "dual_clip"),
+}
 OPTIONAL = {name for names in FEATURES.values() for name in names}
 INTEGERS = {"sequence_ptr": "*i64:16", "order_ptr": "*i64:16", "offset_ptr": "*i64:16", "n": "i64", "columns": "i32"}
 
@@ -118,20 +137,23 @@ def variants() -> Iterator[Variant]:
     """Every shipped configuration, with the sets of optional inputs that trainers use."""
     for features in FEATURES:
         yield from _variants("policy_loss", policy_loss_kernel, features)
-    yield from _variants("policy_loss_sequence", policy_loss_sequence_kernel, "sequence")
+    for features in ("sequence", "sequence-full"):
+        yield from _variants("policy_loss_sequence", policy_loss_sequence_kernel, features)
     yield from _variants("policy_loss_finish", policy_loss_finish_kernel, "ratio")
+    yield from _variants("policy_loss_scale", policy_loss_scale_kernel, "ratio")
 
 
 def _variants(kernel: str, fn, features: str) -> Iterator[Variant]:
     for arch, shape_class, dtype, config in configs(kernel):
-        flags = {"TOKEN_IMPORTANCE": features == "full", "MASKED": False}
+        flags = {"TOKEN_IMPORTANCE": features in ("full", "masked"), "MASKED": features in ("masked", "sequence-full")}
         constexprs = {k: v for k, v in {**flags, **config.constants}.items() if k in fn.arg_names}
         signature = {}
         for name in fn.arg_names:
             if name in OPTIONAL and name not in FEATURES[features]:
                 constexprs[name] = None
             elif name not in constexprs:
-                signature[name] = INTEGERS.get(name, "*fp32:16" if name.endswith("_ptr") else "fp32")
+                pointee = dtype if name == "gradient_ptr" else "fp32"
+                signature[name] = INTEGERS.get(name, f"*{pointee}:16" if name.endswith("_ptr") else "fp32")
         yield Variant(
             "policy_loss", kernel, arch, dtype, f"{shape_class}/{features}", fn, signature, constexprs,
             config.num_warps, config.num_stages,
@@ -139,22 +161,26 @@ def _variants(kernel: str, fn, features: str) -> Iterator[Variant]:
 
 
 def tunables() -> Iterator[Tunable]:
-    """Each kernel under 16M tokens in 2,048 sequences."""
-    token, sequence = LossSettings(), LossSettings(sequence_ratio=True)
-    blocks, warps = [512, 1024, 2048, 4096], [4, 8, 16]
-    programs = {"PROGRAMS": [264, 396, 528, 792, 1056]}
-    common = {"num_warps": warps, "num_stages": [1], "BLOCK": blocks}
-    yield Tunable("policy_loss", "any", "fp32", {**common, **programs}, lambda device: _workload(device, token))
-    yield Tunable("policy_loss_finish", "any", "fp32", common, lambda device: _workload(device, token))
-    yield Tunable("policy_loss_sequence", "any", "fp32", common, lambda device: _workload(device, sequence))
+    """The passes over 16M tokens. The last sum takes microseconds, and sequence statistics are the time of a sort."""
+    space = {
+        "num_warps": [4, 8, 16], "num_stages": [1], "BLOCK": [512, 1024, 2048, 4096], "PROGRAMS": [2, 3, 4, 6, 8],
+    }  # fmt: skip
+    yield Tunable("policy_loss", "any", "fp32", space, _workload, ("PROGRAMS",))
+    for dtype in DTYPES:
+        scaling = functools.partial(_scaling, dtype=dtype)
+        yield Tunable("policy_loss_scale", "any", dtype, space, scaling, ("PROGRAMS",))
 
 
-def _workload(device: torch.device, settings: LossSettings):
+def _workload(device: torch.device):
     n = 16 << 20
     logp, old, advantages, weights = (torch.rand(n, device=device) for _ in range(4))
-    absent = dict(engine_logp=None, ref_logp=None, entropy=None)
-    sequence = torch.arange(n, device=device) // 8192
+    absent = dict(engine_logp=None, ref_logp=None, entropy=None, sequence=None)
     logp.requires_grad_()
     return lambda: policy_loss(
-        logp, old_logp=old, advantages=advantages, weights=weights, settings=settings, sequence=sequence, **absent
+        logp, old_logp=old, advantages=advantages, weights=weights, settings=LossSettings(), **absent
     )
+
+
+def _scaling(device: torch.device, dtype: str):
+    gradient, factor = torch.rand(16 << 20, device=device, dtype=DTYPES[dtype]), torch.full((), 0.5, device=device)
+    return lambda: scale_(gradient, factor)

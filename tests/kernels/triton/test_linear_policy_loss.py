@@ -5,7 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from igpo_kernels import LossSettings, linear_policy_loss
+from igpo_kernels import LossSettings, linear_policy_loss, policy_loss
+from tests.allocations import peak_bytes
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poison")
@@ -15,12 +16,18 @@ from igpo_kernels.policy_loss import triton_path as loss_path  # noqa: E402
 from igpo_kernels.triton_variants import Config  # noqa: E402
 
 FULL = LossSettings(clip_high=0.28, dual_clip=1.5, kl=0.3, entropy=0.2)
+TOKEN = LossSettings(kl=0.1, importance="token", importance_cap=1.3)
+MASK = LossSettings(entropy=0.1, importance="token", importance_mode="mask", importance_cap=1.3)
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles of the vocabulary and several blocks of a row's pairs, at shapes the interpreter can do."""
-    table = {"linear_policy_loss": {"BLOCK": 32, "PAIRS": 4}, "policy_loss_finish": {"BLOCK": 16}}
+    table = {
+        "linear_policy_loss": {"BLOCK": 32, "PAIRS": 4},
+        "policy_loss_finish": {"BLOCK": 16},
+        "policy_loss_scale": {"BLOCK": 256, "PROGRAMS": 3},
+    }
     config_for = lambda kernel, *_: Config(table[kernel], 1, 1)  # noqa: E731
     monkeypatch.setattr(triton_path, "config_for", config_for)
     monkeypatch.setattr(loss_path, "config_for", config_for)
@@ -38,22 +45,33 @@ def make(n, h, v, m, seed=0, shift=0.0, scale=1.0):
     return leaves, dict(labels=labels, rows=rows), pairs
 
 
-def run(case, setting, backend, dtype, device="cpu", without=(), upstream=1.7, **options):
+def run(case, setting, backend, dtype, device="cpu", without=(), upstream=1.7, layout=lambda x: x, **options):
     leaves, ids, pairs = case
-    leaves = {k: x.to(device, dtype).requires_grad_() for k, x in leaves.items() if k not in without}
-    ids = {k: x.to(device) for k, x in ids.items()}
+    leaves = {k: layout(x.to(device, dtype)).requires_grad_() for k, x in leaves.items() if k not in without}
+    ids = {k: layout(x.to(device)) for k, x in ids.items()}
     wide = torch.promote_types(dtype, torch.float32)
-    pairs = {k: None if k in without else x.to(device, wide) for k, x in pairs.items()}
-    loss, metrics = linear_policy_loss(**leaves, **ids, **pairs, settings=setting, backend=backend, **options)
+    pairs = {k: None if k in without else layout(x.to(device, wide)) for k, x in pairs.items()}
+    op = (lambda *_, backend, **more: plain_torch(**more)) if backend == "plain" else linear_policy_loss
+    loss, metrics = op(**leaves, **ids, **pairs, settings=setting, backend=backend, **options)
     grads = torch.autograd.grad(loss * upstream, leaves.values())
     out = {**metrics, "loss": loss.detach(), **{f"d_{k}": g for k, g in zip(leaves, grads, strict=True)}}
     return {k: v.detach().double().cpu() for k, v in out.items()}
 
 
+def plain_torch(hidden, weight, labels, rows, settings, bias=None, temperature=1.0, softcap=0.0, **pairs):
+    """The definition with logits in the inputs' dtype, as torch's linear layer gives them."""
+    z = torch.nn.functional.linear(hidden[rows], weight, bias).float()
+    z = (softcap * (z / softcap).tanh() if softcap else z) / temperature
+    log_p = z.log_softmax(1)
+    logp, entropy = log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+    loss, metrics = policy_loss(logp, **pairs, settings=settings, entropy=entropy, backend="reference")
+    return loss, {**metrics, "logp": logp.detach()}
+
+
 def check(case, setting=FULL, device="cpu", dtype=torch.float32, **options):
     case = ({k: x.to(dtype).double() for k, x in case[0].items()}, *case[1:])
     exact = run(case, setting, "reference", torch.float64, **options)
-    plain = run(case, setting, "reference", dtype, **options)
+    plain = run(case, setting, "plain", dtype, **options)
     ours = run(case, setting, "triton", dtype, device, **options)
     assert ours.keys() == exact.keys()
     for name, e in exact.items():
@@ -77,7 +95,29 @@ def test_ragged_shapes(case, full, softcap, temperature, without, device):
 
 def test_rows_with_many_pairs_and_shared_labels(device):
     leaves, ids, pairs = make(3, 5, 40, 50)
-    check((leaves, {**ids, "labels": ids["labels"] % 7}, pairs), device=device)
+    for labels in (1, 7):
+        check((leaves, {**ids, "labels": ids["labels"] % labels}, pairs), device=device)
+
+
+@pytest.mark.parametrize("setting", [TOKEN, MASK], ids=["truncate", "mask"])
+def test_importance_weights_of_tokens(setting, device):
+    check(make(6, 6, 40, 16), setting, device)
+    check(make(6, 6, 40, 16), setting, device, without=("old_logp",))
+
+
+def test_a_pair_of_weight_0_adds_nothing(device):
+    leaves, ids, pairs = make(3, 4, 40, 12)
+    junk = pairs["weights"] == 0
+    bad = {k: torch.where(junk, value, pairs[k]) for k, value in
+           dict(old_logp=-1e4, advantages=-torch.inf, ref_logp=1e4, engine_logp=torch.nan).items()}  # fmt: skip
+    kept = {k: x[~junk] for k, x in pairs.items()}, {k: x[~junk] for k, x in ids.items()}
+    assert 0 < junk.sum() < 12
+    for dtype, setting in ((torch.float32, TOKEN), (torch.float16, FULL)):
+        found = run((leaves, ids, {**pairs, **bad}), setting, "triton", dtype, device)
+        expected = run((leaves, kept[1], kept[0]), setting, "triton", dtype, device)
+        found["logp"] = found["logp"][~junk]
+        for name, x in expected.items():
+            torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-3 * float(x.abs().max()))
 
 
 def test_no_pairs_give_zero_gradients(device):
@@ -147,10 +187,10 @@ def test_weight_gradient_is_summed_in_float32_across_chunks(monkeypatch, device)
 
 
 def test_strided_inputs(device):
-    leaves, ids, pairs = make(20, 6, 70, 50)
     wide = lambda x: torch.stack([x, x + 1], -1)[..., 0]  # noqa: E731
-    strided = tuple({k: wide(x) for k, x in part.items()} for part in (leaves, ids, pairs))
-    a, b = (run(case, FULL, "triton", torch.float32, device) for case in ((leaves, ids, pairs), strided))
+    case = make(20, 6, 70, 50)
+    assert not any(wide(x).is_contiguous() for part in case for x in part.values())
+    a, b = (run(case, FULL, "triton", torch.float32, device, layout=layout) for layout in (lambda x: x, wide))
     for name in a:
         torch.testing.assert_close(a[name], b[name])
 
@@ -176,13 +216,40 @@ def test_a_frozen_head_gets_no_gradient(device):
         torch.testing.assert_close(value, linear_policy_loss(hidden, weight, **ids, **pairs, backend="reference")[0])
 
 
-def test_chunks_stay_within_the_workspace():
-    gib = 1 << 30
-    for pairs, vocab, size in ((1 << 20, 151_936, 4096), (65_536, 262_144, 8192), (1024, 32_000, 2048)):
-        hidden = torch.empty(1, size, dtype=torch.bfloat16, device="meta")
-        rows = triton_path.chunk_rows(pairs, pairs, vocab, hidden)
-        hold = rows * (4 * (vocab + 15) + 6 * size) + triton_path.PAIR_BYTES * pairs
-        assert 1 < rows <= pairs and hold <= gib + 64 * rows
+@pytest.mark.parametrize("n, h, v, a_row", [(15, 16, 1000, 2), (15, 1024, 64, 1)])
+def test_what_it_holds_beside_gradients_fits_the_workspace(n, h, v, a_row, monkeypatch):
+    workspace, heights, chunk_rows = 1 << 14, [], triton_path.chunk_rows
+    tiles = {"BLOCK": 1024, "PAIRS": 16}
+    monkeypatch.setattr(triton_path, "config_for", lambda *_: Config(tiles, 1, 1))
+    monkeypatch.setattr(triton_path, "workspace_bytes", lambda device: workspace)
+    monkeypatch.setattr(triton_path, "chunk_rows", lambda *x: heights.append(chunk_rows(*x)) or heights[-1])
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((n, h), (v, h), (v,))]
+    rows, one = torch.arange(n).repeat_interleave(a_row), torch.ones(n * a_row)
+
+    def step():
+        loss, sums = linear_policy_loss(*leaves[:2], rows % v, rows, None, one, one, bias=leaves[2], backend="triton")
+        return *torch.autograd.grad(loss, leaves), sums["logp"]
+
+    peak, out = peak_bytes(step)
+    assert heights[0] * 3 <= n
+    assert peak - sum(x.nbytes for x in out) <= workspace
+
+
+def test_gradients_are_handed_out_once(device):
+    hidden = torch.ones(2, 4, device=device, requires_grad=True)
+    one = torch.ones(2, device=device)
+    labels = torch.zeros(2, dtype=torch.long, device=device)
+    loss, _ = linear_policy_loss(
+        hidden, torch.zeros(3, 4, device=device), labels, None, None, one, one, backend="triton"
+    )
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"linear_policy_loss: a second backward; .* call linear_policy_loss again"):
+        loss.backward()
+
+
+def test_many_pairs_leave_half_of_the_workspace_to_logits():
+    hidden = torch.empty(1, 2048, dtype=torch.bfloat16, device="meta")
+    assert triton_path.chunk_rows(1 << 30, 1 << 30, 151_936, hidden) == (1 << 29) // (4 * 151_936 + 6 * 2048)
 
 
 @pytest.mark.parametrize("hidden, weight", [("float64", "float64"), ("float32", "bfloat16")])

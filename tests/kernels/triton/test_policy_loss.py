@@ -39,9 +39,9 @@ def make(m, seed=0, sequences=5):
 
 
 def run(case, setting, backend, dtype, device="cpu", without=(), layout=lambda x: x):
-    given_ = {k: None if k in without else layout(x).to(device) for k, x in case.items()}
-    given_ = {k: x.to(dtype) if x is not None and x.is_floating_point() else x for k, x in given_.items()}
-    leaves = [given_[k].requires_grad_() for k in ("logp", "entropy") if given_[k] is not None]
+    given_ = {k: x.to(device, dtype if x.is_floating_point() else x.dtype) for k, x in case.items()}
+    given_ = {k: None if k in without else layout(x) for k, x in given_.items()}
+    leaves = [given_[k].requires_grad_() for k in ("logp", "entropy") if given_.get(k) is not None]
     loss, metrics = policy_loss(**given_, settings=setting, backend=backend)
     grads = torch.autograd.grad(loss * 1.7, leaves, allow_unused=True)
     out = {**metrics, "loss": loss.detach(), **dict(zip(("d_logp", "d_entropy"), grads, strict=False))}
@@ -71,6 +71,7 @@ def small_tiles(monkeypatch):
         "policy_loss": {"BLOCK": 64, "PROGRAMS": 3},
         "policy_loss_sequence": {"BLOCK": 16},
         "policy_loss_finish": {"BLOCK": 2},
+        "policy_loss_scale": {"BLOCK": 64, "PROGRAMS": 3},
     }
     monkeypatch.setattr(triton_path, "config_for", lambda kernel, *_: Config(table[kernel], 1, 1))
 
@@ -122,6 +123,7 @@ def test_all_weights_zero(device):
     lambda x: x.repeat_interleave(3)[::3],
 ], ids=["column", "every third"])  # fmt: skip
 def test_strided_inputs(layout, device):
+    assert not layout(make(300)["logp"]).is_contiguous()
     check(make(300), SETTINGS["everything"], device, layout=layout)
     check(make(300), SETTINGS["gspo"], device, layout=layout)
 
@@ -131,12 +133,16 @@ def test_half_precision_inputs(device):
     check(make(300), SETTINGS["gspo"], device, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("name", ["logp", "old_logp", "advantages", "ref_logp", "entropy", "engine_logp"])
-def test_nan_is_never_hidden(name, device):
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("name, setting", [
+    *((name, "everything") for name in ("logp", "old_logp", "advantages", "ref_logp", "entropy", "engine_logp")),
+    ("engine_logp", "mask"),
+])  # fmt: skip
+def test_nan_is_never_hidden(name, setting, backend, device):
     case = make(200)
     case["weights"] += 0.1
     case[name][123] = float("nan")
-    out = run(case, SETTINGS["everything"], "triton", torch.float32, device)
+    out = run(case, SETTINGS[setting], backend, torch.float32, device)
     assert out["loss"].isnan()
     if name in ("logp", "old_logp"):
         assert out["ratio"].isnan() and out["ratio_max"].isnan() and out["d_logp"][123].isnan()
@@ -156,6 +162,71 @@ def test_the_loss_may_be_changed_in_place(device):
     loss /= 2
     loss.backward()
     assert logp.grad.tolist() == [-0.5] * 4
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_pair_of_weight_0_adds_nothing(name, backend, device):
+    case, junk = make(60), torch.arange(60) % 3 == 1
+    case["weights"] = torch.where(junk, 0.0, case["weights"] + 0.1)
+    bad = {k: x.clone() for k, x in case.items()}
+    for k, value in dict(logp=-1.0, old_logp=-1e4, advantages=-1.0, engine_logp=float("nan"), ref_logp=1e4).items():
+        bad[k][junk] = value
+    bad["entropy"][junk] = float("inf")
+    expected = run({k: x[~junk] for k, x in case.items()}, SETTINGS[name], "reference", torch.float64)
+    for key, found in run(bad, SETTINGS[name], backend, torch.float32, device).items():
+        if key in ("d_logp", "d_entropy"):
+            assert not found[junk].any()
+            found = found[~junk]
+        torch.testing.assert_close(found, expected[key], rtol=2e-5, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_clipped_ratio_may_overflow(backend, device):
+    # Ratio exp(1e4): clipped to 1.2, of no advantage, bounded by 3; all constants, so without gradient.
+    pairs = dict(logp=[0.0] * 3, old_logp=[-1e4] * 3, advantages=[1.0, 0.0, -1.0], weights=[1.0] * 3)
+    case = {k: torch.tensor(x, dtype=torch.float64) for k, x in pairs.items()}
+    out = run(case, LossSettings(dual_clip=3.0), backend, torch.float32, device)
+    assert float(out["loss"]) == pytest.approx(-1.2 + 0 + 3) and not out["d_logp"].any()
+    assert out["ratio"].isinf()
+
+
+def test_a_ratio_of_no_advantage_may_overflow(device):
+    zero = torch.zeros(1, dtype=torch.float64)
+    case = dict(logp=zero, old_logp=zero - 1e4, advantages=zero, weights=zero + 1)
+    for backend in ("triton", "reference"):
+        out = run(case, LossSettings(), backend, torch.float32, device)
+        assert not out["loss"].any() and not out["d_logp"].any()
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("setting", ["gspo", "sequence weights"])
+def test_negative_sequences_are_refused(setting, backend, device):
+    case = make(4)
+    case["sequence"] = torch.tensor([0, 0, 1, -1])
+    with pytest.raises(ValueError, match="sequence holds -1; count sequences from 0"):
+        run(case, SETTINGS[setting], backend, torch.float32, device)
+
+
+def test_the_gradient_is_handed_out_once(device):
+    logp = torch.tensor([-1.0, -2.0], device=device, requires_grad=True)
+    one = torch.ones(2, device=device)
+    loss, _ = policy_loss(logp, None, one, one, backend="triton")
+    loss.backward(retain_graph=True)
+    assert logp.grad.tolist() == [-1, -1]
+    with pytest.raises(RuntimeError, match=r"policy_loss: a second backward; .* call policy_loss again"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+@pytest.mark.parametrize("n", [0, 5, 400])
+def test_scaling_in_place(n, factor, dtype, device):
+    x = torch.linspace(-3, 3, n, device=device).to(dtype)
+    expected = (x.float() * torch.tensor(factor)).to(dtype)
+    out = triton_path.scale_(x, torch.tensor(factor, device=device))
+    assert out is x
+    torch.testing.assert_close(x, expected)
 
 
 def test_double_precision_is_refused():
