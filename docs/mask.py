@@ -56,12 +56,9 @@ def draw() -> str:
     size = n * CELL
     shapes = [rectangle(0, 0, "100%", "100%", "#ffffff")]
     lists = block_lists(plan, None, BLOCK, BLOCK)
-    for fill, offset, blocks in (
-        (FULL, lists.full_offset, lists.full),
-        (MASKED, lists.masked_offset, lists.masked),
-    ):
-        for tile in range(len(offset) - 1):
-            for block in blocks[offset[tile] : offset[tile + 1]].tolist():
+    for fill, masked in ((FULL, False), (MASKED, True)):
+        for tile in range(len(lists.order)):
+            for block in lists.columns(tile, masked):
                 width, height = (min(BLOCK, n - at * BLOCK) * CELL for at in (block, tile))
                 shapes.append(rectangle(LEFT + block * BLOCK * CELL, TOP + tile * BLOCK * CELL, width, height, fill))
     for q in range(n):

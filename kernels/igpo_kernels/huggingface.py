@@ -9,8 +9,8 @@ The plan travels as a forward argument to every layer, so nothing is patched and
 checkpointing recomputes the attention with the plan's schedules as they are. Under ``torch.compile`` the attention is
 left out, because a plan is no tensor: one graph break a layer, and what lies between is compiled for any length.
 
-Right only for models whose every layer is softmax attention that depends on the visible path alone. The others raise
-nothing here: recurrent layers, attention sinks, ALiBi, RoPE that depends on the longest path.
+Right only for models whose every layer is softmax attention that depends on the visible path alone. Attention sinks
+(gpt-oss) are refused. The others raise nothing here: recurrent layers, ALiBi, RoPE that depends on the longest path.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from igpo_kernels.plan import TreePlan
 from igpo_kernels.tree_attention import tree_attention
@@ -56,21 +56,34 @@ def model_inputs(plan: TreePlan, device: torch.device | str = "cpu") -> dict[str
     return dict(input_ids=ids, position_ids=positions, plan=plan, use_cache=False)
 
 
+def heads_of(model: PreTrainedModel) -> tuple[int, int]:
+    """Numbers of a head and query heads to a key head, which with ``model.device`` and ``model.dtype`` decide what
+    ``auto`` is: ``tree_attention.backend_for(plan, model.device, model.dtype, *heads_of(model))``."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return size, heads // (getattr(config, "num_key_value_heads", None) or heads)
+
+
 @torch.compiler.disable
 def attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
-    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    softcap: float | None = None, plan: TreePlan | Attend | None = None, **_: Any,
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: torch.Tensor | None = None,
+    plan: TreePlan | Attend | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """What every attention layer of a model set to ``igpo_tree`` calls.
 
     Args:
         query: [1, Hq, N, D]. key, value: [1, Hkv, N, D].
+        attention_mask: None: the plan is the mask.
+        s_aux: attention sinks, which a plan's attention does not have. An ``Attend`` is not given them: ``probe`` of
+            igpo_fast shows what that changes.
         plan: of N tokens; or an ``Attend``, for whatever else a flat row may mean.
     Returns:
         [1, N, Hq, D], and no attention weights.
     Raises:
-        ValueError: no plan, a batch of several rows, dropout.
+        ValueError: no plan, a batch of several rows, dropout, a mask, sinks; what ``tree_attention`` raises.
     """
     name = type(module).__name__
     if plan is None:
@@ -79,6 +92,12 @@ def attention(
         raise ValueError(f"{ATTENTION}: {name} got a batch of {len(query)}; a pack is one row, input_ids [1, N]")
     if dropout:
         raise ValueError(f"{ATTENTION}: {name} drops out {dropout} of its weights; set attention_dropout to 0")
+    if attention_mask is not None:
+        raise ValueError(f"{ATTENTION}: {name} got an attention_mask, but the plan is the mask; leave it out")
+    if s_aux is not None and isinstance(plan, TreePlan):
+        raise ValueError(
+            f"{ATTENTION}: {name} has attention sinks, which packed attention does not have; use another model"
+        )
     attend = TreeAttend(plan) if isinstance(plan, TreePlan) else plan
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling

@@ -1,6 +1,8 @@
 """libigpo_kernels: it builds without a GPU, its own tests pass, and the loader refuses what does not fit."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,13 +31,20 @@ def run(*command, **environment):
     )
 
 
+OPS = (
+    "policy_loss", "linear_policy_loss/bf16", "turn_advantages/fp32", "tree_attention/bf16/d64",
+    "tree_attention/bf16/d64-modified/64/windowed",
+)  # fmt: skip
+"""Few kernels, TMA's among them."""
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The build folder of a library with two small ops for one architecture."""
+    """The build folder of a library with parts of four ops for one architecture."""
     folder = tmp_path_factory.mktemp("build")
     configured = run(
         "cmake", "-S", ROOT, "-B", folder, f"-DPython3_EXECUTABLE={sys.executable}", "-DIGPO_ARCHS=sm_90",
-        "-DIGPO_OPS=policy_loss;linear_policy_loss", "-DIGPO_JOBS=1",
+        f"-DIGPO_OPS={';'.join(OPS)}", "-DIGPO_JOBS=2",
     )  # fmt: skip
     assert configured.returncode == 0, configured.stderr
     made = run("cmake", "--build", folder)
@@ -54,12 +63,21 @@ def test_ctest_passes(built):
     verdicts = {line.split()[3]: line for line in tested.stdout.splitlines() if " Test #" in line}
     assert set(verdicts) == {"list", "launch", "loader", "install", "find_package"}
     assert all("Passed" in line for name, line in verdicts.items() if name != "launch")
+    log = (built / "Testing" / "Temporary" / "LastTest.log").read_text()
+    for op in {name.split("/")[0] for name in OPS}:
+        assert re.search(rf"^{op}: \d+ kernels served, none compiled$", log, re.MULTILINE), op
+
+
+def test_the_library_has_kernels_that_take_tensor_maps(built):
+    kernels = json.loads((built / "generated" / "manifest.json").read_text())["kernels"]
+    parameters = {k["kernel"]: [p["type"] for p in k["parameters"]] for k in kernels}
+    assert parameters["tree_attention_forward"].count("tensormap") == 2  # keys and values
 
 
 def test_what_is_compiled_is_not_compiled_again(built):
     command = (sys.executable, "-m", "igpo_kernels.aot", "--out", built / "generated", "--arch", "sm_90", "--jobs", "1")
     again = run(*command, "--op", "policy_loss", TRITON_INTERPRET="0")
-    assert again.returncode == 0 and "6 kernels for sm_90" in again.stdout and ": 0 compiled" in again.stdout
+    assert again.returncode == 0 and re.search(r": \d+ kernels for sm_90, .*: 0 compiled", again.stdout), again.stdout
 
 
 def test_the_command_says_what_it_cannot_do(tmp_path, monkeypatch, capsys):
@@ -71,6 +89,8 @@ def test_the_command_says_what_it_cannot_do(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(knobs.runtime, "interpret", False)
     assert main(command) == 2
     assert "no kernels of no_such_op for sm_90; ops are" in capsys.readouterr().err
+    assert main([*command[:-1], "policy_loss", "policy_loss/bf15"]) == 2
+    assert "no kernels of policy_loss/bf15 for sm_90" in capsys.readouterr().err
 
 
 def shared(folder, source):

@@ -1,5 +1,7 @@
 """Block lists: exactly the blocks with a visible pair, full where nothing is hidden, and little area beside it."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -48,17 +50,29 @@ def test_visited_are_exactly_the_blocks_with_a_visible_pair(seed, window, sizes,
         some, all_of = some.T, all_of.T
     lists = block_lists(plan, window, *sizes, by_key=by_key)
     for row in range(len(some)):
-        full = lists.full[lists.full_offset[row] : lists.full_offset[row + 1]].tolist()
-        masked = lists.masked[lists.masked_offset[row] : lists.masked_offset[row + 1]].tolist()
-        assert full == np.flatnonzero(all_of[row]).tolist()
-        assert masked == np.flatnonzero(some[row] & ~all_of[row]).tolist()
+        assert lists.columns(row, masked=False) == np.flatnonzero(all_of[row]).tolist()
+        assert lists.columns(row, masked=True) == np.flatnonzero(some[row] & ~all_of[row]).tolist()
+    assert lists.visits == some.sum()
+    starts = (np.diff(kind.astype(int), axis=1, prepend=0) == 1 for kind in (all_of, some & ~all_of))
+    assert len(lists.runs) == sum(map(np.count_nonzero, starts))
     assert visible_area(plan, window) == int(visible(plan, window, "cpu").sum())
 
 
 def test_long_rows_start_first():
     lists = block_lists(comb(900, 6, trees=2), None, 16, 16)
-    visits = np.diff(lists.full_offset) + np.diff(lists.masked_offset)
-    assert (np.diff(visits[lists.order]) <= 0).all() and sorted(lists.order.tolist()) == list(range(len(visits)))
+    rows = range(len(lists.order))
+    visits = np.array([len(lists.columns(row, masked=False) + lists.columns(row, masked=True)) for row in rows])
+    assert (np.diff(visits[lists.order]) <= 0).all() and sorted(lists.order.tolist()) == list(rows)
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+def test_lists_and_their_making_grow_with_the_tokens_not_with_their_square(by_key):
+    plan = comb(1 << 18, 16, wrapper_and_answer=24)
+    tracemalloc.start()
+    lists = block_lists(plan, None, 16, 64, by_key=by_key)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert lists.visits > 3e7 and len(lists.runs) <= 3 * len(lists.order) and peak < 16 << 20
 
 
 def test_lists_are_made_once_a_plan():

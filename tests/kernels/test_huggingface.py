@@ -11,10 +11,19 @@ import torch
 import transformers
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from igpo_kernels import Branch, RolloutTokens, Tree, pack
-from igpo_kernels.huggingface import ATTENTION, TreeAttend, model_inputs
+from igpo_kernels.huggingface import ATTENTION, TreeAttend, heads_of, model_inputs
+from igpo_kernels.tree_attention import backend_for
 
 VOCAB = 53
 SIZES = dict(
@@ -259,6 +268,15 @@ def test_compiled_by_inductor(how, dynamo):
         assert difference(results(lm, out, expected["hidden"]), expected) < 1e-4
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_choice_for_a_model_is_the_one_its_attention_asks_for(family):
+    lm, plan = make(family), pack(trees())
+    backend_for(plan, lm.device, lm.dtype, *heads_of(lm))
+    chosen = [key for key in plan.cache if key[0] == "backend"]
+    lm(**model_inputs(plan))
+    assert [key for key in plan.cache if key[0] == "backend"] == chosen
+
+
 def test_transformers_makes_no_mask(monkeypatch):
     """Nor does it look for packed sequences in position_ids, which would have the host wait for the device."""
     lm, plan = make("gemma2"), pack(trees())
@@ -281,12 +299,20 @@ def test_transformers_makes_no_mask(monkeypatch):
         ({"plan": None}, r"igpo_tree: Qwen2Attention got no plan; run the model as model\(\*\*model_inputs"),
         ({"input_ids": torch.zeros(2, 3, dtype=torch.long), "position_ids": None}, "got a batch of 2; a pack is one"),
         ({"input_ids": torch.zeros(1, 3, dtype=torch.long), "position_ids": None}, "q has 3 rows, the plan"),
+        ({"attention_mask": torch.zeros(1, 1, 1, 1)}, "Qwen2Attention got an attention_mask, but the plan is the mask"),
     ],
 )
 def test_what_is_no_pack_is_refused_in_one_line(changed, message):
     with pytest.raises(ValueError, match=message) as error:
         make("qwen2")(**{**model_inputs(pack(trees())), **changed})
     assert "\n" not in str(error.value)
+
+
+def test_attention_sinks_are_refused():
+    config = GptOssConfig(**SIZES, head_dim=16, num_local_experts=2, num_experts_per_tok=1)
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).eval()
+    with pytest.raises(ValueError, match="igpo_tree: GptOssAttention has attention sinks"):
+        lm(**model_inputs(pack(trees())))
 
 
 def test_dropout_is_refused():

@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpo_kernels import Branch, RolloutTokens, Tree, pack, tree_attention
-from igpo_kernels.tree_attention import reference, schedule
+from igpo_kernels.tree_attention import reference, schedule, torch_path
+from tests.allocations import peak_bytes
 from tests.kernels.test_plan import plan_of
+
+MODULE = sys.modules["igpo_kernels.tree_attention"]  # the package's attribute of that name is the function
 
 
 def comb(trunk, turns, wrapper_and_answer=12, trees=1):
@@ -93,6 +96,39 @@ def test_work_is_proportional_to_the_visible_area():
     assert visited < 0.7 * dense
 
 
+@pytest.mark.parametrize(("softcap", "window"), [(50.0, None), (0.0, None), (50.0, 300)])
+@pytest.mark.parametrize("heads", [(16, 8), (8, 1)])
+def test_temporaries_stay_inside_the_workspace(heads, softcap, window, monkeypatch):
+    budget = 1 << 20
+    monkeypatch.setattr(torch_path, "workspace_bytes", lambda device: budget)
+    monkeypatch.setattr(schedule, "TILE", 64)
+    monkeypatch.setattr(schedule, "CACHED_CELLS", 0)
+    plan = comb(400, 4)
+    q, k, v = (torch.randn(plan.n_tokens, h, 32, requires_grad=True) for h in (heads[0], heads[1], heads[1]))
+    forward, out = peak_bytes(lambda: tree_attention(q, k, v, plan, softcap=softcap, window=window))
+    backward, grads = peak_bytes(lambda: torch.autograd.grad(out, (q, k, v), q))
+    assert forward - out.nbytes < budget and backward - sum(g.nbytes for g in grads) < budget
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("heads", [(12, 2), (3, 3), (6, 1)])
+@pytest.mark.parametrize("at_once", [1, 4, 7])
+def test_pieces_of_heads(at_once, heads, softcap, monkeypatch):
+    plan = comb(40, 2)
+    n = plan.n_tokens  # one tile
+    room = at_once * 4 * n * ((4 * n if softcap else 0) + 6 * 16)
+    monkeypatch.setattr(torch_path, "workspace_bytes", lambda device: 2 * room)
+    check(plan, *heads, softcap=softcap)
+
+
+def test_deep_tiles_have_fewer_queries(monkeypatch):
+    monkeypatch.setattr(schedule, "TILE_CELLS", 64 * 300)
+    plan = comb(700, 9)
+    tiles = schedule.tiles(plan, None)
+    assert max((t.stop - t.start) * t.n_keys for t in tiles) <= 64 * 300
+    check(plan)
+
+
 def test_a_window_drops_keys_from_the_tiles():
     plan = comb(2048, 4)
     full = sum(t.n_keys for t in schedule.tiles(plan, None))
@@ -100,17 +136,52 @@ def test_a_window_drops_keys_from_the_tiles():
     assert windowed < 0.5 * full
 
 
-def test_shapes_that_do_not_fit_are_refused():
-    plan = comb(10, 2)
-    q = torch.zeros(plan.n_tokens, 4, 8)
-    with pytest.raises(ValueError, match="do not fit"):
-        tree_attention(q, q[:, :3], q[:, :3], plan)
-    with pytest.raises(ValueError, match="rows, the plan"):
-        tree_attention(q[1:], q[1:], q[1:], plan)
-    with pytest.raises(ValueError, match="choose one of auto, reference, torch, triton, flash"):
-        tree_attention(q, q, q, plan, backend="trition")
-    with pytest.raises(ValueError, match=r"got scale 0\.0; expected a number above 0"):
-        tree_attention(q, q, q, plan, scale=0.0)
+def zeros(*shape, **options):
+    return torch.zeros(*shape, **options)
+
+
+N = comb(10, 2).n_tokens
+Q, KV = zeros(N, 4, 8), zeros(N, 2, 8)
+REFUSED = {
+    "heads that do not divide": ((Q, zeros(N, 3, 8), zeros(N, 3, 8)), {}, "and Hq a multiple of Hkv"),
+    "other values": ((Q, KV, zeros(N, 2, 4)), {}, r"v \(\d+, 2, 4\) do not fit"),
+    "no key heads": ((Q, zeros(N, 0, 8), zeros(N, 0, 8)), {}, "nothing of size 0"),
+    "a batch": ((Q[None], KV[None], KV[None]), {}, r"q \(1, \d+, 4, 8\), .* do not fit; expected \[N, Hq, D\]"),
+    "another plan": ((Q[1:], KV[1:], KV[1:]), {}, "rows, the plan"),
+    "two dtypes": (
+        (Q.half(), KV, KV),
+        {},
+        "got q torch.float16 on cpu, k torch.float32 on cpu, .*; expected one float",
+    ),
+    "two devices": ((Q, KV.to("meta"), KV), {}, "k torch.float32 on meta, .* and one device"),
+    "integers": ((Q.int(), KV.int(), KV.int()), {}, "expected one floating-point dtype"),
+    "no scale": ((Q, KV, KV), {"scale": 0.0}, r"got scale 0\.0; expected a number above 0"),
+    "a negative cap": ((Q, KV, KV), {"softcap": -5.0}, r"got softcap -5\.0; expected a number above 0, or 0"),
+    "a cap that is none": ((Q, KV, KV), {"softcap": float("nan")}, "got softcap nan"),
+    "no window": ((Q, KV, KV), {"window": 0}, "got window 0; expected a whole number of 1 or more, or None"),
+    "a negative window": ((Q, KV, KV), {"window": -3}, "got window -3"),
+    "half a window": ((Q, KV, KV), {"window": 2.5}, r"got window 2\.5"),
+    "a misspelt backend": ((Q, KV, KV), {"backend": "trition"}, "choose one of auto, reference, torch, triton, flash"),
+    "no flash-attn": ((Q, KV, KV), {"backend": "flash"}, r"backend='flash' needs flash-attn \(.*\); pass 'auto'"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_in_one_line(what, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    inputs, options, message = REFUSED[what]
+    with pytest.raises(ValueError, match=f"tree_attention: .*{message}") as error:
+        tree_attention(*inputs, comb(10, 2), **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_a_second_derivative_is_refused(softcap):
+    q, k = Q.clone().requires_grad_(), KV.clone().requires_grad_()
+    out = tree_attention(q, k, k, comb(10, 2), softcap=softcap)
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
 
 
 @pytest.fixture
@@ -150,24 +221,55 @@ def test_flash_attn_refuses_trees(flash_attn):
         tree_attention(q, q, q, plan, backend="flash")
 
 
-def test_automatic_takes_flash_attn_for_sequences_on_a_gpu_only(flash_attn, monkeypatch, caplog):
-    from igpo_kernels.tree_attention import _automatic
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if the chip had kernels."""
+    monkeypatch.setattr(MODULE, "resolve", lambda *_: "triton")
 
-    module = sys.modules[_automatic.__module__]
-    half = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
-    sequences, tree = comb(30, 0), comb(30, 3)
-    assert _automatic(half, half, half, sequences) == "torch"
-    monkeypatch.setattr(module, "resolve", lambda *_: "triton")
-    sequences.cache.clear()
+
+BF16 = torch.bfloat16
+
+
+def test_automatic_takes_what_fits_the_heads(gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    choose = lambda *heads, **of: MODULE.automatic(torch.device("cuda"), BF16, *heads, **of)  # noqa: E731
+    assert choose(128, 7) == choose(256, 16) == choose(64, 1, sequences=True) == "triton"
+    falcon, starcoder, wide = choose(64, 71), choose(128, 48), choose(512, 1)
+    assert falcon == starcoder == wide == "torch"
+
+
+def test_automatic_takes_flash_attn_for_sequences(flash_attn, gpu, monkeypatch):
+    choose = lambda dtype, *heads: MODULE.automatic(torch.device("cuda"), dtype, *heads, sequences=True)  # noqa: E731
+    assert choose(BF16, 128, 1) == choose(BF16, 64, 71) == "flash"
+    assert choose(torch.float32, 128, 1) == "triton" and choose(BF16, 512, 1) == "torch"
+    # Only flash_attn.cute is installed.
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(__spec__=True, cute=1))
+    assert choose(BF16, 128, 1) == "triton"
+
+
+def test_a_cpu_takes_torch(flash_attn):
+    assert MODULE.automatic(torch.device("cpu"), BF16, 64, 1, sequences=True) == "torch"
+
+
+def test_the_choice_is_made_once_a_plan_and_logged_once(flash_attn, gpu, caplog, monkeypatch):
+    MODULE._log_once.cache_clear()
+    made = []
+    automatic = MODULE.automatic
+    monkeypatch.setattr(MODULE, "automatic", lambda *given: made.append(given) or automatic(*given))
+    device = torch.device("cpu")
     with caplog.at_level("INFO"):
-        assert [_automatic(half, half, half, plan) for plan in (sequences, sequences, tree)] == [
-            "flash",
-            "flash",
-            "triton",
-        ]
+        for plan in (comb(30, 0), comb(30, 3), comb(40, 3)):
+            names = {MODULE.backend_for(plan, device, BF16, 8, 2) for _ in range(3)}
+            assert names == {"flash" if plan.is_sequences else "triton"}
+    assert len(made) == 3
     assert caplog.messages == [
-        f"tree_attention: {name} for a plan of {plan.n_tokens} tokens"
-        for name, plan in (("flash", sequences), ("triton", tree))
+        "tree_attention: flash for single sequences, torch.bfloat16 on cpu, heads of 8 by 2",
+        "tree_attention: triton for trees, torch.bfloat16 on cpu, heads of 8 by 2",
     ]
-    full = half.float()
-    assert _automatic(full, full, full, sequences) == "triton"
+
+
+def test_attention_asks_for_the_choice(flash_attn, gpu):
+    plan = comb(30, 0)
+    q, k = torch.randn(plan.n_tokens, 4, 8), torch.randn(plan.n_tokens, 2, 8)
+    plan.cache["backend", q.device, q.dtype, 8, 2] = "flash"
+    torch.testing.assert_close(tree_attention(q, k, k, plan), tree_attention(q, k, k, plan, backend="reference"))

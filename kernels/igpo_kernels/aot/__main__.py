@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m igpo_kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write to; made if missing")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")
-    parser.add_argument("--op", nargs="+", default=(), help="only these ops")
+    parser.add_argument("--op", nargs="+", default=(), help="only these ops, or parts of them: OP/DTYPE/CLASS")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:

@@ -185,18 +185,23 @@ def build(out: Path, archs: Sequence[str], ops: Sequence[str] = (), jobs: int = 
 
     ``out/cache`` keeps what was compiled, under Triton's keys: only what changed is compiled again.
 
+    Args:
+        ops: each an op, or a part of one: ``tree_attention/bf16``, ``tree_attention/bf16/d64``.
     Raises:
-        ValueError: no variant is chosen, or one is not launched as it declares.
+        ValueError: an op without variants, or a variant that is not launched as it declares.
     Returns:
         One line: how many.
     """
     start = time.monotonic()
-    chosen = [
-        i for i, v in enumerate(variants()) if v.ahead_of_time and v.arch in archs and (not ops or v.op in ops)
-    ]  # fmt: skip
-    if not chosen:
+    can = {
+        i: f"{v.op}/{v.dtype}/{v.shape_class}/" for i, v in enumerate(variants()) if v.ahead_of_time and v.arch in archs
+    }
+    if unknown := [op for op in ops if not any(name.startswith(f"{op}/") for name in can.values())]:
         known = ", ".join(sorted({v.op for v in variants()}))
-        raise ValueError(f"no kernels of {', '.join(ops)} for {', '.join(archs)}; ops are {known}")
+        raise ValueError(
+            f"no kernels of {', '.join(unknown)} for {', '.join(archs)}; ops are {known}, parts OP/DTYPE/CLASS"
+        )
+    chosen = [i for i, name in can.items() if not ops or name.startswith(tuple(f"{op}/" for op in ops))]
     one = functools.partial(build_variant, cache=str((out / "cache").resolve()))
     if jobs == 1:
         results = list(map(one, chosen))

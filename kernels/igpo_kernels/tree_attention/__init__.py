@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import logging
+import math
 
 import torch
 
@@ -18,6 +19,10 @@ IMPLEMENTATIONS = {
     "flash": lazy("igpo_kernels.tree_attention.flash_path", "tree_attention"),
 }
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
+LARGEST_HEAD = 256
+"""Most numbers of a head that the Triton kernels and flash-attn take."""
+LARGEST_GROUP = 16
+"""Most query heads to a key head that the Triton kernels take."""
 log = logging.getLogger(__name__)
 
 
@@ -34,38 +39,91 @@ def tree_attention(
     """``out[q] = sum_k softmax_k(softcap(scale * q . k)) v[k]`` over keys with ``k <= q < subtree_end[k]``.
 
     Args:
-        q: [N, Hq, D]. k, v: [N, Hkv, D], Hkv dividing Hq (grouped queries: head h reads key head h // (Hq / Hkv)).
+        q: floating point [N, Hq, D].
+        k, v: [N, Hkv, D], Hkv dividing Hq (grouped queries: head h reads key head h // (Hq / Hkv)); of q's dtype, on
+            q's device. Any strides.
         plan: of N tokens.
-        scale: default ``D ** -0.5``.
+        scale: above 0; default ``D ** -0.5``.
         softcap: ``c * tanh(score / c)`` where above 0 (Gemma-2).
-        window: keys at least this many *positions* back are hidden (Mistral).
-        backend: ``auto``, ``triton``, ``torch``, ``reference``, or ``flash`` (flash-attn, for plans whose trees are
-            single sequences). On a GPU ``auto`` takes ``flash`` where it can, else ``triton``, once for a plan.
+        window: keys at least this many *positions* back are hidden (Mistral); 1 or more.
+        backend: ``auto`` (see ``automatic``), ``triton``, ``torch``, ``reference``, or ``flash`` (flash-attn, for plans
+            whose trees are single sequences).
     Returns:
-        [N, Hq, D], in q's dtype. Differentiable in q, k, v.
+        [N, Hq, D], in q's dtype. Differentiable once in q, k, v.
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes, dtypes, devices or numbers other than these; a backend that there is not, or that does not
+            take the plan, the heads, the dtype or the device.
     """
-    n, q_heads, d = q.shape
-    if k.shape != v.shape or k.shape[0] != n or k.shape[2] != d or q_heads % k.shape[1]:
-        raise ValueError(f"tree_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
-    if n != plan.n_tokens:
-        raise ValueError(f"tree_attention: q has {n} rows, the plan {plan.n_tokens} tokens")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"tree_attention: got scale {scale}; expected a number above 0")
-    name = backend if backend != "auto" else _automatic(q, k, v, plan)
-    attend = choose("tree_attention", name, q.device, IMPLEMENTATIONS)
+    _check(q, k, v, plan, scale, softcap, window)
+    d = q.shape[2]
+    if backend == "auto":
+        backend = backend_for(plan, q.device, q.dtype, d, q.shape[1] // k.shape[1])
+    attend = choose("tree_attention", backend, q.device, IMPLEMENTATIONS)
     return attend(q, k, v, plan, d**-0.5 if scale is None else scale, softcap, window)
 
 
-def _automatic(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: TreePlan) -> str:
-    """What ``auto`` is for a plan and the kind of tensors that it serves: decided and logged once."""
-    kind = ("backend", q.device, q.dtype, k.dtype, v.dtype, q.shape[2])
+def _check(q, k, v, plan, scale, softcap, window) -> None:
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    if q.ndim != 3 or shapes[1] != shapes[2] or k.ndim != 3 or 0 in shapes[0] + shapes[1]:
+        expected = "[N, Hq, D] and twice [N, Hkv, D], nothing of size 0"
+        raise ValueError(f"tree_attention: q {shapes[0]}, k {shapes[1]}, v {shapes[2]} do not fit; expected {expected}")
+    (n, q_heads, d), (k_rows, kv_heads, k_size) = shapes[:2]
+    if (k_rows, k_size) != (n, d) or q_heads % kv_heads:
+        expected = "one N, one D, and Hq a multiple of Hkv"
+        raise ValueError(f"tree_attention: q {shapes[0]}, k and v {shapes[1]} do not fit; expected {expected}")
+    if not q.is_floating_point() or not (q.dtype, q.device) == (k.dtype, k.device) == (v.dtype, v.device):
+        got = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in zip("qkv", (q, k, v), strict=True))
+        raise ValueError(f"tree_attention: got {got}; expected one floating-point dtype and one device")
+    if n != plan.n_tokens:
+        raise ValueError(f"tree_attention: q has {n} rows, the plan {plan.n_tokens} tokens")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"tree_attention: got scale {scale}; expected a number above 0")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"tree_attention: got softcap {softcap}; expected a number above 0, or 0 for none")
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"tree_attention: got window {window}; expected a whole number of 1 or more, or None for none")
+
+
+def automatic(device: torch.device, dtype: torch.dtype, head_dim: int, group: int = 1, sequences: bool = False) -> str:
+    """What ``backend="auto"`` stands for.
+
+    On a CPU, or a GPU without configurations, ``torch``; so too for dtypes, heads of more than ``LARGEST_HEAD`` numbers
+    and groups of more than ``LARGEST_GROUP`` query heads that the Triton kernels do not take. For plans whose trees are
+    single sequences ``flash``, where flash-attn's function imports and takes the dtype. Else ``triton``.
+
+    Args:
+        head_dim: numbers of a head. group: query heads to a key head.
+        sequences: ``plan.is_sequences``.
+    """
+    name = resolve("auto", device, IMPLEMENTATIONS, (dtype,))
+    if name != "triton" or head_dim > LARGEST_HEAD:
+        return "torch"
+    if sequences and dtype in FLASH_DTYPES and _flash_attn_imports():
+        return "flash"
+    return "triton" if group <= LARGEST_GROUP else "torch"
+
+
+def backend_for(plan: TreePlan, device: torch.device, dtype: torch.dtype, head_dim: int, group: int = 1) -> str:
+    """``automatic`` for a plan: decided once and kept on it, so call it as soon as the plan is built; logged once a
+    process. ``tree_attention`` asks it for every call with ``backend="auto"``."""
+    kind = ("backend", device, dtype, head_dim, group)
     if kind not in plan.cache:
-        name = resolve("auto", q.device, IMPLEMENTATIONS, (q.dtype, k.dtype, v.dtype))
-        fits = name == "triton" and q.dtype in FLASH_DTYPES and q.shape[2] <= 256
-        if fits and plan.is_sequences and importlib.util.find_spec("flash_attn"):
-            name = "flash"
-        log.info("tree_attention: %s for a plan of %d tokens", name, plan.n_tokens)
-        plan.cache[kind] = name
+        sequences = plan.is_sequences
+        plan.cache[kind] = name = automatic(device, dtype, head_dim, group, sequences)
+        what = f"{'single sequences' if sequences else 'trees'}, {dtype} on {device}, heads of {head_dim} by {group}"
+        _log_once(f"tree_attention: {name} for {what}")
     return plan.cache[kind]
+
+
+def _flash_attn_imports() -> bool:
+    """The package alone does not say so: ``flash_attn.cute`` may be all that is installed."""
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.info(message)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,47 +12,47 @@ from igpo_kernels.plan import TreePlan
 
 @dataclass(frozen=True)
 class BlockLists:
-    """For each row, the columns to visit: rows are query tiles and columns key blocks, or the other way round.
+    """For each row, the runs of columns to visit: rows are query tiles and columns key blocks, or the other way round.
 
     A pair is *full* if every query of the tile sees every key of the block, *masked* if only some pairs are visible;
-    pairs without any are in neither list. All int32.
+    pairs without any are in no run. A run is of one kind and as long as can be. Tensors are int32.
     """
 
-    order: np.ndarray | torch.Tensor
+    order: torch.Tensor
     """Rows by falling number of visits: long rows start first [rows]."""
-    full_offset: np.ndarray | torch.Tensor
-    """Row r visits ``full[full_offset[r] : full_offset[r + 1]]`` without a mask [rows + 1]."""
-    full: np.ndarray | torch.Tensor
-    masked_offset: np.ndarray | torch.Tensor
-    masked: np.ndarray | torch.Tensor
+    offset: torch.Tensor
+    """Row r's full runs are ``runs[offset[2 * r] : offset[2 * r + 1]]``, its masked ones follow, up to
+    ``offset[2 * r + 2]`` [2 * rows + 1]."""
+    runs: torch.Tensor
+    """First column and the one past the last, rising within a row's kind [R, 2]."""
+    visits: int
+    """(tile, block) pairs in all runs."""
 
-    @property
-    def visits(self) -> int:
-        return len(self.full) + len(self.masked)
-
-    def tensors(self) -> tuple:
-        return astuple(self)
+    def columns(self, row: int, masked: bool) -> list[int]:
+        """What a row visits with a mask, or without."""
+        at = 2 * row + masked
+        runs = self.runs[self.offset[at] : self.offset[at + 1]].tolist()
+        return [column for start, stop in runs for column in range(start, stop)]
 
 
 def block_lists(
     plan: TreePlan, window: int | None, queries: int, keys: int, *, by_key: bool = False, device="cpu"
 ) -> BlockLists:
-    """The lists for tiles of ``queries`` and blocks of ``keys`` tokens, both counted from the pack's start, as tensors
+    """The runs for tiles of ``queries`` and blocks of ``keys`` tokens, both counted from the pack's start, as tensors
     on ``device``: one row a tile, or with ``by_key`` one row a block."""
     made_for = ("blocks", window, queries, keys, by_key, str(device))
     if made_for not in plan.cache:
         rows = -(-plan.n_tokens // (keys if by_key else queries))
-        lists = []
-        for tile, block in _pairs(plan, window, queries, keys):
-            if by_key:
-                row, column = block, tile
-            else:  # numpy sorts 16-bit integers by radix
-                order = np.argsort(tile.astype(np.uint16) if rows < 1 << 16 else tile, kind="stable")
-                row, column = tile[order], block[order]
-            lists += [np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))]), column]
-        order = np.argsort(-(np.diff(lists[0]) + np.diff(lists[2])), kind="stable")
-        tensors = (torch.from_numpy(array.astype(np.int32, copy=False)).to(device) for array in (order, *lists))
-        plan.cache[made_for] = BlockLists(*tensors)
+        bounds = _bounds(plan, queries, keys)
+        if window is not None:
+            place, runs = _runs_within(plan, window, bounds, queries, keys, by_key)
+        else:
+            place, runs = (_runs_of_blocks if by_key else _runs_of_tiles)(bounds)
+        offset = np.concatenate([[0], np.cumsum(np.bincount(place, minlength=2 * rows))])
+        visits = np.bincount(place // 2, runs[:, 1] - runs[:, 0], rows)
+        arrays = np.argsort(-visits, kind="stable"), offset, runs
+        tensors = (torch.from_numpy(array.astype(np.int32)).to(device) for array in arrays)
+        plan.cache[made_for] = BlockLists(*tensors, int(visits.sum()))
     return plan.cache[made_for]
 
 
@@ -62,11 +62,11 @@ def visible_area(plan: TreePlan, window: int | None = None) -> int:
     return int((path if window is None else np.minimum(path, window)).sum())
 
 
-def _pairs(plan: TreePlan, window: int | None, queries: int, keys: int) -> tuple:
-    """((tile, block) of the full pairs, the same of the masked ones), int32, each by rising block, then tile.
+def _bounds(plan: TreePlan, queries: int, keys: int) -> np.ndarray:
+    """Of each key block without a window: the tiles ``[0]:[3]`` see it, ``[1]:[2]`` of them all of it [blocks, 4].
 
-    Without a window the tiles that see a block are a range, from the tile of its first key to that of its keys' last
-    descendant; and so are the tiles that see all of it: behind its last key, before any key's subtree ends.
+    The tiles that see a block are a range, from the tile of its first key to that of its keys' last descendant; and so
+    are the tiles that see all of it: behind its last key, before any key's subtree ends.
     """
     end = _blocks(plan.subtree_end, keys, 0)
     start = np.arange(0, len(end) * keys, keys)
@@ -74,20 +74,76 @@ def _pairs(plan: TreePlan, window: int | None, queries: int, keys: int) -> tuple
     full_first = -(-(start + keys - 1) // queries)
     earliest = end.min(1)
     full_stop = np.where(earliest == plan.n_tokens, stop, earliest // queries)
+    none = full_stop <= full_first
+    return np.stack([first, np.where(none, stop, full_first), np.where(none, stop, full_stop), stop], 1)
 
-    count = stop - first
-    repeat = lambda values: np.repeat(values.astype(np.int32), count)  # noqa: E731
-    block = repeat(np.arange(len(end)))
-    tile = np.arange(len(block), dtype=np.int32) + repeat(first - np.cumsum(count) + count)
-    full = (tile >= repeat(full_first)) & (tile < repeat(full_stop))
-    if window is not None:
-        lowest, highest = np.iinfo(np.int64).max, -1
-        position_of_query = _blocks(plan.position_ids, queries, highest).max(1)
-        position_of_key = _blocks(plan.position_ids, keys, lowest).min(1)
-        full &= position_of_query[tile] - position_of_key[block] < window
-        visible = full | _within(plan, window, tile, block, queries, keys)
-        tile, block, full = tile[visible], block[visible], full[visible]
-    return (tile[full], block[full]), (tile[~full], block[~full])
+
+# Runs are made as (place, runs): place [R], rising, is 2 * row for a full run and 2 * row + 1 for a masked one.
+
+
+def _runs_of_blocks(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By key: a full run at most, with a masked one before and behind it."""
+    place = np.add.outer(2 * np.arange(len(bounds)), [0, 1, 1])
+    runs = bounds[:, [[1, 2], [0, 1], [2, 3]]]
+    some = runs[..., 0] < runs[..., 1]
+    return place[some], runs[some]
+
+
+def _runs_of_tiles(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By query: a run starts at block b for the tiles that visit b and not b - 1, and stops for those that visit b - 1
+    and not b. Neighbouring blocks differ by few tiles, so nothing as large as all pairs is made."""
+    made = []
+    for masked, columns in enumerate(([1, 2], [0, 1, 2, 3])):
+        ranges = np.pad(bounds[:, columns], ((1, 1), (0, 0)))
+        tile, start = _by_place(*_differences(ranges[1:], ranges[:-1]))
+        _, stop = _by_place(*_differences(ranges[:-1], ranges[1:]))
+        made.append((2 * tile + masked, np.stack([start, stop], 1)))
+    return _by_place(*map(np.concatenate, zip(*made, strict=True)))
+
+
+def _runs_within(plan: TreePlan, window: int, bounds, queries: int, keys: int, by_key: bool) -> tuple:
+    """With a window, which counts positions: pair by pair, of those whose nearest positions are within it."""
+    sizes, beyond = (queries, keys), np.iinfo(np.int64).max
+    lowest_of_query, lowest_of_key = (_blocks(plan.position_ids, size, beyond).min(1) for size in sizes)
+    highest_of_query, highest_of_key = (_blocks(plan.position_ids, size, -1).max(1) for size in sizes)
+    pairs = []
+    for part in np.array_split(np.arange(len(bounds)), 1 + ((bounds[:, 3] - bounds[:, 0]).sum() >> 22)):
+        tile, at = _expand(bounds[part, 0], bounds[part, 3])
+        near = lowest_of_query[tile] - highest_of_key[part[at]] < window
+        pairs.append((tile[near], part[at[near]]))
+    tile, block = map(np.concatenate, zip(*pairs, strict=True))
+    full = (tile >= bounds[block, 1]) & (tile < bounds[block, 2])
+    full &= highest_of_query[tile] - lowest_of_key[block] < window
+    visible = full | _within(plan, window, tile, block, queries, keys)
+    tile, block, full = tile[visible], block[visible], full[visible]
+    row, column = (block, tile) if by_key else (tile, block)
+    place, column = _by_place(2 * row + ~full, column)
+    cut = np.flatnonzero((np.diff(place) != 0) | (np.diff(column) != 1)) + 1
+    first, last = np.append(0, cut), np.append(cut, len(place)) - 1
+    return place[first], np.stack([column[first], column[last] + 1], 1)
+
+
+def _by_place(place: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(place, kind="stable")
+    return place[order], values[order]
+
+
+def _differences(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(tile, block) of the tiles in a block's ranges ``inside`` and in none of ``outside``, by rising block; both are
+    [blocks, 2 * ranges], rising."""
+    between = np.pad(outside, ((0, 0), (1, 1)))
+    between[:, -1] = np.iinfo(np.int64).max
+    first = np.maximum(inside[:, 0::2, None], between[:, None, 0::2])
+    stop = np.minimum(inside[:, 1::2, None], between[:, None, 1::2])
+    tile, at = _expand(first.ravel(), stop.ravel())
+    return tile, at // first[0].size
+
+
+def _expand(first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of each range first:stop, one range after the other, and which range each is from."""
+    count = np.maximum(stop - first, 0)
+    of = np.repeat(np.arange(len(first)), count)
+    return np.arange(len(of)) + (first - np.cumsum(count) + count)[of], of
 
 
 def _blocks(values: np.ndarray, size: int, fill: int) -> np.ndarray:
@@ -104,8 +160,7 @@ def _within(plan: TreePlan, window: int, tile, block, queries: int, keys: int) -
     lowest = np.minimum.accumulate(_blocks(plan.position_ids, queries, np.iinfo(np.int64).max), axis=1)
     end, position = _blocks(plan.subtree_end, keys, 0), _blocks(plan.position_ids, keys, -window)
     result = (block + 1) * keys > tile * queries  # keys inside the tile see themselves
-    near = lowest[tile, -1] - position.max(1)[block] < window
-    open_pairs = np.flatnonzero(near & ~result)
+    open_pairs = np.flatnonzero(~result)
     for part in np.array_split(open_pairs, max(1, len(open_pairs) * keys >> 22)):
         reach = np.minimum(end[block[part]] - (tile[part] * queries)[:, None], queries)
         seen_from = lowest[tile[part][:, None], np.maximum(reach, 1) - 1]

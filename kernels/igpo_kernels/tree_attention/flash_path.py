@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from flash_attn import flash_attn_varlen_func
 
 from igpo_kernels.plan import TreePlan
+
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError as error:
+    raise ValueError(f"tree_attention: backend='flash' needs flash-attn ({error}); pass 'auto'") from None
 
 
 def tree_attention(q, k, v, plan, scale, softcap, window):

@@ -16,8 +16,10 @@ WASTE = 1.15
 """Runs share a tile while its area is at most this many times the areas that they would have alone ..."""
 SMALL = 4096
 """... plus this many (query, key) cells: what a tile of its own costs in overhead."""
-CACHED_CELLS = 1 << 24
-"""Masks are kept for all layers and passes while a plan's tiles have at most this many cells (64 MiB in float32)."""
+TILE_CELLS = 1 << 21
+"""Most cells of a tile: far from the root it holds fewer queries, so that its mask takes at most 8 MiB in float32."""
+CACHED_CELLS = 1 << 23
+"""Masks are kept for all layers and passes while a plan's tiles have at most this many cells (32 MiB in float32)."""
 
 
 class Tile(NamedTuple):
@@ -42,7 +44,7 @@ def tiles(plan: TreePlan, window: int | None) -> list[Tile]:
     """
     key = ("tiles", window)
     if key not in plan.cache:
-        plan.cache[key] = [_tile(plan, window, a, b) for a, b in _cuts(plan)]
+        plan.cache[key] = [_tile(plan, window, a, b) for a, b in _cuts(plan, window)]
     return plan.cache[key]
 
 
@@ -70,7 +72,7 @@ def mask(plan: TreePlan, number: int, window: int | None, dtype: torch.dtype, de
     return result
 
 
-def _cuts(plan: TreePlan) -> list[tuple[int, int]]:
+def _cuts(plan: TreePlan, window: int | None) -> list[tuple[int, int]]:
     """Cut the row into tiles: a run (a path without a fork) alone, or with its neighbours where that wastes little."""
     depth = plan.position_ids - plan.position_ids[plan.tree_start]
     index = np.arange(1, plan.n_tokens)
@@ -79,13 +81,16 @@ def _cuts(plan: TreePlan) -> list[tuple[int, int]]:
     cuts: list[tuple[int, int]] = []
     alone = 0  # cells that the last tile's runs would have in tiles of their own
     for run_start, run_stop in pairwise(starts):
-        for a in range(run_start, run_stop, TILE):
-            b = min(a + TILE, run_stop)
-            cells = (b - a) * (int(depth[a]) + b - a)
+        b = run_start
+        while b < run_stop:
+            a, above = b, int(depth[b])
+            reach = above if window is None else min(above, window)
+            b = min(a + max(1, min(TILE, TILE_CELLS // (reach + TILE))), run_stop)
+            cells = (b - a) * (above + b - a)
             if cuts:
                 first = cuts[-1][0]
                 together = (b - first) * (int(depth[first]) + b - first)
-                if b - first <= TILE and together <= WASTE * (alone + cells) + SMALL:
+                if b - first <= TILE and together <= min(WASTE * (alone + cells) + SMALL, TILE_CELLS):
                     cuts[-1] = (first, b)
                     alone += cells
                     continue

@@ -3,6 +3,10 @@
 A tile holds, of ``BLOCK_M // group`` consecutive queries, the ``group`` heads that share a key head: row r is query
 ``r // group``, head ``r % group``, for any group size. Scores are in units of log 2. Statistics and gradients
 accumulate in float32.
+
+A program walks its row of a BlockLists: full runs, then masked ones. The innermost loop is over consecutive blocks, so
+that it loads nothing but what it works on, and Triton pipelines it. In half precision that loop hoists nothing
+(``disable_licm``): what LLVM would keep in registers across it, the accumulators have no room for.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import triton.language as tl
 
 from igpo_kernels.linear_logprob.triton_kernels import capped
 
-LENGTHS = ("n_tokens", "window", "kv_heads", "group")
+LENGTHS = ("n_tokens", "window", "heads", "kv_heads", "group")
 """Never specialised on: a kernel compiles once whatever a pack holds, and for any grouping of heads."""
 
 
@@ -31,7 +35,7 @@ def load_rows(
 ):  # fmt: skip
     """[rows, BLOCK_D] of a matrix [N, heads, D], zero where not ``live`` and beyond the head's size."""
     columns = tl.arange(0, BLOCK_D)
-    at = token.to(tl.int64) * token_stride + head * head_stride
+    at = token.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
     inside = live[:, None]
     if BLOCK_D != HEAD_DIM:
         inside = inside & (columns < HEAD_DIM)[None, :]
@@ -101,32 +105,41 @@ def attend(acc, top, mass, q, k, v, visible, unit, scale, softcap, CAPPED: tl.co
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_forward(
     q_ptr, k, v, out_ptr, mass_ptr, subtree_end_ptr, position_ptr,
-    order_ptr, full_offset_ptr, full_ptr, masked_offset_ptr, masked_ptr,
+    order_ptr, offset_ptr, run_ptr,
     q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
     n_tokens, kv_heads, group, unit, scale, softcap, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Output [N, Hq, D] and log2-sum-exp2 [Hq, N] of one tile and key head a program, longest tiles first."""
+    HALF: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
     tile, head = tl.load(order_ptr + tl.program_id(0) // kv_heads), tl.program_id(0) % kv_heads
     query, q_head, live = tile_rows(tile, head, n_tokens, group, BLOCK_M)
     q = load_rows(q_ptr, q_token_stride, q_head_stride, query, q_head, live, HEAD_DIM, BLOCK_D)
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     mass = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    for i in range(tl.load(full_offset_ptr + tile), tl.load(full_offset_ptr + tile + 1)):
-        first = tl.load(full_ptr + i) * BLOCK_N
-        k_block = load_block(k, k_token_stride, k_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-        v_block = load_block(v, v_token_stride, v_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-        acc, top, mass = attend(acc, top, mass, q, k_block, v_block, None, unit, scale, softcap, CAPPED, False)
     query_position = tl.load(position_ptr + query, mask=live, other=0) if WINDOWED else query
-    for i in range(tl.load(masked_offset_ptr + tile), tl.load(masked_offset_ptr + tile + 1)):
-        first = tl.load(masked_ptr + i) * BLOCK_N
-        k_block = load_block(k, k_token_stride, k_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-        v_block = load_block(v, v_token_stride, v_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-        key = first + tl.arange(0, BLOCK_N)
-        visible = sees(query, key, subtree_end_ptr, position_ptr, query_position, n_tokens, window, WINDOWED)
-        acc, top, mass = attend(acc, top, mass, q, k_block, v_block, visible, unit, scale, softcap, CAPPED, True)
+    for MASKED in tl.static_range(2):
+        runs = offset_ptr + 2 * tile + MASKED
+        for run in range(tl.load(runs), tl.load(runs + 1)):
+            for block in tl.range(tl.load(run_ptr + 2 * run), tl.load(run_ptr + 2 * run + 1), disable_licm=HALF):
+                first = block * BLOCK_N
+                k_block = load_block(
+                    k, k_token_stride, k_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA
+                )
+                v_block = load_block(
+                    v, v_token_stride, v_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA
+                )
+                visible = None
+                if MASKED:
+                    key = first + tl.arange(0, BLOCK_N)
+                    visible = sees(
+                        query, key, subtree_end_ptr, position_ptr, query_position, n_tokens, window, WINDOWED
+                    )
+                acc, top, mass = attend(
+                    acc, top, mass, q, k_block, v_block, visible, unit, scale, softcap, CAPPED, MASKED
+                )
     mass = tl.where(live, mass, 1.0)
     store_rows(out_ptr, query, q_head, kv_heads * group, acc / mass[:, None], live, HEAD_DIM, BLOCK_D)
     tl.store(mass_ptr + q_head.to(tl.int64) * n_tokens + query, top + tl.log2(mass), mask=live)
@@ -172,7 +185,7 @@ def query_gradients(
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_backward_q(
     q_ptr, k, v, d_out_ptr, mass_ptr, delta_ptr, d_q_ptr, subtree_end_ptr, position_ptr,
-    order_ptr, full_offset_ptr, full_ptr, masked_offset_ptr, masked_ptr,
+    order_ptr, offset_ptr, run_ptr,
     q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
     d_out_token_stride, d_out_head_stride,
     n_tokens, kv_heads, group, unit, scale, softcap, window,
@@ -180,6 +193,7 @@ def attention_backward_q(
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries [N, Hq, D], one tile and key head a program."""
+    HALF: tl.constexpr = d_q_ptr.dtype.element_ty != tl.float32
     tile, head = tl.load(order_ptr + tl.program_id(0) // kv_heads), tl.program_id(0) % kv_heads
     query, q_head, live = tile_rows(tile, head, n_tokens, group, BLOCK_M)
     q = load_rows(q_ptr, q_token_stride, q_head_stride, query, q_head, live, HEAD_DIM, BLOCK_D)
@@ -188,23 +202,27 @@ def attention_backward_q(
     log_mass = tl.load(mass_ptr + at, mask=live, other=float("inf"))
     delta = tl.load(delta_ptr + at, mask=live, other=0.0)
     d_q = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    for i in range(tl.load(full_offset_ptr + tile), tl.load(full_offset_ptr + tile + 1)):
-        first = tl.load(full_ptr + i) * BLOCK_N
-        k_block = load_block(k, k_token_stride, k_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-        v_block = load_block(v, v_token_stride, v_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-        d_q = query_gradients(
-            d_q, q, d_out, k_block, v_block, log_mass, delta, None, unit, scale, softcap, CAPPED, False
-        )
     query_position = tl.load(position_ptr + query, mask=live, other=0) if WINDOWED else query
-    for i in range(tl.load(masked_offset_ptr + tile), tl.load(masked_offset_ptr + tile + 1)):
-        first = tl.load(masked_ptr + i) * BLOCK_N
-        k_block = load_block(k, k_token_stride, k_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-        v_block = load_block(v, v_token_stride, v_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-        key = first + tl.arange(0, BLOCK_N)
-        visible = sees(query, key, subtree_end_ptr, position_ptr, query_position, n_tokens, window, WINDOWED)
-        d_q = query_gradients(
-            d_q, q, d_out, k_block, v_block, log_mass, delta, visible, unit, scale, softcap, CAPPED, True
-        )
+    for MASKED in tl.static_range(2):
+        runs = offset_ptr + 2 * tile + MASKED
+        for run in range(tl.load(runs), tl.load(runs + 1)):
+            for block in tl.range(tl.load(run_ptr + 2 * run), tl.load(run_ptr + 2 * run + 1), disable_licm=HALF):
+                first = block * BLOCK_N
+                k_block = load_block(
+                    k, k_token_stride, k_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA
+                )
+                v_block = load_block(
+                    v, v_token_stride, v_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA
+                )
+                visible = None
+                if MASKED:
+                    key = first + tl.arange(0, BLOCK_N)
+                    visible = sees(
+                        query, key, subtree_end_ptr, position_ptr, query_position, n_tokens, window, WINDOWED
+                    )
+                d_q = query_gradients(
+                    d_q, q, d_out, k_block, v_block, log_mass, delta, visible, unit, scale, softcap, CAPPED, MASKED
+                )
     store_rows(d_q_ptr, query, q_head, kv_heads * group, d_q * scale, live, HEAD_DIM, BLOCK_D)
 
 
@@ -248,7 +266,7 @@ def key_gradients(
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_backward_kv(
     q, k_ptr, v_ptr, d_out, mass_ptr, delta_ptr, d_k_ptr, d_v_ptr, subtree_end_ptr, position_ptr,
-    order_ptr, full_offset_ptr, full_ptr, masked_offset_ptr, masked_ptr,
+    order_ptr, offset_ptr, run_ptr,
     q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
     d_out_token_stride, d_out_head_stride,
     n_tokens, kv_heads, group, unit, scale, softcap, window,
@@ -256,6 +274,7 @@ def attention_backward_kv(
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values [N, Hkv, D], one key block and head a program: every sum in a fixed order."""
+    HALF: tl.constexpr = d_k_ptr.dtype.element_ty != tl.float32
     block, head = tl.load(order_ptr + tl.program_id(0) // kv_heads), tl.program_id(0) % kv_heads
     key = block * BLOCK_N + tl.arange(0, BLOCK_N)
     live = key < n_tokens
@@ -263,21 +282,21 @@ def attention_backward_kv(
     v = load_rows(v_ptr, v_token_stride, v_head_stride, key, head, live, HEAD_DIM, BLOCK_D)
     d_k = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     d_v = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    first = tl.load(full_offset_ptr + block)
-    for i in range((tl.load(full_offset_ptr + block + 1) - first) * group):
-        d_k, d_v = key_gradients(
-            d_k, d_v, k, v, key, tl.load(full_ptr + first + i // group), head * group + i % group,
-            q, d_out, mass_ptr, delta_ptr, subtree_end_ptr, position_ptr,
-            q_token_stride, q_head_stride, d_out_token_stride, d_out_head_stride,
-            n_tokens, unit, scale, softcap, window, HEAD_DIM, BLOCK_D, BLOCK_M, CAPPED, WINDOWED, TMA, False,
-        )  # fmt: skip
-    first = tl.load(masked_offset_ptr + block)
-    for i in range((tl.load(masked_offset_ptr + block + 1) - first) * group):
-        d_k, d_v = key_gradients(
-            d_k, d_v, k, v, key, tl.load(masked_ptr + first + i // group), head * group + i % group,
-            q, d_out, mass_ptr, delta_ptr, subtree_end_ptr, position_ptr,
-            q_token_stride, q_head_stride, d_out_token_stride, d_out_head_stride,
-            n_tokens, unit, scale, softcap, window, HEAD_DIM, BLOCK_D, BLOCK_M, CAPPED, WINDOWED, TMA, True,
-        )  # fmt: skip
+    for MASKED in tl.static_range(2):
+        runs = offset_ptr + 2 * block + MASKED
+        for run in range(tl.load(runs), tl.load(runs + 1)):
+            start, stop = tl.load(run_ptr + 2 * run), tl.load(run_ptr + 2 * run + 1)
+            tile, q_head = start, head * group
+            for _ in tl.range((stop - start) * group, disable_licm=HALF):
+                d_k, d_v = key_gradients(
+                    d_k, d_v, k, v, key, tile, q_head,
+                    q, d_out, mass_ptr, delta_ptr, subtree_end_ptr, position_ptr,
+                    q_token_stride, q_head_stride, d_out_token_stride, d_out_head_stride,
+                    n_tokens, unit, scale, softcap, window,
+                    HEAD_DIM, BLOCK_D, BLOCK_M, CAPPED, WINDOWED, TMA, MASKED,
+                )  # fmt: skip
+                wraps = tile + 1 == stop
+                tile = tl.where(wraps, start, tile + 1)
+                q_head += wraps.to(tl.int32)
     store_rows(d_k_ptr, key, head, kv_heads, d_k * scale, live, HEAD_DIM, BLOCK_D)
     store_rows(d_v_ptr, key, head, kv_heads, d_v, live, HEAD_DIM, BLOCK_D)

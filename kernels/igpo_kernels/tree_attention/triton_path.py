@@ -13,29 +13,30 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import triton
+from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from igpo_kernels.plan import Branch, RolloutTokens, Tree, TreePlan, pack
+from igpo_kernels.tree_attention import LARGEST_GROUP, LARGEST_HEAD
 from igpo_kernels.tree_attention import triton_kernels as kernels
 from igpo_kernels.tree_attention.blocks import block_lists
 from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Config, Tunable, Variant, arch_of, config_for, configs
 
-LARGEST_HEAD = 256
 TMA_BYTES = 16
 """What descriptors ask of addresses and strides."""
 
 
 def tree_attention(q, k, v, plan, scale, softcap, window):
-    if q.dtype not in DTYPE_NAMES or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in DTYPE_NAMES:
         raise ValueError(
-            f"tree_attention: the triton backend takes q, k and v of one dtype, {', '.join(map(str, DTYPE_NAMES))}; "
-            f"got {q.dtype}, {k.dtype}, {v.dtype}; convert them or pass backend='torch'"
+            f"tree_attention: the triton backend takes {', '.join(map(str, DTYPE_NAMES))}; got {q.dtype}; convert the "
+            "tensors or pass backend='torch'"
         )
     heads_a_group = q.shape[1] // k.shape[1]
-    if q.shape[2] > LARGEST_HEAD or heads_a_group > 16:
+    if q.shape[2] > LARGEST_HEAD or heads_a_group > LARGEST_GROUP:
         raise ValueError(
-            f"tree_attention: the triton backend takes heads of up to {LARGEST_HEAD} numbers, up to 16 to a key head; "
-            f"got {q.shape[2]} and {heads_a_group}; pass backend='torch'"
+            f"tree_attention: the triton backend takes heads of up to {LARGEST_HEAD} numbers, up to {LARGEST_GROUP} to "
+            f"a key head; got {q.shape[2]} and {heads_a_group}; pass backend='torch'"
         )
     return _TreeAttention.apply(q, k, v, plan, scale, softcap, window)
 
@@ -43,7 +44,7 @@ def tree_attention(q, k, v, plan, scale, softcap, window):
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, plan, scale, softcap, window):
-        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = map(addressable, (q, k, v))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         log_mass = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
         ctx.launch = launch = Launch(q, k, plan, scale, softcap, window)
@@ -57,10 +58,11 @@ class _TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out):
         q, k, v, out, log_mass = ctx.saved_tensors
         launch = ctx.launch
-        d_out = d_out if d_out.stride(2) == 1 else d_out.contiguous()
+        d_out = addressable(d_out)
         delta = torch.empty_like(log_mass)
         d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         config = launch.config("deltas")
@@ -113,7 +115,7 @@ class Launch:
         queries = config["BLOCK_M"] if by_key else config["BLOCK_M"] // self.group
         lists = block_lists(self.plan, self.window, queries, config["BLOCK_N"], by_key=by_key, device=self.device)
         mask = (self._int32(name) for name in ("subtree_end", "position_ids"))
-        return (len(lists.order) * self.kv_heads,), (*mask, *lists.tensors())
+        return (len(lists.order) * self.kv_heads,), (*mask, lists.order, lists.offset, lists.runs)
 
     def _int32(self, name: str) -> torch.Tensor:
         key = (name, torch.int32, str(self.device))
@@ -132,6 +134,12 @@ class Launch:
         return 1, [TensorDescriptor.from_tensor(x, [rows, 1, block_of(self.head_dim)]) for x in tensors]
 
 
+def addressable(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [N, heads, D], copied where descriptors and kernels could not read it: numbers of a head apart, or tokens
+    or heads that are one in memory (an expanded gradient)."""
+    return x if x.stride(2) == 1 and all(x.stride()) else x.clone(memory_format=torch.contiguous_format)
+
+
 def strides(*tensors: torch.Tensor) -> list[int]:
     """Of the tokens and of the heads of each [N, heads, D]."""
     return [stride for x in tensors for stride in x.stride()[:2]]
@@ -148,39 +156,51 @@ def shape_class(head_dim: int, modified: bool = False) -> str:
 
 HEAD_DIMS = (64, 128, 256)
 """Largest head of each shape class."""
-ODD_HEAD_DIMS = (96, 192)
-"""Sizes between, which `inspect` compiles in bf16."""
+USED = {
+    "bf16": {
+        "plain": (64, 96, 128, 192, 256), "capped": (128, 256), "windowed": (64, 96, 128, 256),
+        "capped_windowed": (64, 128, 256),
+    },
+    "fp16": {"plain": (64, 96, 128, 192, 256), "windowed": (64, 96, 128, 256)},
+    "fp32": {"plain": HEAD_DIMS, "capped_windowed": HEAD_DIMS},
+}  # fmt: skip
+"""Head sizes that are compiled ahead of time, by dtype and features: those of models in use. None with soft-capping is
+trained in fp16, which its scores overflow."""
 KERNELS = {
     "forward": kernels.attention_forward,
     "deltas": kernels.attention_deltas,
     "backward_q": kernels.attention_backward_q,
     "backward_kv": kernels.attention_backward_kv,
 }
-LISTS = ("subtree_end", "position", "order", "full_offset", "full", "masked_offset", "masked")
+LISTS = ("subtree_end", "position", "order", "offset", "run")
 
 SOURCES = ("q", "k", "v", "d_out")
 """Descriptors with TMA, else pointers."""
 
 
 def variants() -> Iterator[Variant]:
-    """Every shipped configuration, for the head sizes in use; without, and with both soft-capping and a window."""
+    """Every shipped configuration, for the features and head sizes in use."""
     for part, fn in KERNELS.items():
-        for arch, size, dtype, config in configs(f"tree_attention_{part}"):
-            for modified in (False, True):
-                for head_dim in (*HEAD_DIMS, *(ODD_HEAD_DIMS if dtype == "bf16" and not modified else ())):
-                    if shape_class(head_dim, modified) == size:
-                        signature, constexprs = typed(fn, config, dtype, head_dim, modified)
+        kernel = f"tree_attention_{part}"
+        for arch, size, dtype, config in configs(kernel):
+            for features, head_dims in USED[dtype].items():
+                if part == "deltas" and features != "plain":
+                    continue
+                for head_dim in head_dims:
+                    if shape_class(head_dim, features != "plain") == size:
+                        signature, constexprs = typed(fn, config, dtype, head_dim, features)
                         yield Variant(
-                            "tree_attention", f"tree_attention_{part}", arch, dtype, f"{size}/{head_dim}", fn,
-                            signature, constexprs, config.num_warps, config.num_stages, has_dot=part != "deltas",
+                            "tree_attention", kernel, arch, dtype, f"{size}/{head_dim}/{features}", fn, signature,
+                            constexprs, config.num_warps, config.num_stages, has_dot=part != "deltas",
                             may_spill=head_dim > 128,
                         )  # fmt: skip
 
 
-def typed(fn, config: Config, dtype: str, head_dim: int, modified: bool) -> tuple[dict, dict]:
+def typed(fn, config: Config, dtype: str, head_dim: int, features: str) -> tuple[dict, dict]:
     """Signature and constexprs of a kernel, for contiguous tokens."""
     constexprs = {**config.constants, "HEAD_DIM": head_dim, "BLOCK_D": block_of(head_dim)}
-    constexprs |= {name: modified for name in ("CAPPED", "WINDOWED") if name in fn.arg_names}
+    flags = {"CAPPED": "capped" in features, "WINDOWED": "windowed" in features}
+    constexprs |= {name: flag for name, flag in flags.items() if name in fn.arg_names}
     signature = {}
     for name in fn.arg_names:
         if name in constexprs:

@@ -48,7 +48,8 @@ def turn_advantages(
     Raises:
         ValueError: shapes or dtypes that do not fit, gamma outside [0, 1], unknown backend. On a CPU also values: a
             non-finite reward, offsets or kinds that do not fit. On a GPU looking at them would stop the host: there
-            a non-finite reward makes advantages of its group NaN, and the rest is the caller's promise.
+            a non-finite reward leaves no advantage of its pool finite (others of its group may stay so; with
+            ``scope="group"`` those of other groups do), and the rest is the caller's promise.
     """
     _check(rewards, kinds, rollout_offsets, group_offsets, gamma, token_offsets)
     if token_offsets is not None and n_tokens is None:

@@ -61,8 +61,18 @@ def pools(gain, outcome, JOINT: tl.constexpr):
 
 
 @triton.jit
+def smaller(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def wider(low_a, high_a, sum_a, low_b, high_b, sum_b):
-    return tl.minimum(low_a, low_b), tl.maximum(high_a, high_b), sum_a + sum_b
+    return smaller(low_a, low_b), larger(high_a, high_b), sum_a + sum_b
 
 
 @triton.jit
@@ -103,8 +113,8 @@ def statistics(
         low_g, high_g, sum_g = wider(low_g, high_g, sum_g, low, high, total)
         low, high, total = extent(x, in_o)
         low_o, high_o, sum_o = wider(low_o, high_o, sum_o, low, high, total)
-    mean_g = tl.minimum(tl.maximum(sum_g / count_g, low_g), high_g)
-    mean_o = tl.minimum(tl.maximum(sum_o / count_o, low_o), high_o)
+    mean_g = smaller(larger(sum_g / count_g, low_g), high_g)
+    mean_o = smaller(larger(sum_o / count_o, low_o), high_o)
     for tile in range(tiles):
         x, gain, outcome = load_tile(reward_ptr, kind_ptr, top - (tile + 1) * BLOCK, begin, end, gate, BLOCK)
         in_g, in_o = pools(gain, outcome, JOINT)
@@ -125,7 +135,8 @@ def factor_of_gains(
         size_g += sum_of_sizes(x, gain, shift_g)
         size_o += sum_of_sizes(x, outcome, shift_o)
     size_g, size_o = size_g * scale_g, size_o * scale_o
-    return tl.minimum(tl.maximum(size_o, tl.full([], MIN_OUTCOME_SCALE, tl.float64)) / size_g, MAX_FACTOR)
+    factor = larger(size_o, tl.full([], MIN_OUTCOME_SCALE, tl.float64)) / size_g
+    return smaller(factor, tl.full([], MAX_FACTOR, tl.float64))
 
 
 @triton.jit

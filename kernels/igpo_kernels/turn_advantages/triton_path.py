@@ -6,6 +6,7 @@ if the inputs are contiguous.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -81,18 +82,20 @@ def variants() -> Iterator[Variant]:
 
 
 def tunables() -> Iterator[Tunable]:
-    """256 groups of 16 rollouts of 128 turns."""
-    space = {"num_warps": [4, 8, 16], "num_stages": [1], "BLOCK": [1024, 2048, 4096], "PROGRAMS": [264, 528, 1056]}
+    """256 groups of 16 rollouts of 128 turns of 64 tokens."""
+    space = {"num_warps": [4, 8, 16], "num_stages": [1], "BLOCK": [1024, 2048, 4096], "PROGRAMS": [2, 3, 4, 6, 8]}
     for dtype, name in DTYPES.items():
-        yield Tunable("turn_advantages", "any", name, space, lambda device, dtype=dtype: _workload(device, dtype))
+        workload = functools.partial(_workload, dtype=dtype)
+        yield Tunable("turn_advantages", "any", name, space, workload, ("PROGRAMS",))
 
 
 def _workload(device: torch.device, dtype: torch.dtype):
-    rollouts, turns, group = 4096, 128, 16
+    rollouts, turns, group, tokens = 4096, 128, 16, 64
     kinds = torch.full((rollouts, turns), GAIN, device=device)
     kinds[:, -1] = OUTCOME
     rewards = torch.rand(rollouts * turns, device=device, dtype=dtype)
     rollout_offsets = torch.arange(0, rollouts * turns + 1, turns, device=device)
     group_offsets = torch.arange(0, rollouts + 1, group, device=device)
     args = rewards, kinds.flatten(), rollout_offsets, group_offsets, 1.0, Normaliser()
-    return lambda: turn_advantages_triton(*args)
+    token_offsets = torch.arange(0, (rollouts * turns + 1) * tokens, tokens, device=device)
+    return lambda: turn_advantages_triton(*args, token_offsets, rollouts * turns * tokens)

@@ -18,6 +18,7 @@ from triton.runtime.driver import driver
 
 from igpo_kernels import (
     Branch,
+    Normaliser,
     RolloutTokens,
     Tree,
     linear_logprob,
@@ -25,10 +26,12 @@ from igpo_kernels import (
     pack,
     policy_loss,
     tree_attention,
+    turn_advantages,
 )
 from igpo_kernels.aot import Library, load
 from igpo_kernels.aot.build import AbsentDevice, compile_variant, variants
 from igpo_kernels.inspect import TARGETS
+from igpo_kernels.turn_advantages import GAIN, OUTCOME
 
 logging.basicConfig(level=logging.DEBUG, format="%(message)s", stream=sys.stdout)
 compiled = []
@@ -91,7 +94,7 @@ def a_wrong_declaration_is_refused():
         raise AssertionError("a variant was built that no launch would find")
 
 
-def linear_policy_loss_step():
+def linear_policy_loss_step(_):
     """Forward and backward; what launches leave unwritten is not looked at."""
     n, vocab = 48, 256
     x, weight = (torch.randn(rows, 64, dtype=torch.bfloat16, requires_grad=True) for rows in (n, vocab))
@@ -101,23 +104,40 @@ def linear_policy_loss_step():
         loss.backward()
 
 
-def policy_loss_step():
+def policy_loss_step(_):
     old, one = torch.zeros(48), torch.ones(48)
     loss, _ = policy_loss(torch.zeros(48, requires_grad=True), old, one, one, backend="triton")
     loss.backward()
 
 
-def tree_attention_step():
-    """A comb, heads of 64 and 128, with two query heads to a key head."""
+def tree_attention_step(has):
+    """A comb, with every head size and feature that the library has in bf16, by several head counts."""
     boundaries = np.array([10, 200, 300])
     trunk = RolloutTokens(0, np.arange(300), np.where(np.arange(300) < 1, -1, 0), boundaries)
     plan = pack([Tree([trunk], [Branch(np.arange(9), 3, 9)])])
-    for d in (64, 128):
-        q, k, v = (torch.zeros(plan.n_tokens, h, d, dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2))
-        tree_attention(q, k, v, plan, backend="triton").sum().backward()
+    for _, size, features in (c.split("/") for kernel, dtype, c in has if (kernel, dtype) == ATTENTION):
+        options = {"softcap": 50.0} if "capped" in features else {}
+        options |= {"window": 100} if "windowed" in features else {}
+        for heads, kv_heads in ((1, 1), (4, 2), (16, 4), (32, 32)):
+            q, k, v = (
+                torch.zeros(plan.n_tokens, h, int(size), dtype=torch.bfloat16, requires_grad=True)
+                for h in (heads, kv_heads, kv_heads)
+            )
+            tree_attention(q, k, v, plan, backend="triton", **options).sum().backward()
 
 
-def linear_logprob_step():
+def turn_advantages_step(has):
+    """Every pool, over turns and over tokens, that the library has in float32."""
+    offsets, kinds = torch.arange(0, 61, 5), torch.tensor([GAIN] * 4 + [OUTCOME]).repeat(12)
+    for feature in (c.split("/")[1] for kernel, dtype, c in has if (kernel, dtype) == ("turn_advantages", "fp32")):
+        normaliser = Normaliser("separate" if feature == "tokens" else feature)
+        tokens = {"token_offsets": torch.arange(61), "n_tokens": 60} if feature == "tokens" else {}
+        turn_advantages(
+            torch.zeros(60), kinds, offsets, torch.arange(0, 13, 4), 1.0, normaliser, backend="triton", **tokens
+        )
+
+
+def linear_logprob_step(_):
     for rows in (16, 128):
         x, weight = (torch.randn(k, 64, dtype=torch.bfloat16, requires_grad=True) for k in (rows, 256))
         for entropy in (False, True):
@@ -125,22 +145,27 @@ def linear_logprob_step():
             (sum(part.sum() for part in out) if entropy else out.sum()).backward()
 
 
+ATTENTION = ("tree_attention_forward", "bf16")
 STEPS = {
     "linear_logprob": ({"linear_logprob"}, linear_logprob_step),
     "linear_policy_loss": ({"linear_policy_loss", "policy_loss"}, linear_policy_loss_step),
     "policy_loss": ({"policy_loss"}, policy_loss_step),
     "tree_attention": ({"tree_attention"}, tree_attention_step),
+    "turn_advantages": ({"turn_advantages"}, turn_advantages_step),
 }
-"""By op: the ops whose kernels it launches, and a call. On CPU tensors the ops launch what they would on sm_90."""
+"""By op: the ops whose kernels it launches, and a call, given what the library has (kernel, dtype, class). On CPU
+tensors the ops launch what they would on sm_90."""
 
 
 def ops_themselves(library):
     driver.set_active(IdleDevice(TARGETS["sm_90"]))
-    has = {kernel["op"] for kernel in library.manifest["kernels"]}
+    kernels = library.manifest["kernels"]
+    has = [(k["kernel"], k["dtype"], k["shape_class"]) for k in kernels if k["arch"] == "sm_90"]
+    ops = {kernel["op"] for kernel in kernels}
     for op, (needs, step) in STEPS.items():
-        if needs <= has:
+        if needs <= ops:
             before = library.served, len(compiled)
-            step()
+            step(has)
             assert library.served > before[0] and len(compiled) == before[1], f"{op} compiled"
             print(f"{op}: {library.served - before[0]} kernels served, none compiled")
 

@@ -1,20 +1,35 @@
 """The compile-only gate: every shipped configuration holds, and what must not pass does not."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton")
 
+from igpo_kernels import inspect
+from igpo_kernels.triton_variants import TABLES, Variant, configs
+
 
 def compiled(*command):
     """Run in a process that compiles instead of interpreting."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=1200)
+
+
+def test_every_committed_configuration_is_shipped():
+    shipped = {(v.kernel, v.arch, v.shape_class.split("/")[0], v.dtype) for v in inspect.shipped()}
+    tables = {(path.stem, *entry[:3]) for path in TABLES.glob("*.json") for entry in configs(path.stem)}
+    assert shipped == tables
+    ops = ("tree_attention", "linear_logprob", "policy_loss", "linear_policy_loss", "turn_advantages")
+    assert {(v.op, v.arch) for v in inspect.shipped()} == set(itertools.product(ops, inspect.TARGETS))
 
 
 def test_every_shipped_configuration_holds():
@@ -23,9 +38,24 @@ def test_every_shipped_configuration_holds():
     *table, summary = run.stdout.splitlines()
     variants = len(table) - 1
     assert summary == f"{variants} variants, {variants} hold"
-    rows = [line.split() for line in table[1:]]
-    assert {row[2] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert {row[0] for row in rows} >= {"policy_loss", "linear_policy_loss"}
+    names = [(v.op, v.kernel, v.arch, v.dtype, v.shape_class) for v in inspect.shipped()]
+    assert [tuple(line.split()[:5]) for line in table[1:]] == names
+
+
+def test_one_program_of_two_classes_is_compiled_once(monkeypatch):
+    variant = Variant("op", "kernel", "sm_90", "bf16", "small", None, {"n": "i32"}, {"BLOCK": 64})
+    shipped = [variant, replace(variant, num_warps=8), replace(variant, shape_class="large")]
+    compiled = []
+
+    def check(i):
+        compiled.append(i)
+        return inspect.Report(("op", "kernel", "sm_90", "bf16", shipped[i].shape_class), registers=shipped[i].num_warps)
+
+    monkeypatch.setattr(inspect, "shipped", lambda: shipped)
+    monkeypatch.setattr(inspect, "check_shipped", check)
+    reports = inspect.check_all(range(3))
+    assert len(compiled) == 2
+    assert [(r.name[-1], r.registers) for r in reports] == [("small", 4), ("small", 8), ("large", 4)]
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +79,6 @@ def test_the_gate_fails_on(name, expected, faults):
 
 
 def test_one_fault_fails_the_command(monkeypatch, capsys):
-    from igpo_kernels import inspect
-
     monkeypatch.setattr(inspect.triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(inspect, "shipped", lambda: [])
     name = ("op", "kernel", "sm_90", "bf16", "any")
@@ -70,12 +98,6 @@ def test_the_interpreter_is_refused():
 
 
 def test_a_serialized_wgmma_is_a_fault(monkeypatch):
-    from collections import namedtuple
-    from types import SimpleNamespace
-
-    from igpo_kernels import inspect
-    from igpo_kernels.triton_variants import Variant
-
     log = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to\n"
     used = "ptxas info : Used 90 registers, 0 bytes spill stores, 0 bytes spill loads\n"
     kernel = SimpleNamespace(asm={"ptx": "wgmma.mma_async"}, metadata=namedtuple("Metadata", "shared")(1024))

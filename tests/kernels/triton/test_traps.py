@@ -17,8 +17,8 @@ pytest.importorskip("triton")
 from igpo_kernels.linear_policy_loss.triton_kernels import row_loss_kernel
 
 SOURCES = sorted(Path(igpo_kernels.__file__).parent.glob("*/triton_*.py"))
-ROWS = "n_rows n_tokens n_cells groups_per_pool splits first first_row columns"
-"""Lengths that change from step to step, by argument name; ``n`` is policy_loss's."""
+ROWS = "n_rows n_tokens n_cells groups_per_pool splits first first_row columns heads kv_heads group window"
+"""What changes from step to step, or from one model's layer to the next, by argument name; ``n`` is policy_loss's."""
 
 LIST = """
 import json
@@ -26,6 +26,13 @@ from igpo_kernels.inspect import shipped
 print(json.dumps([[v.kernel, list(v.constexprs), [p.name for p in v.fn.params],
                    [p.name for p in v.fn.params if p.do_not_specialize]] for v in shipped()]))
 """
+
+
+def test_every_test_that_the_table_names_exists():
+    folder = Path(__file__).parent
+    sources = "".join(path.read_text() for path in folder.parent.rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)", (folder / "README.md").read_text())
+    assert len(named) > 20 and [name for name in named if f"def {name}" not in sources] == []
 
 
 def test_a_length_is_no_constexpr_and_never_specialised():

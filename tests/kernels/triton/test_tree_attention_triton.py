@@ -103,7 +103,7 @@ def test_softcapped(window):
     check(comb(50, 4, trees=2), options={"softcap": 5.0, "window": window, "scale": 0.7})
 
 
-@pytest.mark.parametrize("d", [16, 24, 64, 96, 256])
+@pytest.mark.parametrize("d", [16, 24, 64, 96, 128, 192, 256])
 def test_head_dims(d):
     check(comb(33, 3), d=d)
 
@@ -141,6 +141,38 @@ def test_strided_inputs_and_upstream():
         assert torch.equal(a, b), name
 
 
+def test_heads_past_2_to_the_31_elements(monkeypatch):
+    """Head-major tensors: three heads 2^30 numbers apart, of which only the first few are ever touched. They begin 2^31
+    numbers into memory, so that an offset that wraps around reads zeros."""
+    set_blocks(monkeypatch, tma=0)
+    plan = comb(20, 2)
+    case = [x.half() for x in case_of(plan, q_heads=3, kv_heads=3)]
+    n, apart = plan.n_tokens * 16, 1 << 30
+    memory = torch.empty(4 * apart + 4 * n, dtype=torch.half, device=DEVICE)
+    far = [memory.as_strided(x.shape, (16, apart, 1), 2 * apart + i * n).copy_(x) for i, x in enumerate(case)]
+    for name, a, b in zip(NAMES, *(run(c, plan, torch.half, "triton") for c in (case, far)), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_expanded_gradients_are_no_tensor_maps(monkeypatch):
+    """The gradient of a sum over heads is one head's, seen as many; descriptors need each at an address of its own."""
+    strides, sources = [], triton_path.Launch.sources
+    monkeypatch.setattr(
+        triton_path.Launch,
+        "sources",
+        lambda self, tma, rows, *tensors: (
+            strides.extend(s for x in tensors for s in x.stride()) or sources(self, tma, rows, *tensors)
+        ),
+    )
+    plan = comb(20, 2)
+    q, k, v, upstream = (x.float() for x in case_of(plan))
+    results = []
+    for gradient in (upstream[:, :1].expand(q.shape), upstream[:, :1].repeat(1, 2, 1)):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        results.append(torch.autograd.grad(tree_attention(*leaves, plan, backend="triton"), leaves, gradient))
+    assert all(map(torch.equal, *results)) and strides and 0 not in strides
+
+
 def test_backward_repeats_bitwise():
     plan = comb(45, 4)
     case = case_of(plan, q_heads=4, kv_heads=2)
@@ -172,14 +204,14 @@ def test_a_wrong_mask_is_seen(mutant):
     assert (wrong[0].double() - exact[0]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize(("q", "k", "message"), [
+@pytest.mark.parametrize(("sizes", "dtype", "message"), [
     ((2, 1, 300), torch.float32, "heads of up to 256"),
     ((17, 1, 16), torch.float32, "up to 16 to a key head"),
-    ((2, 1, 16), torch.bfloat16, "one dtype"),
+    ((2, 1, 16), torch.float64, "takes torch.bfloat16"),
 ])  # fmt: skip
-def test_what_the_kernels_do_not_take_is_refused(q, k, message):
+def test_what_the_kernels_do_not_take_is_refused(sizes, dtype, message):
     plan = comb(10, 2)
-    heads, kv_heads, d = q
-    q, kv = torch.zeros(plan.n_tokens, heads, d), torch.zeros(plan.n_tokens, kv_heads, d, dtype=k)
+    heads, kv_heads, d = sizes
+    q, kv = (torch.zeros(plan.n_tokens, n, d, dtype=dtype) for n in (heads, kv_heads))
     with pytest.raises(ValueError, match=message):
         tree_attention(q, kv, kv, plan, backend="triton")

@@ -12,9 +12,14 @@ from igpo_kernels.triton_variants import ARCHITECTURES, DTYPES, TABLES, Tunable,
 
 pytest.importorskip("triton")
 
+from triton import knobs
+from triton.backends.driver import GPUDriver
+from triton.runtime.driver import driver
+
 from igpo_kernels import tune
 from igpo_kernels.linear_logprob import triton_path
 
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 KERNELS = sorted(path.stem for path in TABLES.glob("*.json"))
 
 
@@ -86,6 +91,10 @@ def test_what_may_be_tuned_is_in_the_tables():
         assert set(tunable.space) == {"num_warps", "num_stages", *config.constants}
         built = {(v.kernel, v.dtype, v.shape_class.split("/")[0]) for v in module.variants()}
         assert (tunable.kernel, tunable.dtype, tunable.shape_class) in built
+        for arch, shape_class, dtype, config in configs(tunable.kernel):
+            if (shape_class, dtype) == (tunable.shape_class, tunable.dtype):
+                space = tunable.on(PROCESSORS[arch]).space
+                assert all(config[name] in space[name] for name in tunable.a_processor)
 
 
 def test_the_gate_asks_for_the_variants_of_one_class(monkeypatch):
@@ -128,6 +137,8 @@ def test_tables_go_where_they_are_asked_to(monkeypatch, tmp_path, capsys):
     """A machine without tables of its own: what main writes and prints, with the GPU's part replaced."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune, "arch_of", lambda device: "sm_90")
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(tune, "table", lambda kernel: {"sm_90": {"any": {"bf16": {"BLOCK": 64}}}})
     made = [("op", None, Tunable(kernel, "any", "bf16", {}, lambda device: None)) for kernel in ("a", "b")]
     monkeypatch.setattr(tune, "tunables", lambda: iter(made))
@@ -137,6 +148,19 @@ def test_tables_go_where_they_are_asked_to(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out == "b sm_90 any bf16: 2.0000 -> 1.0000 ms {'BLOCK': 64}\n"
     assert tune.main(["--dry-run", "--shape-class", "any", "--out", str(tmp_path / "none")]) == 0
     assert not (tmp_path / "none").exists()
+
+
+def test_a_filter_given_twice_takes_both():
+    found = {t.kernel for _, t in tune.wanted(tune.parsed(["--op=policy_loss", "--op=turn_advantages"]))}
+    assert {"policy_loss", "turn_advantages"} <= found and not any(name.startswith("linear") for name in found)
+    both = {t.dtype for _, t in tune.wanted(tune.parsed(["--dtype=bf16", "--dtype=fp32", "--op=linear_logprob"]))}
+    assert both == {"bf16", "fp32"}
+
+
+def test_counts_for_each_multiprocessor():
+    space = {"BLOCK": [64, 128], "PROGRAMS": [2, 4]}
+    tunable = Tunable("k", "any", "bf16", space, None, ("PROGRAMS",)).on(132)
+    assert tunable.space == {"BLOCK": [64, 128], "PROGRAMS": [264, 528]} and tunable.on(7) == tunable
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -175,6 +199,20 @@ def test_architecture_of_a_device(capability, expected, monkeypatch):
     triton_variants.arch_name.cache_clear()
     assert arch_of(torch.device("cuda", 0)) == expected
     triton_variants.arch_name.cache_clear()
+
+
+def test_tensors_on_the_cpu_are_refused_beside_a_gpu(monkeypatch):
+    class Gpu(GPUDriver):
+        def __init__(self):
+            pass
+
+    Gpu.__abstractmethods__ = frozenset()
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr(driver, "_active", Gpu())
+    with pytest.raises(ValueError, match="Triton kernels run on GPUs, got tensors on the CPU; pass backend='auto'"):
+        arch_of(torch.device("cpu"))
+    monkeypatch.setattr(driver, "_active", object())  # as aot's absent device
+    assert arch_of(torch.device("cpu")) == "sm_90"
 
 
 def test_a_device_without_tables_is_refused(monkeypatch):

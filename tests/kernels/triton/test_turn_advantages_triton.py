@@ -1,6 +1,7 @@
 """turn_advantages on Triton against its definition in float64: every normaliser, ragged groups, tokens, one launch."""
 
 import inspect
+import json
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from tests.kernels.test_turn_advantages import (
     tensors,
     token_counts,
 )
+from tests.kernels.triton.test_inspect import compiled
 
 triton = pytest.importorskip("triton")
 pytestmark = [
@@ -119,12 +121,35 @@ def test_scalars_are_not_rounded_to_float32(device):
     assert all(f"{name}: tl.float64" in source for name in ("gamma", "gate", "center", "min_std", "gain_weight"))
 
 
-def test_a_nan_spoils_its_group_and_no_other(device):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("scale_std", [True, False])
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_reward_that_is_not_finite_spoils_its_pool_and_no_other_group(pool, scale_std, bad, device):
     args = [x.to(device) for x in tensors([wave(3, 9), wave(3, 9), wave(2)])]
-    args[0][13] = float("nan")  # a gain of the second group; on a CPU the op itself refuses it
-    out = triton_path.turn_advantages_triton(*args, 1.0, Normaliser())
-    assert out[12:23].isnan().all()
+    args[0][13] = bad  # a gain of the second group; on a CPU the op itself refuses it
+    out = triton_path.turn_advantages_triton(*args, 1.0, Normaliser(pool, scale_std=scale_std))
+    assert not out[12:14].isfinite().any() and not out[15:23].isfinite().any()
     assert out[:12].isfinite().all() and out[24:].isfinite().all()
+
+
+NANS = r"""
+import json, re
+from igpo_kernels.inspect import compile_variant
+from igpo_kernels.turn_advantages.triton_path import variants
+shipped = {(v.arch, v.dtype, v.shape_class): v for v in variants()}
+kernel, _ = compile_variant(shipped["sm_90", "fp32", "any/scaled_separate"])
+print(json.dumps([re.findall(r"arith.m(?:in|ax)\w*f", kernel.asm["ttgir"]), kernel.asm["ptx"]]))
+"""
+
+
+def test_compiled_minima_keep_a_nan():
+    """The interpreter's do in any case."""
+    run = compiled("-c", NANS)
+    assert run.returncode == 0, run.stderr
+    extrema, ptx = json.loads(run.stdout.splitlines()[-1])
+    assert sorted(set(extrema)) == ["arith.maximumf", "arith.maxnumf", "arith.minimumf"]
+    assert extrema.count("arith.maxnumf") == 1  # of a count
+    assert "min.NaN.f32" in ptx and "min.f32" not in ptx and "max.f32" not in ptx
 
 
 @pytest.mark.parametrize("counts", [[4] * 5, [0, 0, 40, 0, 1], [0] * 5, [0, 9, 0, 0, 0]], ids=str)
