@@ -26,8 +26,8 @@ class Comparison:
         calls: timed together, for calls of microseconds; figures are their mean.
         graph: on a GPU, time the device alone (``timing.timed``).
         flops: of one call, by formula.
-        agree: ``torch.testing.assert_close``'s ``atol`` and ``rtol`` for results (those that are not None); None does
-            not check.
+        agree: how far results (those that are not None) may differ: ``torch.testing.assert_close``'s ``atol`` and
+            ``rtol``, or a share of each tensor's norm and of its largest entry; None does not check.
     """
 
     def __init__(self, bench, shape, sides, *, calls=1, graph=False, flops=None, agree=None):
@@ -39,7 +39,7 @@ class Comparison:
             try:
                 result = sides[name]()
                 if agree and expected is not None and result is not None:
-                    torch.testing.assert_close(result, expected, check_dtype=False, **agree)
+                    hold(result, expected, agree)
                 expected = result if name == "ours" else expected
                 del result
                 self.peaks[name] = peak_bytes(sides[name], DEVICE)[0]
@@ -78,6 +78,20 @@ class Comparison:
             rows.append({**row, "peers": {name: self.found[name]}, "ratio": ratio, "ratio_spread": spread})
         benchmark.extra_info |= {"calls": self.calls, "rows": rows}
         return rows
+
+
+def hold(result, expected, agree: dict[str, float] | float) -> None:
+    """AssertionError if ``result`` differs from ``expected`` by more than ``agree``."""
+    if not isinstance(agree, float):
+        torch.testing.assert_close(result, expected, check_dtype=False, **agree)
+        return
+    result, expected = ([result], [expected]) if isinstance(expected, torch.Tensor) else (result, expected)
+    for number, (got, want) in enumerate(zip(result, expected, strict=True)):
+        assert got.shape == want.shape, f"result {number} has shape {tuple(got.shape)}, ours {tuple(want.shape)}"
+        difference = got.float() - want.float()
+        for size in (torch.linalg.vector_norm, lambda x: x.abs().max()):
+            share = float(size(difference) / size(want.float()))
+            assert share <= agree, f"result {number} is not close: it differs by {share:.1e} of ours, over {agree}"
 
 
 def figures(seconds: Sequence[float], peak_bytes: int, flops: float | None) -> dict:

@@ -21,7 +21,7 @@ from igpo_fast.config import Config, Sft
 from igpo_fast.engines import vllm
 from igpo_fast.errors import InputError
 from igpo_fast.memory import kv_bytes_per_token, training_bytes
-from igpo_fast.model import build, device_of, probe, use_attend
+from igpo_fast.model import build, device_of, kernels_of, probe, use_attend
 from igpo_fast.parts import assemble
 from igpo_fast.scoring import Policy
 from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack, triton_variants
@@ -51,7 +51,11 @@ def diagnose(config: Config, *, configured: bool) -> Iterator[Check]:
     device = torch.device(device_of(config.model.device))
     yield _vllm()
     yield from _device(device)
-    yield from _kernels(config.model.kernels, device)
+    if not _there(device):
+        return
+    if not configured:
+        dtype = getattr(torch, config.model.dtype)
+        yield from _kernels(chosen(config.model.kernels, device, dtype), device)
     yield _parity("parity, a tiny Qwen2", lambda: probe(_tiny().to(device)), config.model.kernels)
     if configured:
         yield from _configured(config)
@@ -125,14 +129,18 @@ def _device(device: torch.device) -> Iterator[Check]:
     count = torch.cuda.device_count()
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "none"
     yield Check("CUDA", f"{torch.version.cuda or 'not built in'}; devices: {names}")
-    usable = device.type != "cuda" or count > 0
-    yield Check("device", str(device) if usable else f"{device}: none here; use model.device=cpu", usable)
+    found = _there(device)
+    yield Check("device", str(device) if found else f"{device}: none here; use model.device=cpu", found)
     yield Check("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")
 
 
-def _kernels(backend: str, device: torch.device) -> Iterator[Check]:
+def _there(device: torch.device) -> bool:
+    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+
+
+def _kernels(names: dict[str, str], device: torch.device) -> Iterator[Check]:
     """Which implementation of each op runs."""
-    for op, name in chosen(backend, device).items():
+    for op, name in names.items():
         implementations = importlib.import_module(f"igpo_kernels.{op}").IMPLEMENTATIONS
         if name not in implementations:
             yield Check(f"op {op}", f"no {name}; choose of {', '.join(implementations)}", ok=False)
@@ -165,7 +173,8 @@ def _memory(config: Config) -> Iterator[Check]:
         return
     parts = training_bytes(config, lm)
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    kv = kv_bytes_per_token(lm, getattr(torch, config.model.dtype)) / 1e6
+    engine_dtype = config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
+    kv = kv_bytes_per_token(lm, getattr(torch, engine_dtype)) / 1e6
     on_gpu = device_of(config.model.device) == "cuda" and torch.cuda.is_available()
     total, there = sum(parts.values()), torch.cuda.mem_get_info()[1] if on_gpu else math.inf
     of = f" of {there / 1e9:.1f}" if on_gpu else ""
@@ -187,6 +196,7 @@ def _configured(config: Config) -> Iterator[Check]:
     yield Check("data", f"{len(data.train):,} train, {len(data.eval):,} eval questions, {passages:,} passages")
     size = sum(parameter.numel() for parameter in lm.parameters())
     yield Check("model", f"{type(lm).__name__}, {size:,} parameters, {lm.dtype} on {lm.device}")
+    yield from _kernels(kernels_of(lm, config.model.kernels), lm.device)
     yield _parity("parity, the configured model", lambda: lm, config.model.kernels)
 
 

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, GradientCheckpointingLayer, PreTr
 
 from igpo_fast.errors import InputError
 from igpo_kernels import Branch, RolloutTokens, Tree, pack
-from igpo_kernels.huggingface import ATTENTION, Attend, TreeAttend
+from igpo_kernels.backend import chosen
+from igpo_kernels.huggingface import ATTENTION, Attend, TreeAttend, heads_of
+from igpo_kernels.tree_attention import automatic
 
 
 def hidden_states(
@@ -56,6 +58,14 @@ class LmHead:
 def lm_head(lm: PreTrainedModel) -> LmHead:
     head = lm.get_output_embeddings()
     return LmHead(head.weight, head.bias, getattr(lm.config, "final_logit_softcapping", None) or 0.0)
+
+
+def kernels_of(lm: PreTrainedModel, backend: str) -> dict[str, str]:
+    """Which implementation of each op that reads the model's numbers runs: op -> name."""
+    names = chosen(backend, lm.device, lm.dtype, lm_head(lm).weight.dtype)
+    if backend == "auto":
+        names["tree_attention"] = automatic(lm.device, lm.dtype, *heads_of(lm))
+    return names
 
 
 def build(

@@ -105,6 +105,13 @@ def test_the_gpu_script_refuses_in_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_every_kernel_that_can_be_tuned_is_tuned(tmp_path):
+    tune = pytest.importorskip("igpo_kernels.tune")
+    module, *options = gpu.commands(tmp_path)["tune"]
+    tuned = {tunable.kernel for _, tunable in tune.wanted(tune.parsed(options))}
+    assert module == tune.__name__ and tuned == {tunable.kernel for *_, tunable in tune.tunables()}
+
+
 def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
     (tmp_path / "stage.py").write_text(
         "import os, sys, time\nprint(os.environ.get('TRITON_INTERPRET'), flush=True)\n"

@@ -154,7 +154,7 @@ def test_doctor(monkeypatch):
     assert igpo_fast_("doctor").exit_code == 0
     monkeypatch.setattr(triton_variants, "runs_on_cpu", lambda: False)
     broken = igpo_fast_("doctor", "model.kernels=triton")
-    assert broken.exit_code == 1 and "triton needs a GPU" in broken.output
+    assert broken.exit_code == 1 and "model.kernels=triton: needs a GPU" in broken.output
 
 
 def test_version_and_usage():

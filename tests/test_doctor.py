@@ -3,12 +3,14 @@
 import io
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 import igpo_fast.doctor as doctor
-from igpo_fast import config
+from igpo_fast import config, model
 from igpo_fast.doctor import diagnose, packed_error, table
 from igpo_fast.model import use_attend
 from igpo_kernels import triton_variants
@@ -46,6 +48,29 @@ def test_kernels_are_those_asked_for(monkeypatch):
     found = checks(["model.kernels=triton"])
     assert not found["op tree_attention"].ok and "triton needs a GPU" in found["op tree_attention"].found
     assert not found["parity, a tiny Qwen2"].ok
+
+
+def test_the_ops_are_told_by_the_models_own_dtypes(monkeypatch):
+    """A head that loads in another dtype than the model runs on torch, whatever the configuration says."""
+    asked = []
+    for module in (model, doctor):
+        monkeypatch.setattr(module, "chosen", lambda *args: asked.append(args) or {"linear_logprob": "reference"})
+    checks(["model.dtype=bfloat16"])
+    cpu = torch.device("cpu")
+    assert asked == [("auto", cpu, torch.bfloat16)]
+    assert checks(TINY, configured=True)["op linear_logprob"].found.startswith("reference")
+    assert asked[1:] == [("auto", cpu, torch.float32, torch.float32)]
+    monkeypatch.setattr(model, "lm_head", lambda lm: SimpleNamespace(weight=torch.zeros(1, dtype=torch.float64)))
+    model.kernels_of(doctor._tiny(), "auto")
+    assert asked[2:] == [("auto", cpu, torch.float32, torch.float64)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="no such device only without a GPU")
+@pytest.mark.parametrize("configured", [False, True])
+def test_a_device_that_is_not_there_is_the_last_line_but_the_threads(configured):
+    found = checks(["model.device=cuda"], configured)
+    assert list(found)[-2:] == ["device", "threads"]
+    assert found["device"] == doctor.Check("device", "cuda: none here; use model.device=cpu", ok=False)
 
 
 def test_a_kernel_that_does_not_exist_is_named(monkeypatch):

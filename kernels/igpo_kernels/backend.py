@@ -11,7 +11,6 @@ import torch
 from igpo_kernels.triton_variants import ARCHITECTURES, DTYPES, arch_name
 
 Implementation = TypeVar("Implementation")
-OPS = ("tree_attention", "linear_logprob", "policy_loss", "linear_policy_loss", "turn_advantages")
 
 
 def choose(
@@ -48,15 +47,35 @@ def resolve(
     return "triton" if fits and "triton" in implementations and len(set(dtypes)) <= 1 else "torch"
 
 
-def chosen(backend: str, device: torch.device) -> dict[str, str]:
-    """What runs on ``device``: op -> implementation. The names need not exist: ``choose`` says so when called."""
-    return {op: resolve(backend, device, importlib.import_module(f"igpo_kernels.{op}").IMPLEMENTATIONS) for op in OPS}
+def chosen(
+    backend: str, device: torch.device, model: torch.dtype = torch.float32, head: torch.dtype | None = None
+) -> dict[str, str]:
+    """What runs of a ``model`` of that dtype on ``device``: op -> implementation, without turn_advantages, which reads
+    nothing of a model's. The names need not exist: ``choose`` says so when called.
+
+    Args:
+        head: dtype of the LM head's weight; default the model's.
+    """
+    head = model if head is None else head
+    dtypes = {
+        "tree_attention": (model,),
+        "linear_logprob": (model, head),
+        "policy_loss": (torch.promote_types(model, torch.float32),),
+        "linear_policy_loss": (model, head),
+    }
+    implementations = {op: importlib.import_module(f"igpo_kernels.{op}").IMPLEMENTATIONS for op in dtypes}
+    return {op: resolve(backend, device, implementations[op], dtypes[op]) for op in dtypes}
 
 
 def lazy(module: str, name: str) -> Callable[..., Any]:
-    """``module.name``, imported when it is first called: Triton is imported only by an op that runs on it."""
+    """``module.name``, imported when it is first called: Triton is imported only by an op that runs on it.
 
-    def call(*args, **kwargs):
-        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+    It runs under the device of its first argument, for Triton launches on the current one. Autograd does the same for
+    its backward.
+    """
+
+    def call(first: torch.Tensor, *args, **kwargs):
+        with torch.cuda.device_of(first):
+            return getattr(importlib.import_module(module), name)(first, *args, **kwargs)
 
     return call

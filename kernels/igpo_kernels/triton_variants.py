@@ -12,7 +12,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,9 @@ class Variant:
 class Tunable:
     """What `tune` may vary of a kernel, and what it times; an op's ``triton_path.tunables()`` yields them.
 
-    ``space`` gives every constant of the table, num_warps and num_stages included, the values to try. ``workload``
-    makes inputs on a device and returns the call to time, which looks its configuration up as always.
+    ``space`` gives every constant of the table, num_warps and num_stages included, the values to try; those of the
+    names in ``a_processor`` are counts for each multiprocessor. ``workload`` makes inputs on a device and returns the
+    call to time, which looks its configuration up as always.
     """
 
     kernel: str
@@ -81,6 +82,12 @@ class Tunable:
     dtype: str
     space: Mapping[str, Sequence[int]]
     workload: Callable[[torch.device], Callable[[], object]]
+    a_processor: tuple[str, ...] = ()
+
+    def on(self, processors: int) -> Tunable:
+        """With the counts for a GPU of so many multiprocessors."""
+        counts = {name: [count * processors for count in self.space[name]] for name in self.a_processor}
+        return replace(self, space={**self.space, **counts}, a_processor=())
 
 
 def config_for(kernel: str, arch: str, shape_class: str, dtype: str) -> Config:
@@ -146,12 +153,13 @@ def arch_of(device: torch.device) -> str:
 
 
 def runs_on_cpu() -> bool:
-    """Whether Triton takes CPU tensors: in its interpreter, or with a driver that somebody put in place."""
+    """Whether Triton takes CPU tensors: in its interpreter, or with a driver in place that is no GPU's."""
     try:
         from triton import knobs
+        from triton.backends.driver import GPUDriver
         from triton.runtime.driver import driver
 
-        return knobs.runtime.interpret or driver.active is not None
+        return knobs.runtime.interpret or not isinstance(driver.active, GPUDriver)
     except (ImportError, RuntimeError):  # no Triton, or no driver
         return False
 

@@ -3,10 +3,10 @@
     python -m igpo_kernels.tune [--op policy_loss] [--kernel NAME] [--shape-class large] [--dtype bf16]
                                 [--seconds 120] [--out FOLDER] [--dry-run]
 
-Needs a GPU. Coordinate descent from the committed configuration: one constant at a time takes its other values, until
-none helps or the kernel's seconds are over. A candidate is timed if `inspect` lets the first variant built from it
-pass, and taken if it lets all pass and the candidate is at least 2 % faster than the committed one. Nothing is tuned
-in a training step: that only looks tables up.
+Needs a GPU. A filter given twice takes both. Coordinate descent from the committed configuration: one constant at a
+time takes its other values, until none helps or the kernel's seconds are over. A candidate is timed if `inspect` lets
+the first variant built from it pass, and taken if it lets all pass and the candidate is at least 2 % faster than the
+committed one. Nothing is tuned in a training step: that only looks tables up.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import triton
 from igpo_kernels.inspect import check
 from igpo_kernels.triton_variants import TABLES, Tunable, arch_of, table
 
+FILTERS = ("op", "kernel", "shape-class", "dtype")
 GAIN = 0.98
 """A new configuration takes at most this share of the old one's time."""
 
@@ -104,26 +105,37 @@ def passes_gate(module, tunable: Tunable, arch: str, most: int | None = None) ->
     return bool(built) and not any(check(variant).faults for variant in built[:most])
 
 
-def main(argv: list[str] | None = None) -> int:
+def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m igpo_kernels.tune", description=__doc__.splitlines()[0])
-    for option in ("op", "kernel", "shape-class", "dtype"):
-        parser.add_argument(f"--{option}", help=f"only this {option.replace('-', ' ')}")
+    for option in FILTERS:
+        parser.add_argument(f"--{option}", action="append", help=f"only this {option.replace('-', ' ')}")
     parser.add_argument("--seconds", type=float, default=math.inf, help="for each kernel, shape class and dtype")
     parser.add_argument("--out", type=Path, default=TABLES, help="folder of the tables to write")
     parser.add_argument("--dry-run", action="store_true", help="print, write nothing")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def wanted(args: argparse.Namespace) -> Iterator[tuple[object, Tunable]]:
+    """(triton_path, tunable) of what the filters leave."""
+    for op, module, tunable in tunables():
+        names = (op, tunable.kernel, tunable.shape_class, tunable.dtype)
+        taken = (getattr(args, option.replace("-", "_")) for option in FILTERS)
+        if all(only is None or name in only for name, only in zip(names, taken, strict=True)):
+            yield module, tunable
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parsed(argv)
     if not torch.cuda.is_available():
         print("igpo_kernels.tune: no GPU is visible; run it on the machine to tune for", file=sys.stderr)
         return 2
     device = torch.device("cuda")
     arch = arch_of(device)
-    for op, module, tunable in tunables():
-        names = {"op": op, "kernel": tunable.kernel, "shape_class": tunable.shape_class, "dtype": tunable.dtype}
-        if any(getattr(args, option) not in (None, name) for option, name in names.items()):
-            continue
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    for module, tunable in wanted(args):
         run = tunable.workload(device)
         best, after, before = tune(
-            tunable,
+            tunable.on(processors),
             arch,
             functools.partial(passes_gate, module, tunable, arch),
             functools.partial(triton.testing.do_bench, run, return_mode="median"),
