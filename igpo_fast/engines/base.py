@@ -71,9 +71,14 @@ class Engine(Protocol):
     name: str
     version: int
     """Raised by ``load_weights``: which weights the engine samples from."""
+    remote: bool
+    """Samples on devices of its own: goes on while the trainer works."""
+    keeps_rollouts: bool
+    """Holds a place for a rollout between its turns."""
 
     async def generate(self, request: Request) -> Generation:
-        """One turn. The draw depends on the key and the weights only, not on what else runs."""
+        """One turn. The draw depends on the key and the weights only; what else runs shows in rounding at most, where
+        the shape of a batch decides how sums are taken (on GPUs)."""
         ...
 
     def release(self, key: tuple[int, ...]) -> None:

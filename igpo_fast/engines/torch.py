@@ -137,7 +137,7 @@ class TorchEngine:
     the old ones computed. Draws do not depend on what else runs, but for rounding in matmuls of other shapes.
     """
 
-    name = "torch"
+    name, remote, keeps_rollouts = "torch", False, True
 
     def __init__(
         self,

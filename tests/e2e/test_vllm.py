@@ -14,8 +14,9 @@ import torch
 from igpo_fast import config
 from igpo_fast.dialect import make_dialect
 from igpo_fast.engines.base import Request, Sampling
+from igpo_fast.engines.fingerprint import fingerprint
 from igpo_fast.engines.torch import TorchEngine
-from igpo_fast.engines.vllm import colocated
+from igpo_fast.engines.vllm import colocated, weights
 from igpo_fast.engines.vllm.colocated import VllmEngine
 from igpo_fast.errors import InputError
 from igpo_fast.model import build, load
@@ -283,14 +284,39 @@ def test_a_prefix_that_is_known_is_not_computed_again(parts, engine):
     assert outputs[-1] == 0  # the sync dropped what the old weights computed
 
 
-def test_a_trainer_in_bfloat16(parts):
-    """Weights arrive bit for bit in the trainer's dtype."""
-    lm = copy.deepcopy(parts.lm).to(torch.bfloat16)
-    engine = VllmEngine(lm, decode=parts.tokenizer.decode, max_tokens=224)
-    engine.load_weights(lm.state_dict().items())
+def test_an_engine_in_bfloat16(parts):
+    """Weights arrive bit for bit as they are rounded, of a trainer in either dtype and in buckets that cut layers."""
+    engine = VllmEngine(
+        parts.lm, decode=parts.tokenizer.decode, dtype=torch.bfloat16, max_tokens=224, bucket_bytes=30_000
+    )
+    pairs = weights.complete(parts.lm.state_dict().items())
+    last = [bucket[-1][0] for bucket in weights.buckets(pairs, torch.bfloat16, 30_000)]
+    assert len(last) > 3 and any(name.endswith(("q_proj.weight", "k_proj.weight")) for name in last)
+    engine.load_weights(parts.lm.state_dict().items())
     (prompt,) = prompts(parts, 1)
     (found,) = ask(engine, request(1, prompt, temperature=1.0))
-    assert np.isfinite(found.logp).all()
+    assert abs(found.logp[0] - plain_logp(parts, prompt)[found.ids[0]]) < 0.1
+    engine.load_weights(copy.deepcopy(parts.lm).to(torch.bfloat16).state_dict().items())
+    assert ask(engine, request(1, prompt, temperature=1.0))[0].ids.tolist() == found.ids.tolist()
+
+
+def test_weights_that_are_packed_in_the_checkpoint_are_one_and_strange_layers_are_named():
+    """Phi-3's qkv_proj is one matrix there, too; experts are two tensors of all of them in vLLM alone."""
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+    from igpo_fast.engines.vllm.worker import _parameters, _strange
+
+    model, qkv, experts = torch.nn.Module(), QKVParallelLinear.__new__(QKVParallelLinear), torch.nn.Module()
+    torch.nn.Module.__init__(qkv)
+    qkv.num_heads, qkv.num_kv_heads, qkv.head_size = 2, 1, 3
+    qkv.weight = torch.nn.Parameter(torch.arange(48.0).view(12, 4))
+    model.qkv_proj, model.packed_modules_mapping = qkv, {"qkv_proj": ["qkv_proj"]}
+    expected = {"qkv_proj.weight": fingerprint(qkv.weight)}
+    assert dict(_parameters(model, torch.float32)) == expected and not list(_strange(model))
+    model.packed_modules_mapping = {"qkv_proj": ["q_proj", "kv_proj"]}
+    experts.w13_weight, experts.quant_method = torch.nn.Parameter(torch.ones(2, 2, 2)), object()
+    model.experts = experts
+    assert list(_strange(model)) == ["QKVParallelLinear", "Module"]
 
 
 def test_reload_weights_serves_where_there_is_no_transfer(parts, engine, monkeypatch):

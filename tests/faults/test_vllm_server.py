@@ -96,7 +96,8 @@ def session(folder, cache, urls, *overrides):
 @pytest.fixture(scope="module")
 def undisturbed(servers, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    session(folder, cache, [server.url for server in servers])
+    # A server's first turns wait for what it compiles.
+    session(folder, cache, [server.url for server in servers], "rollout.server_timeout=60")
     return folder
 
 
@@ -119,7 +120,7 @@ def test_undisturbed(undisturbed):
     assert [row["step"] for row in found] == list(range(STEPS + 1))
     for row in found[1:]:
         assert row["mismatch/logp_abs_diff"] < 1e-5 and row["mismatch/logp_abs_max"] < 1e-3
-        assert [row[name] for name in COUNTS] == [0, 0, 0, 0]
+        assert not {name: row[name] for name in COUNTS if row[name]}
 
 
 def test_turns_end_as_in_the_torch_engine(undisturbed, servers, cache, tmp_path):

@@ -48,11 +48,12 @@ def make_engine(config: Config, lm: PreTrainedModel, decode: Callable[[Sequence[
         InputError: vLLM is needed here and not installed.
     """
     rollout = config.rollout
+    dtype = lm.dtype if rollout.dtype == "auto" else getattr(torch, rollout.dtype)
     if rollout.server:
         from igpo_fast.engines.vllm.servers import VllmServers
 
         return VllmServers(
-            rollout.server, decode=decode, dtype=lm.dtype, max_tokens=rollout.max_tokens,
+            rollout.server, decode=decode, dtype=dtype, max_tokens=rollout.max_tokens,
             concurrency=rollout.concurrency, timeout=rollout.server_timeout,
         )  # fmt: skip
     if find_spec("vllm") is None:
@@ -63,5 +64,6 @@ def make_engine(config: Config, lm: PreTrainedModel, decode: Callable[[Sequence[
     from igpo_fast.engines.vllm.colocated import VllmEngine
 
     return VllmEngine(
-        lm, decode=decode, max_slots=rollout.concurrency, max_tokens=rollout.max_tokens, gpu_memory=rollout.gpu_memory
-    )
+        lm, decode=decode, dtype=dtype, max_slots=rollout.concurrency, max_tokens=rollout.max_tokens,
+        gpu_memory=rollout.gpu_memory,
+    )  # fmt: skip

@@ -18,7 +18,7 @@ from igpo_fast.engines.vllm import TRANSFER, prepare, sync_method, weights
 from igpo_fast.engines.vllm.requests import check, generation, sampling_parameters
 
 PREFILL_TOKENS = 8192
-"""Most tokens of a step, but for a longer single request."""
+"""Most tokens of a step; where prompts are not cut, a longer one has a step of its own."""
 CPU_BLOCK = 32
 """Tokens of a block of the prefix cache on CPU, where vLLM's own choice (128) is longer than many a turn."""
 
@@ -42,22 +42,28 @@ class VllmEngine:
     disk: those of a sleeping engine are discarded, and the next ``load_weights`` wakes it.
     """
 
+    remote = keeps_rollouts = False
+
     def __init__(
         self,
         lm: PreTrainedModel,
         *,
         decode: Callable[[Sequence[int]], str],
+        dtype: torch.dtype | None = None,
         max_slots: int = 256,
         max_tokens: int = 512,
         gpu_memory: float = 0.5,
+        bucket_bytes: int = weights.BUCKET_BYTES,
     ):
         """
         Args:
-            lm: the trainer's model: its configuration and dtype are taken.
+            lm: the trainer's model, whose configuration is taken.
             decode: token ids to text, for stop strings.
+            dtype: what the engine computes in; None is the trainer's.
             max_slots: rollouts that sample at a time; more wait.
             max_tokens: longest rollout, prompt and responses included.
             gpu_memory: share of the GPU for weights and cache.
+            bucket_bytes: weights that are handed over at a time.
         """
         prepare()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: tensors are handed over, not copied out
@@ -68,6 +74,7 @@ class VllmEngine:
         self.name = f"vllm {vllm.__version__} (weights through {self._sync})"
         self.max_tokens = max_tokens
         self._lm, self._stops, self._max_slots, self._gpu_memory = lm, StopStrings(decode), max_slots, gpu_memory
+        self._dtype, self._bucket_bytes = dtype or lm.dtype, bucket_bytes
         self._llm = None
         self._asleep = False
         self._jobs: dict[str, _Job] = {}
@@ -111,14 +118,15 @@ class VllmEngine:
             self._asleep = True
 
     def counts(self) -> dict[str, float]:
+        """Nothing: what goes wrong here is raised."""
         return {}
 
     def load_weights(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take the trainer's weights, drop the prefix cache, raise ``version``.
 
         Raises:
-            RuntimeError: requests are pending.
-            InputError: afterwards the engine computes with other weights than these.
+            RuntimeError: requests are pending, or the prefix cache cannot be dropped.
+            InputError: the model's weights cannot be compared, or differ afterwards from the trainer's.
         """
         if self._jobs:
             raise RuntimeError("load_weights: requests are pending; await them first")
@@ -131,18 +139,20 @@ class VllmEngine:
         if self._asleep:
             self._llm.wake_up(["kv_cache"])
             self._asleep = False
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("load_weights: vLLM did not drop its prefix cache, which old weights computed")
         (found,) = self._llm.collective_rpc("igpo_fingerprints")
-        weights.compare(found, weights.fingerprints(sent), "rollout.engine=vllm")
+        weights.compare(found, weights.fingerprints(sent, self._dtype), "rollout.engine=vllm")
         self.version += 1
 
     def _send(self, sent: weights.Weights) -> None:
         call = self._llm.collective_rpc
         if self._sync != TRANSFER:
-            call("reload_weights", kwargs={"weights_iterator": iter(sent)})
+            cast = ((name, tensor.to(self._dtype)) for name, tensor in sent)
+            call("reload_weights", kwargs={"weights_iterator": cast})
             return
         call("start_weight_update")
-        for bucket in weights.buckets(sent):
+        for bucket in weights.buckets(sent, self._dtype, self._bucket_bytes):
             call("update_weights", kwargs={"update_info": {"tensors": bucket}})
         call("finish_weight_update")
 
@@ -154,7 +164,10 @@ class VllmEngine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         on_cpu = current_platform.is_cpu()
-        options = {"block_size": CPU_BLOCK} if on_cpu else {"gpu_memory_utilization": self._gpu_memory}
+        options = {"gpu_memory_utilization": self._gpu_memory, "max_num_batched_tokens": PREFILL_TOKENS}
+        if on_cpu:  # where a prompt in parts fails with a seed of its own
+            whole = max(PREFILL_TOKENS, self.max_tokens)
+            options = {"block_size": CPU_BLOCK, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
         if self._sync == TRANSFER:
             options["weight_transfer_config"] = {"backend": weights.BACKEND}
         with TemporaryDirectory(prefix="igpo-vllm-") as folder:
@@ -165,11 +178,9 @@ class VllmEngine:
                 model=folder,
                 skip_tokenizer_init=True,  # token ids in, token ids out
                 load_format="dummy",
-                dtype=str(self._lm.dtype).removeprefix("torch."),
+                dtype=str(self._dtype).removeprefix("torch."),
                 max_model_len=self.max_tokens,
                 max_num_seqs=self._max_slots,
-                max_num_batched_tokens=max(PREFILL_TOKENS, self.max_tokens),
-                enable_chunked_prefill=False,  # on CPU a prompt in parts fails with a seed of its own
                 enable_prefix_caching=True,
                 enforce_eager=on_cpu,  # compiled code would keep the repacked weights that it was compiled with
                 enable_sleep_mode=current_platform.is_sleep_mode_available(),
@@ -182,6 +193,8 @@ class VllmEngine:
             if _live is not None:
                 _live.engine_core.shutdown()
             self._llm = _live = LLMEngine.from_engine_args(arguments)
+        (about,) = self._llm.collective_rpc("igpo_about")
+        weights.check_layout(about, "rollout.engine=vllm")
 
     def _add(self, name: str, request: Request) -> None:
         from vllm import SamplingParams

@@ -9,6 +9,9 @@ import numpy as np
 from igpo_fast.engines import noise
 from igpo_fast.engines.base import Generation, Request
 
+NOT_FINITE = -9999.0
+"""What vLLM's server answers for a log-probability that is NaN, or no larger."""
+
 
 def check(request: Request, max_tokens: int) -> None:
     """Raises ValueError for a request that is empty, or longer than ``max_tokens`` with what it may sample."""
@@ -48,6 +51,6 @@ def sampling_parameters(request: Request) -> dict:
 def generation(request: Request, ids: Sequence[int], logp: Sequence[float], finished: bool) -> Generation:
     """Raises FloatingPointError where a log-probability is not finite."""
     logp = np.asarray(logp, np.float32)
-    if not np.isfinite(logp).all():
+    if not (np.isfinite(logp) & (logp > NOT_FINITE)).all():
         raise FloatingPointError("sampling: the model's logits are not finite")
     return Generation(np.asarray(ids, np.int32), logp, finished)

@@ -1,42 +1,53 @@
 """``vllm serve`` replicas, on this or other hosts: token ids in and out over HTTP.
 
-A rollout's turns go to one replica, whose prefix cache knows them. A replica that fails is left out until the next
-weight sync, and its requests are made again elsewhere: a turn's draws follow from its key and the weights, so they are
-the same there. Every answer names the weights it was sampled with; others than the trainer's last are not taken.
+A rollout's turns go to one replica, whose prefix cache knows them. A request without an answer is made again, elsewhere
+if it can be; its replica, if it does not answer a question after its weights either, is left out until the next sync. A
+turn's draws follow from its key and the weights, so the tokens are the same there, but for what rounding decides: on a
+GPU it depends on the batch. An answer is taken if it is whole and was sampled with the trainer's last weights.
 """
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import httpx
 import torch
 
 from igpo_fast.engines.base import EngineError, Generation, Request
 from igpo_fast.engines.stops import StopStrings
-from igpo_fast.engines.vllm import weights
+from igpo_fast.engines.vllm import TRANSFER, weights
 from igpo_fast.engines.vllm.requests import check, generation, sampling_parameters
 from igpo_fast.errors import InputError
 
 ATTEMPTS = 5
 """Most times a request is made."""
-RESETS = 100
-"""Most times a replica is asked to drop its prefix cache."""
 CONNECT_WITHIN = 10.0
-"""Seconds; a host that is gone answers no more at all."""
-COUNTS = ("engine/replicas_lost", "engine/replicas_recovered", "engine/requests_repeated", "engine/stale_answers")
+"""Seconds; also to say which weights a replica has. A host that is gone answers no more at all."""
+IDLE = 2.0
+"""Seconds that a connection is kept without a request; vLLM closes its end after 5."""
+NO_ANSWER, ABORTED, BROKEN, STALE = "", "engine/aborted_answers", "engine/broken_answers", "engine/stale_answers"
+"""What comes in place of a turn, and its count: nothing, one cut short, one that is not understood, one sampled with
+other weights than the trainer's last."""
+COUNTS = ("engine/replicas_lost", "engine/replicas_recovered", "engine/requests_repeated", ABORTED, BROKEN, STALE)
 LAUNCH = "start replicas by: python -m igpo_fast.engines.vllm.serve MODEL --port PORT"
 
 
 @dataclass
 class Replica:
+    """What is known of one server."""
+
     url: str
+    up: bool = False
+    """It answered when it was last asked."""
     weights: str | None = None
-    """The weights it is known to have; None: it is down, or what it has is not known."""
+    """The weights it was last seen to have, bit for bit; None: others, or a part."""
     running: int = 0
+    """Requests that wait for its answer."""
     loads: int = 0
     """How often it was given weights: an answer to a request from before says nothing about it."""
 
@@ -47,11 +58,14 @@ class VllmServers:
     Args:
         urls: of the replicas, like ``http://host:8000``.
         decode: token ids to text, for stop strings.
-        dtype: the trainer's; replicas must have it, too.
+        dtype: what replicas compute in; the trainer's weights are sent in it.
         max_tokens: longest rollout.
         concurrency: most requests at a time.
         timeout: seconds that a turn may take, and that a batch without any replica waits for one to come back.
+        bucket_bytes: weights that are sent at a time.
     """
+
+    remote, keeps_rollouts = True, False
 
     def __init__(
         self,
@@ -62,19 +76,22 @@ class VllmServers:
         max_tokens: int,
         concurrency: int = 256,
         timeout: float = 300,
+        bucket_bytes: int = weights.BUCKET_BYTES,
     ):
         self.version = 0
-        self.name = f"vllm ({len(urls)} server{'s' if len(urls) > 1 else ''})"
+        self.name = f"vllm ({len(urls)} server{'s' if len(urls) > 1 else ''}, weights through {TRANSFER})"
         self._replicas = [Replica(url.rstrip("/")) for url in urls]
         self._stops = StopStrings(decode)
-        self._dtype = str(dtype).removeprefix("torch.")
+        self._dtype, self._bucket_bytes = dtype, bucket_bytes
         self._max_tokens, self._concurrency, self._timeout = max_tokens, concurrency, timeout
         self._session = uuid.uuid4().hex  # another session's weights of the same number are not ours
         self._sent: weights.Weights = []
         self._home: dict[tuple[int, ...], Replica] = {}
         self._pending = 0
         self._counts = dict.fromkeys(COUNTS, 0)
+        self._tls = httpx.create_ssl_context()  # made once: it takes longer than many a request
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._http: httpx.AsyncClient
 
     async def generate(self, request: Request) -> Generation:
         """One turn (``Engine.generate``).
@@ -86,27 +103,28 @@ class VllmServers:
             FloatingPointError: the model's logits are not finite.
         """
         check(request, self._max_tokens)
-        client = self._client()
+        client = await self._client()
         body = {"token_ids": request.ids.tolist(), "sampling_params": sampling_parameters(request)}
         if request.stop_strings:
             text = {"stop": list(request.stop_strings), "detokenize": True, "skip_special_tokens": False}
             body["sampling_params"] |= text
         self._pending += 1
         try:
+            failed = None
             for _ in range(ATTEMPTS):
-                replica = await self._replica(request.key)
+                replica = await self._replica(request.key, failed)
                 answer = await self._ask(client, replica, body)
-                if answer is None:
+                if not isinstance(answer, Answer):
                     self._counts["engine/requests_repeated"] += 1
+                    failed = None if answer == ABORTED else replica
                     continue
-                ids, logp = answer["token_ids"], [token["logprob"] for token in answer["logprobs"]["content"]]
-                end = self._stops.end(request.stop_strings, ids)
-                if end is None and isinstance(answer["stop_reason"], str):
+                end = self._stops.end(request.stop_strings, answer.ids)
+                if end is None and isinstance(answer.stop_reason, str):
                     # The server's tokenizer reads them otherwise: the same draws again, without its judgement.
                     body["sampling_params"] = sampling_parameters(request)
                     continue
-                finished = end is not None or answer["finish_reason"] == "stop"
-                return generation(request, ids[:end], logp[:end], finished)
+                finished = end is not None or answer.finish_reason == "stop"
+                return generation(request, answer.ids[:end], answer.logp[:end], finished)
         finally:
             self._pending -= 1
         raise EngineError(f"rollout.server: a request failed {ATTEMPTS} times, last at {replica.url}; see its log")
@@ -119,6 +137,7 @@ class VllmServers:
         """Nothing: the replicas' memory is their own."""
 
     def counts(self) -> dict[str, float]:
+        """``COUNTS`` since the last call."""
         counts, self._counts = self._counts, dict.fromkeys(COUNTS, 0)
         return counts
 
@@ -133,58 +152,78 @@ class VllmServers:
         if self._pending:
             raise RuntimeError("load_weights: requests are pending; await them first")
         self._sent = weights.complete(pairs)
-        self._fingerprints = weights.fingerprints(self._sent)
+        self._fingerprints = weights.fingerprints(self._sent, self._dtype)
         self.version += 1
         self._home.clear()
         asyncio.run(self._revive())
 
     # --- requests ---
 
-    def _client(self) -> httpx.AsyncClient:
+    async def _client(self) -> httpx.AsyncClient:
         """One for each event loop, which ends with it."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
-            limits = httpx.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
-            self._http = httpx.AsyncClient(timeout=self._patience(), limits=limits)
-            self._reviving = asyncio.Lock()
-            self._loop = loop
+            self._loop, self._reviving = loop, asyncio.Lock()
+            self._probing = {replica.url: asyncio.Lock() for replica in self._replicas}
+            self._open = self._opened()  # a loop that ends closes its asynchronous generators
+            self._http = await anext(self._open)
         return self._http
 
-    def _patience(self) -> httpx.Timeout:
-        return httpx.Timeout(self._timeout, connect=min(self._timeout, CONNECT_WITHIN), pool=None)
+    async def _opened(self) -> AsyncIterator[httpx.AsyncClient]:
+        async with self._new_client(self._timeout) as client:
+            yield client
 
-    async def _replica(self, key: tuple[int, ...]) -> Replica:
-        """The rollout's own, else the least busy one with the current weights; waits for one if there is none."""
+    def _new_client(self, timeout: float) -> httpx.AsyncClient:
+        most = self._concurrency
+        limits = httpx.Limits(max_connections=most, max_keepalive_connections=most, keepalive_expiry=IDLE)
+        patience = httpx.Timeout(timeout, connect=min(timeout, CONNECT_WITHIN), pool=None)
+        return httpx.AsyncClient(timeout=patience, limits=limits, verify=self._tls)
+
+    async def _replica(self, key: tuple[int, ...], failed: Replica | None) -> Replica:
+        """The rollout's own, else the least busy one with the current weights, if possible not the one that failed;
+        waits for one if there is none."""
         async with self._reviving:
             if not self._ready():
                 await self._revive()
-        home = self._home.get(key)
-        if home is None or home.weights != self._tag:
-            home = self._home[key] = min(self._ready(), key=lambda replica: replica.running)
+        home, ready = self._home.get(key), self._ready()
+        if home not in ready or home is failed:
+            others = [replica for replica in ready if replica is not failed]
+            home = self._home[key] = min(others or ready, key=lambda replica: replica.running)
         return home
 
-    async def _ask(self, client: httpx.AsyncClient, replica: Replica, body: dict) -> dict | None:
-        """The answer, or None if there is none to be had from this replica."""
+    async def _ask(self, client: httpx.AsyncClient, replica: Replica, body: dict) -> Answer | str:
+        """The turn, or what came in its place; a replica that may be gone is asked, and lost if it is."""
         replica.running += 1
         loads = replica.loads
         try:
-            response = await client.post(f"{replica.url}/inference/v1/generate", json=body)
-            if response.status_code < 500:
-                answer = _json(response)["choices"][0]
-                if all(span["version"] == self._tag for span in answer["weight_versions"]):
-                    return answer
-                self._counts["engine/stale_answers"] += 1
-        except httpx.TransportError:
-            pass
+            answer = _read(_json(await client.post(f"{replica.url}/inference/v1/generate", json=body)), self._tag)
+        except httpx.DecodingError:
+            answer = BROKEN
+        except httpx.HTTPError:
+            answer = NO_ANSWER
         finally:
             replica.running -= 1
-        if replica.loads == loads:
-            self._lose(replica)
-        return None
+        if isinstance(answer, Answer):
+            return answer
+        if answer != NO_ANSWER:
+            self._counts[answer] += 1
+        if answer != ABORTED:
+            async with self._probing[replica.url]:
+                if replica.up and replica.loads == loads and not await self._has_weights(replica):
+                    self._lose(replica)
+        return answer
+
+    async def _has_weights(self, replica: Replica) -> bool:
+        """Whether it answers, on a new connection, and has the current weights by name."""
+        async with self._new_client(min(self._timeout, CONNECT_WITHIN)) as client:
+            try:
+                return _json(await client.get(f"{replica.url}/weight_info")).get("weight_version") == self._tag
+            except httpx.HTTPError:
+                return False
 
     def _lose(self, replica: Replica) -> None:
-        self._counts["engine/replicas_lost"] += replica.weights is not None
-        replica.weights = None
+        self._counts["engine/replicas_lost"] += replica.up
+        replica.up = False
 
     # --- weights ---
 
@@ -193,14 +232,14 @@ class VllmServers:
         return f"{self._session}-{self.version}"
 
     def _ready(self) -> list[Replica]:
-        return [replica for replica in self._replicas if replica.weights == self._tag]
+        return [replica for replica in self._replicas if replica.up and replica.weights == self._tag]
 
     async def _revive(self) -> None:
         """Give every replica that answers the current weights; try again until one has them or time is out."""
         deadline = asyncio.get_running_loop().time() + self._timeout
-        async with httpx.AsyncClient(timeout=self._patience()) as client:
+        async with self._new_client(self._timeout) as client:
             while True:
-                failures = await asyncio.gather(*(self._load(client, replica) for replica in self._replicas))
+                failures = await self._load(client)
                 if self._ready():
                     return
                 if asyncio.get_running_loop().time() > deadline:
@@ -211,56 +250,144 @@ class VllmServers:
             "its last checkpoint"
         )
 
-    async def _load(self, client: httpx.AsyncClient, replica: Replica) -> str:
-        """Send the weights and see that they have arrived; returns what failed, if the replica did not answer."""
-        lost_before = replica.weights is None and replica.loads > 0
+    async def _load(self, client: httpx.AsyncClient) -> list[str]:
+        """Send the weights, each bucket to all replicas before the next is encoded, and see that they have arrived;
+        returns what failed."""
+        failures = []
 
-        async def call(path: str, **body):
-            return _json(await client.post(f"{replica.url}/{path}", json=body))
+        async def those(replicas: list[Replica], step: Callable[[Replica], Awaitable[bool]]) -> list[Replica]:
+            """The replicas of which the step is true; one that it fails at is lost."""
 
-        try:
-            (about,) = (await call("collective_rpc", method="igpo_about"))["results"]
-            self._check(replica, about)
-            await call("abort_requests")
-            await call("start_weight_update" if not about["updating"] else "finish_weight_update")
-            if about["updating"]:  # a session that was killed left it so
-                await call("start_weight_update")
-            for bucket in weights.buckets(self._sent):
-                await call("update_weights", update_info=weights.as_json(bucket))
-            await call("finish_weight_update", weight_version=self._tag)
-            for _ in range(RESETS):
-                if (await call("reset_prefix_cache"))["success"]:
-                    break
-                await asyncio.sleep(0.05)  # aborted requests still hold blocks
-            else:
-                raise httpx.RemoteProtocolError("its prefix cache cannot be dropped")
-            (found,) = (await call("collective_rpc", method="igpo_fingerprints"))["results"]
-        except (httpx.TransportError, httpx.HTTPStatusError) as error:
-            self._lose(replica)
-            return f"{replica.url}: {' '.join(str(error).split()) or type(error).__name__}"
+            async def attempt(replica: Replica) -> bool:
+                try:
+                    return await step(replica)
+                except httpx.HTTPError as error:
+                    self._lose(replica)
+                    failures.append(f"{replica.url}: {' '.join(str(error).split()) or type(error).__name__}")
+                    return False
+
+            done = await asyncio.gather(*map(attempt, replicas))
+            return [replica for replica, yes in zip(replicas, done, strict=True) if yes]
+
+        behind = await those(self._replicas, partial(self._begin, client))
+        for bucket in weights.buckets(self._sent, self._dtype, self._bucket_bytes):
+            if not behind:
+                break
+            behind = await those(behind, partial(self._update, client, weights.encode(bucket)))
+        await those(behind, partial(self._finish, client))
+        return failures
+
+    async def _begin(self, client: httpx.AsyncClient, replica: Replica) -> bool:
+        """Begin an update; False if it has the weights, and only seemed lost."""
+        about = await _call_worker(client, replica, "igpo_about")
+        self._check(replica, about)
+        if replica.weights == self._tag and not about.get("updating") and await self._has_weights(replica):
+            self._found(replica)
+            return False
+        replica.weights = None
+        await _call(client, replica, "pause")  # what runs is aborted, what comes waits
+        if about.get("updating"):  # a session that was killed left it so
+            await _call(client, replica, "finish_weight_update")
+        await _call(client, replica, "start_weight_update")
+        return True
+
+    async def _update(self, client: httpx.AsyncClient, content: bytes, replica: Replica) -> bool:
+        headers = {"Content-Type": "application/octet-stream"}  # ``serve.WeightsInFile``
+        _json(await client.post(f"{replica.url}/update_weights", content=content, headers=headers))
+        return True
+
+    async def _finish(self, client: httpx.AsyncClient, replica: Replica) -> bool:
+        """End the update, drop the cache, compare, go on; raises InputError where other weights have arrived."""
+        await _call(client, replica, "finish_weight_update", weight_version=self._tag)
+        if not (await _call(client, replica, "reset_prefix_cache")).get("success"):
+            raise httpx.RemoteProtocolError("its prefix cache cannot be dropped")
+        found = await _call_worker(client, replica, "igpo_fingerprints")
         weights.compare(found, self._fingerprints, replica.url)
+        await _call(client, replica, "resume")
         replica.weights = self._tag
+        self._found(replica)
         replica.loads += 1
-        self._counts["engine/replicas_recovered"] += lost_before
-        return ""
+        return True
+
+    def _found(self, replica: Replica) -> None:
+        self._counts["engine/replicas_recovered"] += not replica.up and replica.loads > 0
+        replica.up = True
 
     def _check(self, replica: Replica, about: dict) -> None:
-        wanted = {"dtype": self._dtype, "logprobs_mode": "processed_logprobs", "transfer": weights.BACKEND}
-        for name, value in wanted.items():
-            if about[name] != value:
-                raise InputError(f"{replica.url}: its {name} is {about[name]}, {value} is needed; {LAUNCH}")
-        if about["max_tokens"] < self._max_tokens:
+        dtype = str(self._dtype).removeprefix("torch.")
+        for name, wanted, remedy in (  # no transfer: another launch, or a vLLM of old
+            ("transfer", weights.BACKEND, LAUNCH),
+            ("logprobs_mode", "processed_logprobs", "start it with --logprobs-mode=processed_logprobs"),
+            ("dtype", dtype, f"start it with --dtype={dtype}, or set rollout.dtype={about.get('dtype')}"),
+        ):
+            if about.get(name) != wanted:
+                raise InputError(f"{replica.url}: its {name} is {about.get(name)}, {wanted} is needed; {remedy}")
+        wanted, longest = self._max_tokens, about.get("max_tokens", 0)
+        if longest < wanted:
             raise InputError(
-                f"{replica.url}: its --max-model-len is {about['max_tokens']}, rollout.max_tokens={self._max_tokens}; "
-                "start it with as much"
+                f"{replica.url}: its --max-model-len is {longest}, rollout.max_tokens={wanted}; start it with "
+                f"--max-model-len={wanted}"
             )
+        weights.check_layout(about, replica.url)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole turn as a replica sampled it."""
+
+    ids: list[int]
+    logp: list[float]
+    finish_reason: str
+    stop_reason: int | str | None
+
+
+def _read(answer: dict, tag: str) -> Answer | str:
+    """The turn, or why it is none: ABORTED, BROKEN, STALE."""
+    try:
+        (choice,) = answer["choices"]
+        if choice["finish_reason"] == "abort":
+            return ABORTED
+        turn = Answer(
+            [int(id) for id in choice["token_ids"]],
+            [float(token["logprob"]) for token in choice["logprobs"]["content"]],
+            choice["finish_reason"],
+            choice["stop_reason"],
+        )
+        spans = [(span["start"], span["end"]) for span in choice["weight_versions"]]
+        versions = {span["version"] for span in choice["weight_versions"]}
+    except (KeyError, TypeError, ValueError):
+        return BROKEN
+    begins, ends = [begin for begin, _ in spans], [end for _, end in spans]
+    whole = turn.ids and len(turn.logp) == len(turn.ids) and turn.finish_reason in ("stop", "length")
+    if not whole or [*begins, len(turn.ids)] != [0, *ends]:
+        return BROKEN
+    return turn if versions == {tag} else STALE
+
+
+async def _call(client: httpx.AsyncClient, replica: Replica, path: str, **body: Any) -> dict:
+    return _json(await client.post(f"{replica.url}/{path}", json=body))
+
+
+async def _call_worker(client: httpx.AsyncClient, replica: Replica, method: str) -> dict:
+    """What the worker (the first of several) returns."""
+    results = (await _call(client, replica, "collective_rpc", method=method)).get("results")
+    if not isinstance(results, list) or not results or not isinstance(results[0], dict):
+        raise httpx.DecodingError(f"{method}: no result")
+    return results[0]
 
 
 def _json(response: httpx.Response) -> dict:
-    """The answer. Raises httpx.HTTPStatusError for a server's fault, InputError where the request is refused."""
+    """The answer. Raises httpx.HTTPStatusError for a server's fault, httpx.DecodingError for what is no JSON object,
+    InputError where the request is refused."""
     if response.status_code >= 500:
         response.raise_for_status()
     if response.status_code >= 400:
         text = " ".join(response.text.split())[:300]
         raise InputError(f"{response.url}: refused (status {response.status_code}: {text}); {LAUNCH}")
-    return response.json() if response.content else {}
+    try:
+        answer = response.json() if response.content else {}
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise httpx.DecodingError(f"{response.url}: no JSON object")
+    return answer

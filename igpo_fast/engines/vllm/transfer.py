@@ -1,11 +1,10 @@
-"""A backend of vLLM's weight transfer that takes tensors by reference (in process) or as safetensors (over HTTP).
+"""A backend of vLLM's weight transfer that takes tensors by reference (in process) or from a file (over HTTP).
 
 vLLM's own backends need CUDA; this one runs wherever vLLM does. Imported by workers only, through ``worker``.
 """
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
 
 import safetensors.torch
@@ -28,34 +27,39 @@ class Nothing(WeightTransferInitInfo):
 
 @dataclass
 class Bucket(WeightTransferUpdateInfo):
-    """Some tensors of a checkpoint: one of the two."""
+    """Some tensors of a checkpoint, whole: one of the two."""
 
     tensors: list[tuple[str, torch.Tensor]] | None = None
-    safetensors: str | None = None
-    """Base64."""
+    file: str | None = None
+    """Of safetensors, on this host; needed until the update returns."""
 
 
 class BucketTransfer(WeightTransferEngine[Nothing, Bucket]):
+    """What vLLM's worker calls in the course of an update: start, any number of buckets, finish."""
+
     init_info_cls, update_info_cls = Nothing, Bucket
 
     def init_transfer_engine(self, init_info: Nothing) -> None:
-        pass
+        """Nothing: there is no connection."""
 
     def start_weight_update(self) -> None:
+        """Bring the layers to the layout that checkpoints load into."""
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Bucket) -> None:
+        """Load a bucket; a layer is laid out for inference when its last tensor has come."""
         tensors = update_info.tensors
         if tensors is None:
-            found = safetensors.torch.load(base64.b64decode(update_info.safetensors))
+            found = safetensors.torch.load_file(update_info.file)
             tensors = [(name, tensor.to(self.device)) for name, tensor in found.items()]
         self.model.load_weights(tensors)
 
     def finish_weight_update(self) -> None:
+        """Lay out what layers are left, those that got no tensor with what they had."""
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        pass
+        """Nothing: there is no connection."""
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, BucketTransfer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import safetensors.torch
@@ -15,14 +14,17 @@ BACKEND = "igpo"
 """Our backend's name in vLLM's weight transfer."""
 EXTENSION = "igpo_fast.engines.vllm.worker.WorkerExtension"
 BUCKET_BYTES = 64 << 20
+TORCH = "use rollout.engine=torch"
 
 Weights = Sequence[tuple[str, torch.Tensor]]
 
 
-def buckets(weights: Weights, limit: int = BUCKET_BYTES) -> Iterator[Weights]:
-    """Neighbouring tensors of at most ``limit`` bytes together; a larger one alone."""
+def buckets(weights: Weights, dtype: torch.dtype, limit: int = BUCKET_BYTES) -> Iterator[Weights]:
+    """Neighbouring tensors in the engine's dtype, of at most ``limit`` bytes together; a larger one alone, for vLLM's
+    loaders take whole tensors."""
     bucket, size = [], 0
     for name, tensor in weights:
+        tensor = tensor.detach().to(dtype)
         if bucket and size + tensor.nbytes > limit:
             yield bucket
             bucket, size = [], 0
@@ -32,22 +34,27 @@ def buckets(weights: Weights, limit: int = BUCKET_BYTES) -> Iterator[Weights]:
         yield bucket
 
 
-def as_json(bucket: Weights) -> dict[str, str]:
-    """A bucket as ``transfer.Bucket`` reads it from JSON. Tied tensors are written twice: safetensors shares none."""
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in bucket}
-    return {"safetensors": base64.b64encode(safetensors.torch.save(tensors)).decode()}
+def encode(bucket: Weights) -> bytes:
+    """A bucket as safetensors. Tied tensors are written twice: safetensors shares none."""
+    return safetensors.torch.save({name: tensor.cpu().contiguous().clone() for name, tensor in bucket})
 
 
-def fingerprints(weights: Weights) -> dict[str, int]:
-    """The trainer's, each storage read once."""
+def fingerprints(weights: Weights, dtype: torch.dtype) -> dict[str, int]:
+    """The trainer's, in the engine's dtype; each storage read once."""
     known: dict[tuple, int] = {}
     found = {}
     for name, tensor in weights:
         place = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if place not in known:
-            known[place] = fingerprint(tensor)
+            known[place] = fingerprint(tensor.to(dtype))
         found[name] = known[place]
     return found
+
+
+def check_layout(about: Mapping, where: str) -> None:
+    """Raises InputError where ``worker.igpo_about`` says that the engine's weights cannot be compared."""
+    if about.get("unreadable"):
+        raise InputError(f"{where}: its weights cannot be compared with the trainer's ({about['unreadable']}); {TORCH}")
 
 
 def compare(engine: Mapping[str, int], trainer: Mapping[str, int], where: str) -> None:
@@ -60,7 +67,7 @@ def compare(engine: Mapping[str, int], trainer: Mapping[str, int], where: str) -
     what = "is not the trainer's" if differing else f"is in {'the engine' if name in engine else 'the trainer'} alone"
     raise InputError(
         f"{where}: after the weight sync {name} {what} ({len(differing) + len(absent)} of {len(trainer)} tensors); "
-        "rollouts would come from stale weights, so the run stops: start it again, or use rollout.engine=torch"
+        f"rollouts would come from stale weights, so the run stops: start it again, or {TORCH}"
     )
 
 

@@ -22,14 +22,16 @@ class WorkerExtension:
     """Mixed into the worker's class; called through ``collective_rpc``."""
 
     def igpo_about(self) -> dict:
-        """The settings that a trainer relies on, and whether a weight update has begun and not ended."""
-        model, transfer = self.vllm_config.model_config, self.vllm_config.weight_transfer_config
+        """The settings that a trainer relies on, whether a weight update has begun and not ended, and why the weights
+        cannot be compared, if so. (A vLLM of old has no weight transfer.)"""
+        model, transfer = self.vllm_config.model_config, getattr(self.vllm_config, "weight_transfer_config", None)
         return {
             "dtype": str(model.dtype).removeprefix("torch."),
             "logprobs_mode": model.logprobs_mode,
             "max_tokens": model.max_model_len,
             "transfer": transfer and transfer.backend,
-            "updating": self._weight_update_active,
+            "updating": getattr(self, "_weight_update_active", False),
+            "unreadable": self._unreadable(),
         }
 
     def igpo_fingerprints(self) -> dict[str, int]:
@@ -37,26 +39,43 @@ class WorkerExtension:
 
         Packed projections are taken apart. A matrix that the CPU backend has repacked is read through the very product
         that inference makes: unit vectors times the matrix give its columns, exactly.
-
-        Raises:
-            NotImplementedError: the model is sharded over several workers.
         """
-        if self.vllm_config.parallel_config.world_size > 1:
-            raise NotImplementedError("fingerprints need tensor_parallel_size=1 and pipeline_parallel_size=1")
         with torch.inference_mode():
             return dict(_parameters(self.get_model(), self.vllm_config.model_config.dtype))
 
+    def _unreadable(self) -> str:
+        if self.vllm_config.parallel_config.world_size > 1:
+            return "it is cut over several workers; start it with tensor and pipeline parallel size 1"
+        return next((f"{kind} layers lay them out their own way" for kind in _strange(self.get_model())), "")
 
-def _parameters(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, int]]:
-    parts_of = getattr(model, "packed_modules_mapping", {})
+
+def _strange(model: torch.nn.Module) -> Iterator[str]:
+    """Types of layers that ``_parameters`` cannot take apart, like experts of which vLLM makes two tensors."""
     for path, module in model.named_modules():
         if isinstance(module, LinearBase | VocabParallelEmbedding):
-            parent, _, leaf = path.rpartition(".")
-            names = [f"{parent}.{part}" for part in parts_of[leaf]] if leaf in parts_of else [path]
-            yield from _matrices(names, _sizes(module), module, dtype)
+            names, sizes = _packed(model, path, module)
+            if len(names) != len(sizes):
+                yield type(module).__name__
+        elif hasattr(module, "quant_method") and next(module.parameters(recurse=False), None) is not None:
+            yield type(module).__name__
+
+
+def _parameters(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, int]]:
+    for path, module in model.named_modules():
+        if isinstance(module, LinearBase | VocabParallelEmbedding):
+            yield from _matrices(*_packed(model, path, module), module, dtype)
         else:
             for name, parameter in module.named_parameters(recurse=False):
                 yield f"{path}.{name}", fingerprint(parameter.to(dtype))
+
+
+def _packed(model: torch.nn.Module, path: str, module: torch.nn.Module) -> tuple[list[str], list[int]]:
+    """The checkpoint's matrices that make up the module's: names and rows."""
+    leaf = path.rpartition(".")[2]
+    parts = getattr(model, "packed_modules_mapping", {}).get(leaf, [leaf])
+    names = [path.removesuffix(leaf) + part for part in parts]
+    sizes = _sizes(module)
+    return names, sizes if len(names) > 1 else [sum(sizes)]  # Phi-3's checkpoints are packed themselves
 
 
 def _sizes(module: torch.nn.Module) -> list[int]:
