@@ -141,6 +141,9 @@ class Rollout(Section):
     """URLs of replicas that `python -m igpo_fast.engines.vllm.serve` started; empty runs vLLM in this process."""
     server_timeout: AboveZero = 300.0
     """Seconds a turn may take there, and a batch without any replica waits for one to come back."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What vLLM computes in; `auto` is the trainer's `model.dtype`. Weights are rounded to it on their way. With a
+    lower precision than the trainer's, log-probabilities differ (`mismatch/*`): set `algorithm.importance`."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the GPU that vLLM in this process takes for weights and cache; while training it sleeps."""
     mismatch_warn: AboveZero = 0.1
@@ -171,14 +174,17 @@ class Rollout(Section):
     """Given to a chat template that has `enable_thinking` (Qwen3's: `false` opens each turn with an empty thought);
     null leaves the template's own choice."""
     concurrency: Positive = 256
-    """Rollouts in flight in the engine."""
+    """Rollouts that the engine samples at a time. `torch` keeps their keys and values between turns: with it, those
+    that wait for a tool count, too."""
     tool_calls: Positive = 256
     """Most calls of a tool that can fail (`search.url`) at a time; more wait their turn."""
     tool_timeout: AboveZero = 300.0
-    """Seconds after which such a call, its retries included, is given up; `search.on_failure` says what follows."""
+    """Seconds after which such a call is given up, its retries and its wait for one of `search.concurrency` included;
+    `search.on_failure` says what follows."""
     overlap: bool = True
-    """With two passes: score finished groups while the others wait for their tools; a vLLM on the same device is awake
-    meanwhile. `false` scores all at the end, in fuller packs: the same numbers but for rounding."""
+    """With two passes: score finished groups while the others wait for their tools (and while replicas of `server`
+    sample); no deadline runs meanwhile, and a vLLM on the same device stays awake. `false` scores all at the end, in
+    fuller packs: the same numbers but for rounding."""
     oversample: Count = 0
     """Questions sampled beyond `train.questions`. The first ones whose groups are complete and, with `skip_collapsed`,
     not collapsed are trained on."""
@@ -207,7 +213,8 @@ class Search(Section):
     retries: Count = 5
     """Further attempts after a timeout, a lost connection, 408, 429 or 5xx."""
     backoff: NonNegative = 0.5
-    """Seconds before the first of them, doubled before each later one (at most 30); a Retry-After may ask for more."""
+    """Seconds before the first of them, doubled before each later one (at most 30); a Retry-After may ask for more. Up
+    to half as much is added, by query."""
     concurrency: Positive = 64
     """Most requests at a time."""
     max_response_mb: AboveZero = 4.0
@@ -370,6 +377,8 @@ class Config(Section):
             )
         if r.server and r.engine != "vllm":
             raise ValueError("rollout.server is for rollout.engine=vllm; set that, or leave the servers out")
+        if r.dtype != "auto" and r.engine != "vllm":
+            raise ValueError("rollout.dtype is for rollout.engine=vllm; set that, or leave it at auto")
         if bad := [url for url in r.server if not url.startswith(("http://", "https://"))]:
             raise ValueError(f"rollout.server: {bad[0]!r} is no URL; give [http://host:8000, ...]")
         if r.oversample and not (r.skip_collapsed or r.straggler_share < 1 or r.keep == "arrival"):

@@ -163,6 +163,16 @@ def passage_of(row: Mapping[str, Any]) -> Passage:
     Raises:
         ValueError: no id or no text.
     """
+    title, text = title_and_text(row)
+    if row.get("id") in (None, ""):
+        raise ValueError('passage without "id"; give each its own')
+    if not text:
+        raise ValueError('passage without text; fill "text" or "contents", or remove it')
+    return Passage(str(row["id"]), title, text)
+
+
+def title_and_text(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Those of a passage, stripped; empty where there is none. Of ``contents`` the first line is the title."""
     if "contents" in row and "text" not in row:
         title, _, text = str(row["contents"] or "").partition("\n")
         if not text.strip():
@@ -170,11 +180,7 @@ def passage_of(row: Mapping[str, Any]) -> Passage:
         title = title.strip().strip('"')
     else:
         title, text = str(row.get("title") or ""), str(row.get("text") or "")
-    if row.get("id") in (None, ""):
-        raise ValueError('passage without "id"; give each its own')
-    if not text.strip():
-        raise ValueError('passage without text; fill "text" or "contents", or remove it')
-    return Passage(str(row["id"]), title.strip(), text.strip())
+    return title.strip(), text.strip()
 
 
 def question_order(n_questions: int, per_step: int, step: int, seed: int) -> list[int]:
@@ -192,7 +198,8 @@ def question_order(n_questions: int, per_step: int, step: int, seed: int) -> lis
     """
     if n_questions < per_step:
         raise InputError(
-            f"train.questions={per_step}: the data set has {n_questions} training questions; lower it or give more"
+            f"a step asks {per_step} questions (train.questions and rollout.oversample), the data set has "
+            f"{n_questions} to train on; lower these, or give more"
         )
     epoch, at = divmod(step, n_questions // per_step)
     order = random.Random(f"{seed}/{epoch}").sample(range(n_questions), n_questions)

@@ -111,7 +111,12 @@ class StepMetrics:
         row |= self._times
         row["time/step"] = self._clock() - self._start
         row["memory/peak_gb"] = peak_memory_gb()
-        return {key: row[key] for key in KEYS if key in row} | row
+        return ordered(row)
+
+
+def ordered(row: Mapping[str, float]) -> dict[str, float]:
+    """A row with its keys in the order of ``KEYS``; others follow."""
+    return {key: row[key] for key in KEYS if key in row} | row
 
 
 def _ratio(total: float, count: float) -> float:
@@ -143,6 +148,8 @@ class Signature:
     """Whether high values are the bad ones."""
     patience: int = PATIENCE
     """Rows in a row past the limit before a warning."""
+    infinite: bool = False
+    """Whether what is not finite (null in metrics.jsonl) is past the limit; else it is not judged."""
 
 
 EARLY = 5
@@ -196,6 +203,7 @@ SIGNATURES = (
         "sampled log-probabilities are of another policy: try algorithm.importance=token or model.dtype=float32",
         limit=0.1,
         patience=1,
+        infinite=True,
     ),
 )
 
@@ -211,9 +219,10 @@ def warnings_for(rows: Sequence[Mapping], limits: Mapping[str, float] = MappingP
 
 
 def _warning(signature: Signature, rows: Sequence[Mapping]) -> str | None:
-    values = [row[signature.key] for row in rows if _finite(row.get(signature.key))]
-    if not values or not _finite(rows[-1].get(signature.key)):
+    levels = [_level(row, signature) for row in rows]
+    if not levels or levels[-1] is None:
         return None
+    values = [level for level in levels if level is not None]
     limit, judged, began = signature.limit, values, ""
     if callable(limit):
         early = sum(values[:EARLY]) / len(values[:EARLY])
@@ -231,6 +240,14 @@ def _warning(signature: Signature, rows: Sequence[Mapping]) -> str | None:
     steps = f" for {signature.patience} steps" if signature.patience > 1 else ""
     past = f"{'above' if signature.above else 'below'} {limit:.3g}{steps}"
     return f"{signature.what}: {signature.key} {values[-1]:.3g}, {past}{began}; {signature.remedy}"
+
+
+def _level(row: Mapping, signature: Signature) -> float | None:
+    """A row's value as it is judged; None if it is not."""
+    value = row.get(signature.key)
+    if _finite(value):
+        return value
+    return math.inf if signature.infinite and signature.key in row else None
 
 
 def _finite(value) -> bool:

@@ -48,7 +48,10 @@ class Packs:
         numbers = [range(starts[g], starts[g + 1]) for g in share]
         branches = [self._branches(group) for group in groups] if scored else None
         trees = make_trees(groups, branches, numbers)
-        return pack_within(trees, self._budget, split=self._passes == "two")
+        plans = pack_within(trees, self._budget, split=self._passes == "two")
+        for plan in plans:
+            self._policy.choose_attention(plan)
+        return plans
 
     def separate_tokens(self, batch: Batch) -> int:
         """Tokens that separate passes would read for the same numbers: each rollout for each pass, and each of its

@@ -28,6 +28,8 @@ from igpo_kernels import triton_variants
 
 @dataclass(frozen=True)
 class Parts:
+    """A run's parts: ``assemble`` makes them, the commands use them."""
+
     config: Config
     data: Data
     tokenizer: PreTrainedTokenizerFast
@@ -52,7 +54,11 @@ class Parts:
         self, tool: Tool | None = None, progress: Callable[[int, int], None] | None = None
     ) -> dict[str, float]:
         """Sampled F1 on the held-out questions, with the run's search or another ``tool``; where that can fail,
-        ``eval/search_failures`` is how many searches did, for good."""
+        ``eval/search_failures`` is how many searches did, for good.
+
+        Raises:
+            InputError: no engine answers, or every search failed.
+        """
         if not self.engine.version:
             self.send_weights()
         settings, tool = self.config.eval, tool or self.tool

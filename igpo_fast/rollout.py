@@ -6,9 +6,12 @@ import asyncio
 import hashlib
 import math
 import statistics
+import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,7 @@ import numpy as np
 from igpo_fast.dialect import Dialect
 from igpo_fast.engines.base import Engine, Request, Sampling, others
 from igpo_fast.errors import InputError
-from igpo_fast.tools.base import Tool, ToolResult
+from igpo_fast.tools.base import Tool, close
 from igpo_fast.types import ANSWER, SEARCH, Group, Question, Rollout, Turn, TurnScores
 
 NOTHING = np.zeros(0, dtype=np.int32)
@@ -68,12 +71,14 @@ async def run_rollout(
     dialect: Dialect,
     limits: Limits,
     sampling: Sampling,
+    turn: Callable[[], AbstractAsyncContextManager] = nullcontext,
 ) -> Rollout:
     """Turn after turn until the policy answers, ``max_turns`` are made, or the next turn would not fit.
 
     Args:
         key: (seed, step, question, rollout), keys the sampling noise.
         index: the rollout's place in its group.
+        turn: makes what is entered while the engine samples a turn.
     Returns:
         The rollout; its last turn has no response. A turn cut by length counts only if it parses anyway.
     Raises:
@@ -83,19 +88,19 @@ async def run_rollout(
     ids, turns = prompt, []
     try:
         while True:
-            generation = await engine.generate(
-                Request(
-                    key=key,
-                    ids=ids,
-                    max_tokens=limits.max_turn_tokens,
-                    stop_ids=dialect.stop_ids,
-                    stop_strings=dialect.stop_strings,
-                    sampling=sampling,
-                )
+            request = Request(
+                key=key,
+                ids=ids,
+                max_tokens=limits.max_turn_tokens,
+                stop_ids=dialect.stop_ids,
+                stop_strings=dialect.stop_strings,
+                sampling=sampling,
             )
+            async with turn():
+                generation = await engine.generate(request)
             text = dialect.decode(generation.ids)
             action, argument = dialect.parse(text)
-            turn = Turn(generation.ids, generation.logp, text, action, argument, response_ids=NOTHING)
+            last = Turn(generation.ids, generation.logp, text, action, argument, response_ids=NOTHING)
             if action == ANSWER or len(turns) + 1 == limits.max_turns:
                 break
             result = await tool(argument, question.corpus) if action == SEARCH else None
@@ -104,11 +109,38 @@ async def run_rollout(
             if not limits.fits(len(extended)):
                 break
             passages = tuple(passage.id for passage in result.passages) if result else ()
-            turns.append(replace(turn, response_ids=response_ids, response=response, passages=passages))
+            turns.append(replace(last, response_ids=response_ids, response=response, passages=passages))
             ids = extended
     finally:
         engine.release(key)
-    return Rollout(question, index, prompt, (*turns, turn))
+    return Rollout(question, index, prompt, (*turns, last))
+
+
+class RolloutLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock stands still while the loop does.
+
+    So the trainer's work on a finished group counts against no deadline of a tool, a server or a straggler: whether an
+    answer came in time does not depend on how quick the trainer is. What arrived meanwhile is read when the loop goes
+    on.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._stood, self._stopped = 0.0, self.clock()
+
+    clock = staticmethod(time.monotonic)
+    """The world's seconds."""
+
+    def time(self) -> float:
+        """Seconds that deadlines are measured in."""
+        return self.clock() - self._stood
+
+    def run_forever(self) -> None:
+        self._stood += self.clock() - self._stopped
+        try:
+            super().run_forever()
+        finally:
+            self._stopped = self.clock()
 
 
 @dataclass(frozen=True)
@@ -132,7 +164,7 @@ class _Flight:
     def __init__(
         self,
         run: Callable[..., Coroutine[Any, Any, Rollout]],
-        tool: Tool,
+        engine: Engine,
         questions: Sequence[Question],
         group_size: int,
         concurrency: int,
@@ -140,12 +172,15 @@ class _Flight:
         stragglers: Stragglers | None,
         progress: Callable[[int, int], None] | None,
     ):
-        self._run, self._tool, self._questions, self._group_size = run, tool, questions, group_size
-        self._gate, self._changed = asyncio.Semaphore(concurrency), asyncio.Event()
+        self._run, self._questions, self._group_size = run, questions, group_size
+        places, free = asyncio.Semaphore(concurrency), nullcontext()
+        self._rollout, self._turn = (places, free) if engine.keeps_rollouts else (free, places)
+        self._remote = engine.remote
+        self._changed = asyncio.Event()
         self._enough, self._stragglers, self._progress = enough, stragglers, progress
-        self._all: asyncio.Future | None = None
-        self._begun: dict[asyncio.Timeout, float] = {}  # of each rollout in flight: its deadline, when it began
-        self._waiting = 0  # those of them that wait for their tool
+        self._tasks: list[asyncio.Task] = []
+        self._begun: dict[asyncio.Timeout, float] = {}  # of each rollout that has: its deadline, when it began
+        self._sampling = 0  # rollouts whose turn the engine has or gets next
         self._seconds: list[float] = []  # that the finished ones took
         self._allowed: float | None = None  # seconds, once enough of them are known
         self._ended: dict[int, dict[int, Rollout | None]] = defaultdict(dict)
@@ -154,21 +189,29 @@ class _Flight:
         self.stragglers = 0
 
     async def next(self) -> tuple[int, Group] | None:
-        """A finished group, as soon as nothing can be sampled before a tool answers; None after the last."""
-        if self._all is None:
+        """A finished group, as soon as ``finished_groups`` may hand it out; None after the last."""
+        if not self._tasks:
             places = range(len(self._questions))
-            self._all = asyncio.gather(*(self._one(place, i) for place in places for i in range(self._group_size)))
+            rollouts = [self._one(place, i) for place in places for i in range(self._group_size)]
+            self._tasks = [asyncio.create_task(rollout) for rollout in rollouts]
+            self._all = asyncio.gather(*self._tasks)
             self._all.add_done_callback(self._over)
         while self._groups < self._enough:
             await others()  # what has arrived meanwhile goes first
             if self._all.done():
                 self._all.result()  # raises the first fault
                 break
-            if self._finished and self._waiting == len(self._begun):
+            if self._finished and (self._remote or not self._sampling):
                 break
             self._changed.clear()
             await self._changed.wait()
         return self._finished.popleft() if self._finished else None
+
+    async def end(self) -> None:
+        """Cancel what is left, and see it end."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _over(self, everything: asyncio.Future) -> None:
         everything.cancelled() or everything.exception()  # else asyncio complains, where nobody asks any more
@@ -177,30 +220,33 @@ class _Flight:
     async def _one(self, place: int, index: int) -> None:
         question, rollout = self._questions[place], None
         loop = asyncio.get_running_loop()
-        async with self._gate:
-            began = loop.time()
+        async with self._rollout:
             try:
                 async with asyncio.timeout(None) as deadline:
-                    self._begun[deadline] = began
-                    self._limit(deadline)
-                    rollout = await self._run(question, index, tool=self._call)
+                    rollout = await self._run(question, index, turn=partial(self._sample, deadline))
             except TimeoutError:
                 if not deadline.expired():
                     raise
                 self.stragglers += 1
             finally:
-                del self._begun[deadline]
+                began = self._begun.pop(deadline, None)
         if rollout is not None:
             self._seconds.append(loop.time() - began)
         self._end(place, index, rollout)
 
-    async def _call(self, query: str, corpus: str = "") -> ToolResult:
-        self._waiting += 1
-        self._changed.set()
+    @asynccontextmanager
+    async def _sample(self, deadline: asyncio.Timeout) -> AsyncIterator[None]:
+        """A turn of the rollout with this deadline, which begins when its first turn may."""
+        self._sampling += 1
         try:
-            return await self._tool(query, corpus)
+            async with self._turn:
+                if deadline not in self._begun:
+                    self._begun[deadline] = asyncio.get_running_loop().time()
+                    self._limit(deadline)
+                yield
         finally:
-            self._waiting -= 1
+            self._sampling -= 1
+            self._changed.set()
 
     def _end(self, place: int, index: int, rollout: Rollout | None) -> None:
         group = self._ended[place]
@@ -241,22 +287,25 @@ def finished_groups(
     stragglers: Stragglers | None = None,
     counts: Counter | None = None,
     progress: Callable[[int, int], None] | None = None,
-    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] = RolloutLoop,
 ) -> Iterator[tuple[int, Group]]:
     """``group_size`` rollouts of each question, all together; groups as they finish.
 
     A group is handed out when the engine has nothing to do: every rollout in flight waits for its tool, or all have
-    ended. While the caller works on it nothing else runs, so that work on the engine's device costs tools' time only.
+    ended. While the caller works on it nothing else runs here, and no clock does: work on the engine's device costs
+    tools' time only, and no deadline. An engine that is ``remote`` samples on meanwhile, so its groups are handed out
+    at once.
 
     Args:
         seed, step: they key the sampling noise, with question and rollout: what is sampled depends neither on
             the other questions nor on their order.
-        concurrency: rollouts in flight at a time.
+        concurrency: rollouts that the engine samples at a time; one that ``keeps_rollouts`` between turns counts those
+            that wait for their tool, too.
         enough: end with so many groups, whichever finish first, and cancel the rest; None waits for all.
         stragglers: None waits for every rollout.
         counts: gets ``rollout/stragglers``, the rollouts that were left out.
         progress: called with (done, total) after each rollout.
-        loop_factory: makes the event loop; None takes asyncio's.
+        loop_factory: makes the event loop.
     Yields:
         A group and its question's place in ``questions``.
     Raises:
@@ -270,18 +319,26 @@ def finished_groups(
             "more questions than the data set has"
         )
 
-    def run(question: Question, index: int, tool: Tool) -> Coroutine[Any, Any, Rollout]:
+    def run(question: Question, index: int, turn: Callable) -> Coroutine[Any, Any, Rollout]:
         key = (seed, step, question_key(question), index)
         return run_rollout(
-            question, key, index, engine=engine, tool=tool, dialect=dialect, limits=limits, sampling=sampling
+            question, key, index, engine=engine, tool=tool, dialect=dialect, limits=limits, sampling=sampling, turn=turn
         )
 
     enough = len(questions) if enough is None else enough
-    flight = _Flight(run, tool, questions, group_size, concurrency, enough, stragglers, progress)
+    flight = _Flight(run, engine, questions, group_size, concurrency, enough, stragglers, progress)
+
+    async def end() -> None:
+        await flight.end()
+        await close(tool, engine)
+
     # A Runner keeps its loop between runs; when it closes it cancels what is left and awaits its end.
     with asyncio.Runner(loop_factory=loop_factory) as runner:
-        while (found := runner.run(flight.next())) is not None:
-            yield found
+        try:
+            while (found := runner.run(flight.next())) is not None:
+                yield found
+        finally:
+            runner.run(end())
     if counts is not None:
         counts["rollout/stragglers"] += flight.stragglers
 

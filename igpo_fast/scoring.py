@@ -26,7 +26,8 @@ from igpo_kernels import (
     linear_policy_loss,
     policy_loss,
 )
-from igpo_kernels.huggingface import TreeAttend
+from igpo_kernels.huggingface import TreeAttend, heads_of
+from igpo_kernels.tree_attention import backend_for
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class Policy(torch.nn.Module):
         self.lm, self.temperature, self.settings, self.backend = lm, temperature, settings, backend
         self.tokens_read = 0
         """Packed tokens that ``forward`` has read so far."""
+
+    def choose_attention(self, plan: TreePlan) -> None:
+        """Decide which implementation of attention reads a plan that was just built."""
+        if self.backend == "auto":
+            backend_for(plan, self.lm.device, self.lm.dtype, *heads_of(self.lm))
 
     def forward(
         self, plan: TreePlan, inputs: LossInputs | None = None, advantages_of: AdvantagesOf | None = None
@@ -124,11 +130,13 @@ class Policy(torch.nn.Module):
             for name, value in vars(inputs).items()
         }
         part = slice(0, plan.n_decisions)
-        if settings.sequence_ratio or settings.importance != "none":
+        if settings.sequence_ratio or settings.importance == "sequence":
             logp, entropy = self._logp(hidden, plan, part, entropy=True)
             sequence = torch.unique(plan.tensor("rollout", device)[part], return_inverse=True)[1]
             entropy = entropy if settings.entropy else entropy.detach()
-            loss, sums = policy_loss(logp, settings=settings, entropy=entropy, sequence=sequence, **on)
+            loss, sums = policy_loss(
+                logp, settings=settings, entropy=entropy, sequence=sequence, backend=self.backend, **on
+            )
             return loss, sums, logp.detach()
         weight, options = self._head()
         row, label = (plan.tensor(name, device)[part] for name in ("row", "label"))

@@ -23,7 +23,7 @@ from igpo_fast.config import Config
 from igpo_fast.data import Data
 from igpo_fast.dialect import Dialect
 from igpo_fast.model import hidden_states, lm_head, load
-from igpo_fast.tools.base import Tool, ToolError
+from igpo_fast.tools.base import Tool, ToolError, close
 from igpo_fast.tools.search import Bm25Search
 from igpo_fast.types import ANSWER, SEARCH, Question
 from igpo_fast.world import CLEAN, HARD, NOISY, Demonstration, Noise, World, demonstrate, make_worlds
@@ -85,7 +85,7 @@ def train(
     total = steps_of(config)
     for step, batch in enumerate(_batches(config, dialect, data, tool)):
         optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / total)
-        loss = demonstration_loss(lm, batch, settings.response_weight)
+        loss = demonstration_loss(lm, batch, settings.response_weight, config.model.kernels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
@@ -95,18 +95,21 @@ def train(
 
 
 def demonstration_loss(
-    lm: PreTrainedModel, batch: list[tuple[np.ndarray, np.ndarray]], response_weight: float
+    lm: PreTrainedModel, batch: list[tuple[np.ndarray, np.ndarray]], response_weight: float, backend: str = "auto"
 ) -> torch.Tensor:
     """Weighted mean negative log-likelihood of the tokens after the prompts.
 
     Args:
         batch: per demonstration its tokens and who wrote each, int [L].
+        backend: which implementation of igpo_kernels runs.
     """
     plan = pack([Tree([RolloutTokens(i, ids, writer)]) for i, (ids, writer) in enumerate(batch)])
     tensor = lambda name: plan.tensor(name, lm.device)  # noqa: E731
-    hidden = hidden_states(lm, tensor("input_ids"), tensor("position_ids"), TreeAttend(plan))
+    hidden = hidden_states(lm, tensor("input_ids"), tensor("position_ids"), TreeAttend(plan, backend))
     head = lm_head(lm)
-    logp = linear_logprob(hidden, head.weight, tensor("label"), tensor("row"), head.bias, softcap=head.softcap)
+    logp = linear_logprob(
+        hidden, head.weight, tensor("label"), tensor("row"), head.bias, softcap=head.softcap, backend=backend
+    )
     weight = torch.where(tensor("turn") == WRITTEN, 1.0, response_weight).to(logp.dtype)
     return -(weight * logp).sum() / weight.sum()
 
@@ -143,7 +146,11 @@ def _batches(config: Config, dialect: Dialect, data: Data, tool: Tool) -> Iterat
     phases = ((settings.clean_steps, CLEAN), (settings.noisy_steps, NOISY), (settings.hard_steps, HARD))
 
     async def written(noise: Noise) -> list:
-        return [await write(draw(noise), dialect, tool, config.rollout.max_tokens) for _ in range(settings.batch_size)]
+        try:
+            most = config.rollout.max_tokens
+            return [await write(draw(noise), dialect, tool, most) for _ in range(settings.batch_size)]
+        finally:
+            await close(tool)
 
     for steps, noise in phases:
         for _ in range(steps):

@@ -21,20 +21,21 @@ from igpo_fast.checkpoint import RunFolder, load_checkpoint, open_run, rewind, s
 from igpo_fast.config import Config
 from igpo_fast.data import question_order
 from igpo_fast.display import Display
-from igpo_fast.engines.base import EngineError
 from igpo_fast.errors import InputError
 from igpo_fast.interrupt import Interrupted, stop_requested
 from igpo_fast.losses import token_weights
-from igpo_fast.metrics import StepMetrics, tracker, warnings_for
+from igpo_fast.metrics import StepMetrics, ordered, tracker, warnings_for
+from igpo_fast.model import kernels_of
 from igpo_fast.packs import Packs, Scored, count_tokens, rollout_key
 from igpo_fast.parts import Parts, assemble
 from igpo_fast.passes import choose_passes, groups_a_pack
 from igpo_fast.rollout import Stragglers, finished_groups, in_ranges, rollout_record
 from igpo_fast.scoring import LossInputs, Policy
-from igpo_fast.tools.base import ToolError, settle
-from igpo_fast.types import Batch, Group, TurnScores
+from igpo_fast.tools.base import settle
+from igpo_fast.types import Batch, Group, Question, TurnScores
 from igpo_kernels import LossSettings, TreePlan
-from igpo_kernels.backend import chosen
+from igpo_kernels.huggingface import heads_of
+from igpo_kernels.tree_attention import automatic
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 """``train.lr_schedule`` -> transformers' name of it."""
@@ -49,39 +50,45 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
     """
     with display or Display(config.train.steps) as display, open_run(config.run.dir, config) as run:
         trainer = Trainer(config, display)
-        first = trainer.resume(run)
+        first, row = trainer.resume(run)
         rows = run.read_metrics()
-        if not rows:
-            rows.append({"step": 0, **trainer.evaluate()})
-            run.append_metrics(rows[0])
-            display.step(rows[0])
-        with tracker(config.run.tracker, run.path / "tensorboard", first) as track, stop_requested() as stop:
-            for step in range(first + 1, config.train.steps + 1):
-                metrics = StepMetrics(step)
-                questions = trainer.questions(step)
-                finished = trainer.rollouts(questions, step, metrics)
-                try:
-                    batch, found = trainer.collect(finished, step, metrics)
-                except (ToolError, EngineError):  # nothing has changed since the last step; keep that
-                    if step > 1:
-                        trainer.save(run, step - 1)
-                    raise
-                batch = trainer.update(batch, metrics, found)
-                trainer.sync(metrics)
-                if trainer.evaluation_due(step):
-                    metrics.set(trainer.evaluate())
-                records = map(rollout_record, batch.rollouts, batch.scores)
-                run.write_rollouts(step, records)
-                rows.append(row := metrics.row())
+        with tracker(config.run.tracker, run.path / "tensorboard", first) as track:
+
+            def report(row: dict[str, float]) -> None:
+                rows.append(row)
                 run.append_metrics(row)
                 track(row)
                 display.step(row)
                 for warning in warnings_for(rows, {"mismatch/logp_abs_diff": config.rollout.mismatch_warn}):
                     display.warn(warning)
-                if step % config.train.checkpoint_every == 0 or step == config.train.steps or stop.is_set():
-                    trainer.save(run, step)
-                if stop.is_set() and step < config.train.steps:
-                    raise Interrupted(f"stopped after step {step}, which {run.checkpoints} holds")
+
+            if not rows or rows[-1]["step"] < first:  # the start, or a step whose sync or evaluation failed
+                report(ordered(row | trainer.evaluate()) if trainer.evaluation_due(first) else row)
+            with stop_requested() as stop:
+                for step in range(first + 1, config.train.steps + 1):
+                    metrics = StepMetrics(step)
+                    questions = trainer.questions(step)
+                    finished = trainer.rollouts(questions, step, metrics)
+                    try:
+                        batch, found = trainer.collect(finished, step, metrics)
+                    except InputError:  # nothing has changed since the last step: keep that
+                        if step > 1:
+                            trainer.save(run, step - 1)
+                        raise
+                    batch = trainer.update(batch, metrics, found)
+                    run.write_rollouts(step, map(rollout_record, batch.rollouts, batch.scores))
+                    try:
+                        trainer.sync(metrics)
+                        if trainer.evaluation_due(step):
+                            metrics.set(trainer.evaluate())
+                    except InputError:  # keep the step; who resumes completes its row
+                        trainer.save(run, step, metrics.row())
+                        raise
+                    report(metrics.row())
+                    if step % config.train.checkpoint_every == 0 or step == config.train.steps or stop.is_set():
+                        trainer.save(run, step)
+                    if stop.is_set() and step < config.train.steps:
+                        raise Interrupted(f"stopped after step {step}, which {run.checkpoints} holds")
     return run
 
 
@@ -129,23 +136,30 @@ class Trainer:
             f"{torch.get_num_threads()} threads, {len(self.parts.data.train):,} questions"
         )
 
-    def resume(self, run: RunFolder) -> int:
-        """Restore the newest checkpoint, move aside what was written after it; returns its step, 0 without one."""
+    def resume(self, run: RunFolder) -> tuple[int, dict[str, float]]:
+        """Restore the newest checkpoint, move aside what was written after it.
+
+        Returns:
+            its step, 0 without one, and what is known of the step's row, where that was not written.
+        """
         loaded = load_checkpoint(run, self.parts.lm, self.optimizer, self.scheduler)
         run.begin()
-        step = loaded[0] if loaded else 0
+        step, extra = loaded or (0, {})
         moved = rewind(run, step)
         if loaded:
             self.display.note(f"resumed after step {step}")
         if moved:
             self.display.note(f"what an earlier session wrote after step {step} is in {moved}")
         self.parts.send_weights()
-        return step
+        return step, extra.get("row", {"step": step})
 
-    def save(self, run: RunFolder, step: int) -> None:
-        save_checkpoint(run, step, self.parts.lm, self.parts.tokenizer, self.optimizer, self.scheduler, {})
+    def save(self, run: RunFolder, step: int, row: Mapping[str, float] | None = None) -> None:
+        """Write the checkpoint of a step that has just ended; ``row``: its row, if that cannot be written yet."""
+        extra = {} if row is None else {"row": {key: np.asarray(value).item() for key, value in row.items()}}
+        save_checkpoint(run, step, self.parts.lm, self.parts.tokenizer, self.optimizer, self.scheduler, extra)
 
-    def questions(self, step: int) -> list:
+    def questions(self, step: int) -> list[Question]:
+        """What a step asks, spare questions (``rollout.oversample``) included."""
         train, config = self.parts.data.train, self.config.train
         asked = config.questions + self.config.rollout.oversample
         return [train[i] for i in question_order(len(train), asked, step - 1, config.seed)]
@@ -223,15 +237,28 @@ class Trainer:
         return Batch(batch.step, batch.groups, scores)
 
     def sync(self, metrics: StepMetrics) -> None:
-        with metrics.phase("sync"):
-            self.parts.send_weights()
-        metrics.set(self.parts.engine.counts())
+        """Bring the engine to the new weights; the row gets ``time/sync`` and what the engine counted in the step.
+
+        Raises:
+            InputError: they did not arrive.
+        """
+        try:
+            with metrics.phase("sync"):
+                self.parts.send_weights()
+        finally:
+            metrics.set(self.parts.engine.counts())
 
     def evaluation_due(self, step: int) -> bool:
+        """At the start (step 0), at the end, and every ``eval.every`` steps."""
         every = self.config.eval.every
-        return step == self.config.train.steps or (every > 0 and step % every == 0)
+        return step in (0, self.config.train.steps) or (every > 0 and step % every == 0)
 
     def evaluate(self) -> dict[str, float]:
+        """The metrics of ``Parts.evaluate``; warns where searches failed.
+
+        Raises:
+            InputError: no engine or no search answers.
+        """
         self.display.phase("evaluation", total=len(self.parts.data.eval))
         found = self.parts.evaluate(progress=lambda done, total: self.display.advance())
         if failures := found.get("eval/search_failures"):
@@ -352,7 +379,11 @@ class Trainer:
 
 def _kernels(config: Config, lm: torch.nn.Module) -> str:
     """Which implementation of each op runs, in words."""
-    names = chosen(config.model.kernels, lm.device)
+    names = kernels_of(lm, config.model.kernels)
+    if config.model.kernels == "auto":
+        sequences = automatic(lm.device, lm.dtype, *heads_of(lm), sequences=True)
+        if sequences != names["tree_attention"]:
+            names["tree_attention"] += f" ({sequences} for single sequences)"
     if len(set(names.values())) == 1:
         return next(iter(names.values()))
     return ", ".join(f"{op} {name}" for op, name in names.items())

@@ -34,7 +34,7 @@ class ScriptedEngine:
     It holds callers to the contract: a request extends what its key sent and got before, token for token.
     """
 
-    name, version = "scripted", 0
+    name, version, remote, keeps_rollouts = "scripted", 0, False, True
 
     def __init__(self, script: Callable[[tuple[int, ...], int], str]):
         self.script = script

@@ -172,6 +172,16 @@ def test_a_mismatch_warns_at_once_over_the_limit_given():
     assert f"{key} 0.2, above 0.1;" in message
 
 
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf])
+def test_a_mismatch_that_is_not_finite_warns(bad):
+    rows = rows_of("mismatch/logp_abs_diff", [0.01, bad])
+    assert [warning.partition(";")[0] for warning in warnings_for(rows)] == [
+        "engine and trainer disagree: mismatch/logp_abs_diff inf, above 0.1"
+    ]
+    assert warnings_for(rows_of("mismatch/logp_abs_diff", [0.01, bad, bad])) == []
+    assert warnings_for([*rows, {"step": 3}]) == []
+
+
 def test_hovering_about_the_limit_warns_once():
     hovering = ([0.96] * PATIENCE + [0.94]) * 5
     assert warned_at("reward/ig_zero", hovering) == [PATIENCE]

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import random
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 from hypothesis import given
@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from igpo_fast.engines.base import Sampling
 from igpo_fast.rollout import Stragglers, finished_groups, in_ranges, question_key, rollout_groups
 from igpo_fast.tools.base import Passage, ToolResult
+from igpo_fast.tools.limited import LimitedTool
 from igpo_fast.types import Question
-from tests.clock import JumpingLoop
+from tests.clock import JumpingLoop, arrival
 from tests.scripted import ScriptedEngine, ScriptedTool
 from tests.test_rollout import DIALECT, LIMITS
 
@@ -27,9 +28,10 @@ def query(index):
 
 
 class SlowEngine(ScriptedEngine):
-    """A rollout makes ``searches(place, index)`` searches, then answers; each turn takes ``seconds``."""
+    """A rollout makes ``searches(place, index)`` searches, then answers; each turn takes ``seconds``, on other
+    machines if it is ``remote``."""
 
-    def __init__(self, questions, searches, seconds=0.0):
+    def __init__(self, questions, searches, seconds=0.0, remote=False, keeps_rollouts=True):
         self.place = {question_key(question): place for place, question in enumerate(questions)}
 
         def script(key, turn):
@@ -37,12 +39,14 @@ class SlowEngine(ScriptedEngine):
             return f"<search> {query(key[3])} </search>" if searching else ANSWER
 
         super().__init__(script)
-        self.seconds, self.busy, self.broken = seconds, 0, None
+        self.seconds, self.busy, self.most, self.broken = seconds, 0, 0, None
+        self.remote, self.keeps_rollouts = remote, keeps_rollouts
 
     async def generate(self, request):
         self.busy += 1
+        self.most = max(self.most, self.busy)
         try:
-            await asyncio.sleep(self.seconds)
+            await (arrival if self.remote else asyncio.sleep)(self.seconds)
             if self.broken == (self.place[request.key[2]], request.key[3], len(request.ids) > 3):
                 raise FloatingPointError("sampling: the model's logits are not finite")
             return await super().generate(request)
@@ -63,7 +67,7 @@ class SlowTool(ScriptedTool):
         self.calls.append((query, corpus))
         self.waiting += 1
         try:
-            await asyncio.sleep(self.latencies[int(corpus)][index][call])
+            await arrival(self.latencies[int(corpus)][index][call])
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -75,10 +79,11 @@ class SlowTool(ScriptedTool):
 class Scene:
     """A batch with ``latencies[place][index]``, a list each: a rollout makes as many searches."""
 
-    def __init__(self, latencies, turn_seconds=0.0):
+    def __init__(self, latencies, turn_seconds=0.0, **engine):
         self.latencies = latencies
         self.questions = [Question(f"q{i}", "A B ?", ("C D",), corpus=str(i)) for i in range(len(latencies))]
-        self.engine = SlowEngine(self.questions, lambda place, index: len(latencies[place][index]), turn_seconds)
+        searches = lambda place, index: len(latencies[place][index])  # noqa: E731
+        self.engine = SlowEngine(self.questions, searches, turn_seconds, **engine)
         self.tool, self.loop, self.counts, self.progress = SlowTool(latencies), JumpingLoop(), Counter(), []
 
     def groups(self, run=finished_groups, **options):
@@ -124,6 +129,13 @@ class TestTime:
             free[0] += seconds
         assert scene.loop.now == pytest.approx(max(free), abs=1e-6)
 
+    @pytest.mark.parametrize("keeps_rollouts, seconds", [(True, 14), (False, 8)])
+    def test_who_waits_for_a_tool_makes_room_unless_the_engine_keeps_it(self, keeps_rollouts, seconds):
+        # One at a time: turns of 1 s, a search of 5 s between them.
+        scene = Scene([[[5.0]], [[5.0]]], turn_seconds=1.0, keeps_rollouts=keeps_rollouts)
+        scene.groups(rollout_groups, concurrency=1)
+        assert (scene.loop.now, scene.engine.most) == (seconds, 1)
+
 
 class TestHandedOut:
     def test_work_on_a_finished_group_costs_no_time_while_a_tool_is_waited_for(self):
@@ -157,6 +169,36 @@ class TestHandedOut:
         scene = Scene([[[]], [[2.0, 2.0]], [[0.0, 2.0]]], turn_seconds=2.0)
         times = [scene.loop.now for _ in scene.groups()]
         assert times == [10.0] * 3
+
+    def test_at_once_if_the_engine_is_elsewhere(self):
+        scene = Scene([[[]], [[2.0, 2.0]], [[0.0, 2.0]]], turn_seconds=2.0, remote=True)
+        assert [scene.loop.now for _ in scene.groups()] == [2.0, 8.0, 10.0]
+
+    def test_an_engine_elsewhere_goes_on_meanwhile(self):
+        # Rollout 1 samples in 0-2 s, and from 5 s, when its result of 4 s is read; then in 9-11 s.
+        scene = Scene([[[]], [[2.0, 2.0]], [[0.0, 2.0]]], turn_seconds=2.0, remote=True)
+        for place, _ in scene.groups():
+            scene.loop.spend(3 if place == 0 else 0)
+        assert scene.loop.now == 11
+
+    def test_no_deadline_counts_the_work(self):
+        # The second answer to rollout 1 comes in the work of 3 s, and is read after it.
+        scene = Scene([[[1.0]], [[1.0, 0.25]]])
+        tool = scene.tool
+
+        async def in_pieces(query, corpus):
+            result = await tool(query, corpus)
+            await arrival(0.125)
+            return result
+
+        scene.tool = LimitedTool(in_pieces, calls=8, timeout=1.5, failure_text="D")
+        times = []
+        for _, group in scene.groups():
+            times.append(scene.loop.now)
+            scene.loop.spend(3)
+            assert all(turn.passages for turn in group.rollouts[0].turns[:-1])
+        assert times == [1.125, 4.25]
+        assert not scene.tool.counts["timeouts"]
 
     def test_what_is_sampled_does_not_depend_on_it(self):
         latencies = uniform(4, 2)
@@ -221,6 +263,16 @@ class TestStragglers:
         assert [len(group.rollouts) for group in groups] == [2, 2]
         assert scene.loop.now == 4.5  # 2.5 + 2 s allowed
 
+    def test_work_on_a_group_makes_none(self):
+        # The median is 1 s; the last rollout has 1.5 s, of which 1 has passed when the work of 3 s begins.
+        scene = Scene([[[1.0], [1.0]], [[1.0], [1.25, 0.25]]])
+        sizes = []
+        for _, group in scene.groups(stragglers=Stragglers(share=0.5, factor=1.5)):
+            sizes.append((len(group.rollouts), scene.loop.now))
+            scene.loop.spend(3)
+        assert sizes == [(2, 1.0), (2, 4.25)]
+        assert scene.counts == {"rollout/stragglers": 0}
+
     def test_a_tools_own_timeout_is_a_fault_not_a_straggler(self):
         scene = Scene(self.LATENCIES)
 
@@ -253,6 +305,22 @@ class TestNothingLeaks:
         assert not asyncio.all_tasks(scene.loop)
         assert (scene.engine.busy, scene.tool.waiting) == (0, 0)
         assert sorted(scene.engine.released) == sorted(scene.engine.sequences)
+
+    @pytest.mark.parametrize("ending", ["all", "stopped", "fault"])
+    def test_tool_and_engine_are_closed_when_no_rollout_uses_them_any_more(self, ending):
+        scene, closed = Scene([[[1.0]], [[2.0]]]), []
+
+        async def aclose():
+            assert (scene.engine.busy, scene.tool.waiting) == (0, 0)
+            closed.append(asyncio.get_running_loop() is scene.loop)
+
+        scene.engine.aclose = scene.tool.aclose = aclose
+        scene.engine.broken = (0, 0, True) if ending == "fault" else None
+        with suppress(FloatingPointError), closing(scene.groups()) as groups:
+            for _ in groups:
+                if ending == "stopped":
+                    break
+        assert closed == [True, True]
 
     def test_when_the_consumer_stops(self):
         scene = Scene([[[1.0], [1.0]], [[2.0], [3.0]], [[4.0, 4.0], [5.0]]])

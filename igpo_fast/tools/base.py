@@ -40,12 +40,19 @@ class ToolResult:
 class Tool(Protocol):
     """A search tool: a query in, passages out.
 
-    One that can fail has an attribute ``counts``, a Counter of ``COUNTS``.
+    One that can fail has an attribute ``counts``, a Counter of ``COUNTS``; one that keeps connections has ``aclose``.
     """
 
     async def __call__(self, query: str, corpus: str = "") -> ToolResult:
         """Search ``corpus`` (``Question.corpus``) for ``query``."""
         ...
+
+
+async def close(*parts: object) -> None:
+    """Let tools and engines that have ``aclose`` close what belongs to this event loop, which ends."""
+    for part in parts:
+        if hasattr(part, "aclose"):
+            await part.aclose()
 
 
 def settle(tool: Tool, what: str) -> tuple[dict[str, float], str]:

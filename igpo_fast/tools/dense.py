@@ -47,6 +47,7 @@ class Dense:
         self._alone = threading.Lock()  # tokenizers and models are not made for several threads
 
     def build(self, documents: Documents, folder: Path, bar: Bar) -> None:
+        """Encode all passages into ``folder/vectors.npy``: float32 [passages, dimensions]."""
         vectors = None
         with bar("vectors") as progress:
             for start in range(0, len(documents), self.BATCH):
@@ -60,9 +61,11 @@ class Dense:
         vectors.flush()
 
     def open(self, folder: Path) -> None:
+        """Map ``vectors.npy``."""
         self._vectors = np.load(folder / "vectors.npy", mmap_mode="r")
 
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
+        """The ``min(k, passages)`` nearest passages of each query, scores being cosines."""
         if not queries:
             return []
         with self._alone:

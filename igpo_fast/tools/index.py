@@ -114,6 +114,7 @@ class Bm25:
         self.settings = {"bm25s": bm25s.__version__}
 
     def build(self, documents: Documents, folder: Path, bar: Bar) -> None:
+        """Write bm25s's own index to ``folder/bm25``; memory is that of all words' numbers, int32."""
         vocabulary: dict[str, int] = {}
         ids = []
         with bar("words") as progress:
@@ -127,9 +128,11 @@ class Bm25:
         index.save(folder / "bm25", show_progress=False)
 
     def open(self, folder: Path) -> None:
+        """Map it."""
         self._index = bm25s.BM25.load(folder / "bm25", mmap=True, show_progress=False)
 
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
+        """At most ``k`` passages for each query, as ``best`` ranks them."""
         return [best(self._index, query, k) for query in queries]
 
 
@@ -142,6 +145,8 @@ class Index:
         retriever.open(folder)
 
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
+        """At most ``k`` of ``documents`` for each query, by number, with scores, best first. Called from several
+        threads."""
         return self.retriever.search(queries, k)
 
 

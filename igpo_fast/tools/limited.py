@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 
 from igpo_fast.errors import InputError
-from igpo_fast.tools.base import Tool, ToolError, ToolResult
+from igpo_fast.tools.base import Tool, ToolError, ToolResult, close
 
 
 class LimitedTool:
@@ -32,6 +32,10 @@ class LimitedTool:
         """The other tool's check, where it has one: whether it can be used at all."""
         if hasattr(self._tool, "check"):
             self._tool.check()
+
+    async def aclose(self) -> None:
+        """The other tool's, where it has one."""
+        await close(self._tool)
 
     async def __call__(self, query: str, corpus: str = "") -> ToolResult:
         """What the tool finds, or that it took too long.

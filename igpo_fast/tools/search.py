@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
+from itertools import islice
 
 import bm25s
 import httpx
 
 from igpo_fast.config import Config
-from igpo_fast.data import Data, passage_of
+from igpo_fast.data import Data, title_and_text
 from igpo_fast.tools.base import Passage, Tool, ToolError, ToolResult
 from igpo_fast.tools.index import best, indexed_words
 
@@ -69,7 +72,9 @@ class HttpSearch:
     """A server that speaks Search-R1's retrieval protocol.
 
     ``POST {"queries": [q], "topk": k, "return_scores": true}`` brings
-    ``{"result": [[{"document": {"id", "contents"}, "score"}, ...]]}``, contents being ``title\\ntext``.
+    ``{"result": [[{"document": {"id", "contents"}, "score"}, ...]]}``, contents being ``title\\ntext``. A server may
+    leave ids out (Search-R1's own for web search do), for which digests of the contents stand, and the scores, with
+    each document itself for a hit. Blank passages are skipped.
 
     A timeout, a server that is not reached, 408, 429 and 5xx are tried again; an answer that is too large or not of the
     protocol would be so again, and is not. ``counts`` holds a Counter of ``tools.base.COUNTS``.
@@ -80,7 +85,7 @@ class HttpSearch:
         timeout: seconds an attempt may take.
         retries: further attempts.
         backoff: seconds before the first of them, doubled before each later one; a server's Retry-After may make it
-            longer.
+            longer. Up to half as much is added, by query: those that failed together do not come back together.
         concurrency: most requests at a time; other searches wait their turn. Who backs off makes room.
         max_bytes: larger answers are refused unread.
         failure_text: what the policy reads when all attempts failed; None raises ToolError.
@@ -108,6 +113,7 @@ class HttpSearch:
         self._failure_text = failure_text
         self._ssl = httpx.create_ssl_context()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._clients: asyncio.LifoQueue[httpx.AsyncClient | None] | None = None
         self.counts: Counter[str] = Counter()
 
     def check(self) -> None:
@@ -116,8 +122,20 @@ class HttpSearch:
         Raises:
             ToolError: no usable answer after all attempts.
         """
-        asyncio.run(self._search("Is the search server there?"))
+
+        async def search() -> None:
+            async with aclosing(self):
+                await self._search("Is the search server there?")
+
+        asyncio.run(search())
         self.counts.clear()
+
+    async def aclose(self) -> None:
+        """Close the connections, which belong to the running event loop. A search opens new ones."""
+        clients, self._clients, self._loop = self._clients, None, None
+        while clients and not clients.empty():
+            if client := clients.get_nowait():
+                await client.aclose()
 
     async def __call__(self, query: str, corpus: str = "") -> ToolResult:
         """The server's passages for ``query``; it has one collection, so ``corpus`` is ignored.
@@ -143,7 +161,7 @@ class HttpSearch:
                 if not failed.again or attempt == self._retries:
                     tried = "" if not failed.again else f" after {attempt + 1} attempts"
                     raise ToolError(f"search.url={self._url}: {failed}{tried}; {failed.remedy}") from None
-                wait = max(self._backoff * 2**attempt, failed.wait)
+                wait = max(self._backoff * 2**attempt, failed.wait) * (1 + _fraction(query) / 2)
             self.counts["retries"] += 1
             await asyncio.sleep(min(wait, LONGEST_WAIT))
         raise AssertionError("the last attempt returns or raises")
@@ -154,7 +172,7 @@ class HttpSearch:
         if self._loop is not loop:
             # A client for each request at a time, made when first needed, the last used one first: one client's pool
             # goes through all its connections for every request (4 ms of CPU against 1 at 32).
-            self._clients: asyncio.LifoQueue[httpx.AsyncClient | None] = asyncio.LifoQueue()
+            self._clients = asyncio.LifoQueue()
             for _ in range(self._concurrency):
                 self._clients.put_nowait(None)
             self._loop = loop
@@ -197,8 +215,7 @@ class HttpSearch:
     def _read(self, content: bytes) -> tuple[Passage, ...]:
         try:
             (hits,) = json.loads(content)["result"]
-            passages = [passage_of(hit["document"]) for hit in hits[: self._top_k]]
-            return tuple(Passage(*map(_encodable, (p.id, p.title, p.text))) for p in passages)
+            return tuple(islice(filter(None, map(_passage, hits)), self._top_k))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             raise _Failed(
                 "malformed", f"its answer is not Search-R1's ({type(error).__name__}: {error})", again=False,
@@ -226,6 +243,26 @@ class _Failed(Exception):
     ):
         super().__init__(reason)
         self.count, self.again, self.wait, self.remedy = count, again, wait, remedy
+
+
+def _passage(hit: Mapping) -> Passage | None:
+    """A passage of an answer; None if it is blank. Raises KeyError where there is none."""
+    document = hit.get("document", hit)
+    if "contents" not in document and "text" not in document:
+        raise KeyError("contents")
+    title, text = map(_encodable, title_and_text(document))
+    id = document.get("id")
+    return Passage(_digest(title, text) if id in (None, "") else _encodable(str(id)), title, text) if text else None
+
+
+def _digest(*texts: str) -> str:
+    """16 characters that name texts."""
+    return hashlib.blake2b("\n".join(texts).encode(errors="replace"), digest_size=8).hexdigest()
+
+
+def _fraction(text: str) -> float:
+    """0 <= x < 1, of the text."""
+    return int(_digest(text), 16) / 2**64
 
 
 def _encodable(text: str) -> str:

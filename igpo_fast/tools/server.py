@@ -19,10 +19,14 @@ from igpo_fast.tools.index import Hits, Index
 
 
 class Request(BaseModel):
+    """The body of a request to ``/retrieve``."""
+
     queries: list[str]
+    """Each is answered by a list of its own, in their order."""
     topk: NonNegativeInt | None = None
     """Passages a query gets; None and 0 take the server's own number."""
     return_scores: bool = False
+    """Documents with their scores, else alone."""
 
 
 def make_app(index: Index, topk: int) -> FastAPI:

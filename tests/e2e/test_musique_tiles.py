@@ -1,6 +1,12 @@
-"""How much area attention's tiles visit beside what is visible, on rollouts over real passages."""
+"""How much area attention's tiles visit beside what is visible, on rollouts over real passages.
+
+Scripted ones, made here. And sampled ones where IGPO_ROLLOUTS names files that a run of configs/musique.yaml wrote:
+IGPO_ROLLOUTS=runs/musique/rollouts/step_000001.jsonl (several with colons between).
+"""
 
 import asyncio
+import json
+import os
 import random
 from pathlib import Path
 
@@ -10,9 +16,12 @@ import pytest
 from igpo_fast.config import load
 from igpo_fast.data import load_data
 from igpo_fast.dialect import make_dialect
+from igpo_fast.rollout import rollout_record
+from igpo_fast.scoring import make_trees
 from igpo_fast.sft import NOISY, WRITTEN, _from_steps, write
 from igpo_fast.tokenizer import load_tokenizer
 from igpo_fast.tools.search import make_search
+from igpo_fast.types import Group, Question, Rollout, Turn
 from igpo_kernels import RolloutTokens, Tree, pack
 from igpo_kernels.tree_attention.blocks import block_lists, visible_area
 from tests.kernels.test_blocks import shipped_tiles
@@ -21,10 +30,37 @@ ROOT = Path(__file__).parents[2]
 MUSIQUE = ROOT.parent / "shared" / "data" / "musique"
 
 
-@pytest.fixture(scope="module")
-def musique_plan():
-    """Rollouts of configs/musique.yaml, four a group: its tokenizer, dialect, search and limits, its warm start's
-    policy (a sampled one strays more, so its groups share less and its rollouts are shorter)."""
+SAMPLED = [Path(entry) for entry in os.environ.get("IGPO_ROLLOUTS", "").split(":") if entry]
+
+
+def read_rollout(record):
+    """What ``rollout_record`` wrote, as far as packing reads it."""
+    turns = [
+        Turn(
+            np.array(turn["ids"]), np.array(turn["logp"]), turn["text"], turn["action"], turn["argument"],
+            np.array(turn["response_ids"], int),
+        )
+        for turn in record["turns"]
+    ]  # fmt: skip
+    question = Question(record["id"], record["question"], tuple(record["answers"]))
+    return Rollout(question, record["index"], np.array(record["prompt_ids"]), tuple(turns))
+
+
+def sampled(path, dialect):
+    """A step's groups, each a tree with the branches that the dialect makes of its question."""
+    groups = {}
+    for line in path.read_text().splitlines():
+        rollout = read_rollout(json.loads(line))
+        groups.setdefault(rollout.question, []).append(rollout)
+    groups = [Group(question, tuple(rollouts)) for question, rollouts in groups.items()]
+    branches = [dialect.branches(group.question) for group in groups]
+    return make_trees(groups, branches, [range(len(group.rollouts)) for group in groups])
+
+
+@pytest.fixture(scope="module", params=["scripted", *SAMPLED], ids=str)
+def musique_plan(request):
+    """Rollouts of configs/musique.yaml. Scripted: four a group, with its tokenizer, dialect, search and limits, its
+    warm start's policy (a sampled one strays more, so its groups share less and its rollouts are shorter)."""
     if not MUSIQUE.exists():
         pytest.skip("needs shared/data/musique")
     files = [f"data.train={MUSIQUE / 'questions.jsonl'}", f"data.corpus={MUSIQUE / 'corpus.jsonl'}"]
@@ -35,6 +71,8 @@ def musique_plan():
         max_passage_tokens=config.search.max_passage_tokens, max_answer_tokens=config.data.max_answer_tokens,
         max_answers=config.data.max_answers,
     )  # fmt: skip
+    if request.param != "scripted":
+        return pack(sampled(request.param, dialect))
     tool = make_search(config, data)
     rng = random.Random(0)
     trees = []
@@ -53,3 +91,13 @@ def musique_plan():
 def test_area_of_musique_rollouts(musique_plan, queries, keys):
     visits = block_lists(musique_plan, None, queries, keys).visits
     assert 1 <= visits * queries * keys / visible_area(musique_plan) <= 2
+
+
+def test_a_record_packs_as_the_rollout_it_is_of():
+    turn = Turn(np.array([7, 8]), np.zeros(2), "", "search", "q", np.array([9, 10, 11]))
+    last = Turn(np.array([12]), np.zeros(1), "", "answer", "a", np.array([], int))
+    rollout = Rollout(Question("q", "why", ("so",)), 3, np.array([1, 2, 3]), (turn, last))
+    read = read_rollout(json.loads(json.dumps(rollout_record(rollout))))
+    assert (read.question, read.index) == (rollout.question, 3)
+    for name in ("ids", "turn_of_token", "boundaries"):
+        assert np.array_equal(getattr(read, name), getattr(rollout, name))

@@ -116,8 +116,8 @@ def refused(*overrides, **options):
             r"train\.token_budget=200: a rollout .* may take \d+ tokens; raise it, or lower rollout\.max_tokens",
         ),
         (
-            ["run.dir=new", "train.questions=9"],
-            r"train\.questions=9: the data set has 8 training questions; lower it or give more",
+            ["run.dir=new", "train.questions=5", "rollout.oversample=4", "rollout.skip_collapsed=true"],
+            r"a step asks 9 questions \(train\.questions and rollout\.oversample\), the data set has 8 to train on; .*",
         ),
         (["train.lr=0.5"], r"run: train\.lr was 0\.001 when this run began and is now 0\.5; .* another run\.dir="),
         (["run.dir=tokenizer"], r"tokenizer: not empty and not a run folder; give another run\.dir="),
