@@ -43,7 +43,7 @@ class _LinearLogprob(torch.autograd.Function):
                 z = block_logits(x, w, _part(bias, c), temperature, softcap, blocks.logits(r, c))
                 pairs = _pairs(pair_row, labels, r, c)
                 target[pairs] = z[pair_row[pairs] - r.start, labels[pairs] - c.start]
-                statistics.add(z, r, entropy)
+                statistics.add(z, r, entropy, barred=bias is not None)
         top, log_mass, row_entropy = statistics.finish()
         ctx.save_for_backward(hidden, weight, bias, labels, distinct, pair_row, top, log_mass, row_entropy)
         ctx.temperature, ctx.softcap, ctx.entropy = temperature, softcap, entropy
@@ -100,8 +100,9 @@ class Statistics:
         self.top = torch.full((n_rows,), float("-inf"), dtype=dtype, device=device)
         self.mass, self.moment = torch.zeros_like(self.top), torch.zeros_like(self.top)
 
-    def add(self, z, r: slice = slice(None), entropy: bool = True, scratch=None) -> None:
-        """Take in a block of the rows ``r``; ``scratch``, of its shape, is used up, ``z`` itself without one."""
+    def add(self, z, r: slice = slice(None), entropy: bool = True, scratch=None, barred: bool = True) -> None:
+        """Take in a block of the rows ``r``; ``scratch``, of its shape, is used up, ``z`` itself without one.
+        ``barred``: some may be -inf, as with a bias."""
         top, mass, moment = self.top[r], self.mass[r], self.moment[r]
         new_top = torch.maximum(top, z.amax(1))
         base = new_top.clamp(min=MOST_FALL)
@@ -109,7 +110,8 @@ class Statistics:
         below = torch.sub(z, base[:, None], out=z if scratch is None else scratch)
         e = below.exp() if entropy else below.exp_()
         if entropy:
-            moment.add_(fall * mass).mul_(fall.exp()).add_(below.clamp_(min=MOST_FALL).mul_(e).sum(1))
+            below = below.clamp_(min=MOST_FALL) if barred else below
+            moment.add_(fall * mass).mul_(fall.exp()).add_(below.mul_(e).sum(1))
         mass.mul_(fall.exp()).add_(e.sum(1))
         top.copy_(new_top)
 
@@ -186,11 +188,11 @@ def slope_of(z, temperature, softcap):
 def softmax_gradient_(z, top, log_mass, d_logp, entropy):
     """Logits [rows, columns] become, in place, their gradient as if no label lay among them:
     ``-p (d_logp + d_entropy (log p + H))``; ``entropy`` is (H, d_entropy) of each row, or None."""
-    log_p = z.sub_(top[:, None]).sub_(log_mass[:, None])
+    below = z.sub_(top[:, None])
     if entropy is None:
-        return log_p.exp_().mul_(-d_logp[:, None])
+        return below.exp_().mul_((log_mass.neg().exp_() * -d_logp)[:, None])
     h, d_entropy = entropy
-    log_p.clamp_(min=MOST_FALL)
+    log_p = below.sub_(log_mass[:, None]).clamp_(min=MOST_FALL)
     pull = (log_p + h[:, None]).mul_(d_entropy[:, None]).add_(d_logp[:, None])
     return log_p.exp_().mul_(pull.neg_())
 

@@ -65,7 +65,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             for c in columns:
                 part_bias = None if bias is None else bias[c]
                 block = block_logits(x, weight_of(c), part_bias, temperature, softcap, z[:, c])
-                statistics.add(block, scratch=scratch[: block.numel()].view(block.shape))
+                statistics.add(block, scratch=scratch[: block.numel()].view(block.shape), barred=bias is not None)
             top, log_mass, row_entropy = statistics.finish()
             logp = (z[cell] - top[cell[0]] - log_mass[cell[0]]).requires_grad_(differentiate)
             entropy = row_entropy[cell[0]].requires_grad_(differentiate)
