@@ -45,13 +45,13 @@ def linear_logprob(
         ValueError: shapes, dtypes, devices or values that do not fit. On GPUs a label or row out of range fails a
             device-side assertion instead, without synchronising.
     """
-    rows = check_pairs("linear_logprob", hidden, weight, labels, rows, temperature, softcap, bias)
+    labels, rows = check_pairs("linear_logprob", hidden, weight, labels, rows, temperature, softcap, bias)
     run = choose("linear_logprob", backend, hidden.device, IMPLEMENTATIONS, (hidden.dtype, weight.dtype))
-    return run(hidden, weight, labels.long(), rows, bias, temperature, softcap, entropy)
+    return run(hidden, weight, labels, rows, bias, temperature, softcap, entropy)
 
 
-def check_pairs(op, hidden, weight, labels, rows, temperature, softcap=0.0, bias=None) -> torch.Tensor:
-    """Validate what every LM-head op takes; returns ``rows`` as int64, filled in if None."""
+def check_pairs(op, hidden, weight, labels, rows, temperature, softcap=0.0, bias=None) -> tuple[torch.Tensor, ...]:
+    """Validate what every LM-head op takes; returns ``labels`` and ``rows`` as int64, rows filled in if None."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -67,8 +67,7 @@ def check_pairs(op, hidden, weight, labels, rows, temperature, softcap=0.0, bias
     for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels), ("rows", rows)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{op}: {name} on {tensor.device}, hidden on {hidden.device}; move them to one device")
-    check_range(op, "label", labels, len(weight))
-    return check_range(op, "row", rows, len(hidden))
+    return check_range(op, "label", labels, len(weight)), check_range(op, "row", rows, len(hidden))
 
 
 def check_range(op: str, name: str, indices: torch.Tensor, stop: int) -> torch.Tensor:

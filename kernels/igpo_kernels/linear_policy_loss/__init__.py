@@ -57,7 +57,7 @@ def linear_policy_loss(
         raise ValueError(
             f"linear_policy_loss: {what} needs the whole sequence first; use linear_logprob and policy_loss"
         )
-    rows = check_pairs("linear_policy_loss", hidden, weight, labels, rows, temperature, softcap, bias)
+    labels, rows = check_pairs("linear_policy_loss", hidden, weight, labels, rows, temperature, softcap, bias)
     pair_inputs = dict(
         old_logp=old_logp, advantages=advantages, weights=weights, engine_logp=engine_logp, ref_logp=ref_logp
     )
@@ -65,4 +65,4 @@ def linear_policy_loss(
     if not torch.is_grad_enabled():  # an autograd.Function is not told
         hidden, weight, bias = (None if x is None else x.detach() for x in (hidden, weight, bias))
     run = choose("linear_policy_loss", backend, hidden.device, IMPLEMENTATIONS, (hidden.dtype, weight.dtype))
-    return run(hidden, weight, bias, labels.long(), rows, pair_inputs, settings, temperature, softcap)
+    return run(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap)
