@@ -67,6 +67,13 @@ def test_trunks_longer_than_a_tile(trunk, window):
     check(comb(trunk, 9, trees=2), window=window)
 
 
+@pytest.mark.parametrize("tokens", [8, 9, 10])
+def test_a_path_as_long_as_the_window(tokens):
+    plan = comb(tokens + 1, 0)
+    assert plan.n_tokens == tokens
+    check(plan, window=8)
+
+
 @pytest.mark.parametrize("d", [16, 40, 64, 128])
 def test_head_dims(d):
     check(comb(90, 3), d=d)
@@ -94,6 +101,20 @@ def test_work_is_proportional_to_the_visible_area():
     assert visited <= 1.2 * visible
     dense = plan.n_tokens**2
     assert visited < 0.7 * dense
+
+
+def test_a_key_is_copied_once_not_once_a_tile():
+    plan = comb(4096, 16, 24)
+    tiles = schedule.tiles(plan, None)
+    copied = sum(run.stop - run.start for tile in tiles for run in tile.fresh)
+    assert copied <= plan.n_tokens < 0.1 * sum(tile.n_keys for tile in tiles)
+
+
+def test_paths_share_one_mask():
+    plan, cpu = comb(4096, 16, 24), torch.device("cpu")
+    paths = [i for i, tile in enumerate(schedule.tiles(plan, None)) if tile.is_path]
+    masks = [schedule.mask(plan, i, None, torch.float32, cpu) for i in paths]
+    assert len(masks) >= 16 and len({mask.untyped_storage().data_ptr() for mask in masks}) == 1
 
 
 @pytest.mark.parametrize(("softcap", "window"), [(50.0, None), (0.0, None), (50.0, 300)])

@@ -18,8 +18,9 @@ SMALL = 4096
 """... plus this many (query, key) cells: what a tile of its own costs in overhead."""
 TILE_CELLS = 1 << 21
 """Most cells of a tile: far from the root it holds fewer queries, so that its mask takes at most 8 MiB in float32."""
-CACHED_CELLS = 1 << 23
-"""Masks are kept for all layers and passes while a plan's tiles have at most this many cells (32 MiB in float32)."""
+CACHED_CELLS = 1 << 22
+"""Masks of tiles that fork are kept for all layers and passes while they have at most this many cells (16 MiB in
+float32)."""
 
 
 class Tile(NamedTuple):
@@ -30,6 +31,10 @@ class Tile(NamedTuple):
     runs: tuple[slice, ...]
     """Packed indices of the keys, in order; few ranges, so that gathering them copies long pieces."""
     n_keys: int
+    fresh: tuple[slice, ...]
+    """The last of ``runs``: the keys but for the leading ones that the tile before has too, in the same places."""
+    is_path: bool
+    """Every query sees all keys up to itself."""
 
     def keys_of(self, x: torch.Tensor) -> torch.Tensor:
         """The keys' rows of ``x`` [N, ...]: a view where they are one range."""
@@ -44,17 +49,28 @@ def tiles(plan: TreePlan, window: int | None) -> list[Tile]:
     """
     key = ("tiles", window)
     if key not in plan.cache:
-        plan.cache[key] = [_tile(plan, window, a, b) for a, b in _cuts(plan, window)]
+        made, keys = [], np.empty(0, np.int64)
+        for start, stop in _cuts(plan, window):
+            before, keys = keys, _keys(plan, window, start, stop)
+            shared = min(len(before), len(keys))
+            differs = np.flatnonzero(before[:shared] != keys[:shared])
+            shared = int(differs[0]) if len(differs) else shared
+            is_path = bool((plan.subtree_end[keys] >= stop).all())
+            if window is not None:
+                is_path &= plan.position_ids[stop - 1] - plan.position_ids[keys[0]] < window
+            made.append(Tile(start, stop, _runs(keys), len(keys), _runs(keys[shared:]), bool(is_path)))
+        plan.cache[key] = made
     return plan.cache[key]
 
 
 def mask(plan: TreePlan, number: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """0 where tile ``number``'s queries see its keys, -inf elsewhere: [tile, keys]."""
+    """0 where tile ``number``'s queries see its keys, -inf elsewhere: [tile, keys], a view of one that paths share."""
+    tile = tiles(plan, window)[number]
+    if _shares(tile):
+        return _path_mask(plan, tile, window, dtype, device)
     made = plan.cache.setdefault(("masks", window, dtype, str(device)), {})
     if number in made:
         return made[number]
-    every = tiles(plan, window)
-    tile = every[number]
     result = torch.zeros(tile.stop - tile.start, tile.n_keys, dtype=dtype, device=device)
     query = torch.arange(tile.start, tile.stop, device=device)[:, None]
     key = tile.keys_of(torch.arange(plan.n_tokens, device=device))
@@ -67,9 +83,26 @@ def mask(plan: TreePlan, number: int, window: int | None, dtype: torch.dtype, de
         position = plan.tensor("position_ids", device)
         hidden |= position[tile.start : tile.stop, None] - tile.keys_of(position) >= window
     result[:, first:].masked_fill_(hidden, float("-inf"))
-    if sum((t.stop - t.start) * t.n_keys for t in every) <= CACHED_CELLS:
+    if sum((t.stop - t.start) * t.n_keys for t in tiles(plan, window) if not _shares(t)) <= CACHED_CELLS:
         made[number] = result
     return result
+
+
+def _shares(tile: Tile) -> bool:
+    return tile.is_path and tile.n_keys <= TILE_CELLS // TILE
+
+
+def _path_mask(plan: TreePlan, tile: Tile, window: int | None, dtype: torch.dtype, device: torch.device):
+    """Paths differ in how many keys lie before the tile: each takes its part of one mask that has the most."""
+    key = ("path mask", window, dtype, str(device))
+    if key not in plan.cache:
+        sharing = [t for t in tiles(plan, window) if _shares(t)]
+        most = max(t.n_keys - (t.stop - t.start) for t in sharing)
+        rows = max(t.stop - t.start for t in sharing)
+        plan.cache[key] = torch.full((rows, most + rows), float("-inf"), dtype=dtype, device=device).triu_(most + 1)
+    rows = tile.stop - tile.start
+    most = plan.cache[key].shape[1] - plan.cache[key].shape[0]
+    return plan.cache[key][:rows, most + rows - tile.n_keys : most + rows]
 
 
 def _cuts(plan: TreePlan, window: int | None) -> list[tuple[int, int]]:
@@ -99,13 +132,15 @@ def _cuts(plan: TreePlan, window: int | None) -> list[tuple[int, int]]:
     return cuts
 
 
-def _tile(plan: TreePlan, window: int | None, start: int, stop: int) -> Tile:
+def _keys(plan: TreePlan, window: int | None, start: int, stop: int) -> np.ndarray:
     root = int(plan.tree_start[start])
     seen = plan.subtree_end[root:start] > start
     if window is not None:
         lowest = int(plan.position_ids[start:stop].min())
         seen &= plan.position_ids[root:start] > lowest - window
-    keys = np.concatenate([np.flatnonzero(seen) + root, np.arange(start, stop)])
-    cuts = np.flatnonzero(np.diff(keys) > 1) + 1
-    firsts, lasts = keys[np.append(0, cuts)].tolist(), keys[np.append(cuts, len(keys)) - 1].tolist()
-    return Tile(start, stop, tuple(slice(a, b + 1) for a, b in zip(firsts, lasts, strict=True)), len(keys))
+    return np.concatenate([np.flatnonzero(seen) + root, np.arange(start, stop)])
+
+
+def _runs(keys: np.ndarray) -> tuple[slice, ...]:
+    pieces = np.split(keys, np.flatnonzero(np.diff(keys) > 1) + 1)
+    return tuple(slice(int(piece[0]), int(piece[-1]) + 1) for piece in pieces)

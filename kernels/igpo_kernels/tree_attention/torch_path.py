@@ -1,6 +1,7 @@
 """Tree attention without an N x N mask: tile by tile, work proportional to the visible area.
 
 Each tile of queries attends to the path above it and to itself, as many heads at a time as the workspace has room for.
+Tiles come depth-first: most of a tile's path is the path of the one before, whose keys and values stay where they are.
 On a CPU that runs through ATen's flash attention, forward and backward (the backward needs only the output and its
 log-sum-exp); with soft-capping or on another device through plain products, recomputed in the backward.
 """
@@ -29,17 +30,17 @@ class _TreeAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, plan, scale, softcap, window):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = []
-        for piece in _pieces(plan, window, q, k, softcap):
-            bias = mask(plan, piece.number, window, q.dtype, q.device)
-            q_piece, k_piece, v_piece = piece.queries(q), piece.keys(k), piece.keys(v)
-            if _uses_flash(q, softcap):
-                k_piece, v_piece = (x.unsqueeze(1).expand(-1, q_piece.shape[1], -1, -1) for x in (k_piece, v_piece))
-                out_piece, lse_piece = _flash(q_piece, k_piece, v_piece, 0.0, False, attn_mask=bias, scale=scale)
-                lse.append(lse_piece)
-            else:
-                p, _ = _probabilities(q_piece, k_piece, bias, scale, softcap)
-                out_piece = (p.to(v.dtype) @ v_piece).view(q_piece.shape)
-            piece.queries(out).copy_(out_piece)
+        for heads in _pieces(plan, window, q, k, softcap):
+            for tile, bias, k_tile, v_tile in heads.tiles(plan, window, k, v):
+                q_tile = heads.queries(q, tile)
+                if _uses_flash(q, softcap):
+                    k_tile, v_tile = (x.unsqueeze(1).expand(-1, q_tile.shape[1], -1, -1) for x in (k_tile, v_tile))
+                    out_tile, lse_tile = _flash(q_tile, k_tile, v_tile, 0.0, False, attn_mask=bias, scale=scale)
+                    lse.append(lse_tile)
+                else:
+                    p, _ = _probabilities(q_tile, k_tile, bias, scale, softcap)
+                    out_tile = (p.to(v.dtype) @ v_tile).view(q_tile.shape)
+                heads.queries(out, tile).copy_(out_tile)
         ctx.save_for_backward(q, k, v, out, *lse)
         ctx.plan, ctx.scale, ctx.softcap, ctx.window = plan, scale, softcap, window
         return out
@@ -52,65 +53,82 @@ class _TreeAttention(torch.autograd.Function):
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         dk = torch.zeros(k.shape, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
         dv = torch.zeros_like(dk)
-        for i, piece in enumerate(_pieces(plan, window, q, k, softcap)):
-            bias = mask(plan, piece.number, window, q.dtype, q.device)
-            q_piece, k_piece, v_piece = piece.queries(q), piece.keys(k), piece.keys(v)
-            out_piece, dout_piece = piece.queries(out), piece.queries(dout)
-            if _uses_flash(q, softcap):
-                k_piece, v_piece = (x.unsqueeze(1).expand(-1, q_piece.shape[1], -1, -1) for x in (k_piece, v_piece))
-                dq_piece, dk_piece, dv_piece = _flash_backward(
-                    dout_piece, q_piece, k_piece, v_piece, out_piece, lse[i], 0.0, False, attn_mask=bias, scale=scale
-                )
-                dk_piece, dv_piece = (_summed(x, dk.dtype) for x in (dk_piece, dv_piece))
-            else:
-                dq_piece, dk_piece, dv_piece = _plain_backward(
-                    dout_piece, q_piece, k_piece, v_piece, out_piece, bias, scale, softcap
-                )
-            piece.queries(dq).copy_(dq_piece)
-            piece.add(dk, dk_piece)
-            piece.add(dv, dv_piece)
+        lse = iter(lse)
+        for heads in _pieces(plan, window, q, k, softcap):
+            for tile, bias, k_tile, v_tile in heads.tiles(plan, window, k, v):
+                q_tile, out_tile, dout_tile = (heads.queries(x, tile) for x in (q, out, dout))
+                if _uses_flash(q, softcap):
+                    k_tile, v_tile = (x.unsqueeze(1).expand(-1, q_tile.shape[1], -1, -1) for x in (k_tile, v_tile))
+                    dq_tile, dk_tile, dv_tile = _flash_backward(
+                        dout_tile, q_tile, k_tile, v_tile, out_tile, next(lse), 0.0, False, attn_mask=bias, scale=scale
+                    )
+                    dk_tile, dv_tile = (_summed(x, dk.dtype) for x in (dk_tile, dv_tile))
+                else:
+                    dq_tile, dk_tile, dv_tile = _plain_backward(
+                        dout_tile, q_tile, k_tile, v_tile, out_tile, bias, scale, softcap
+                    )
+                heads.queries(dq, tile).copy_(dq_tile)
+                heads.add(dk, dk_tile, tile)
+                heads.add(dv, dv_tile, tile)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
-class _Piece(NamedTuple):
-    """Some heads of a tile: key heads, and query heads of each one's group."""
+class _Heads(NamedTuple):
+    """Some key heads, and query heads of each one's group."""
 
-    number: int
-    tile: Tile
-    kv_heads: slice
-    heads: slice
+    of_keys: slice
+    of_queries: slice
     group: int
 
-    def queries(self, x: torch.Tensor) -> torch.Tensor:
-        """Of [N, Hq, D], as a view [h, g, tile, D]."""
-        rows = x[self.tile.start : self.tile.stop].unflatten(1, (-1, self.group))
-        return rows[:, self.kv_heads, self.heads].permute(1, 2, 0, 3)
+    def tiles(self, plan, window, k, v) -> Iterator[tuple[Tile, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Every tile, its mask [tile, keys], and its keys and values [h, keys, D], valid until the next tile."""
+        every = tiles(plan, window)
+        paths = (_paths(x[:, self.of_keys], every) for x in (k, v))
+        for number, (tile, *path) in enumerate(zip(every, *paths, strict=True)):
+            yield tile, mask(plan, number, window, k.dtype, k.device), *path
 
-    def keys(self, x: torch.Tensor) -> torch.Tensor:
-        """Of [N, Hkv, D]: [h, keys, D]."""
-        return self.tile.keys_of(x[:, self.kv_heads]).transpose(0, 1)
+    def queries(self, x: torch.Tensor, tile: Tile) -> torch.Tensor:
+        """The tile's of [N, Hq, D], as a view [h, g, tile, D]."""
+        rows = x[tile.start : tile.stop].unflatten(1, (-1, self.group))
+        return rows[:, self.of_keys, self.of_queries].permute(1, 2, 0, 3)
 
-    def add(self, grad: torch.Tensor, grad_piece: torch.Tensor) -> None:
-        """Add [h, keys, D] to the keys of [N, Hkv, D]."""
+    def add(self, grad: torch.Tensor, grad_tile: torch.Tensor, tile: Tile) -> None:
+        """Add [h, keys, D] to the tile's keys of [N, Hkv, D]."""
         first = 0
-        for run in self.tile.runs:
+        for run in tile.runs:
             count = run.stop - run.start
-            grad[run, self.kv_heads] += grad_piece[:, first : first + count].transpose(0, 1)
+            grad[run, self.of_keys] += grad_tile[:, first : first + count].transpose(0, 1)
             first += count
 
 
-def _pieces(plan, window, q, k, softcap) -> Iterator[_Piece]:
-    """Every tile, in pieces whose temporaries take half the workspace: masks, those kept included, have the rest."""
+def _paths(x: torch.Tensor, every: list[Tile]) -> Iterator[torch.Tensor]:
+    """Each tile's keys of ``x`` [N, h, D] as [h, keys, D]: views where all are one range, else parts of one buffer."""
+    if all(len(tile.runs) == 1 for tile in every):
+        yield from (x[tile.runs[0]].transpose(0, 1) for tile in every)
+        return
+    buffer = x.new_empty(x.shape[1], max(tile.n_keys for tile in every), x.shape[2])
+    for tile in every:
+        stop = tile.n_keys
+        for run in reversed(tile.fresh):
+            start = stop - (run.stop - run.start)
+            buffer[:, start:stop] = x[run].transpose(0, 1)
+            stop = start
+        yield buffer[:, : tile.n_keys]
+
+
+def _pieces(plan, window, q, k, softcap) -> Iterator[_Heads]:
+    """All heads, in pieces whose temporaries take half the workspace: masks, those kept included, have the rest."""
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    room = workspace_bytes(q.device) // 2
     width = torch.promote_types(q.dtype, torch.float32).itemsize
-    for number, tile in enumerate(tiles(plan, window)):
-        scores = 0 if _uses_flash(q, softcap) else 4 * (tile.stop - tile.start)
-        at_once = max(1, room // (width * tile.n_keys * (scores + 6 * q.shape[2])))  # 6: keys, values, gradients, sums
-        step, part = (at_once // group, group) if at_once >= group else (1, at_once)
-        for first_kv in range(0, kv_heads, step):
-            for first in range(0, group, part):
-                yield _Piece(number, tile, slice(first_kv, first_kv + step), slice(first, first + part), group)
+    scores = 0 if _uses_flash(q, softcap) else 4
+    of_head = max(  # 6: keys, values, gradients, sums
+        t.n_keys * (scores * (t.stop - t.start) + 6 * q.shape[2]) for t in tiles(plan, window)
+    )
+    at_once = max(1, workspace_bytes(q.device) // 2 // (width * of_head))
+    step, part = (at_once // group, group) if at_once >= group else (1, at_once)
+    for first_kv in range(0, kv_heads, step):
+        for first in range(0, group, part):
+            yield _Heads(slice(first_kv, first_kv + step), slice(first, first + part), group)
 
 
 def _uses_flash(q: torch.Tensor, softcap: float) -> bool:
