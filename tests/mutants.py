@@ -68,6 +68,7 @@ BLOCKS = "kernels/test_linear_logprob.py::test_blocks_of_any_width_give_the_same
 REPEATED = "kernels/test_linear_logprob.py::test_repeated_rows_accumulate"
 LOSS = "kernels/test_policy_loss.py"
 FUSED = f"{LOSS}::test_fused_equals_its_definition"
+PANELS = f"{LOSS}::test_chunks_and_panels_add_up"
 TURNS = "kernels/test_turn_advantages.py"
 WORKED = f"{TURNS}::test_hand_worked"
 VALUES = "parity/test_parity.py::test_answer_values_and_sampled_logprobs"
@@ -212,7 +213,9 @@ MUTANTS = [
     ),
     *faults(f"{KERNELS}/linear_policy_loss/torch_path.py",
         ("a chunk loses its last row", "[start, start + len(at)]", "[start, start + len(at) - 1]", FUSED),
-        ("logits' gradient without its slope", "dz *= slope", "dz *= 1.0", FUSED),
+        ("logits' gradient without its slope", "dz.mul_(slope) if", "dz if", FUSED),
+        ("a panel's gradient by the row's last base", "in zip(columns, of_panel, cells, factor,",
+         "in zip(columns, of_panel, cells, factor[-1:].expand_as(factor),", PANELS),
         ("entropy's gradient dropped", "if settings.entropy else None", "if False else None", FUSED),
         ("upstream gradient dropped", "gradient *= d_loss", "gradient *= 1", FUSED),
         ("all logits at once", "return max(1, min(rows, max(workspace // 2, workspace - fixed) // row_bytes)), panel",

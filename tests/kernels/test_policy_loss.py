@@ -146,11 +146,11 @@ def test_a_missing_input_is_named(settings_):
         loss_of([-1.0], None, [1.0], [1.0], settings_)
 
 
-def fused(case, settings_, dtype, backend, old, ref, temperature=1.0, softcap=0.0):
+def fused(case, settings_, dtype, backend, old, ref, temperature=1.0, softcap=0.0, spread=1.0):
     g = torch.Generator().manual_seed(case[-1])
     n, h, v, m = case[:4]
     randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    leaves = [x.to(dtype).requires_grad_() for x in (randn(n, h), randn(v, h), randn(v))]
+    leaves = [x.to(dtype).requires_grad_() for x in (randn(n, h), randn(v, h), spread * randn(v))]
     rows, labels = torch.randint(0, n, (m,), generator=g), torch.randint(0, v, (m,), generator=g)
     old_logp, ref_logp, engine_logp, advantages = randn(m) - 2, randn(m) - 2, randn(m) - 2, randn(m)
     weights = torch.rand(m, generator=g, dtype=torch.float64) * (torch.rand(m, generator=g) > 0.2)
@@ -185,13 +185,28 @@ def test_fused_equals_its_definition(case, kl, entropy, old, dual, softcap, impo
         )
 
 
-def test_chunks_add_up(monkeypatch):
-    case, settings_ = (20, 6, 31, 50, 3), LossSettings(kl=0.1, entropy=0.1)
-    whole = fused(case, settings_, torch.float64, "torch", True, True)
+@pytest.mark.parametrize(("entropy", "softcap"), [(0.0, 0.0), (0.1, 0.0), (0.0, 2.0)])
+@pytest.mark.parametrize("temperature", [1.0, 1.3])
+def test_chunks_and_panels_add_up(entropy, softcap, temperature, monkeypatch):
+    case, settings_ = (20, 6, 31, 50, 3), LossSettings(kl=0.1, entropy=entropy)
     monkeypatch.setattr(torch_path, "chunk_shape", lambda *_: (3, 8))
-    parts = fused(case, settings_, torch.float64, "torch", True, True)
-    for name in whole:
-        torch.testing.assert_close(parts[name], whole[name])
+    exact, parts = (
+        fused(case, settings_, torch.float64, backend, True, True, temperature, softcap)
+        for backend in ("reference", "torch")
+    )
+    for name in exact:
+        torch.testing.assert_close(parts[name], exact[name])
+
+
+@pytest.mark.parametrize("entropy", [0.0, 0.1])
+def test_panels_whose_largest_logits_are_far_apart(entropy, monkeypatch):
+    # e to the difference of two panels' largest is below what float32 holds, in either direction.
+    case, settings_ = (9, 4, 31, 40, 5), LossSettings(entropy=entropy)
+    monkeypatch.setattr(torch_path, "chunk_shape", lambda *_: (4, 4))
+    run = lambda *how: fused(case, settings_, *how, False, False, spread=300.0)  # noqa: E731
+    exact, ours = run(torch.float64, "reference"), run(torch.float32, "torch")
+    for name in exact:
+        torch.testing.assert_close(ours[name].double(), exact[name], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("settings_", [LossSettings(sequence_ratio=True), LossSettings(importance="sequence")])

@@ -100,20 +100,24 @@ class Statistics:
         self.top = torch.full((n_rows,), float("-inf"), dtype=dtype, device=device)
         self.mass, self.moment = torch.zeros_like(self.top), torch.zeros_like(self.top)
 
-    def add(self, z, r: slice = slice(None), entropy: bool = True, scratch=None, barred: bool = True) -> None:
-        """Take in a block of the rows ``r``; ``scratch``, of its shape, is used up, ``z`` itself without one.
-        ``barred``: some may be -inf, as with a bias."""
+    def add(self, z, r: slice = slice(None), entropy=True, barred=True, keep=False, scratch=None) -> torch.Tensor:
+        """Take in a block of the rows ``r``, which becomes ``exp(z - base)`` unless it is to be kept. Returns ``base``,
+        the largest of each row so far. ``barred``: some may be -inf, as with a bias. ``scratch`` has the block's shape.
+        """
         top, mass, moment = self.top[r], self.mass[r], self.moment[r]
         new_top = torch.maximum(top, z.amax(1))
         base = new_top.clamp(min=MOST_FALL)
         fall = (top - base).clamp_(min=MOST_FALL)
-        below = torch.sub(z, base[:, None], out=z if scratch is None else scratch)
-        e = below.exp() if entropy else below.exp_()
         if entropy:
+            below = torch.sub(z, base[:, None], out=scratch)
+            e = torch.exp(below, out=None if keep else z)
             below = below.clamp_(min=MOST_FALL) if barred else below
             moment.add_(fall * mass).mul_(fall.exp()).add_(below.mul_(e).sum(1))
-        mass.mul_(fall.exp()).add_(e.sum(1))
+        else:
+            e = z.sub_(base[:, None]).exp_()
+        mass.mul_(fall.exp_()).add_(e.sum(1))
         top.copy_(new_top)
+        return base
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Largest logit, log mass, entropy (of meaning if every block took it in).

@@ -3,9 +3,13 @@
 For a chunk of distinct rows: logits and their statistics, the loss and its slope in each log-probability and entropy,
 the logits' gradient in their place, and two products into dhidden and dweight: 6 * U * H * V FLOPs for loss and
 gradients. Both sweeps go panel by panel of the vocabulary, so that what is done to a panel finds it in the caches.
+Unless something else needs the logits themselves (an entropy, soft-capping), the first sweep leaves exp(z - base) in
+their place, base being the row's largest logit up to that panel: the second then only multiplies.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -50,6 +54,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         vocab, size = weight.shape
         height, panel = chunk_shape(hidden, weight, len(labels), len(distinct), compute)
         columns = [slice(c, min(c + panel, vocab)) for c in range(0, vocab, panel)]
+        needs_logits = bool(softcap or settings.entropy)
         buffer, scratch, states = new(height * vocab), new(height * panel), new(2, height, size)
         upcast = None if weight.dtype == compute else new(panel, size)
         weight_of = lambda c: weight[c] if upcast is None else upcast[: c.stop - c.start].copy_(weight[c])  # noqa: E731
@@ -57,18 +62,25 @@ class _LinearPolicyLoss(torch.autograd.Function):
             at = distinct[start : start + height]
             edges = torch.tensor([start, start + len(at)], device=at.device)
             lo, hi = torch.searchsorted(pair_row, edges).tolist()
-            pairs = order[lo:hi]
-            cell = (pair_row[lo:hi] - start, labels[pairs])
+            by_label = labels[order[lo:hi]].argsort(stable=True)
+            pairs, row = order[lo:hi][by_label], pair_row[lo:hi][by_label] - start
+            label = labels[pairs]
+            edges = torch.searchsorted(label, torch.arange(0, vocab + panel, panel, device=at.device)).tolist()
+            of_panel = [slice(a, b) for a, b in pairwise(edges)]
+            cells = [(row[part], label[part] - c.start) for part, c in zip(of_panel, columns, strict=True)]
             x = states[0, : len(at)].copy_(hidden[at])
             z = buffer[: len(at) * vocab].view(len(at), vocab)
             statistics = Statistics(len(at), hidden.device, compute)
-            for c in columns:
+            target, bases = new(len(pairs)), new(len(columns), len(at))
+            for c, part, cell, base in zip(columns, of_panel, cells, bases, strict=True):
                 part_bias = None if bias is None else bias[c]
                 block = block_logits(x, weight_of(c), part_bias, temperature, softcap, z[:, c])
-                statistics.add(block, scratch=scratch[: block.numel()].view(block.shape), barred=bias is not None)
+                target[part] = block[cell]
+                below = scratch[: block.numel()].view(block.shape)
+                base.copy_(statistics.add(block, barred=bias is not None, keep=needs_logits, scratch=below))
             top, log_mass, row_entropy = statistics.finish()
-            logp = (z[cell] - top[cell[0]] - log_mass[cell[0]]).requires_grad_(differentiate)
-            entropy = row_entropy[cell[0]].requires_grad_(differentiate)
+            logp = (target - top[row] - log_mass[row]).requires_grad_(differentiate)
+            entropy = row_entropy[row].requires_grad_(differentiate)
             chunk = {name: value if value is None else value[pairs] for name, value in pair_inputs.items()}
             with torch.set_grad_enabled(differentiate):
                 part, metrics = policy_loss(logp, settings=settings, entropy=entropy, sequence=None, **chunk)
@@ -81,18 +93,21 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 continue
             d_logp, d_entropy = torch.autograd.grad(part, (logp, entropy))
             del part
-            row_d_logp = torch.zeros_like(top).index_add_(0, cell[0], d_logp)
-            row_d_entropy = torch.zeros_like(top).index_add_(0, cell[0], d_entropy)
-            pull = d_logp * slope_of(z[cell], temperature, softcap)
+            row_d_logp = torch.zeros_like(top).index_add_(0, row, d_logp)
+            row_d_entropy = torch.zeros_like(top).index_add_(0, row, d_entropy)
+            pull = d_logp * slope_of(target, temperature, softcap)
             of_entropy = (row_entropy, row_d_entropy) if settings.entropy else None
-            in_block, dx = cell[1] // panel, states[1, : len(at)].zero_()
-            for number, c in enumerate(columns):
-                slope = slope_of(z[:, c], temperature, softcap)
-                dz = softmax_gradient_(z[:, c], top, log_mass, row_d_logp, of_entropy)
-                if softcap or slope != 1:
-                    dz *= slope
-                mine = (in_block == number).nonzero()[:, 0]
-                dz.index_put_((cell[0][mine], cell[1][mine] - c.start), pull[mine], accumulate=True)
+            factor = bases.sub_(top).sub_(log_mass).exp_().mul_(row_d_logp / -temperature)
+            dx = states[1, : len(at)].zero_()
+            for c, part, cell, of_row in zip(columns, of_panel, cells, factor, strict=True):
+                dz = z[:, c]
+                if needs_logits:
+                    slope = slope_of(dz, temperature, softcap)
+                    dz = softmax_gradient_(dz, top, log_mass, row_d_logp, of_entropy)
+                    dz = dz.mul_(slope) if softcap or slope != 1 else dz
+                else:
+                    dz *= of_row[:, None]
+                dz.index_put_(cell, pull[part], accumulate=True)
                 if d_hidden is not None:
                     dx.addmm_(dz, weight_of(c))
                 if d_weight is not None:
