@@ -55,9 +55,8 @@ def tiles(plan: TreePlan, window: int | None) -> list[Tile]:
             shared = min(len(before), len(keys))
             differs = np.flatnonzero(before[:shared] != keys[:shared])
             shared = int(differs[0]) if len(differs) else shared
-            is_path = bool((plan.subtree_end[keys] >= stop).all())
-            if window is not None:
-                is_path &= plan.position_ids[stop - 1] - plan.position_ids[keys[0]] < window
+            length = plan.position_ids[stop - 1] - plan.position_ids[keys[0]] + 1
+            is_path = (plan.subtree_end[keys] >= stop).all() and (window is None or length <= window)
             made.append(Tile(start, stop, _runs(keys), len(keys), _runs(keys[shared:]), bool(is_path)))
         plan.cache[key] = made
     return plan.cache[key]
@@ -68,22 +67,26 @@ def mask(plan: TreePlan, number: int, window: int | None, dtype: torch.dtype, de
     tile = tiles(plan, window)[number]
     if _shares(tile):
         return _path_mask(plan, tile, window, dtype, device)
-    made = plan.cache.setdefault(("masks", window, dtype, str(device)), {})
-    if number in made:
+    key = ("masks", window, dtype, str(device))
+    if key not in plan.cache:
+        cells = sum((t.stop - t.start) * t.n_keys for t in tiles(plan, window) if not _shares(t))
+        plan.cache[key] = {} if cells <= CACHED_CELLS else None
+    made = plan.cache[key]
+    if made is not None and number in made:
         return made[number]
     result = torch.zeros(tile.stop - tile.start, tile.n_keys, dtype=dtype, device=device)
     query = torch.arange(tile.start, tile.stop, device=device)[:, None]
-    key = tile.keys_of(torch.arange(plan.n_tokens, device=device))
+    index = tile.keys_of(torch.arange(plan.n_tokens, device=device))
     end = tile.keys_of(plan.tensor("subtree_end", device))
     # What lies before the tile is seen by its first query, and by all where no subtree ends inside the tile.
     before = tile.n_keys - len(query)
     first = 0 if window is not None or bool((end[:before] < tile.stop).any()) else before
-    hidden = (key[first:] > query) | (query >= end[first:])
+    hidden = (index[first:] > query) | (query >= end[first:])
     if window is not None:
         position = plan.tensor("position_ids", device)
         hidden |= position[tile.start : tile.stop, None] - tile.keys_of(position) >= window
     result[:, first:].masked_fill_(hidden, float("-inf"))
-    if sum((t.stop - t.start) * t.n_keys for t in tiles(plan, window) if not _shares(t)) <= CACHED_CELLS:
+    if made is not None:
         made[number] = result
     return result
 
