@@ -23,6 +23,8 @@ from igpo_kernels import ANSWER, Branch, RolloutTokens, Tree, linear_logprob, pa
 
 SHAPES = {"8x256": dict(turns=8, tokens_a_turn=256, wrapper=0, answer=8)}
 FULL = {"16x256+16": dict(turns=16, tokens_a_turn=256, wrapper=16, answer=8)}
+PEERS = {"near": (("trunk_only", "kv_reuse"), 15), "far": (("last_hidden", "full_logits"), 3)}
+"""Sides and rounds: a tenth, which rounds themselves differ by, decides among the near ones only."""
 
 
 def model_40m(vocab=32_768):
@@ -92,12 +94,16 @@ def ways(turns: int, tokens_a_turn: int, wrapper: int, answer: int):
     return sides, pack([Tree([rollout], [branch])]).n_tokens
 
 
+@pytest.mark.parametrize("peers", PEERS)
 @pytest.mark.parametrize("name", [*SHAPES, *FULL])
 @torch.no_grad()
-def test_scoring(name, compare, request):
+def test_scoring(name, peers, compare, request):
     if name in FULL and not request.config.getoption("--full"):
         pytest.skip("with --full")
     shape = {**SHAPES, **FULL}[name]
     sides, packed_tokens = ways(**shape)
     about = {"model": "qwen2-40m", **shape, "packed_tokens": packed_tokens}
-    compare("scoring", about, sides, agree=dict(atol=1e-3, rtol=1e-4))
+    names, rounds = PEERS[peers]
+    compare(
+        "scoring", about, {name: sides[name] for name in ("ours", *names)}, rounds, agree=dict(atol=1e-3, rtol=1e-4)
+    )
