@@ -79,6 +79,24 @@ def sees(query, key, subtree_end_ptr, position_ptr, query_position, n_tokens, wi
 
 
 @triton.jit
+def load_keys(
+    k, v, block, head, query, query_position, subtree_end_ptr, position_ptr,
+    k_token_stride, k_head_stride, v_token_stride, v_head_stride, n_tokens, window,
+    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOWED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """A block of one head's keys and values, and which of them each query sees: all, unless MASKED."""
+    first = block * BLOCK_N
+    k_block = load_block(k, k_token_stride, k_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+    v_block = load_block(v, v_token_stride, v_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+    visible = True
+    if MASKED:
+        key = first + tl.arange(0, BLOCK_N)
+        visible = sees(query, key, subtree_end_ptr, position_ptr, query_position, n_tokens, window, WINDOWED)
+    return k_block, v_block, visible
+
+
+@triton.jit
 def softcapped(products, scale, softcap, CAPPED: tl.constexpr):
     """Products of queries and keys to what ``unit`` times is the score in units of log 2."""
     if CAPPED:
@@ -124,19 +142,11 @@ def attention_forward(
         runs = offset_ptr + 2 * tile + MASKED
         for run in range(tl.load(runs), tl.load(runs + 1)):
             for block in tl.range(tl.load(run_ptr + 2 * run), tl.load(run_ptr + 2 * run + 1), disable_licm=HALF):
-                first = block * BLOCK_N
-                k_block = load_block(
-                    k, k_token_stride, k_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA
-                )
-                v_block = load_block(
-                    v, v_token_stride, v_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA
-                )
-                visible = None
-                if MASKED:
-                    key = first + tl.arange(0, BLOCK_N)
-                    visible = sees(
-                        query, key, subtree_end_ptr, position_ptr, query_position, n_tokens, window, WINDOWED
-                    )
+                k_block, v_block, visible = load_keys(
+                    k, v, block, head, query, query_position, subtree_end_ptr, position_ptr,
+                    k_token_stride, k_head_stride, v_token_stride, v_head_stride, n_tokens, window,
+                    BLOCK_N, HEAD_DIM, BLOCK_D, WINDOWED, TMA, MASKED,
+                )  # fmt: skip
                 acc, top, mass = attend(
                     acc, top, mass, q, k_block, v_block, visible, unit, scale, softcap, CAPPED, MASKED
                 )
@@ -207,19 +217,11 @@ def attention_backward_q(
         runs = offset_ptr + 2 * tile + MASKED
         for run in range(tl.load(runs), tl.load(runs + 1)):
             for block in tl.range(tl.load(run_ptr + 2 * run), tl.load(run_ptr + 2 * run + 1), disable_licm=HALF):
-                first = block * BLOCK_N
-                k_block = load_block(
-                    k, k_token_stride, k_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA
-                )
-                v_block = load_block(
-                    v, v_token_stride, v_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA
-                )
-                visible = None
-                if MASKED:
-                    key = first + tl.arange(0, BLOCK_N)
-                    visible = sees(
-                        query, key, subtree_end_ptr, position_ptr, query_position, n_tokens, window, WINDOWED
-                    )
+                k_block, v_block, visible = load_keys(
+                    k, v, block, head, query, query_position, subtree_end_ptr, position_ptr,
+                    k_token_stride, k_head_stride, v_token_stride, v_head_stride, n_tokens, window,
+                    BLOCK_N, HEAD_DIM, BLOCK_D, WINDOWED, TMA, MASKED,
+                )  # fmt: skip
                 d_q = query_gradients(
                     d_q, q, d_out, k_block, v_block, log_mass, delta, visible, unit, scale, softcap, CAPPED, MASKED
                 )
