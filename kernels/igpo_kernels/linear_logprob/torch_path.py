@@ -77,7 +77,8 @@ class _LinearLogprob(torch.autograd.Function):
                 pairs = _pairs(pair_row, labels, r, c)
                 at = (pair_row[pairs] - r.start, labels[pairs] - c.start)
                 dz.index_put_(at, d_logp[pairs], accumulate=True)
-                dz *= slope
+                if ctx.softcap or slope != 1:
+                    dz *= slope
                 del slope
                 if of_hidden:
                     dx.addmm_(dz, w)
