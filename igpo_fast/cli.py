@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from igpo_fast import __version__
-from igpo_fast.errors import InputError
+from igpo_fast.errors import InputError, RunError
 
 # torch and transformers are imported inside the commands: --help must not wait for them.
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except InputError as error:
+        except RunError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
 

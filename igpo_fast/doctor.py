@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from igpo_fast import __version__
 from igpo_fast.config import Config, Sft
 from igpo_fast.engines import vllm
-from igpo_fast.errors import InputError
+from igpo_fast.errors import RunError
 from igpo_fast.memory import kv_bytes_per_token, training_bytes
 from igpo_fast.model import build, device_of, kernels_of, probe, use_attend
 from igpo_fast.parts import assemble
@@ -188,7 +188,7 @@ def _configured(config: Config) -> Iterator[Check]:
     probed = config.model.model_copy(update={"probe": True})
     try:
         parts = assemble(config.model_copy(update={"sft": untrained, "model": probed}))
-    except InputError as error:
+    except RunError as error:
         yield Check("configuration", f"FAILED: {error}", ok=False)
         return
     data, lm = parts.data, parts.lm

@@ -1,5 +1,25 @@
-"""The one exception a user is meant to read."""
+"""What ends a command in one line. The CLI prints it and exits with code 2; whatever else is raised is our bug."""
 
 
-class InputError(ValueError):
-    """Bad input: what was wrong, where, and the remedy, in one line. The CLI prints it and exits with code 2."""
+class RunError(Exception):
+    """Ends the command in one line: what was wrong, where, what to do. A run keeps every finished step."""
+
+
+class InputError(RunError, ValueError):
+    """Bad input: a file, a setting, a model or a command that cannot be used as it is."""
+
+
+class EngineError(RunError):
+    """No engine answers. Nothing has changed since the last step, and the same run may go on later."""
+
+
+class ToolError(RunError):
+    """A tool failed for good. Nothing has changed since the last step, and the same run may go on later."""
+
+
+class StorageError(RunError):
+    """The operating system refused to read or write: disk full, no permission, read-only, gone."""
+
+
+class DivergedError(RunError):
+    """The model's numbers are no longer finite, or no longer what the engine samples from."""

@@ -22,8 +22,9 @@ from igpo_fast import __version__
 from igpo_fast.config import Config
 from igpo_fast.data import Data
 from igpo_fast.dialect import Dialect
+from igpo_fast.errors import ToolError
 from igpo_fast.model import hidden_states, lm_head, load
-from igpo_fast.tools.base import Tool, ToolError, close
+from igpo_fast.tools.base import Tool, close
 from igpo_fast.tools.search import Bm25Search
 from igpo_fast.types import ANSWER, SEARCH, Question
 from igpo_fast.world import CLEAN, HARD, NOISY, Demonstration, Noise, World, demonstrate, make_worlds

@@ -21,7 +21,7 @@ from igpo_fast.checkpoint import RunFolder, load_checkpoint, open_run, rewind, s
 from igpo_fast.config import Config
 from igpo_fast.data import question_order
 from igpo_fast.display import Display
-from igpo_fast.errors import InputError
+from igpo_fast.errors import InputError, RunError
 from igpo_fast.interrupt import Interrupted, stop_requested
 from igpo_fast.losses import token_weights
 from igpo_fast.metrics import StepMetrics, ordered, tracker, warnings_for
@@ -71,7 +71,7 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
                     finished = trainer.rollouts(questions, step, metrics)
                     try:
                         batch, found = trainer.collect(finished, step, metrics)
-                    except InputError:  # nothing has changed since the last step: keep that
+                    except RunError:  # nothing has changed since the last step: keep that
                         if step > 1:
                             trainer.save(run, step - 1)
                         raise
@@ -81,7 +81,7 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
                         trainer.sync(metrics)
                         if trainer.evaluation_due(step):
                             metrics.set(trainer.evaluate())
-                    except InputError:  # keep the step; who resumes completes its row
+                    except RunError:  # keep the step; who resumes completes its row
                         trainer.save(run, step, metrics.row())
                         raise
                     report(metrics.row())

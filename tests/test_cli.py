@@ -14,8 +14,9 @@ import igpo_fast.train
 from igpo_fast import __version__, config
 from igpo_fast.checkpoint import RunFolder
 from igpo_fast.cli import app
+from igpo_fast.errors import ToolError
 from igpo_fast.summary import run_summary
-from igpo_fast.tools.search import Bm25Search, NoSearch, ToolError
+from igpo_fast.tools.search import Bm25Search, NoSearch
 from igpo_kernels import triton_variants
 
 TINY = [

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from igpo_fast import config
 from igpo_fast.engines import vllm
-from igpo_fast.engines.base import EngineError, Request, Sampling
+from igpo_fast.engines.base import Request, Sampling
 from igpo_fast.engines.fingerprint import block_sum, combine, fingerprint
 from igpo_fast.engines.vllm import colocated, weights
 from igpo_fast.engines.vllm.requests import generation, sampling_parameters, seed_of
 from igpo_fast.engines.vllm.serve import WeightsInFile, arguments
 from igpo_fast.engines.vllm.servers import VllmServers
-from igpo_fast.errors import InputError
+from igpo_fast.errors import EngineError, InputError
 from tests.replica import Replica, tokens_of
 
 # --- fingerprints ---

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from igpo_fast import config
 from igpo_fast.data import Data, load_corpus, load_questions
 from igpo_fast.dialect import make_dialect
-from igpo_fast.errors import InputError
-from igpo_fast.tools.base import COUNTS, Passage, ToolError, ToolResult, settle
+from igpo_fast.errors import RunError, ToolError
+from igpo_fast.tools.base import COUNTS, Passage, ToolResult, settle
 from igpo_fast.tools.search import Bm25Search, HttpSearch, NoSearch, make_search
 from tests.scripted import words_tokenizer
 from tests.search_server import Server
@@ -215,7 +215,7 @@ def test_http_gives_up_with_one_line(status, attempts):
         with pytest.raises(ToolError, match=rf"search.url={server.url}: no answer \(status {status}\)") as caught:
             ids(HttpSearch(server.url, 2, retries=2, backoff=0), "x")
         assert len(server.requests) == attempts
-    assert "\n" not in str(caught.value) and isinstance(caught.value, InputError)
+    assert "\n" not in str(caught.value) and isinstance(caught.value, RunError)
 
 
 @pytest.mark.parametrize(

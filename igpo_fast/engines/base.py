@@ -10,8 +10,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from igpo_fast.errors import InputError
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -59,10 +57,6 @@ class Generation:
     """log pi(token | everything before) at the sampling temperature, in nats: float32 [n]."""
     finished: bool
     """Ended with a stop token or string, not by length."""
-
-
-class EngineError(InputError):
-    """No engine answers: nothing has changed since the last step, and the same run may go on later."""
 
 
 class Engine(Protocol):

@@ -5,17 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from igpo_fast.errors import InputError
+from igpo_fast.errors import ToolError
 
 COUNTS = (
     "calls", "failures", "retries",
     "timeouts", "unreachable", "rate_limited", "server_errors", "refused", "malformed", "too_large",
 )  # fmt: skip
 """What a tool counts: calls, those that failed for good, attempts after the first; then why attempts failed."""
-
-
-class ToolError(InputError):
-    """A tool failed for good and the run must stop: it must not learn from results that an error left empty."""
 
 
 @dataclass(frozen=True)

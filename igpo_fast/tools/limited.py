@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-from igpo_fast.errors import InputError
-from igpo_fast.tools.base import Tool, ToolError, ToolResult, close
+from igpo_fast.errors import RunError, ToolError
+from igpo_fast.tools.base import Tool, ToolResult, close
 
 
 class LimitedTool:
@@ -51,7 +51,7 @@ class LimitedTool:
             try:
                 async with asyncio.timeout(self._timeout) as deadline:
                     result = await self._tool(query, corpus)
-            except InputError:
+            except RunError:
                 raise
             except Exception as error:
                 if not (isinstance(error, TimeoutError) and deadline.expired()):

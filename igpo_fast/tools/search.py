@@ -18,7 +18,8 @@ import httpx
 
 from igpo_fast.config import Config
 from igpo_fast.data import Data, title_and_text
-from igpo_fast.tools.base import Passage, Tool, ToolError, ToolResult
+from igpo_fast.errors import ToolError
+from igpo_fast.tools.base import Passage, Tool, ToolResult
 from igpo_fast.tools.index import best, indexed_words
 
 LONGEST_WAIT = 30.0

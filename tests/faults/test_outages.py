@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from igpo_fast.checkpoint import RunFolder
-from igpo_fast.engines.base import EngineError
 from igpo_fast.engines.torch import TorchEngine
-from igpo_fast.errors import InputError
+from igpo_fast.errors import EngineError, InputError
 from igpo_fast.train import train
 from tests.tiny import STEPS, Recorder, files, rows, settings
 

@@ -10,9 +10,10 @@ import pytest
 
 from igpo_fast.dialect import make_dialect
 from igpo_fast.engines.base import Sampling
+from igpo_fast.errors import ToolError
 from igpo_fast.parts import assemble
 from igpo_fast.rollout import Limits, finished_groups
-from igpo_fast.tools.base import Passage, ToolError, ToolResult
+from igpo_fast.tools.base import Passage, ToolResult
 from igpo_fast.tools.limited import LimitedTool
 from igpo_fast.tools.search import Bm25Search
 from igpo_fast.types import Question

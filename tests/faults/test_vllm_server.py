@@ -17,9 +17,10 @@ import httpx
 import pytest
 import torch
 
-from igpo_fast.engines.base import EngineError, Request, Sampling
+from igpo_fast.engines.base import Request, Sampling
 from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.engines.vllm.servers import COUNTS, VllmServers
+from igpo_fast.errors import EngineError
 from igpo_fast.parts import assemble
 from igpo_fast.train import train
 from tests.tiny import STEPS, Recorder, files, rows, settings

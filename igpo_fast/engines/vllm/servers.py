@@ -18,11 +18,11 @@ from typing import Any
 import httpx
 import torch
 
-from igpo_fast.engines.base import EngineError, Generation, Request
+from igpo_fast.engines.base import Generation, Request
 from igpo_fast.engines.stops import StopStrings
 from igpo_fast.engines.vllm import TRANSFER, weights
 from igpo_fast.engines.vllm.requests import check, generation, sampling_parameters
-from igpo_fast.errors import InputError
+from igpo_fast.errors import EngineError, InputError
 
 ATTEMPTS = 5
 """Most times a request is made."""
