@@ -102,9 +102,9 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def write_rollouts(self, step: int, records: Iterable[Mapping]) -> Path:
-        """Write a step's rollouts as JSON lines, replacing the file if there is one."""
-        path = self.rollouts / f"step_{step:06d}.jsonl"
+    def write_rollouts(self, name: str, records: Iterable[Mapping]) -> Path:
+        """Write rollouts/NAME.jsonl, replacing the file if there is one; ``name`` is step_000001 or eval_000001."""
+        path = self.rollouts / f"{name}.jsonl"
         with atomic(path) as file:
             for record in records:
                 file.write(json.dumps(_plain(record), allow_nan=False, ensure_ascii=False).encode() + b"\n")
@@ -223,7 +223,10 @@ def rewind(run: RunFolder, step: int) -> Path | None:
         raise InputError(f"{run.metrics}:{steps.index(None) + 1}: not a metrics row; delete or repair the line")
     kept = [line for line, s in zip(lines, steps, strict=True) if s is not None and s <= step]
     late = [line for line, s in zip(lines, steps, strict=True) if s is None or s > step]
-    rollouts = [path for s, path in _numbered(run.rollouts, r"\.jsonl").items() if s > step]
+    # The evaluation of step k is written before its row: whoever goes on after step k may make it again.
+    rollouts = [
+        path for kind in ("step", "eval") for s, path in _numbered(run.rollouts, r"\.jsonl", kind).items() if s > step
+    ]
     folder = None
     if late or rollouts:
         earlier = [int(p.name) for p in run.discarded.glob("*") if p.name.isdecimal()]
@@ -299,9 +302,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
-    """Step -> ``folder/step_NNN + suffix`` (a regular expression), in order."""
-    matches = [(re.fullmatch(rf"step_(\d+){suffix}", path.name), path) for path in folder.glob("step_*")]
+def _numbered(folder: Path, suffix: str, kind: str = "step") -> dict[int, Path]:
+    """Step -> ``folder/KIND_NNN + suffix`` (a regular expression), in order."""
+    matches = [(re.fullmatch(rf"{kind}_(\d+){suffix}", path.name), path) for path in folder.glob(f"{kind}_*")]
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -81,8 +82,8 @@ def _options(
 def train(overrides: Overrides = None, config: ConfigFile = None) -> None:
     """Train in run.dir, or go on training there."""
     settings = _load(config, overrides)
+    from igpo_fast.interrupt import Interrupted
     from igpo_fast.summary import run_summary
-    from igpo_fast.train import Interrupted
     from igpo_fast.train import train as run_training
 
     try:
@@ -102,7 +103,7 @@ def sft(
 ) -> None:
     """Train the warm-started model, or find it in run.cache, and say where it is."""
     settings = _load(config, overrides)
-    from igpo_fast.parts import assemble
+    from igpo_fast.setup import set_up
     from igpo_fast.sft import steps_of
 
     if not steps_of(settings):
@@ -116,11 +117,11 @@ def sft(
             if done % max(1, total // 5) == 0:
                 typer.echo(f"warm start {done}/{total}  loss {loss:.3f}", err=True)
 
-        parts = assemble(settings, sft_progress=progress)
-    folder = parts.lm.name_or_path  # it was read back from the cache
+        setup = set_up(settings, sft_progress=progress)
+    folder = setup.lm.name_or_path  # it was read back from the cache
     if output:
-        parts.lm.save_pretrained(output)
-        parts.tokenizer.save_pretrained(output)
+        setup.lm.save_pretrained(output)
+        setup.tokenizer.save_pretrained(output)
         folder = output
     typer.echo(f"the warm-started model is in {folder}")
 
@@ -137,14 +138,17 @@ def evaluate(
     """Sampled F1 on held-out questions: of a run's newest checkpoint, or of a model with --config."""
     overrides = [*(overrides or ()), *([f"eval.questions={questions}"] if questions else ())]
     settings, weights = _evaluated(target, config, overrides)
+    from igpo_fast.evaluate import evaluate as run_evaluation
     from igpo_fast.evaluate import set_names
-    from igpo_fast.parts import assemble
+    from igpo_fast.setup import set_up
     from igpo_fast.tools.search import NoSearch
 
-    parts = assemble(settings, weights=weights)
+    setup = set_up(settings, weights=weights)
+    agent = replace(setup.eval_agent, tool=NoSearch()) if no_search else setup.eval_agent
+    agent.engine.load_weights(setup.lm.state_dict().items())
     with _bar("evaluation") as advance:
-        found = parts.evaluate(NoSearch() if no_search else None, advance)
-    count = len(parts.data.eval)
+        found = run_evaluation(agent, setup.data.eval, settings.algorithm.f1_normalisation, advance).metrics
+    count = len(setup.data.eval)
     if as_json:
         numbers = {key: value if math.isfinite(value) else None for key, value in found.items()}
         typer.echo(json.dumps({"model": weights, "search": not no_search, "questions": count, **numbers}))

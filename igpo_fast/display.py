@@ -91,6 +91,14 @@ class Display:
         if not self.console.is_terminal or _number(row, "eval/f1") is not None:
             self._print(Text(f"step {self._done}/{self.steps}  {line}"))
 
+    def warm_start(self, done: int, total: int, loss: float) -> None:
+        """Progress of the warm start: a step of it is done."""
+        if done == 1:
+            self.phase("warm start", total=total)
+        self.advance()
+        if done % max(1, total // 5) == 0:
+            self.note(f"warm start {done}/{total}  loss {loss:.3f}")
+
     def note(self, text: str) -> None:
         """A line that stays."""
         self._print(Text(text))

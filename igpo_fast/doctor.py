@@ -22,8 +22,8 @@ from igpo_fast.engines import vllm
 from igpo_fast.errors import RunError
 from igpo_fast.memory import kv_bytes_per_token, training_bytes
 from igpo_fast.model import build, device_of, kernels_of, probe, use_attend
-from igpo_fast.parts import assemble
-from igpo_fast.scoring import Policy
+from igpo_fast.setup import set_up
+from igpo_fast.update.scoring import Policy
 from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack, triton_variants
 from igpo_kernels.backend import chosen
 
@@ -187,11 +187,11 @@ def _configured(config: Config) -> Iterator[Check]:
     untrained = Sft(clean_steps=0, noisy_steps=0, hard_steps=0)
     probed = config.model.model_copy(update={"probe": True})
     try:
-        parts = assemble(config.model_copy(update={"sft": untrained, "model": probed}))
+        setup = set_up(config.model_copy(update={"sft": untrained, "model": probed}))
     except RunError as error:
         yield Check("configuration", f"FAILED: {error}", ok=False)
         return
-    data, lm = parts.data, parts.lm
+    data, lm = setup.data, setup.lm
     passages = sum(map(len, data.collections.values()))
     yield Check("data", f"{len(data.train):,} train, {len(data.eval):,} eval questions, {passages:,} passages")
     size = sum(parameter.numel() for parameter in lm.parameters())

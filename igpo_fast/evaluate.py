@@ -3,68 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from igpo_fast.dialect import Dialect
-from igpo_fast.engines.base import Engine, Sampling
+from igpo_fast.batch import rollout_groups
 from igpo_fast.errors import InputError
 from igpo_fast.rewards import exact_match, f1_score
-from igpo_fast.rollout import Limits, rollout_groups
-from igpo_fast.tools.base import Tool
+from igpo_fast.rollout import Agent
+from igpo_fast.tools.base import settle
 from igpo_fast.types import Question, Rollout
 
 EVAL_STEP = -1
 """Stands for the step in sampling keys: evaluation has its own noise, the same whenever it runs."""
 
 
+class Evaluation(NamedTuple):
+    """What the policy said on held-out questions, and how good it was."""
+
+    metrics: dict[str, float]
+    rollouts: tuple[Rollout, ...]
+    """One per question, in the questions' order."""
+
+
 def evaluate(
+    agent: Agent,
     questions: Sequence[Question],
-    *,
-    engine: Engine,
-    tool: Tool,
-    dialect: Dialect,
-    limits: Limits,
-    sampling: Sampling,
-    seed: int,
-    concurrency: int,
     f1_normalisation: str,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
-    """One rollout a question.
+) -> Evaluation:
+    """One rollout per question.
 
     Returns:
         ``eval/f1``, ``eval/em`` and ``eval/turns``, means over questions, and ``eval/f1_se``, the standard error of the
         first (NaN with a single question). Questions of several data sets have these of each, ``eval/NAME/f1`` and so
-        on, and the former are then the plain average over data sets, as the papers report it.
+        on, and the former are then the plain average over data sets, as the papers report it. Where search can fail,
+        ``eval/search_failures`` is how many searches failed for good.
     Raises:
         InputError: there are no questions.
+        EngineError, ToolError: no engine answers, or every search failed.
     """
     if not questions:
         raise InputError("evaluation: there are no questions; give data.eval, or raise eval.questions")
-    groups = rollout_groups(
-        questions,
-        1,
-        seed=seed,
-        step=EVAL_STEP,
-        engine=engine,
-        tool=tool,
-        dialect=dialect,
-        limits=limits,
-        sampling=sampling,
-        concurrency=concurrency,
-        progress=progress,
-    )
-    rollouts = [group.rollouts[0] for group in groups]
+    groups = rollout_groups(agent, questions, 1, EVAL_STEP, progress=progress)
+    rollouts = tuple(group.rollouts[0] for group in groups)
+    counts, _ = settle(agent.tool, "evaluation")
     sets: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
         sets.setdefault(rollout.question.dataset, []).append(rollout)
     means = {name: _means(members, f1_normalisation) for name, members in sets.items()}
-    found = {f"eval/{key}": float(np.mean([of[key] for of in means.values()])) for key in ("f1", "em", "turns")}
-    found["eval/f1_se"] = float(np.linalg.norm([of["f1_se"] for of in means.values()]) / len(means))
+    metrics = {f"eval/{key}": float(np.mean([of[key] for of in means.values()])) for key in ("f1", "em", "turns")}
+    metrics["eval/f1_se"] = float(np.linalg.norm([of["f1_se"] for of in means.values()]) / len(means))
     if len(means) > 1:
-        found |= {f"eval/{name}/{key}": value for name, of in means.items() for key, value in of.items()}
-    return found
+        metrics |= {f"eval/{name}/{key}": value for name, of in means.items() for key, value in of.items()}
+    if counts:
+        metrics["eval/search_failures"] = counts["tool/failures"]
+    return Evaluation(metrics, rollouts)
 
 
 def _means(rollouts: Sequence[Rollout], f1_normalisation: str) -> dict[str, float]:
@@ -79,6 +73,6 @@ def _means(rollouts: Sequence[Rollout], f1_normalisation: str) -> dict[str, floa
     }
 
 
-def set_names(found: Mapping[str, float]) -> list[str]:
+def set_names(metrics: Mapping[str, float]) -> list[str]:
     """The data sets that have metrics of their own in what ``evaluate`` returned; none where there is only one."""
-    return [name for key in found if key.endswith("/f1") and (name := key[len("eval/") : -len("/f1")])]
+    return [name for key in metrics if key.endswith("/f1") and (name := key[len("eval/") : -len("/f1")])]

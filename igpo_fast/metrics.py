@@ -55,6 +55,10 @@ class StepMetrics:
         self._sums: dict[str, float | torch.Tensor] = {}
         self._grad_norms: list[float | torch.Tensor] = []
 
+    def __getitem__(self, key: str) -> float:
+        """A number that was set or counted so far."""
+        return self._values[key]
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the seconds spent inside to ``time/NAME``; work queued on a GPU counts."""

@@ -30,9 +30,9 @@ from igpo_fast.dialect import CHAT_SYSTEM, SEARCH_TOOL, Dialect, TagsDialect, ma
 from igpo_fast.errors import InputError
 from igpo_fast.model import device_of, load
 from igpo_fast.rewards import Answers, Basis, information_gain, values_of
-from igpo_fast.scoring import Policy, answer_means
 from igpo_fast.tokenizer import load_tokenizer
 from igpo_fast.types import Question
+from igpo_fast.update.scoring import Policy, answer_means
 from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack
 
 PROMPT_ROLES = ("system", "user")

@@ -23,13 +23,14 @@ from igpo_fast.config import Config
 from igpo_fast.data import Data
 from igpo_fast.dialect import Dialect
 from igpo_fast.errors import ToolError
-from igpo_fast.model import hidden_states, lm_head, load
+from igpo_fast.model import load
 from igpo_fast.tools.base import Tool, close
 from igpo_fast.tools.search import Bm25Search
 from igpo_fast.types import ANSWER, SEARCH, Question
+from igpo_fast.update.learner import Learner
+from igpo_fast.update.scoring import SupervisedInputs
 from igpo_fast.world import CLEAN, HARD, NOISY, Demonstration, Noise, World, demonstrate, make_worlds
-from igpo_kernels import RolloutTokens, Tree, linear_logprob, pack
-from igpo_kernels.huggingface import TreeAttend
+from igpo_kernels import RolloutTokens, Tree, pack
 
 Progress = Callable[[int, int, float], None]
 """(done, total, loss per token of the last step)"""
@@ -80,39 +81,30 @@ def _fingerprint(config: Config) -> str:
 def train(
     config: Config, lm: PreTrainedModel, dialect: Dialect, data: Data, tool: Tool, progress: Progress | None = None
 ) -> None:
-    """AdamW on the demonstrations, one packed batch a step, in place; the learning rate falls linearly to 0."""
-    settings = config.sft
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=settings.lr, weight_decay=0.0)
+    """AdamW on the demonstrations, one packed batch per step, in place; the learning rate falls linearly to 0."""
     total = steps_of(config)
+    learner = Learner(
+        lm, backend=config.model.kernels, lr=config.sft.lr, factor=lambda step: 1 - step / total,
+    )  # fmt: skip
     for step, batch in enumerate(_batches(config, dialect, data, tool)):
-        optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / total)
-        loss = demonstration_loss(lm, batch, settings.response_weight, config.model.kernels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = demonstration_loss(learner, batch, config.sft.response_weight)
+        learner.backward(loss)
+        learner.step()
         if progress:
             progress(step + 1, total, float(loss.detach()))
 
 
 def demonstration_loss(
-    lm: PreTrainedModel, batch: list[tuple[np.ndarray, np.ndarray]], response_weight: float, backend: str = "auto"
+    learner: Learner, batch: list[tuple[np.ndarray, np.ndarray]], response_weight: float
 ) -> torch.Tensor:
     """Weighted mean negative log-likelihood of the tokens after the prompts.
 
     Args:
         batch: per demonstration its tokens and who wrote each, int [L].
-        backend: which implementation of igpo_kernels runs.
     """
     plan = pack([Tree([RolloutTokens(i, ids, writer)]) for i, (ids, writer) in enumerate(batch)])
-    tensor = lambda name: plan.tensor(name, lm.device)  # noqa: E731
-    hidden = hidden_states(lm, tensor("input_ids"), tensor("position_ids"), TreeAttend(plan, backend))
-    head = lm_head(lm)
-    logp = linear_logprob(
-        hidden, head.weight, tensor("label"), tensor("row"), head.bias, softcap=head.softcap, backend=backend
-    )
-    weight = torch.where(tensor("turn") == WRITTEN, 1.0, response_weight).to(logp.dtype)
-    return -(weight * logp).sum() / weight.sum()
+    weights = np.where(plan.turn == WRITTEN, 1.0, response_weight).astype(np.float32)
+    return learner(plan, SupervisedInputs(weights)).loss
 
 
 async def write(

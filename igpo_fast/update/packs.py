@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from igpo_fast.advantages import Recipe, collapsed, score_rollouts
-from igpo_fast.dialect import Dialect
-from igpo_fast.metrics import StepMetrics
 from igpo_fast.rewards import values_of
-from igpo_fast.scoring import Policy, answer_means, make_trees
-from igpo_fast.types import Batch, Group, Rollout, TurnScores
+from igpo_fast.types import Batch, Group, Question, Rollout, TurnScores
+from igpo_fast.update.scoring import Policy, answer_means, make_trees
 from igpo_kernels import Branch, TreePlan, pack_within
+
+
+class Pack(NamedTuple):
+    """One row of packed tokens and whose they are."""
+
+    plan: TreePlan
+    groups: np.ndarray
+    """The batch's groups with a rollout in it, ascending: int64."""
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """What reading it adds to a step's row."""
+        return {"tokens/packed": self.plan.n_tokens, "tokens/scored": self.plan.n_pairs - self.plan.n_decisions}
 
 
 class Found(NamedTuple):
@@ -29,63 +40,71 @@ Scored = dict[tuple[str, int], Found]
 """By the question's id and the rollout's index."""
 
 
-class Packs:
+class Packer:
     """Makes the packs of a run, and reads them where no gradient is needed.
 
     Args:
+        branches_of: the answers that are forced after each prefix of a question's rollouts; none where the algorithm
+            needs no values.
         passes: ``one`` or ``two``.
         token_budget: most packed tokens that a forward reads.
     """
 
-    def __init__(self, policy: Policy, dialect: Dialect, recipe: Recipe, passes: str, token_budget: int):
-        self._policy, self._dialect, self._recipe = policy, dialect, recipe
+    def __init__(
+        self,
+        policy: Policy,
+        branches_of: Callable[[Question], Sequence[Branch]],
+        recipe: Recipe,
+        passes: str,
+        token_budget: int,
+    ):
+        self._policy, self._branches_of, self._recipe = policy, branches_of, recipe
         self._passes, self._budget = passes, token_budget
 
-    def plans(self, batch: Batch, share: Sequence[int], scored: bool) -> list[TreePlan]:
+    def packs(self, batch: Batch, share: Sequence[int], scored: bool) -> list[Pack]:
         """Packs of the groups ``share``; ``scored`` hangs the answers on them. One pass needs whole groups."""
         groups = [batch.groups[g] for g in share]
-        starts = np.cumsum([0, *(len(g.rollouts) for g in batch.groups)])
+        sizes = [len(group.rollouts) for group in batch.groups]
+        starts = np.cumsum([0, *sizes])
         numbers = [range(starts[g], starts[g + 1]) for g in share]
-        branches = [self._branches(group) for group in groups] if scored else None
-        trees = make_trees(groups, branches, numbers)
-        plans = pack_within(trees, self._budget, split=self._passes == "two")
+        branches = [self._branches_of(group.question) for group in groups] if scored else None
+        plans = pack_within(make_trees(groups, branches, numbers), self._budget, split=self._passes == "two")
+        group_of_rollout = np.repeat(np.arange(len(sizes)), sizes)
         for plan in plans:
             self._policy.choose_attention(plan)
-        return plans
+        return [Pack(plan, np.unique(group_of_rollout[plan.rollout])) for plan in plans]
 
     def separate_tokens(self, batch: Batch) -> int:
         """Tokens that separate passes would read for the same numbers: each rollout for each pass, and each of its
         prefixes with each answer."""
         total = 0
         for group in batch.groups:
-            answers = [branch.stop - 1 for branch in self._branches(group)]
+            answers = [branch.stop - 1 for branch in self._branches_of(group.question)]
             for rollout in group.rollouts:
                 total += len(rollout.ids) * (1 if self._passes == "one" else 2)
                 total += len(answers) * int(rollout.boundaries.sum()) + len(rollout.boundaries) * sum(answers)
         return total
-
-    def _branches(self, group: Group) -> Sequence[Branch]:
-        """The answers that are forced after each prefix; none where the algorithm needs no values."""
-        if not self._recipe.needs_values:
-            return ()
-        return self._dialect.branches(group.question)[: 1 if self._recipe.answers == "first" else None]
 
     def values(self, plan: TreePlan, answer_logp: np.ndarray) -> dict[int, np.ndarray]:
         """v_t of each rollout in a pack, by its number in the batch: float64 [T] each."""
         means = answer_means(plan, answer_logp)
         return {i: values_of(mean, self._recipe.basis, self._recipe.answers) for i, mean in means.items()}
 
-    def score(self, batch: Batch, found: Scored, metrics: StepMetrics) -> None:
-        """The first of two passes, over those groups that are not ``found`` yet."""
+    def score(self, batch: Batch, found: Scored) -> list[Pack]:
+        """The first of two passes, over those groups that are not ``found`` yet.
+
+        Returns:
+            The packs that were read.
+        """
         new = Batch(batch.step, tuple(group for group in batch.groups if rollout_key(group.rollouts[0]) not in found))
-        with metrics.phase("score"):
-            for plan in self.plans(new, range(len(new.groups)), scored=True):
-                result = self._policy(plan)
-                count_tokens(metrics, plan)
-                values = self.values(plan, result.answer_logp)
-                owner = plan.rollout[: plan.n_decisions]
-                for i in np.unique(owner).tolist():
-                    found[rollout_key(new.rollouts[i])] = Found(values.get(i), result.decision_logp[owner == i])
+        packs = self.packs(new, range(len(new.groups)), scored=True)
+        for plan, _ in packs:
+            result = self._policy(plan)
+            values = self.values(plan, result.answer_logp)
+            owner = plan.rollout[: plan.n_decisions]
+            for i in np.unique(owner).tolist():
+                found[rollout_key(new.rollouts[i])] = Found(values.get(i), result.decision_logp[owner == i])
+        return packs
 
     def scores(self, groups: Sequence[Group], found: Scored) -> tuple[TurnScores, ...]:
         """What the groups' rollouts earned; outcome-only algorithms need nothing ``found``."""
@@ -101,8 +120,3 @@ class Packs:
 def rollout_key(rollout: Rollout) -> tuple[str, int]:
     """Under which ``Scored`` has a rollout."""
     return rollout.question.id, rollout.index
-
-
-def count_tokens(metrics: StepMetrics, plan: TreePlan) -> None:
-    """Add a pack that was read to the step's row."""
-    metrics.add({"tokens/packed": plan.n_tokens, "tokens/scored": plan.n_pairs - plan.n_decisions})

@@ -32,7 +32,7 @@ from igpo_kernels.tree_attention import backend_for
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the loss needs beside the model, one number a decision pair of the plan: float32 [D], D decision pairs."""
+    """What the policy loss needs beside the model, one number per decision pair of the plan: float32 [D]."""
 
     weights: np.ndarray
     """Global: they are the aggregation."""
@@ -42,6 +42,14 @@ class LossInputs:
     """None is ratio 1."""
     engine_logp: np.ndarray | None = None
     ref_logp: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class SupervisedInputs:
+    """What supervised fine-tuning needs beside the model: a weight per decision pair of the plan, float32 [D]. The loss
+    is the weighted mean of the negative log-likelihoods."""
+
+    weights: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,6 @@ class Policy(torch.nn.Module):
     def __init__(self, lm: PreTrainedModel, temperature: float, settings: LossSettings, backend: str = "auto"):
         super().__init__()
         self.lm, self.temperature, self.settings, self.backend = lm, temperature, settings, backend
-        self.tokens_read = 0
-        """Packed tokens that ``forward`` has read so far."""
 
     def choose_attention(self, plan: TreePlan) -> None:
         """Decide which implementation of attention reads a plan that was just built."""
@@ -82,7 +88,10 @@ class Policy(torch.nn.Module):
             backend_for(plan, self.lm.device, self.lm.dtype, *heads_of(self.lm))
 
     def forward(
-        self, plan: TreePlan, inputs: LossInputs | None = None, advantages_of: AdvantagesOf | None = None
+        self,
+        plan: TreePlan,
+        inputs: LossInputs | SupervisedInputs | None = None,
+        advantages_of: AdvantagesOf | None = None,
     ) -> PackScores:
         """One pass over a pack.
 
@@ -97,7 +106,6 @@ class Policy(torch.nn.Module):
                 self.lm, plan.tensor("input_ids", device), plan.tensor("position_ids", device),
                 TreeAttend(plan, self.backend),
             )  # fmt: skip
-        self.tokens_read += plan.n_tokens
         n = plan.n_decisions
         answer_logp = np.zeros(0)
         with torch.no_grad():
@@ -105,6 +113,11 @@ class Policy(torch.nn.Module):
                 answer_logp = self._logp(hidden.detach(), plan, slice(n, None)).double().cpu().numpy()
             if inputs is None:
                 return PackScores(answer_logp, self._logp(hidden, plan, slice(0, n)).float().cpu().numpy())
+        if isinstance(inputs, SupervisedInputs):
+            weight = torch.as_tensor(inputs.weights, device=device)
+            logp = self._logp(hidden, plan, slice(0, n))
+            weight = weight.to(logp.dtype)
+            return PackScores(answer_logp, loss=-(weight * logp).sum() / weight.sum())
         if inputs.advantages is None:
             inputs = replace(inputs, advantages=advantages_of(answer_logp))
         loss, sums, logp = self._loss(hidden, plan, inputs)

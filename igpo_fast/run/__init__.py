@@ -1,0 +1,1 @@
+"""What a run keeps and shows: its folder, rows, records, signals."""

@@ -1,0 +1,116 @@
+"""What a line of rollouts/*.jsonl holds, written and read: a rollout and, where it was trained on, what it earned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from igpo_fast.types import Question, Rollout, Turn, TurnScores
+
+VERSION = 1
+"""Raised when a key changes its meaning or goes; a new key does not raise it."""
+
+
+def record_of(rollout: Rollout, scores: TurnScores | None = None) -> dict[str, Any]:
+    """The JSON object of a rollout.
+
+    ``values`` are v_0 .. v_{T-1}; a turn's ``value`` is the one after it and ``info_gain`` what the turn added, both
+    null for the last turn. Undefined numbers are null: all of these where the algorithm needs no values, and what a
+    rollout earned where it was only evaluated.
+    """
+    question, unscored = rollout.question, [None] * len(rollout.turns)
+    values = _numbers(scores.values) if scores else unscored
+    gains = _numbers(scores.gains) if scores and len(scores.gains) else unscored[1:]
+    advantages = _numbers(scores.advantages) if scores else unscored
+    outcome, f1, em = _numbers([scores.outcome, scores.f1, scores.em]) if scores else [None] * 3
+    return {
+        "version": VERSION,
+        "id": question.id,
+        "question": question.question,
+        "answers": list(question.answers),
+        "corpus": question.corpus,
+        "dataset": question.dataset,
+        "index": rollout.index,
+        "answer": rollout.answer,
+        "outcome": outcome,
+        "f1": f1,
+        "em": em,
+        "values": values,
+        "turns": [
+            {
+                "text": turn.text,
+                "action": turn.action,
+                "argument": turn.argument,
+                "response": turn.response,
+                "passages": list(turn.passages),
+                "tokens": len(turn.ids),
+                "value": value,
+                "info_gain": gain,
+                "advantage": advantage,
+                "ids": turn.ids.tolist(),
+                "logp": _numbers(turn.logp),
+                "response_ids": turn.response_ids.tolist(),
+            }
+            for turn, value, gain, advantage in zip(
+                rollout.turns, [*values[1:], None], [*gains, None], advantages, strict=True
+            )
+        ],
+        "prompt_ids": rollout.prompt_ids.tolist(),
+    }
+
+
+def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, TurnScores | None]:
+    """The rollout of a record, and what it earned; None where it was not scored.
+
+    A null is NaN again, so ``record_of`` gives the same record. The question's ``hops`` and ``steps`` are not kept.
+
+    Raises:
+        ValueError: a record of a later version.
+    """
+    if record.get("version", VERSION) > VERSION:
+        raise ValueError(f"a rollout record of version {record['version']}; this igpo-fast reads up to {VERSION}")
+    question = Question(
+        record["id"],
+        record["question"],
+        tuple(record["answers"]),
+        corpus=record.get("corpus", ""),
+        dataset=record.get("dataset", ""),
+    )
+    turns = tuple(
+        Turn(
+            ids=np.array(turn["ids"], np.int32),
+            logp=_array(turn["logp"], np.float32),
+            text=turn["text"],
+            action=turn["action"],
+            argument=turn["argument"],
+            response_ids=np.array(turn["response_ids"], np.int32),
+            response=turn["response"],
+            passages=tuple(turn["passages"]),
+        )
+        for turn in record["turns"]
+    )
+    rollout = Rollout(question, record["index"], np.array(record["prompt_ids"], np.int32), turns)
+    if record["outcome"] is None:
+        return rollout, None
+    gains = [turn["info_gain"] for turn in record["turns"][:-1]]
+    scores = TurnScores(
+        values=_array(record["values"], np.float64),
+        gains=_array([] if record["values"][0] is None else gains, np.float64),
+        outcome=record["outcome"],
+        f1=record["f1"],
+        em=record["em"],
+        advantages=_array([turn["advantage"] for turn in record["turns"]], np.float64),
+    )
+    return rollout, scores
+
+
+def _numbers(values: Sequence[float] | np.ndarray) -> list[float | None]:
+    """JSON knows no NaN: null stands for it."""
+    return [float(value) if math.isfinite(value) else None for value in values]
+
+
+def _array(values: Sequence[float | None], dtype: type) -> np.ndarray:
+    return np.array([math.nan if value is None else value for value in values], dtype)

@@ -1,0 +1,158 @@
+"""A run from its folder's point of view: what is written when, and one rule: whatever raises costs no finished step.
+
+Order of writes in a step: rollouts, row, checkpoint. So what a checkpoint builds on is on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from igpo_fast.checkpoint import RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
+from igpo_fast.config import Config
+from igpo_fast.display import Display
+from igpo_fast.errors import RunError
+from igpo_fast.interrupt import Interrupted, stop_requested
+from igpo_fast.metrics import StepMetrics, ordered, tracker, warnings_for
+from igpo_fast.run.records import record_of
+from igpo_fast.types import Batch, Rollout
+
+
+class Owner(Protocol):
+    """Who owns the weights (update/learner.Learner)."""
+
+    updates: int
+    lm: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+
+
+class Session:
+    """One process's part of a run, as a context: the folder is locked, the display is on.
+
+    Args:
+        config: ``run.dir`` names the folder, which is made, or taken to go on.
+    """
+
+    def __init__(self, config: Config, display: Display):
+        self.config, self.display = config, display
+        self._finished = 0
+        """The last step whose rollouts are on disk, and whose update is therefore complete."""
+
+    def __enter__(self) -> Session:
+        self._stack = ExitStack()
+        try:
+            self._stack.enter_context(self.display)
+            self.folder: RunFolder = self._stack.enter_context(open_run(self.config.run.dir, self.config))
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stack.close()
+
+    def resume(self, learner: Owner, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Restore the newest checkpoint and move aside what was written after it.
+
+        Returns:
+            The last finished step, 0 at the start.
+        """
+        self._learner, self._tokenizer = learner, tokenizer
+        loaded = load_checkpoint(self.folder, learner.lm, learner.optimizer, learner.scheduler)
+        self.folder.begin()
+        step, extra = loaded or (0, {})
+        moved = rewind(self.folder, step)
+        if loaded:
+            self.display.note(f"resumed after step {step}")
+        if moved:
+            self.display.note(f"rows and rollouts that an earlier session wrote after step {step} are now in {moved}")
+        self._finished = step
+        self._rows = self.folder.read_metrics()
+        logs = self.folder.path / "tensorboard"
+        self._track = self._stack.enter_context(tracker(self.config.run.tracker, logs, step))
+        self._owed = None
+        if not self._rows or self._rows[-1]["step"] < step:  # the start, or a step whose sync or evaluation failed
+            self._owed = extra.get("row", {"step": step})
+        return step
+
+    def owed(self, metrics: Mapping[str, float]) -> None:
+        """Complete with ``metrics`` the row that the last session could not write, or the row of the start."""
+        if self._owed is not None:
+            self._report(ordered(self._owed | metrics))
+            self._owed = None
+
+    @property
+    def owes_a_row(self) -> bool:
+        return self._owed is not None
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, each with its checkpoint where one is due.
+
+        Raises:
+            Interrupted: the user asked to stop; a checkpoint holds everything so far.
+        """
+        last, every = self.config.train.steps, self.config.train.checkpoint_every
+        with stop_requested() as stop:
+            for step in range(self._finished + 1, last + 1):
+                yield step
+                if step % every == 0 or step == last or stop.is_set():
+                    self._save(step)
+                if stop.is_set() and step < last:
+                    raise Interrupted(f"stopped after step {step}, which {self.folder.checkpoints} holds")
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[StepMetrics]:
+        """A step's row, written when the block ends. If the block raises, a checkpoint keeps every finished step.
+
+        Weights that have not changed are those of the step before. Once its rollouts are written the step itself is
+        finished, and the checkpoint carries what its row has so far. Between two updates of one step there is nothing
+        to keep: the run goes back to its last checkpoint.
+        """
+        metrics, updates = StepMetrics(number), self._learner.updates
+        try:
+            yield metrics
+        except Exception as error:
+            if self._finished == number:
+                self._save(number, metrics.row())
+            elif self._learner.updates == updates and number > 1:
+                self._save(number - 1)
+            if isinstance(error, torch.OutOfMemoryError | MemoryError):
+                raise RunError(
+                    f"step {number}: out of memory ({_first_line(error)}); lower train.token_budget or "
+                    "rollout.concurrency, then resume with the same command"
+                ) from error
+            raise
+        self._report(metrics.row())
+
+    def write_rollouts(self, batch: Batch) -> None:
+        """Put a trained batch on record: its step is finished."""
+        self.folder.write_rollouts(f"step_{batch.step:06d}", map(record_of, batch.rollouts, batch.scores))
+        self._finished = batch.step
+
+    def write_evaluation(self, step: int, rollouts: tuple[Rollout, ...]) -> None:
+        """Put on record what the policy said on held-out questions after a step."""
+        self.folder.write_rollouts(f"eval_{step:06d}", map(record_of, rollouts))
+
+    def _save(self, step: int, row: Mapping[str, float] | None = None) -> None:
+        """Write a finished step's checkpoint; ``row``: what its row has so far, if that cannot be written yet."""
+        extra = {} if row is None else {"row": {key: np.asarray(value).item() for key, value in row.items()}}
+        learner = self._learner
+        save_checkpoint(self.folder, step, learner.lm, self._tokenizer, learner.optimizer, learner.scheduler, extra)
+
+    def _report(self, row: dict[str, float]) -> None:
+        self._rows.append(row)
+        self.folder.append_metrics(row)
+        self._track(row)
+        self.display.step(row)
+        for warning in warnings_for(self._rows, {"mismatch/logp_abs_diff": self.config.rollout.mismatch_warn}):
+            self.display.warn(warning)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -1,0 +1,187 @@
+"""What every command needs, made from a configuration: data, tokenizer, policy, dialect, tool, engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from igpo_fast import model
+from igpo_fast.advantages import ALGORITHMS, Recipe
+from igpo_fast.config import Config
+from igpo_fast.data import Data, load_data, question_order
+from igpo_fast.dialect import Dialect, make_dialect
+from igpo_fast.engines import vllm
+from igpo_fast.engines.base import Engine, Sampling
+from igpo_fast.engines.torch import TorchEngine
+from igpo_fast.errors import InputError
+from igpo_fast.rollout import Agent, Limits, opening
+from igpo_fast.sft import Progress, warm_start
+from igpo_fast.tokenizer import load_tokenizer
+from igpo_fast.tools.base import Tool
+from igpo_fast.tools.limited import LimitedTool
+from igpo_fast.tools.search import make_search
+from igpo_fast.types import Question
+from igpo_kernels import Branch, LossSettings, triton_variants
+from igpo_kernels.huggingface import heads_of
+from igpo_kernels.tree_attention import automatic
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every command needs: ``set_up`` makes it from a configuration."""
+
+    config: Config
+    data: Data
+    tokenizer: PreTrainedTokenizerFast
+    lm: PreTrainedModel
+    agent: Agent
+    """Samples the rollouts that are trained on."""
+    branches_of: Callable[[Question], Sequence[Branch]]
+    """The answers that are forced after each prefix; none where the algorithm needs no values."""
+    answer_tokens: int
+    """Most tokens that the forced answers of a training question take after one prefix."""
+
+    @property
+    def eval_agent(self) -> Agent:
+        """Samples held-out rollouts: the same but for section ``eval``'s sampling."""
+        e = self.config.eval
+        return replace(self.agent, sampling=Sampling(e.temperature, e.top_p, e.top_k, e.repetition_penalty))
+
+    def summary(self, passes: str) -> str:
+        """What runs, in a line."""
+        lm, a = self.lm, self.config.algorithm
+        return (
+            f"{type(lm).__name__}, {sum(p.numel() for p in lm.parameters()):,} parameters, {lm.dtype} on {lm.device}; "
+            f"{a.name} (preset {a.preset}), {passes} pass{'es' if passes == 'two' else ''} per update, engine "
+            f"{self.agent.engine.name}, kernels {_kernels(self.config, lm)}, {torch.get_num_threads()} threads, "
+            f"{len(self.data.train):,} questions"
+        )
+
+
+def set_up(config: Config, *, weights: str | None = None, sft_progress: Progress | None = None) -> Setup:
+    """Everything a command needs.
+
+    Args:
+        weights: a checkpoint or model directory to use in place of the configured (and warm-started) model.
+        sft_progress: told of the warm start, where there is one to train.
+    Raises:
+        InputError: bad input of any kind, in one line.
+    """
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    data = load_data(config)
+    tokenizer = load_tokenizer(config, data)
+    dialect = make_dialect(
+        config.rollout.dialect,
+        tokenizer,
+        system=config.rollout.system,
+        thinking=config.rollout.thinking,
+        max_passage_tokens=config.search.max_passage_tokens,
+        max_answer_tokens=config.data.max_answer_tokens,
+        max_answers=config.data.max_answers,
+    )
+    dialect.check()
+    limits = Limits(config.rollout.max_turns, config.rollout.max_turn_tokens, config.rollout.max_tokens)
+    _check_questions(config, data, dialect, limits)
+    branches_of = partial(_branches, config, dialect)
+    answer_tokens = max(sum(len(branch.ids) for branch in branches_of(question)) for question in data.train)
+    tool = make_search(config, data)
+    lm = _load_model(config, weights, tokenizer)
+    if not weights:
+        lm = warm_start(config, lm, tokenizer, dialect, data, tool, sft_progress)
+    if config.model.gradient_checkpointing:
+        model.recompute_layers(lm)
+    agent = Agent(
+        engine=_make_engine(config, lm, tokenizer),
+        tool=_limited(tool, config),
+        dialect=dialect,
+        limits=limits,
+        sampling=Sampling(temperature=config.rollout.temperature),
+        seed=config.train.seed,
+        concurrency=config.rollout.concurrency,
+    )
+    return Setup(config, data, tokenizer, lm, agent, branches_of, answer_tokens)
+
+
+def _load_model(config: Config, weights: str | None, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    device = model.device_of(config.model.device)
+    if config.model.kernels == "triton" and device == "cpu" and not triton_variants.runs_on_cpu():
+        raise InputError("model.kernels=triton: needs a GPU, and the model is on the CPU; use model.kernels=auto")
+    dtype = getattr(torch, config.model.dtype)
+    if path := weights or config.model.path:
+        return model.load(path, dtype=dtype, device=device, check=config.model.probe)
+    lm = _small_model(config, len(tokenizer), tokenizer.eos_token_id).to(device, dtype)
+    return model.probe(lm) if config.model.probe else lm
+
+
+def _make_engine(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Engine:
+    if config.rollout.engine == "vllm":
+        return vllm.make_engine(config, lm, tokenizer.decode)
+    slots, tokens = config.rollout.concurrency, config.rollout.max_tokens
+    return TorchEngine(lm, decode=tokenizer.decode, max_slots=slots, max_tokens=tokens)
+
+
+def _limited(tool: Tool, config: Config) -> Tool:
+    """With limits if it can fail: search in process never waits."""
+    if not hasattr(tool, "counts"):
+        return tool
+    search, rollout = config.search, config.rollout
+    failure_text = search.failure_text if search.on_failure == "text" else None
+    return LimitedTool(tool, calls=rollout.tool_calls, timeout=rollout.tool_timeout, failure_text=failure_text)
+
+
+def _check_questions(config: Config, data: Data, dialect: Dialect, limits: Limits) -> None:
+    """Refuse now what would end the run in some later step."""
+    asked = config.train.questions + config.rollout.oversample
+    question_order(len(data.train), asked, step=0, seed=config.train.seed)
+    for question in (*data.train, *data.eval):
+        opening(question, dialect, limits)
+
+
+def _kernels(config: Config, lm: PreTrainedModel) -> str:
+    """Which implementation of each op runs, in words."""
+    names = model.kernels_of(lm, config.model.kernels)
+    if config.model.kernels == "auto":
+        sequences = automatic(lm.device, lm.dtype, *heads_of(lm), sequences=True)
+        if sequences != names["tree_attention"]:
+            names["tree_attention"] += f" ({sequences} for single sequences)"
+    if len(set(names.values())) == 1:
+        return next(iter(names.values()))
+    return ", ".join(f"{op} {name}" for op, name in names.items())
+
+
+def recipe_of(config: Config) -> Recipe:
+    a = config.algorithm
+    return Recipe(
+        algorithm=a.name, basis=a.basis, answers=a.answers, pool=a.pool, gate=a.ig_gate, center=a.ig_center,
+        min_std=a.ig_min_std, gamma=a.gamma, format_penalty=a.format_penalty, outcome=a.outcome,
+        f1_normalisation=a.f1_normalisation,
+    )  # fmt: skip
+
+
+def loss_settings_of(config: Config) -> LossSettings:
+    a = config.algorithm
+    return LossSettings(
+        clip_low=a.clip_low, clip_high=a.clip_high, dual_clip=a.dual_clip, kl=a.kl, entropy=a.entropy,
+        sequence_ratio=ALGORITHMS[a.name].sequence_ratio, importance=a.importance,
+        importance_mode=a.importance_mode, importance_cap=a.importance_cap,
+    )  # fmt: skip
+
+
+def _branches(config: Config, dialect: Dialect, question: Question) -> Sequence[Branch]:
+    if not ALGORITHMS[config.algorithm.name].needs_values:
+        return ()
+    return dialect.branches(question)[: 1 if config.algorithm.answers == "first" else None]
+
+
+def _small_model(config: Config, vocab_size: int, eos_token_id: int | None) -> PreTrainedModel:
+    m = config.model
+    return model.build(
+        vocab_size, hidden_size=m.hidden_size, layers=m.layers, heads=m.heads, kv_heads=m.kv_heads,
+        ffn_size=m.ffn_size, max_tokens=config.rollout.max_tokens, tie_embeddings=m.tie_embeddings,
+        seed=config.train.seed, eos_token_id=eos_token_id,
+    )  # fmt: skip

@@ -1,0 +1,203 @@
+"""One batch, one update: trees, one pass or two, turn rewards, advantages, loss, backward, optimiser steps.
+
+One pass reads each pack once: answers first, then gains and advantages on the host, then the loss of the same hidden
+states. Two passes read it without gradient for answers and old log-probabilities, then train without branches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import numpy as np
+
+from igpo_fast.advantages import Recipe, reward_metrics, score_rollouts
+from igpo_fast.errors import DivergedError
+from igpo_fast.losses import Aggregation, token_weights
+from igpo_fast.types import Batch, TurnScores
+from igpo_fast.update.learner import Learner
+from igpo_fast.update.packs import Pack, Packer, Scored, rollout_key
+from igpo_fast.update.scoring import LossInputs
+from igpo_kernels import TreePlan
+
+PerRollout = Mapping[int, np.ndarray]
+"""By a rollout's number in the batch: a float32 per decision token."""
+
+
+class Row(Protocol):
+    """Where an update writes its numbers (run/metrics.StepMetrics)."""
+
+    def __getitem__(self, key: str) -> float: ...
+    def phase(self, name: str) -> AbstractContextManager: ...
+    def set(self, values: Mapping[str, float]) -> None: ...
+    def add(self, values: Mapping[str, float]) -> None: ...
+    def largest(self, values: Mapping[str, float]) -> None: ...
+    def update(self, packs: Sequence[Mapping[str, float]], grad_norm: float) -> None: ...
+
+
+class Progress(Protocol):
+    """Who is told how far an update is (display.Display)."""
+
+    def phase(self, name: str, total: int | None = None) -> None: ...
+    def advance(self, done: int = 1) -> None: ...
+    def warn(self, text: str) -> None: ...
+
+
+class Updater:
+    """Takes a batch's optimiser steps.
+
+    Args:
+        passes: ``one`` or ``two``, chosen once a run.
+        updates: optimiser steps per batch, each on its share of the groups; one pass takes one.
+        mismatch_stop: raise before anything changes where the engine's log-probabilities differ more than this from
+            the trainer's, on average over the batch's tokens; 0 never does.
+    """
+
+    def __init__(
+        self, learner: Learner, packer: Packer, recipe: Recipe, *, passes: str, updates: int, aggregation: Aggregation,
+        mismatch_stop: float, progress: Progress,
+    ):  # fmt: skip
+        self._learner, self._packer, self._recipe, self._passes = learner, packer, recipe, passes
+        self._updates, self._aggregation, self._mismatch_stop = updates, aggregation, mismatch_stop
+        self._progress = progress
+
+    def __call__(self, batch: Batch, found: Scored, row: Row) -> Batch:
+        """Score what is not ``found`` yet and take the batch's optimiser steps.
+
+        Returns:
+            The batch with what its rollouts earned.
+        Raises:
+            DivergedError: ``mismatch_stop`` is exceeded; nothing has changed.
+        """
+        one_pass = self._passes == "one"
+        scores = self._one_pass(batch, row) if one_pass else self._two_passes(batch, found, row)
+        row.set(reward_metrics(batch.groups, scores))
+        separate = self._packer.separate_tokens(batch)
+        row.set(
+            {
+                "tokens/rollout": sum(len(rollout.ids) for rollout in batch.rollouts),
+                "sharing/ratio": separate / row["tokens/packed"],
+            }
+        )
+        return Batch(batch.step, batch.groups, scores)
+
+    def _one_pass(self, batch: Batch, row: Row) -> tuple[TurnScores, ...]:
+        self._progress.phase("train")
+        row.set({"time/score": 0.0})
+        everything = range(len(batch.groups))
+        with row.phase("train"):
+            packs = self._packer.packs(batch, everything, scored=True)
+            weights = self._weights(batch, everything)
+            if not self._recipe.needs_values:  # known beforehand, from the whole batch
+                known = score_rollouts(batch.groups, None, self._recipe)
+                self._step(batch, packs, weights, row, scores=dict(enumerate(known)))
+                return known
+            first = np.cumsum([0, *(len(group.rollouts) for group in batch.groups)])
+            scores: dict[int, TurnScores] = {}
+
+            def advantages_of(pack: Pack, answer_logp: np.ndarray) -> np.ndarray:
+                values = self._packer.values(pack.plan, answer_logp)
+                inside = [i for g in pack.groups for i in range(first[g], first[g + 1])]
+                groups = [batch.groups[g] for g in pack.groups]
+                scored = score_rollouts(groups, [values[i] for i in inside], self._recipe)
+                scores.update(zip(inside, scored, strict=True))
+                return _advantages(pack.plan, scores)
+
+            self._step(batch, packs, weights, row, scores=scores, advantages_of=advantages_of)
+        return tuple(scores[i] for i in range(len(batch.rollouts)))
+
+    def _two_passes(self, batch: Batch, found: Scored, row: Row) -> tuple[TurnScores, ...]:
+        updates = min(self._updates, len(batch.groups))
+        self._progress.phase("score")
+        self.score(batch, found, row)
+        old_logp = {i: found[rollout_key(rollout)].logp for i, rollout in enumerate(batch.rollouts)}
+        differences = [np.abs(old_logp[i] - rollout.logp) for i, rollout in enumerate(batch.rollouts)]
+        self._check_mismatch(batch.step, float(np.concatenate(differences).mean()))
+        scores = self._packer.scores(batch.groups, found)
+        self._progress.phase("train", total=updates)
+        with row.phase("train"):
+            for share in np.array_split(np.arange(len(batch.groups)), updates):
+                packs = self._packer.packs(batch, share, scored=False)
+                weights = self._weights(batch, share)
+                self._step(batch, packs, weights, row, scores=dict(enumerate(scores)), old_logp=old_logp)
+                self._progress.advance()
+        return scores
+
+    def score(self, batch: Batch, found: Scored, row: Row) -> None:
+        """The first of two passes, over those groups that are not ``found`` yet."""
+        with row.phase("score"):
+            for pack in self._packer.score(batch, found):
+                row.add(pack.tokens)
+
+    def _step(
+        self,
+        batch: Batch,
+        packs: Sequence[Pack],
+        weights: np.ndarray,
+        row: Row,
+        *,
+        scores: Mapping[int, TurnScores],
+        advantages_of: Callable[[Pack, np.ndarray], np.ndarray] | None = None,
+        old_logp: PerRollout | None = None,
+    ) -> None:
+        """One optimiser update over packs, which only add: the weights are global."""
+        engine_logp = {i: rollout.logp for i, rollout in enumerate(batch.rollouts)}
+        sums = []
+        for pack in packs:
+            plan = pack.plan
+            inputs = LossInputs(
+                weights=weights[plan.rollout[: plan.n_decisions]].astype(np.float32),
+                advantages=None if advantages_of else _advantages(plan, scores),
+                old_logp=None if old_logp is None else _of_pairs(plan, old_logp),
+                engine_logp=_of_pairs(plan, engine_logp),
+                ref_logp=self._learner.reference(plan),
+            )
+            result = self._learner(plan, inputs, advantages_of and (lambda logp, pack=pack: advantages_of(pack, logp)))
+            self._learner.backward(result.loss)
+            row.add(pack.tokens)
+            anchor = result.decision_logp if inputs.old_logp is None else inputs.old_logp
+            row.largest({"mismatch/logp_abs_max": np.abs(anchor - inputs.engine_logp).max()})
+            sums.append(result.sums)
+        if old_logp is None:
+            self._check_mismatch(batch.step, sum(s["mismatch"] for s in sums) / sum(s["tokens"] for s in sums))
+        norm = self._learner.step(sound=all(math.isfinite(s["policy"]) for s in sums))
+        if norm is None:
+            row.add({"loss/skipped": 1})
+            self._progress.warn(
+                f"step {batch.step}: the loss or its gradient is not finite; this update is skipped. "
+                "If it recurs, lower train.lr or use model.dtype=float32"
+            )
+        row.update(sums, math.nan if norm is None else norm)
+
+    def _check_mismatch(self, step: int, mean: float) -> None:
+        """Raises DivergedError where ``mismatch_stop`` is exceeded; called before the first optimiser step."""
+        limit = self._mismatch_stop
+        if limit and not mean <= limit:
+            raise DivergedError(
+                f"step {step}: the engine's log-probabilities differ from the trainer's by {mean:.3g} on average, more "
+                f"than rollout.mismatch_stop={limit:g}; correct for it (algorithm.importance), or raise the limit"
+            )
+
+    def _weights(self, batch: Batch, share: Sequence[int]) -> np.ndarray:
+        """Each rollout's token weight, 0 outside the groups ``share``: float64 [R]."""
+        inside = np.repeat(np.isin(np.arange(len(batch.groups)), share), [len(g.rollouts) for g in batch.groups])
+        weights = np.zeros(len(inside))
+        lengths = [r.decision_tokens for r, mine in zip(batch.rollouts, inside, strict=True) if mine]
+        weights[inside] = token_weights(lengths, self._aggregation)
+        return weights
+
+
+def _advantages(plan: TreePlan, scores: Mapping[int, TurnScores]) -> np.ndarray:
+    """A_t of the turn of each decision pair: float32 [D]."""
+    n = plan.n_decisions
+    pairs = zip(plan.rollout[:n].tolist(), plan.turn[:n].tolist(), strict=True)
+    return np.array([scores[i].advantages[t] for i, t in pairs], dtype=np.float32)
+
+
+def _of_pairs(plan: TreePlan, per_rollout: PerRollout) -> np.ndarray:
+    """Numbers of each rollout's decision tokens, in the order of the plan's decision pairs: float32 [D]."""
+    owner = plan.rollout[: plan.n_decisions]
+    first = np.flatnonzero(np.diff(owner, prepend=-1))  # a rollout's decision pairs are contiguous and in order
+    return np.concatenate([per_rollout[int(owner[at])] for at in first]).astype(np.float32)
