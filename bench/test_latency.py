@@ -4,14 +4,15 @@ import asyncio
 import random
 import time
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("pydantic")
 
+from igpo_fast.batch import rollout_groups
 from igpo_fast.config import load
-from igpo_fast.parts import assemble
-from igpo_fast.rollout import rollout_groups
+from igpo_fast.setup import set_up
 from igpo_fast.tools.base import ToolResult
 from igpo_fast.types import SEARCH
 
@@ -42,18 +43,16 @@ def test_rollouts(compare, tmp_path):
         "configs/quickstart.yaml",
         [f"run.cache={tmp_path}", "sft.clean_steps=0", "sft.noisy_steps=0", "sft.hard_steps=0"],
     )
-    parts = assemble(config)
+    setup = set_up(config)
     # An untrained policy never searches; here every turn does, whatever it says.
-    parts.dialect.parse = lambda text: (SEARCH, "who")
-    slow, quick = SlowTool(parts.tool, SLOWEST), SlowTool(parts.tool, 0.0)
+    setup.agent.dialect.parse = lambda text: (SEARCH, "who")
+    slow, quick = SlowTool(setup.agent.tool, SLOWEST), SlowTool(setup.agent.tool, 0.0)
 
     def batch(tool):
         tool.begin()
-        parts.engine.load_weights()
-        return rollout_groups(
-            parts.data.train[:QUESTIONS], GROUP, seed=0, step=1, engine=parts.engine, tool=tool, dialect=parts.dialect,
-            limits=parts.limits, sampling=parts.sampling, concurrency=QUESTIONS * GROUP,
-        ) and None  # fmt: skip
+        setup.agent.engine.load_weights()
+        agent = replace(setup.agent, tool=tool, concurrency=QUESTIONS * GROUP)
+        return rollout_groups(agent, setup.data.train[:QUESTIONS], GROUP, 1) and None
 
     def longest_chain():
         time.sleep(max(map(sum, slow.chains.values())))
@@ -64,7 +63,9 @@ def test_rollouts(compare, tmp_path):
         time.sleep(sum(max(chain[t] for chain in slow.chains.values() if len(chain) > t) for t in range(calls)))
         batch(quick)
 
-    shape = dict(rollouts=QUESTIONS * GROUP, turns=parts.limits.max_turns, turn_tokens=parts.limits.max_turn_tokens)
+    shape = dict(
+        rollouts=QUESTIONS * GROUP, turns=setup.agent.limits.max_turns, turn_tokens=setup.agent.limits.max_turn_tokens
+    )
     shape |= dict(latency=f"uniform 0-{SLOWEST:g} s")
     sides = {"ours": lambda: batch(slow), "longest_chain": longest_chain, "turn_by_turn": turn_by_turn}
     found = compare("latency/rollouts", shape, sides, rounds=1)

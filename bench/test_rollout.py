@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,11 +24,11 @@ pytest.importorskip("pydantic")
 from bench.peers import imported
 from bench.timing import DEVICE
 from igpo_fast import config
+from igpo_fast.batch import rollout_groups
 from igpo_fast.engines import vllm
 from igpo_fast.engines.base import Generation, Request, others
 from igpo_fast.engines.torch import TorchEngine
-from igpo_fast.parts import assemble
-from igpo_fast.rollout import rollout_groups
+from igpo_fast.setup import set_up
 
 SMALL = ("sft.clean_steps=120", "sft.noisy_steps=0", "sft.hard_steps=0")
 LARGER = (
@@ -87,33 +88,31 @@ class GenerateEngine:
 def test_rollout(name, compare, benchmark, tmp_path):
     options, questions, group_size = SHAPES[name]
     settings = config.load("configs/quickstart.yaml", [*options, "run.cache=runs/cache", f"run.dir={tmp_path}"])
-    parts = assemble(settings)
-    plain = copy.deepcopy(parts.lm)
+    setup = set_up(settings)
+    plain = copy.deepcopy(setup.lm)
     plain.set_attn_implementation("sdpa")
     tokens = {}
 
     def side(key, engine):
         def run():
-            groups = rollout_groups(
-                parts.data.train[:questions], group_size, seed=0, step=1, engine=engine, tool=parts.tool,
-                dialect=parts.dialect, limits=parts.limits, sampling=parts.sampling, concurrency=256,
-            )  # fmt: skip
+            agent = replace(setup.agent, engine=engine)
+            groups = rollout_groups(agent, setup.data.train[:questions], group_size, 1)
             tokens[key] = sum(rollout.decision_tokens for group in groups for rollout in group.rollouts)
 
         return run
 
     sides = {
-        "ours": side("ours", TorchEngine(parts.lm, decode=parts.tokenizer.decode)),
+        "ours": side("ours", TorchEngine(setup.lm, decode=setup.tokenizer.decode)),
         "transformers": side("transformers", GenerateEngine(plain)),
     }
     vllm.prepare()
     if imported("vllm", "vllm", gpu=False):
         engine = vllm.make_engine(
-            config.load(None, ["rollout.engine=vllm", "rollout.max_tokens=224"]), parts.lm, parts.tokenizer.decode
+            config.load(None, ["rollout.engine=vllm", "rollout.max_tokens=224"]), setup.lm, setup.tokenizer.decode
         )
-        engine.load_weights(parts.lm.state_dict().items())
+        engine.load_weights(setup.lm.state_dict().items())
         sides["vllm"] = side("vllm", engine)
-    parameters = sum(p.numel() for p in parts.lm.parameters())
+    parameters = sum(p.numel() for p in setup.lm.parameters())
     for run in sides.values():
         run()
     shape = {"parameters": parameters, "rollouts": questions * group_size, "generated_tokens": dict(tokens)}

@@ -182,7 +182,7 @@ def finished_groups(
     stragglers: Stragglers | None = None,
     counts: Counter | None = None,
     progress: Callable[[int, int], None] | None = None,
-    loop_factory: Callable[[], asyncio.AbstractEventLoop] = RolloutLoop,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> Iterator[tuple[int, Group]]:
     """``group_size`` rollouts of each question, all together; groups as they finish.
 
@@ -198,7 +198,7 @@ def finished_groups(
         stragglers: None waits for every rollout.
         counts: gets ``rollout/stragglers``, the rollouts that were left out.
         progress: called with (done, total) after each rollout.
-        loop_factory: makes the event loop.
+        loop_factory: makes the event loop; None makes a ``RolloutLoop``.
     Yields:
         A group and its question's place in ``questions``.
     Raises:
@@ -220,7 +220,7 @@ def finished_groups(
         await close(agent.tool, agent.engine)
 
     # A Runner keeps its loop between runs; when it closes it cancels what is left and awaits its end.
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
+    with asyncio.Runner(loop_factory=loop_factory or RolloutLoop) as runner:
         try:
             while (found := runner.run(flight.next())) is not None:
                 yield found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -12,18 +11,10 @@ from igpo_fast.errors import InputError
 from igpo_fast.rewards import exact_match, f1_score
 from igpo_fast.rollout import Agent
 from igpo_fast.tools.base import settle
-from igpo_fast.types import Question, Rollout
+from igpo_fast.types import Evaluation, Question, Rollout
 
 EVAL_STEP = -1
 """Stands for the step in sampling keys: evaluation has its own noise, the same whenever it runs."""
-
-
-class Evaluation(NamedTuple):
-    """What the policy said on held-out questions, and how good it was."""
-
-    metrics: dict[str, float]
-    rollouts: tuple[Rollout, ...]
-    """One per question, in the questions' order."""
 
 
 def evaluate(

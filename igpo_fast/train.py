@@ -22,7 +22,7 @@ from igpo_fast.passes import choose_passes, groups_a_pack
 from igpo_fast.run.session import Session
 from igpo_fast.setup import Setup, loss_settings_of, recipe_of, set_up
 from igpo_fast.tools.base import settle
-from igpo_fast.types import Batch, Group, Question
+from igpo_fast.types import Batch, Evaluation, Group, Question
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.packs import Packer, Scored
 from igpo_fast.update.update import Updater
@@ -36,8 +36,8 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
         Interrupted: the user asked to stop; a checkpoint was written first.
     """
     with Session(config, display or Display(config.train.steps)) as run:
-        trainer = Trainer(config, run)
-        trainer.resume()
+        trainer = Trainer(config, run.display)
+        trainer.resume(run)
         for step in run.steps():
             with run.step(step) as metrics:
                 questions = trainer.questions(step)
@@ -46,16 +46,16 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
                 batch = trainer.update(batch, scored, metrics)
                 run.write_rollouts(batch)
                 trainer.sync(metrics)
-                metrics.set(trainer.evaluate(step))
+                metrics.set(run.write_evaluation(step, trainer.evaluate(step)))
     return run.folder
 
 
 class Trainer:
     """The state of training, and one method for each arrow of the flow."""
 
-    def __init__(self, config: Config, run: Session):
-        self.config, self.run, self.display = config, run, run.display
-        self.setup: Setup = set_up(config, sft_progress=run.display.warm_start)
+    def __init__(self, config: Config, display: Display):
+        self.config, self.display = config, display
+        self.setup: Setup = set_up(config, sft_progress=display.warm_start)
         self.agent = self.setup.agent
         if config.search.url:
             self.agent.tool.check()
@@ -78,12 +78,12 @@ class Trainer:
         )  # fmt: skip
         self.display.note(self.setup.summary(self.passes))
 
-    def resume(self) -> None:
+    def resume(self, run: Session) -> None:
         """Go on after the newest checkpoint, or begin: the engine gets the weights, the first row its evaluation."""
-        step = self.run.resume(self.learner, self.setup.tokenizer)
+        step = run.resume(self.learner, self.setup.tokenizer)
         self.agent.engine.load_weights(self.learner.weights())
-        if self.run.owes_a_row:
-            self.run.owed(self.evaluate(step))
+        if run.row_is_missing:
+            run.complete_row(run.write_evaluation(step, self.evaluate(step)))
 
     def questions(self, step: int) -> list[Question]:
         """What a step asks, spare questions (``rollout.oversample``) included."""
@@ -159,24 +159,23 @@ class Trainer:
         finally:
             metrics.set(self.agent.engine.counts())
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Metrics on held-out questions at the start, at the end and every ``eval.every`` steps; else none."""
+    def evaluate(self, step: int) -> Evaluation:
+        """Held-out questions at the start, at the end and every ``eval.every`` steps; else an empty evaluation."""
         every = self.config.eval.every
         if not (step in (0, self.config.train.steps) or (every > 0 and step % every == 0)):
-            return {}
+            return Evaluation({}, ())
         questions = self.setup.data.eval
         self.display.phase("evaluation", total=len(questions))
         normalisation = self.config.algorithm.f1_normalisation
-        metrics, rollouts = evaluate(
+        evaluation = evaluate(
             self.setup.eval_agent, questions, normalisation, lambda done, total: self.display.advance()
         )
-        self.run.write_evaluation(step, rollouts)
-        if failures := metrics.get("eval/search_failures"):
+        if failures := evaluation.metrics.get("eval/search_failures"):
             self.display.warn(
                 f"evaluation: {failures:.0f} searches failed for good; the policy was shown search.failure_text "
                 "instead of passages"
             )
-        return metrics
+        return evaluation
 
 
 def _factor(t, updates):

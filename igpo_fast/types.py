@@ -158,3 +158,13 @@ class Batch:
     @property
     def rollouts(self) -> list[Rollout]:
         return [rollout for group in self.groups for rollout in group.rollouts]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the policy said on held-out questions, and how good that was; empty where none was due."""
+
+    metrics: dict[str, float]
+    """``eval/*`` keys of a row."""
+    rollouts: tuple[Rollout, ...]
+    """One per question, in the questions' order."""

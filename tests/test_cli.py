@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import igpo_fast.parts
+import igpo_fast.evaluate
 import igpo_fast.train
 from igpo_fast import __version__, config
 from igpo_fast.checkpoint import RunFolder
 from igpo_fast.cli import app
 from igpo_fast.errors import ToolError
+from igpo_fast.interrupt import Interrupted
 from igpo_fast.summary import run_summary
 from igpo_fast.tools.search import Bm25Search, NoSearch
 from igpo_kernels import triton_variants
@@ -83,9 +84,9 @@ def test_eval_of_a_run(run):
 
 
 def test_eval_without_search_and_with_fewer_questions(run, monkeypatch):
-    tools, real = [], igpo_fast.parts.evaluate
+    tools, real = [], igpo_fast.evaluate.evaluate
     monkeypatch.setattr(
-        igpo_fast.parts, "evaluate", lambda *args, tool, **kw: tools.append(tool) or real(*args, tool=tool, **kw)
+        igpo_fast.evaluate, "evaluate", lambda agent, *rest: tools.append(agent.tool) or real(agent, *rest)
     )
     found = json.loads(igpo_fast_("eval", run[0], "--no-search", "--questions", 1, "--json").stdout)
     assert found["search"] is False and found["questions"] == 1
@@ -178,7 +179,7 @@ def test_a_tool_error_is_one_line(run, monkeypatch, tmp_path):
     assert refused("train", *tiny(tmp_path)).startswith("error: search.url=http://x")
 
 
-@pytest.mark.parametrize("stop", [igpo_fast.train.Interrupted("stopped after step 3"), KeyboardInterrupt()])
+@pytest.mark.parametrize("stop", [Interrupted("stopped after step 3"), KeyboardInterrupt()])
 def test_interrupted_is_130(monkeypatch, stop, tmp_path):
     def interrupted(settings):
         raise stop

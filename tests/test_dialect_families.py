@@ -13,12 +13,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from igpo_fast import config, model
+from igpo_fast.batch import rollout_groups
 from igpo_fast.data import Data
 from igpo_fast.dialect import SEARCH_TOOL, make_dialect
 from igpo_fast.engines.base import Generation, Sampling
 from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.errors import InputError
-from igpo_fast.rollout import Limits, rollout_groups, run_rollout
+from igpo_fast.rollout import Agent, Limits, run_rollout
 from igpo_fast.tokenizer import load_tokenizer
 from igpo_fast.tools.base import Passage, ToolResult
 from igpo_fast.types import ANSWER, INVALID, SEARCH, Question
@@ -80,11 +81,7 @@ def rollout_of(dialect, *turns, cut=()):
         return FOUND
 
     engine, limits = Says(dialect, *turns, cut=cut), Limits(len(turns), 400, 6000)
-    rollout = asyncio.run(
-        run_rollout(
-            QUESTION, (0, 0, 0, 0), 0, engine=engine, tool=tool, dialect=dialect, limits=limits, sampling=Sampling()
-        )
-    )
+    rollout = asyncio.run(run_rollout(Agent(engine, tool, dialect, limits, Sampling(), 0, 1), QUESTION, 0, 0))
     for sent, said, following in zip(engine.sent, engine.turns, engine.sent[1:], strict=False):
         assert following[: len(sent) + len(said)].tolist() == [*sent.tolist(), *said.tolist()]
     return rollout
@@ -407,10 +404,8 @@ def test_both_dialects_on_the_embedded_engine(family, name):
         return await real(request)
 
     engine.generate = generate
-    (group,) = rollout_groups(
-        [QUESTION], 2, seed=0, step=0, engine=engine, tool=None, dialect=dialect, limits=Limits(3, 6, 4000),
-        sampling=Sampling(), concurrency=2,
-    )  # fmt: skip
+    agent = Agent(engine, None, dialect, Limits(3, 6, 4000), Sampling(), seed=0, concurrency=2)
+    (group,) = rollout_groups(agent, [QUESTION], 2, 0)
     for rollout in group.rollouts:
         mine = [request.ids for request in sent if request.key[-1] == rollout.index]
         assert [len(ids) for ids in mine] == rollout.boundaries.tolist()

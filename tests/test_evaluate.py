@@ -9,7 +9,7 @@ from igpo_fast.dialect import make_dialect
 from igpo_fast.engines.base import Sampling
 from igpo_fast.errors import InputError
 from igpo_fast.evaluate import EVAL_STEP, evaluate, set_names
-from igpo_fast.rollout import Limits, question_key
+from igpo_fast.rollout import Agent, Limits, question_key
 from igpo_fast.types import Question
 from tests.scripted import ScriptedEngine, ScriptedTool, words_tokenizer
 
@@ -25,18 +25,10 @@ SAID = {
 BY_KEY = {question_key(question): SAID[question.id] for question in QUESTIONS}
 
 
-def run(questions, engine, **options):
-    return evaluate(
-        questions,
-        engine=engine,
-        tool=ScriptedTool(),
-        dialect=DIALECT,
-        limits=Limits(max_turns=3, max_turn_tokens=6, max_tokens=64),
-        sampling=Sampling(),
-        concurrency=8,
-        f1_normalisation="igpo",
-        **{"seed": 5, **options},
-    )
+def run(questions, engine, seed=5, **options):
+    limits = Limits(max_turns=3, max_turn_tokens=6, max_tokens=64)
+    agent = Agent(engine, ScriptedTool(), DIALECT, limits, Sampling(), seed, concurrency=8)
+    return evaluate(agent, questions, "igpo", **options).metrics
 
 
 def test_hand_worked():

@@ -11,8 +11,8 @@ from igpo_fast import config, train
 from igpo_fast.advantages import score_rollouts
 from igpo_fast.display import Display
 from igpo_fast.metrics import StepMetrics
-from igpo_fast.scoring import Policy
 from igpo_fast.types import Batch
+from igpo_fast.update.scoring import Policy
 from igpo_kernels import LossSettings, Tree, linear_logprob, linear_policy_loss, pack, pack_within, tree_attention
 from igpo_kernels.workspace import CPU_BYTES
 from tests.allocations import peak_bytes
@@ -101,24 +101,24 @@ class Updates:
 
     def __init__(self, monkeypatch, case, lm, *overrides):
         branches = {g.question.id: tuple(b) for g, b in zip(case.groups, case.branches, strict=True)}
-        parts = SimpleNamespace(
+        setup = SimpleNamespace(
             lm=lm,
             answer_tokens=1,
-            engine=SimpleNamespace(name="none"),
-            data=SimpleNamespace(train=()),
-            dialect=SimpleNamespace(branches=lambda question: branches[question.id]),
+            agent=None,
+            branches_of=lambda question: branches[question.id],
+            summary=lambda passes: "",
         )
-        monkeypatch.setattr(train, "assemble", lambda config, **_: parts)
+        monkeypatch.setattr(train, "set_up", lambda config, **_: setup)
         settings = [f"rollout.temperature={TEMPERATURE}", "train.lr=1e-30", "train.max_grad_norm=1e9"]
         settings += ["rollout.group_size=1", "rollout.max_turns=1", "rollout.max_tokens=8"]
         settings += ["algorithm.preset=robust", "algorithm.answers=max", *overrides]
         self.trainer = train.Trainer(config.load(None, settings), Display(1))
         self.gradients = []
-        self.trainer.optimizer.register_step_pre_hook(
+        self.trainer.learner.optimizer.register_step_pre_hook(
             lambda *_: self.gradients.append({name: p.grad.clone() for name, p in lm.named_parameters()})
         )
         metrics = StepMetrics(1)
-        self.scores = self.trainer.update(Batch(1, tuple(case.groups)), metrics).scores
+        self.scores = self.trainer.update(Batch(1, tuple(case.groups)), {}, metrics).scores
         self.row = metrics.row()
 
 

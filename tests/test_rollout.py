@@ -7,42 +7,36 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from igpo_fast.batch import rollout_groups
 from igpo_fast.dialect import make_dialect
 from igpo_fast.engines.base import Sampling
 from igpo_fast.errors import InputError
-from igpo_fast.rollout import Limits, question_key, rollout_groups, rollout_record, run_rollout
+from igpo_fast.rollout import Agent, Limits, question_key, run_rollout
+from igpo_fast.run.records import record_of
 from igpo_fast.types import ANSWER, INVALID, SEARCH, Question, TurnScores
 from tests.scripted import ScriptedEngine, ScriptedTool, ids_of, words_tokenizer
 
 DIALECT = make_dialect("tags", words_tokenizer(), max_passage_tokens=8, max_answer_tokens=4, max_answers=2)
 LIMITS = Limits(max_turns=4, max_turn_tokens=6, max_tokens=64)
 FOUND = "<information> A B born C D </information>"
-KEY = (1, 2, 3, 4)
 ASKED = Question("q", "A B born ?", ("C D",), corpus="people")
+KEY = (1, 2, question_key(ASKED), 5)
 
 
 def say(*turns):
     return ScriptedEngine(lambda key, turn: turns[turn])
 
 
+def agent(engine, tool=None, limits=LIMITS, seed=1, concurrency=64):
+    return Agent(engine, tool or ScriptedTool(), DIALECT, limits, Sampling(), seed, concurrency)
+
+
 def run(engine, tool=None, limits=LIMITS, question=ASKED):
-    return asyncio.run(
-        run_rollout(
-            question,
-            KEY,
-            5,
-            engine=engine,
-            tool=tool or ScriptedTool(),
-            dialect=DIALECT,
-            limits=limits,
-            sampling=Sampling(),
-        )
-    )
+    return asyncio.run(run_rollout(agent(engine, tool, limits), question, 2, 5))
 
 
-def groups(questions, size, engine, tool=None, **options):
-    defaults = dict(seed=9, step=2, dialect=DIALECT, limits=LIMITS, sampling=Sampling(), concurrency=64)
-    return rollout_groups(questions, size, engine=engine, tool=tool or ScriptedTool(), **(defaults | options))
+def groups(questions, size, engine, tool=None, concurrency=64, **options):
+    return rollout_groups(agent(engine, tool, seed=9, concurrency=concurrency), questions, size, 2, **options)
 
 
 class TestOneRollout:
@@ -254,7 +248,7 @@ class TestRecord:
     )
 
     def test_says_what_each_turn_earned(self):
-        record = json.loads(json.dumps(rollout_record(self.rollout, self.scores), allow_nan=False))
+        record = json.loads(json.dumps(record_of(self.rollout, self.scores), allow_nan=False))
         assert record["values"] == [0.25, None, 0.5]
         turns = record["turns"]
         assert [turn["value"] for turn in turns] == [None, 0.5, None]
@@ -263,7 +257,7 @@ class TestRecord:
         assert (record["outcome"], record["f1"], record["em"], record["answer"]) == (1.0, 1.0, 0.0, "C D")
 
     def test_loses_nothing_of_the_rollout(self):
-        record = json.loads(json.dumps(rollout_record(self.rollout, self.scores), allow_nan=False))
+        record = json.loads(json.dumps(record_of(self.rollout, self.scores), allow_nan=False))
         assert [record[key] for key in ("id", "question", "answers", "index")] == [
             "q",
             "A B born ?",
@@ -282,7 +276,7 @@ class TestRecord:
         assert search["response"].split() == FOUND.split()
 
     def test_unscored(self):
-        record = json.loads(json.dumps(rollout_record(self.rollout), allow_nan=False))
+        record = json.loads(json.dumps(record_of(self.rollout), allow_nan=False))
         assert record["values"] == [None] * 3
         assert record["outcome"] is None
         assert [turn["advantage"] for turn in record["turns"]] == [None] * 3

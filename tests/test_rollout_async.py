@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from igpo_fast.batch import Stragglers, finished_groups, in_ranges, rollout_groups
 from igpo_fast.engines.base import Sampling
-from igpo_fast.rollout import Stragglers, finished_groups, in_ranges, question_key, rollout_groups
+from igpo_fast.rollout import Agent, question_key
 from igpo_fast.tools.base import Passage, ToolResult
 from igpo_fast.tools.limited import LimitedTool
 from igpo_fast.types import Question
@@ -86,13 +87,11 @@ class Scene:
         self.engine = SlowEngine(self.questions, searches, turn_seconds, **engine)
         self.tool, self.loop, self.counts, self.progress = SlowTool(latencies), JumpingLoop(), Counter(), []
 
-    def groups(self, run=finished_groups, **options):
-        defaults = dict(seed=9, step=2, dialect=DIALECT, limits=LIMITS, sampling=Sampling(), concurrency=64)
-        defaults |= dict(counts=self.counts, progress=lambda *at: self.progress.append((round(self.loop.now, 6), *at)))
-        return run(
-            self.questions, len(self.latencies[0]), engine=self.engine, tool=self.tool,
-            loop_factory=lambda: self.loop, **(defaults | options),
-        )  # fmt: skip
+    def groups(self, run=finished_groups, concurrency=64, **options):
+        agent = Agent(self.engine, self.tool, DIALECT, LIMITS, Sampling(), seed=9, concurrency=concurrency)
+        told = dict(counts=self.counts, progress=lambda *at: self.progress.append((round(self.loop.now, 6), *at)))
+        size = len(self.latencies[0])
+        return run(agent, self.questions, size, 2, loop_factory=lambda: self.loop, **(told | options))
 
 
 def chains(latencies, turn_seconds=0.0):

@@ -37,5 +37,5 @@ def test_every_op_is_asked_for_the_configured_implementation(monkeypatch, tmp_pa
     trainer = Trainer(settings(tmp_path / "run", tmp_path / "cache", *more, *options), Recorder())
     metrics = StepMetrics(1)
     batch, found = trainer.collect(trainer.rollouts(trainer.questions(1), 1, metrics), 1, metrics)
-    trainer.update(batch, metrics, found)
+    trainer.update(batch, found, metrics)
     assert asked == {(op, "reference") for op in ("tree_attention", "linear_logprob", loss)}

@@ -20,7 +20,7 @@ from igpo_fast.errors import RunError
 from igpo_fast.interrupt import Interrupted, stop_requested
 from igpo_fast.metrics import StepMetrics, ordered, tracker, warnings_for
 from igpo_fast.run.records import record_of
-from igpo_fast.types import Batch, Rollout
+from igpo_fast.types import Batch, Evaluation
 
 
 class Owner(Protocol):
@@ -76,20 +76,17 @@ class Session:
         self._rows = self.folder.read_metrics()
         logs = self.folder.path / "tensorboard"
         self._track = self._stack.enter_context(tracker(self.config.run.tracker, logs, step))
-        self._owed = None
-        if not self._rows or self._rows[-1]["step"] < step:  # the start, or a step whose sync or evaluation failed
-            self._owed = extra.get("row", {"step": step})
+        self._unwritten = extra.get("row", {"step": step})
         return step
 
-    def owed(self, metrics: Mapping[str, float]) -> None:
-        """Complete with ``metrics`` the row that the last session could not write, or the row of the start."""
-        if self._owed is not None:
-            self._report(ordered(self._owed | metrics))
-            self._owed = None
-
     @property
-    def owes_a_row(self) -> bool:
-        return self._owed is not None
+    def row_is_missing(self) -> bool:
+        """Whether the last finished step has no row: at the start, or after its sync or evaluation failed."""
+        return not self._rows or self._rows[-1]["step"] < self._finished
+
+    def complete_row(self, metrics: Mapping[str, float]) -> None:
+        """Write the missing row: what the checkpoint has of it, and ``metrics``."""
+        self._report(ordered(self._unwritten | metrics))
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, each with its checkpoint where one is due.
@@ -135,9 +132,11 @@ class Session:
         self.folder.write_rollouts(f"step_{batch.step:06d}", map(record_of, batch.rollouts, batch.scores))
         self._finished = batch.step
 
-    def write_evaluation(self, step: int, rollouts: tuple[Rollout, ...]) -> None:
-        """Put on record what the policy said on held-out questions after a step."""
-        self.folder.write_rollouts(f"eval_{step:06d}", map(record_of, rollouts))
+    def write_evaluation(self, step: int, evaluation: Evaluation) -> dict[str, float]:
+        """Put on record what the policy said on held-out questions after a step; returns the evaluation's metrics."""
+        if evaluation.rollouts:
+            self.folder.write_rollouts(f"eval_{step:06d}", map(record_of, evaluation.rollouts))
+        return evaluation.metrics
 
     def _save(self, step: int, row: Mapping[str, float] | None = None) -> None:
         """Write a finished step's checkpoint; ``row``: what its row has so far, if that cannot be written yet."""

@@ -16,12 +16,12 @@ import pytest
 from igpo_fast.config import load
 from igpo_fast.data import load_data
 from igpo_fast.dialect import make_dialect
-from igpo_fast.rollout import rollout_record
-from igpo_fast.scoring import make_trees
+from igpo_fast.run.records import record_of
 from igpo_fast.sft import NOISY, WRITTEN, _from_steps, write
 from igpo_fast.tokenizer import load_tokenizer
 from igpo_fast.tools.search import make_search
 from igpo_fast.types import Group, Question, Rollout, Turn
+from igpo_fast.update.scoring import make_trees
 from igpo_kernels import RolloutTokens, Tree, pack
 from igpo_kernels.tree_attention.blocks import block_lists, visible_area
 from tests.kernels.test_blocks import shipped_tiles
@@ -97,7 +97,7 @@ def test_a_record_packs_as_the_rollout_it_is_of():
     turn = Turn(np.array([7, 8]), np.zeros(2), "", "search", "q", np.array([9, 10, 11]))
     last = Turn(np.array([12]), np.zeros(1), "", "answer", "a", np.array([], int))
     rollout = Rollout(Question("q", "why", ("so",)), 3, np.array([1, 2, 3]), (turn, last))
-    read = read_rollout(json.loads(json.dumps(rollout_record(rollout))))
+    read = read_rollout(json.loads(json.dumps(record_of(rollout))))
     assert (read.question, read.index) == (rollout.question, 3)
     for name in ("ids", "turn_of_token", "boundaries"):
         assert np.array_equal(getattr(read, name), getattr(rollout, name))

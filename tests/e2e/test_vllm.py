@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from igpo_fast import config
+from igpo_fast.batch import rollout_groups
 from igpo_fast.dialect import make_dialect
 from igpo_fast.engines.base import Request, Sampling
 from igpo_fast.engines.fingerprint import fingerprint
@@ -20,8 +22,8 @@ from igpo_fast.engines.vllm import colocated, weights
 from igpo_fast.engines.vllm.colocated import VllmEngine
 from igpo_fast.errors import InputError
 from igpo_fast.model import build, load
-from igpo_fast.parts import Parts, assemble
-from igpo_fast.rollout import Limits, rollout_groups
+from igpo_fast.rollout import Agent, Limits
+from igpo_fast.setup import Setup, set_up
 from igpo_fast.tools.search import NoSearch
 from igpo_fast.train import train
 from tests.families import tokenizer_of
@@ -56,16 +58,16 @@ def run(tmp_path_factory, cache):
 
 
 @pytest.fixture(scope="module")
-def parts(run, tmp_path_factory, cache) -> Parts:
+def setup(run, tmp_path_factory, cache) -> Setup:
     """The warm-started policy, for tests of the engine alone."""
-    return assemble(quickstart(tmp_path_factory.mktemp("parts"), cache))
+    return set_up(quickstart(tmp_path_factory.mktemp("setup"), cache))
 
 
 @pytest.fixture
-def engine(parts) -> VllmEngine:
+def engine(setup) -> VllmEngine:
     """With the policy's weights; made anew where another test's engine has replaced it: a process has one."""
-    parts.send_weights()
-    return parts.engine
+    setup.agent.engine.load_weights(setup.lm.state_dict().items())
+    return setup.agent.engine
 
 
 # --- training ---
@@ -82,10 +84,10 @@ def test_the_engines_log_probabilities_are_the_trainers(run):
         assert row["loss/grad_norm"] > 0
 
 
-def test_the_weights_really_changed_and_the_sync_is_named(run, parts):
+def test_the_weights_really_changed_and_the_sync_is_named(run, setup):
     folder, text = run
     trained = load(str(folder / "checkpoints/step_000003"), check=False)
-    pairs = zip(trained.parameters(), parts.lm.parameters(), strict=True)
+    pairs = zip(trained.parameters(), setup.lm.parameters(), strict=True)
     assert max(float((a - b).detach().abs().max()) for a, b in pairs) > 1e-4
     assert "engine vllm 0." in text and "weights through its weight transfer" in text
 
@@ -130,29 +132,27 @@ def request(number, ids, max_tokens=12, *, stop_ids=(), stop_strings=(), **sampl
     )
 
 
-def torch_engine(parts: Parts) -> TorchEngine:
-    return TorchEngine(parts.lm, decode=parts.tokenizer.decode, max_tokens=parts.limits.max_tokens)
+def torch_engine(setup: Setup) -> TorchEngine:
+    return TorchEngine(setup.lm, decode=setup.tokenizer.decode, max_tokens=setup.agent.limits.max_tokens)
 
 
-def prompts(parts: Parts, count: int):
-    return [parts.dialect.prompt(question) for question in parts.data.train[:count]]
+def prompts(setup: Setup, count: int):
+    return [setup.agent.dialect.prompt(question) for question in setup.data.train[:count]]
 
 
-def test_greedy_rollouts_are_those_of_the_torch_engine(parts, engine):
+def test_greedy_rollouts_are_those_of_the_torch_engine(setup, engine):
     """Token by token; where two tokens are as likely to a thousandth of a thousandth, either may come."""
-    options = dict(
-        seed=0, step=1, tool=parts.tool, dialect=parts.dialect, limits=parts.limits, sampling=Sampling(0.0),
-        concurrency=64,
-    )  # fmt: skip
-    questions = parts.data.train[:QUESTIONS]
-    ours = rollout_groups(questions, 1, engine=torch_engine(parts), **options)
-    theirs = rollout_groups(questions, 1, engine=engine, **options)
+    questions = setup.data.train[:QUESTIONS]
+    ours, theirs = (
+        rollout_groups(replace(setup.agent, engine=sampler, sampling=Sampling(0.0)), questions, 1, 1)
+        for sampler in (torch_engine(setup), engine)
+    )
     ties = 0
     for a, b in zip(ours, theirs, strict=True):
         a, b = a.rollouts[0], b.rollouts[0]
         if not np.array_equal(a.ids, b.ids):
             first = next(i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=False)) if x != y)
-            logp = plain_logp(parts, a.ids[:first])
+            logp = plain_logp(setup, a.ids[:first])
             assert abs(logp[a.ids[first]] - logp[b.ids[first]]) < 1e-6
             ties += 1
             continue
@@ -162,7 +162,7 @@ def test_greedy_rollouts_are_those_of_the_torch_engine(parts, engine):
 
 
 @pytest.mark.parametrize("family", ["qwen2.5", "qwen3-thinking", "llama3.2"])
-def test_the_chat_dialect_gives_the_same_rollouts_on_both_engines(parts, family):
+def test_the_chat_dialect_gives_the_same_rollouts_on_both_engines(setup, family):
     """Templates of model families (tests/families.py), an untrained policy, greedy: malformed calls, hints."""
     tokenizer = tokenizer_of(family)
     lm = build(
@@ -172,36 +172,34 @@ def test_the_chat_dialect_gives_the_same_rollouts_on_both_engines(parts, family)
     dialect = make_dialect("chat", tokenizer, max_passage_tokens=99, max_answer_tokens=16, max_answers=2)
     engines = [kind(lm, decode=tokenizer.decode, max_tokens=2048) for kind in (TorchEngine, VllmEngine)]
     engines[1].load_weights(lm.state_dict().items())
+    limits, sampling = Limits(3, 12, 2048), Sampling(0.0)
     ours, theirs = (
-        rollout_groups(
-            parts.data.train[:4], 1, seed=0, step=1, engine=engine, tool=NoSearch(), dialect=dialect,
-            limits=Limits(3, 12, 2048), sampling=Sampling(0.0), concurrency=4,
-        )
+        rollout_groups(Agent(engine, NoSearch(), dialect, limits, sampling, 0, 4), setup.data.train[:4], 1, 1)
         for engine in engines
-    )  # fmt: skip
+    )
     assert [len(group.rollouts[0].turns) for group in theirs] == [3] * 4
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a.rollouts[0].ids, b.rollouts[0].ids)
 
 
 @torch.no_grad()
-def plain_logp(parts: Parts, ids, temperature: float = 1.0) -> np.ndarray:
+def plain_logp(setup: Setup, ids, temperature: float = 1.0) -> np.ndarray:
     """log pi of the token after ``ids``, by a plain forward of a copy: [V]."""
-    plain = copy.deepcopy(parts.lm)
+    plain = copy.deepcopy(setup.lm)
     plain.set_attn_implementation("eager")
     logits = plain(input_ids=torch.as_tensor(ids)[None].long(), use_cache=False).logits[0, -1]
     return (logits / temperature).log_softmax(-1).numpy()
 
 
-def test_turns_end_as_in_the_torch_engine(parts, engine):
-    ours, (prompt, *_) = torch_engine(parts), prompts(parts, 1)
+def test_turns_end_as_in_the_torch_engine(setup, engine):
+    ours, (prompt, *_) = torch_engine(setup), prompts(setup, 1)
     (free,) = ask(engine, request(1, prompt, 20, temperature=0))
-    words = parts.tokenizer.decode(free.ids.tolist()).split()
+    words = setup.tokenizer.decode(free.ids.tolist()).split()
     cases = [
         dict(max_tokens=1),
         dict(max_tokens=len(free.ids)),
         dict(stop_ids=(int(free.ids[3]),)),
-        dict(stop_ids=(len(parts.tokenizer) - 1,)),
+        dict(stop_ids=(len(setup.tokenizer) - 1,)),
         dict(stop_strings=(words[2],)),
         dict(stop_strings=("nowhere", f"{words[4]} {words[5]}")),
         dict(max_tokens=6, stop_strings=(words[5],)),
@@ -213,8 +211,8 @@ def test_turns_end_as_in_the_torch_engine(parts, engine):
         np.testing.assert_allclose(b.logp, a.logp, atol=1e-4)
 
 
-def test_draws_do_not_depend_on_company(parts, engine):
-    asked = [request(k, prompt, temperature=1.0) for k, prompt in enumerate(prompts(parts, 8))]
+def test_draws_do_not_depend_on_company(setup, engine):
+    asked = [request(k, prompt, temperature=1.0) for k, prompt in enumerate(prompts(setup, 8))]
     together = ask(engine, *asked)
     alone = [ask(engine, one)[0] for one in reversed(asked)][::-1]
     assert [g.ids.tolist() for g in together] == [g.ids.tolist() for g in alone]
@@ -222,25 +220,25 @@ def test_draws_do_not_depend_on_company(parts, engine):
     assert twice[0].ids.tolist() == together[0].ids.tolist() != twice[1].ids.tolist()
 
 
-def test_log_probabilities_are_at_the_sampling_temperature(parts, engine):
-    (prompt,) = prompts(parts, 1)
+def test_log_probabilities_are_at_the_sampling_temperature(setup, engine):
+    (prompt,) = prompts(setup, 1)
     for temperature in (0.5, 1.0, 1.7):
         (found,) = ask(engine, request(7, prompt, 1, temperature=temperature))
-        assert found.logp[0] == pytest.approx(plain_logp(parts, prompt, temperature)[found.ids[0]], abs=1e-5)
+        assert found.logp[0] == pytest.approx(plain_logp(setup, prompt, temperature)[found.ids[0]], abs=1e-5)
 
 
-def test_first_tokens_follow_the_policy(parts, engine):
-    (prompt,), n = prompts(parts, 1), 2000
+def test_first_tokens_follow_the_policy(setup, engine):
+    (prompt,), n = prompts(setup, 1), 2000
     drawn = ask(engine, *(request(k, prompt, 1, temperature=1.3) for k in range(n)))
-    counts = np.bincount([g.ids[0] for g in drawn], minlength=len(parts.tokenizer))
-    expected = n * np.exp(plain_logp(parts, prompt, 1.3).astype(np.float64))
+    counts = np.bincount([g.ids[0] for g in drawn], minlength=len(setup.tokenizer))
+    expected = n * np.exp(plain_logp(setup, prompt, 1.3).astype(np.float64))
     likely = expected > 5
     chi2 = ((counts - expected) ** 2 / expected)[likely].sum()
     assert likely.sum() > 1 and chi2 < likely.sum() + 4 * np.sqrt(2 * likely.sum())
 
 
-def test_a_cancelled_request_leaves_no_trace(parts, engine):
-    first, second = prompts(parts, 2)
+def test_a_cancelled_request_leaves_no_trace(setup, engine):
+    first, second = prompts(setup, 2)
 
     async def cancelled():
         slow = asyncio.create_task(engine.generate(request(1, first, 100, temperature=1.0)))
@@ -255,19 +253,19 @@ def test_a_cancelled_request_leaves_no_trace(parts, engine):
     assert found.ids.tolist() == ask(engine, request(2, second, 5, temperature=1.0))[0].ids.tolist()
 
 
-def test_misuse_is_refused(parts, engine):
-    (prompt,) = prompts(parts, 1)
+def test_misuse_is_refused(setup, engine):
+    (prompt,) = prompts(setup, 1)
     with pytest.raises(ValueError, match="exceed the engine's max_tokens=224"):
         ask(engine, request(1, prompt, 224))
     with pytest.raises(ValueError, match="still running"):
         ask(engine, request(1, prompt), request(1, prompt))
     with pytest.raises(RuntimeError, match="call load_weights first"):
-        ask(VllmEngine(parts.lm, decode=str), request(1, prompt))
+        ask(VllmEngine(setup.lm, decode=str), request(1, prompt))
 
 
-def test_a_prefix_that_is_known_is_not_computed_again(parts, engine):
+def test_a_prefix_that_is_known_is_not_computed_again(setup, engine):
     """Of a second turn, only what follows the last full block."""
-    (prompt,) = prompts(parts, 1)
+    (prompt,) = prompts(setup, 1)
     ids = np.tile(prompt, 20)[:120]
     outputs = []
     take = engine._take
@@ -276,7 +274,7 @@ def test_a_prefix_that_is_known_is_not_computed_again(parts, engine):
         (turn,) = ask(engine, request(50, ids, 4, temperature=1.0))
         ask(engine, request(50, np.concatenate([ids, turn.ids, ids[:9]]), 4, temperature=1.0))
         cached = outputs[-1]
-        parts.send_weights()
+        setup.agent.engine.load_weights(setup.lm.state_dict().items())
         ask(engine, request(50, ids, 4, temperature=1.0))
     finally:
         del engine._take
@@ -284,19 +282,19 @@ def test_a_prefix_that_is_known_is_not_computed_again(parts, engine):
     assert outputs[-1] == 0  # the sync dropped what the old weights computed
 
 
-def test_an_engine_in_bfloat16(parts):
+def test_an_engine_in_bfloat16(setup):
     """Weights arrive bit for bit as they are rounded, of a trainer in either dtype and in buckets that cut layers."""
     engine = VllmEngine(
-        parts.lm, decode=parts.tokenizer.decode, dtype=torch.bfloat16, max_tokens=224, bucket_bytes=30_000
+        setup.lm, decode=setup.tokenizer.decode, dtype=torch.bfloat16, max_tokens=224, bucket_bytes=30_000
     )
-    pairs = weights.complete(parts.lm.state_dict().items())
+    pairs = weights.complete(setup.lm.state_dict().items())
     last = [bucket[-1][0] for bucket in weights.buckets(pairs, torch.bfloat16, 30_000)]
     assert len(last) > 3 and any(name.endswith(("q_proj.weight", "k_proj.weight")) for name in last)
-    engine.load_weights(parts.lm.state_dict().items())
-    (prompt,) = prompts(parts, 1)
+    engine.load_weights(setup.lm.state_dict().items())
+    (prompt,) = prompts(setup, 1)
     (found,) = ask(engine, request(1, prompt, temperature=1.0))
-    assert abs(found.logp[0] - plain_logp(parts, prompt)[found.ids[0]]) < 0.1
-    engine.load_weights(copy.deepcopy(parts.lm).to(torch.bfloat16).state_dict().items())
+    assert abs(found.logp[0] - plain_logp(setup, prompt)[found.ids[0]]) < 0.1
+    engine.load_weights(copy.deepcopy(setup.lm).to(torch.bfloat16).state_dict().items())
     assert ask(engine, request(1, prompt, temperature=1.0))[0].ids.tolist() == found.ids.tolist()
 
 
@@ -319,13 +317,13 @@ def test_weights_that_are_packed_in_the_checkpoint_are_one_and_strange_layers_ar
     assert list(_strange(model)) == ["QKVParallelLinear", "Module"]
 
 
-def test_reload_weights_serves_where_there_is_no_transfer(parts, engine, monkeypatch):
-    (prompt,) = prompts(parts, 1)
+def test_reload_weights_serves_where_there_is_no_transfer(setup, engine, monkeypatch):
+    (prompt,) = prompts(setup, 1)
     asked = request(1, prompt, temperature=1.0)
     expected = ask(engine, asked)[0].ids.tolist()
     monkeypatch.setattr(colocated, "sync_method", lambda: "reload_weights")
-    older = VllmEngine(parts.lm, decode=parts.tokenizer.decode, max_tokens=224)
-    older.load_weights(parts.lm.state_dict().items())
+    older = VllmEngine(setup.lm, decode=setup.tokenizer.decode, max_tokens=224)
+    older.load_weights(setup.lm.state_dict().items())
     assert "reload_weights" in older.name
     assert ask(older, asked)[0].ids.tolist() == expected
     with pytest.raises(RuntimeError, match="another engine has replaced this one"):

@@ -14,7 +14,8 @@ import torch
 
 from igpo_fast.checkpoint import RunFolder
 from igpo_fast.engines.torch import TorchEngine
-from igpo_fast.train import Interrupted, train
+from igpo_fast.interrupt import Interrupted
+from igpo_fast.train import train
 from tests.tiny import STEPS, Recorder, files, rows, settings
 
 MODES = {

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from igpo_fast import scoring
-from igpo_fast.scoring import Policy
 from igpo_fast.train import Trainer, train
+from igpo_fast.update import scoring
+from igpo_fast.update.scoring import Policy
 from tests.tiny import STEPS, Recorder, files, rows, settings
 
 MODES = {"one": ("algorithm.passes=one",), "two": ("train.updates=2",)}
@@ -27,7 +27,7 @@ class Run:
             real(trainer, metrics)
             step[0] += 1
             self.trainer = trainer
-            self.weights[step[0]] = {name: p.detach().clone() for name, p in trainer.parts.lm.named_parameters()}
+            self.weights[step[0]] = {name: p.detach().clone() for name, p in trainer.learner.lm.named_parameters()}
 
         def patched(policy, plan, inputs=None, advantages_of=None):
             calls[0] += inputs is not None
@@ -66,7 +66,7 @@ def test_the_update_is_skipped_and_counted(monkeypatch, tmp_path, tmp_path_facto
     assert all(row["loss/grad_norm"] > 0 for row in run.rows[1:] if row["step"] != 3)
     assert equal(run.weights[3], run.weights[2])
     assert not equal(run.weights[4], run.weights[3])
-    for parameter, state in run.trainer.optimizer.state.items():
+    for parameter, state in run.trainer.learner.optimizer.state.items():
         assert parameter.isfinite().all() and all(value.isfinite().all() for value in state.values())
         assert state["step"] == (STEPS - 1) * len(passes)
     warning = "step 3: the loss or its gradient is not finite; this update is skipped"
@@ -90,4 +90,4 @@ def test_one_spoiled_update_of_two_costs_only_itself(monkeypatch, tmp_path, tmp_
     run = Run(monkeypatch, settings(tmp_path / "run", cache, *MODES["two"]), "loss", (5,))
     assert run.rows[3]["loss/skipped"] == 1
     assert not equal(run.weights[3], run.weights[2])
-    assert {float(state["step"]) for state in run.trainer.optimizer.state.values()} == {2.0 * STEPS - 1}
+    assert {float(state["step"]) for state in run.trainer.learner.optimizer.state.values()} == {2.0 * STEPS - 1}

@@ -8,11 +8,12 @@ from collections import Counter
 
 import pytest
 
+from igpo_fast.batch import finished_groups
 from igpo_fast.dialect import make_dialect
 from igpo_fast.engines.base import Sampling
 from igpo_fast.errors import ToolError
-from igpo_fast.parts import assemble
-from igpo_fast.rollout import Limits, finished_groups
+from igpo_fast.rollout import Agent, Limits
+from igpo_fast.setup import set_up
 from igpo_fast.tools.base import Passage, ToolResult
 from igpo_fast.tools.limited import LimitedTool
 from igpo_fast.tools.search import Bm25Search
@@ -71,10 +72,9 @@ class Batch:
         self.tool, self.loop = tool, JumpingLoop()
 
     def run(self):
-        ((_, group),) = finished_groups(
-            [Question("q", "A B born ?", ("C D",))], 4, seed=0, step=1, engine=self.engine, tool=self.tool,
-            dialect=DIALECT, limits=LIMITS, sampling=Sampling(), concurrency=8, loop_factory=lambda: self.loop,
-        )  # fmt: skip
+        agent = Agent(self.engine, self.tool, DIALECT, LIMITS, Sampling(), seed=0, concurrency=8)
+        asked = [Question("q", "A B born ?", ("C D",))]
+        ((_, group),) = finished_groups(agent, asked, 4, 1, loop_factory=lambda: self.loop)
         return group.rollouts
 
 
@@ -193,7 +193,7 @@ def test_a_tool_that_counts_is_counted_once():
 def test_a_runs_tool_has_limits_where_it_can_fail(tmp_path, tmp_path_factory):
     cache = tmp_path_factory.getbasetemp() / "warm-start"
     tools = [
-        assemble(settings(tmp_path, cache, *more)).tool
+        set_up(settings(tmp_path, cache, *more)).agent.tool
         for more in ((), ("search.url=http://127.0.0.1:9/retrieve", "rollout.tool_timeout=7"))
     ]
     assert isinstance(tools[0], Bm25Search)

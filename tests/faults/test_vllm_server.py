@@ -21,7 +21,7 @@ from igpo_fast.engines.base import Request, Sampling
 from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.engines.vllm.servers import COUNTS, VllmServers
 from igpo_fast.errors import EngineError
-from igpo_fast.parts import assemble
+from igpo_fast.setup import set_up
 from igpo_fast.train import train
 from tests.tiny import STEPS, Recorder, files, rows, settings
 
@@ -75,9 +75,9 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory, cache):
     folder = tmp_path_factory.mktemp("served")
-    parts = assemble(settings(folder, cache, *OPTIONS))
-    parts.lm.save_pretrained(folder / "model")
-    parts.tokenizer.save_pretrained(folder / "model")
+    setup = set_up(settings(folder, cache, *OPTIONS))
+    setup.lm.save_pretrained(folder / "model")
+    setup.tokenizer.save_pretrained(folder / "model")
     started = [Server(folder / "model", folder / f"{i}.log") for i in range(2)]
     try:
         for server in started:
@@ -126,13 +126,13 @@ def test_undisturbed(undisturbed):
 
 def test_turns_end_as_in_the_torch_engine(undisturbed, servers, cache, tmp_path):
     """Stop strings, which the server finds with its own tokenizer, the token that completes one kept."""
-    parts = assemble(settings(tmp_path, cache, *OPTIONS))
-    ours = TorchEngine(parts.lm, decode=parts.tokenizer.decode, max_tokens=96)
+    setup = set_up(settings(tmp_path, cache, *OPTIONS))
+    ours = TorchEngine(setup.lm, decode=setup.tokenizer.decode, max_tokens=96)
     theirs = VllmServers(
-        [servers[0].url], decode=parts.tokenizer.decode, dtype=torch.float32, max_tokens=96, timeout=60
+        [servers[0].url], decode=setup.tokenizer.decode, dtype=torch.float32, max_tokens=96, timeout=60
     )
-    theirs.load_weights(parts.lm.state_dict().items())
-    prompt = parts.dialect.prompt(parts.data.train[0])
+    theirs.load_weights(setup.lm.state_dict().items())
+    prompt = setup.agent.dialect.prompt(setup.data.train[0])
 
     def ask(engine, **case):
         stops = {"stop_ids": (), "stop_strings": ()} | case
@@ -142,7 +142,7 @@ def test_turns_end_as_in_the_torch_engine(undisturbed, servers, cache, tmp_path)
         return found.ids.tolist(), found.finished
 
     ids, _ = free = ask(ours)
-    words = parts.tokenizer.decode(ids).split()
+    words = setup.tokenizer.decode(ids).split()
     assert ask(theirs) == free
     for case in (
         {"stop_ids": (ids[4],)},
