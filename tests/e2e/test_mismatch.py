@@ -7,7 +7,7 @@ import math
 import pytest
 
 from igpo_fast.engines.torch import TorchEngine
-from igpo_fast.errors import InputError
+from igpo_fast.errors import DivergedError
 from igpo_fast.train import train
 from tests.tiny import Recorder, rows, settings
 
@@ -50,7 +50,7 @@ def test_the_warning_has_its_threshold(tmp_path, cache):
 
 
 def test_the_run_can_be_made_to_stop_before_the_update(tmp_path, cache):
-    with pytest.raises(InputError, match=r"^step 1: .* by 0.3 on average, more than rollout.mismatch_stop=0.29"):
+    with pytest.raises(DivergedError, match=r"^step 1: .* by 0.3 on average, more than rollout.mismatch_stop=0.29"):
         first_step(tmp_path, cache, "rollout.mismatch_stop=0.29")
     assert [row["step"] for row in rows(tmp_path)] == [0]
     row, _ = first_step(tmp_path, cache, "rollout.mismatch_stop=0.31")  # goes on

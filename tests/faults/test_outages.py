@@ -1,13 +1,16 @@
-"""An outage anywhere in a step: what was trained is kept, and going on repeats the run in which there was none."""
+"""Whatever is raised anywhere in a step: finished steps are kept, and going on repeats the undisturbed run."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from igpo_fast.checkpoint import RunFolder
 from igpo_fast.engines.torch import TorchEngine
-from igpo_fast.errors import EngineError, InputError
+from igpo_fast.errors import DivergedError, EngineError, InputError, RunError
 from igpo_fast.train import train
+from igpo_fast.update.learner import Learner
+from igpo_fast.update.update import Updater
 from tests.tiny import STEPS, Recorder, files, rows, settings
 
 OPTIONS = ("train.checkpoint_every=100",)
@@ -85,3 +88,88 @@ def test_a_request_that_is_refused(monkeypatch, undisturbed, cache, tmp_path):
     assert list(RunFolder(tmp_path).saved()) == [3]
     session(monkeypatch, tmp_path, cache)
     same(tmp_path, undisturbed)
+
+
+FAULTS = [
+    DivergedError("sampling: the model's logits are not finite"),
+    RuntimeError("a fault of somebody else's code"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nand more lines"),
+]
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["sampling", "scoring", "optimiser"])
+def test_whatever_raises_costs_no_finished_step(monkeypatch, undisturbed, cache, tmp_path, where, error):
+    """In step 4, before and after what changes: the optimiser's step."""
+    calls = []
+
+    def at_step_4(owner, name):
+        real = getattr(owner, name)
+
+        def failing(*arguments, **more):
+            calls.append(name)
+            if len(calls) == 4:  # once per step: one pack, one update
+                raise error
+            return real(*arguments, **more)
+
+        return owner, name, failing
+
+    places = {"scoring": (Updater, "_step"), "optimiser": (Learner, "backward")}
+    with pytest.raises(Exception) as caught, monkeypatch.context() as patch:
+        if where == "sampling":
+            session(monkeypatch, tmp_path, cache, "rollouts", 4, error)
+        patch.setattr(*at_step_4(*places[where]))
+        train(settings(tmp_path, cache, *OPTIONS), Recorder())
+    memory = isinstance(error, torch.OutOfMemoryError)
+    assert type(caught.value) is (RunError if memory else type(error))
+    assert "\n" not in str(caught.value)
+    if memory:
+        assert "step 4: out of memory" in str(caught.value) and "train.token_budget" in str(caught.value)
+    assert list(RunFolder(tmp_path).saved()) == [3]
+    session(monkeypatch, tmp_path, cache)
+    same(tmp_path, undisturbed)
+
+
+def test_a_mismatch_that_stops_the_run(monkeypatch, cache, tmp_path):
+    """From step 3 the engine is off by 0.3: steps 1 and 2 are kept, and who allows the mismatch goes on from there."""
+    sample = TorchEngine._sample
+
+    def shifted(engine, *arguments):
+        tokens, logp = sample(engine, *arguments)
+        return tokens, logp - 0.3 * (engine.version == 3)
+
+    for passes in ("algorithm.passes=one", "train.updates=2"):
+        folder = tmp_path / passes
+        with monkeypatch.context() as patch:
+            patch.setattr(TorchEngine, "_sample", shifted)
+            with pytest.raises(DivergedError, match=r"^step 3: .* by 0.3 on average, more than rollout.mismatch_stop"):
+                train(settings(folder, cache, *OPTIONS, passes, "rollout.mismatch_stop=0.2"), Recorder())
+        assert list(RunFolder(folder).saved()) == [2]
+        assert [row["step"] for row in rows(folder)] == [0, 1, 2]
+        assert {f"step_{i:06d}.jsonl" for i in (1, 2)} <= set(files(folder / "rollouts")) - {"step_000003.jsonl"}
+        run = train(settings(folder, cache, *OPTIONS, passes), Recorder())
+        assert [row["step"] for row in rows(folder)] == list(range(STEPS + 1)) and STEPS in run.saved()
+
+
+def test_between_two_updates_of_a_step_the_run_goes_back_to_its_last_checkpoint(monkeypatch, cache, tmp_path):
+    """Half of step 4's updates is no step: its weights are nobody's, and are not saved."""
+    options = ("train.updates=2", "train.checkpoint_every=2")
+    step, calls = Learner.step, []
+
+    def failing(learner, *arguments, **more):
+        calls.append(learner)
+        if len(calls) == 8:
+            raise RuntimeError("between two updates")
+        return step(learner, *arguments, **more)
+
+    reference = tmp_path / "undisturbed"
+    train(settings(reference, cache, *options), Recorder())
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", failing)
+        with pytest.raises(RuntimeError, match="between two updates"):
+            train(settings(tmp_path / "run", cache, *options), Recorder())
+    assert list(RunFolder(tmp_path / "run").saved()) == [2]
+    train(settings(tmp_path / "run", cache, *options), Recorder())
+    assert rows(tmp_path / "run") == rows(reference)
+    last = f"checkpoints/step_{STEPS:06d}/model.safetensors"
+    assert (tmp_path / "run" / last).read_bytes() == (reference / last).read_bytes()
