@@ -39,6 +39,7 @@ lint: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/python -m igpo_fast.config_docs
 	$(BIN)/python docs/mask.py > docs/mask.svg
+	$(BIN)/python docs/curve.py > docs/curve.svg
 
 mutants: $(VENV)/.installed
 	$(BIN)/python tests/mutants.py

@@ -48,7 +48,8 @@ def draw() -> str:
         at = max(y(f1) + 4, at + 13)
         label = f"{algorithm.upper()} {seed}"
         shapes.append(f'<text x="{x(last) + 8:.1f}" y="{at:.1f}" fill="{COLOURS[algorithm]}">{label}</text>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">'
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
     return "\n".join([head, *shapes, "</svg>"])
 
 
