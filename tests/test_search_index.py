@@ -13,8 +13,8 @@ from string import ascii_lowercase
 import numpy as np
 import pytest
 
-from igpo_fast.data import load_corpus
 from igpo_fast.errors import InputError
+from igpo_fast.passages import load_corpus
 from igpo_fast.tools.dense import Dense, SentenceEncoder
 from igpo_fast.tools.index import Bm25, open_index
 from igpo_fast.tools.search import Bm25Search
