@@ -109,6 +109,8 @@ class Data(Section):
         given = [key for key in ("train", "eval", "corpus") if getattr(self, key) is not None]
         if self.source == "world" and given:
             raise ValueError(f"data.{given[0]} is not read with data.source=world; set data.source=files")
+        if self.eval == []:
+            raise ValueError("data.eval is an empty list; name sources, or leave it out to hold out some of data.train")
         return self
 
 

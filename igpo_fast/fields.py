@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import Any
@@ -87,8 +88,17 @@ def texts(value: Any, field: str) -> list[str]:
     Raises:
         BadField: anything else.
     """
+    if isinstance(value, str) and _is_json_list(value):
+        raise BadField(f"{field}: a list or an object written as a text; write the list itself")
     entries = value if isinstance(value, list) else [value]
     return [said(entry, field) for entry in entries if entry is not None]
+
+
+def _is_json_list(written: str) -> bool:
+    try:
+        return written.lstrip().startswith("[") and isinstance(json.loads(written), list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def whole_number(value: Any, field: str) -> int | None:

@@ -12,8 +12,8 @@ from igpo_fast.fields import BadField, encodable, objects, plain, text
 from igpo_fast.rows import rows_of
 from igpo_fast.tools.base import Passage
 
-_ID_KEYS = ("id", "_id")
-"""Columns that may hold a passage's id (BEIR's and KILT's is ``_id``); the first filled counts."""
+_ID_KEYS = ("id", "_id", "wikipedia_id")
+"""Columns that may hold a passage's id (BEIR's is ``_id``, KILT's one of the last two); the first filled counts."""
 
 
 def load_corpus(source: str | Path) -> tuple[Passage, ...]:
@@ -69,9 +69,10 @@ def title_and_text(row: Mapping[str, Any]) -> tuple[str, str]:
         if not body.strip():
             title, body = "", title
         title = title.strip().strip('"')
-    elif "wikipedia_title" in row and isinstance(row.get("text"), list):
-        title = plain(row["wikipedia_title"], "wikipedia_title").strip()
-        paragraphs = [paragraph.strip() for paragraph in _plain_texts(row["text"], "text")]
+    elif "wikipedia_title" in row:
+        title, body = plain(row["wikipedia_title"], "wikipedia_title").strip(), row.get("text")
+        written = body.get("paragraph") if isinstance(body, dict) else body  # the hub's, the file's
+        paragraphs = [paragraph.strip() for paragraph in _plain_texts(written, "text")]
         body = "\n".join(paragraphs[1:] if paragraphs[:1] == [title] else paragraphs)
     else:
         title, body = plain(row.get("title"), "title"), plain(row.get("text"), "text")

@@ -15,14 +15,11 @@ from igpo_fast.rows import Row, rows_of
 from igpo_fast.tools.base import Passage
 from igpo_fast.types import Question
 
-QUESTION_KEYS = ("question", "Question", "input")
-"""Columns that may hold the question (Bamboogle's is upper case, KILT's ``input``); the first present counts."""
-ANSWER_KEYS = (
-    "answers", "golden_answers", "answer", "Answer", "ground_truth", "solution", "possible_answers", "output",
-)  # fmt: skip
+QUESTION_KEYS = ("question", "Question")
+"""Columns that may hold the question (Bamboogle's is upper case); the first present counts."""
+ANSWER_KEYS = ("answers", "golden_answers", "answer", "Answer", "ground_truth", "solution", "possible_answers")
 """Columns that may hold the accepted answers, a text or a list of texts; the first present counts. SQuAD's ``answers``
-has ``text``, TriviaQA's ``answer`` ``value`` and ``aliases``; PopQA's ``possible_answers`` is JSON, KILT's ``output``
-a list of objects."""
+has ``text``, TriviaQA's ``answer`` ``value`` and ``aliases``; PopQA's ``possible_answers`` is JSON."""
 ID_KEYS = ("id", "_id", "question_id")
 """Columns that may hold the id (2WikiMultiHopQA's, TriviaQA's); the first present counts."""
 ANSWER_SPLIT = "<|answer_split|>"
@@ -39,9 +36,10 @@ def load_questions(
     Args:
         source: as ``rows.rows_of`` takes it. Rows have one of ``QUESTION_KEYS`` (or verl's ``extra_info.question``,
             or ``prompt``: a text, or a chat whose last user message counts) and one of ``ANSWER_KEYS`` (with MuSiQue's
-            ``answer_aliases``) or verl's ``reward_model.ground_truth``; optional one of ``ID_KEYS`` or verl's
-            ``extra_info.index``, ``hops``, ``steps``, or MuSiQue's ``question_decomposition``, or HotpotQA's and
-            2WikiMultiHopQA's ``supporting_facts``, whose titles are counted as hops.
+            ``answer_aliases``) or verl's ``reward_model.ground_truth``, or KILT's ``input`` and ``output``; optional
+            one of ``ID_KEYS`` or verl's ``extra_info.index``, ``hops``, ``steps``, or MuSiQue's
+            ``question_decomposition``, or HotpotQA's and 2WikiMultiHopQA's ``supporting_facts``, whose titles are
+            counted as hops.
         dataset: ``Question.dataset``, in place of verl's ``data_source``. Ids begin with it.
         otherwise: ``Question.dataset`` of rows that name none, if ``dataset`` does not either.
         passages: is filled with the rows' own paragraphs, by id.
@@ -50,7 +48,7 @@ def load_questions(
             field of the wrong kind, an id given twice.
     """
     questions: dict[str, Question] = {}
-    for row in rows_of(source):
+    for row in map(_of_kilt, rows_of(source)):
         try:
             question = _question(row, dataset, otherwise, questions)
             if passages is not None:
@@ -63,6 +61,15 @@ def load_questions(
     if not questions:
         raise InputError(f"{source}: no questions; give at least one row")
     return tuple(questions.values())
+
+
+def _of_kilt(row: Row) -> Row:
+    """KILT's columns under other names: ``input``, and the answers in the objects of ``output``."""
+    asked, outputs = row.values.get("input"), row.values.get("output")
+    if not isinstance(asked, str) or not isinstance(outputs, list) or _first(row.values, QUESTION_KEYS):
+        return row
+    answers = [output.get("answer") for output in outputs if isinstance(output, dict)]
+    return row._replace(values={"question": asked, "answers": answers, "id": row.values.get("id")})
 
 
 def _question(row: Row, dataset: str, otherwise: str, taken: Mapping[str, Question]) -> Question:
@@ -113,9 +120,10 @@ def _question_text(row: Mapping[str, Any]) -> str:
     are the dialect's."""
     key = _first(row, QUESTION_KEYS)
     asked = _inside(row, "extra_info").get("question")
-    value, field = (
-        (row[key], key) if key else (asked, "extra_info.question") if asked else (row.get("prompt"), "prompt")
-    )
+    if key:
+        value, field = row[key], key
+    else:
+        value, field = (asked, "extra_info.question") if asked else (row.get("prompt"), "prompt")
     if isinstance(value, list):
         chat = [message for message in value if isinstance(message, dict)]
         value = next((m.get("content") for m in reversed(chat) if m.get("role") == "user"), None)
@@ -139,8 +147,6 @@ def _answers(row: Mapping[str, Any]) -> list[str]:
 def _accepted(value: Any, field: str) -> list[str]:
     if field == "possible_answers" and isinstance(value, str):
         value = _json_list(value, field)
-    if field == "output" and isinstance(value, list):
-        value = [output.get("answer") for output in objects(value, field)]
     if isinstance(value, str):
         return texts(value.split(ANSWER_SPLIT), field)
     if not isinstance(value, dict):
@@ -183,6 +189,6 @@ def _steps(value: Any) -> tuple[dict, ...]:
     """Their questions, answers and passage ids as texts, whatever else they hold as it is."""
     known = ("question", "answer", "passage_id")
     return tuple(
-        step | {key: text(step[key], f"steps.{key}") for key in known if key in step}
+        step | {key: text(step[key], f"steps.{key}") for key in known if step.get(key) is not None}
         for step in objects(value, "steps")
     )

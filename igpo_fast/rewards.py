@@ -19,10 +19,8 @@ Outcome = Literal["f1", "em"]
 Basis = Literal["log_prob", "prob"]
 Answers = Literal["first", "max", "mean"]
 
-_PUNCTUATION = (
-    string.punctuation
-    + "、。〃・·〈〉《》「」『』【】〔〕〖〗！＂＃％＆＇（）＊，－．／：；？＠［＼］＿｛｝～｟｠｡｢｣､･"
-)
+_WIDE = "、。〃・·〈〉《》「」『』【】〔〕〖〗！＂＃％＆＇（）＊，－．／：；？＠［＼］＿｛｝～｟｠｡｢｣､･"
+_PUNCTUATION = string.punctuation + _WIDE
 """ASCII's, and the like of Chinese and Japanese."""
 _TO_SPACES = str.maketrans(_PUNCTUATION, " " * len(_PUNCTUATION))
 _DROPPED = str.maketrans("", "", _PUNCTUATION)

@@ -9,12 +9,13 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from json.decoder import WHITESPACE
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from igpo_fast.errors import InputError
-from igpo_fast.fields import encodable
+from igpo_fast.fields import encodable, kind_of
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _HALF_PAIR = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
@@ -59,9 +60,10 @@ def parts_of(source: str | Path) -> list[str]:
         return [source]
     found = []
     for part in filter(None, map(str.strip, source.split(","))):
-        matches = (
-            sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) and not os.path.isfile(part) else [part]
-        )
+        if not glob.has_magic(part) or os.path.isfile(part):
+            found.append(part)
+            continue
+        matches = sorted(glob.glob(part, recursive=True))
         if not matches:
             raise InputError(f"{part}: no file matches; give an existing file or another pattern")
         found += matches
@@ -149,9 +151,7 @@ def _array(content: bytes, path: Path) -> Iterator[Row]:
     while True:
         number += 1
         where = f"{path} entry {number}"
-        value, end = _parsed(
-            lambda text, at=at: _DECODER.raw_decode(text, at), text, where, "write an array of objects"
-        )
+        value, end = _parsed(partial(_DECODER.raw_decode, idx=at), text, where, "write an array of objects")
         yield Row(where, f"{stem}-{number}", _object(value, text[at:end], where))
         at = _after_space(text, end)
         if text[at : at + 1] != ",":
@@ -179,7 +179,7 @@ def _parsed(parse: Callable[[str], Any], text: str, where: str, remedy: str) -> 
 
 def _object(value: Any, text: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise InputError(f"{where}: a {type(value).__name__}, not a JSON object; write one object a line")
+        raise InputError(f"{where}: {kind_of(value)}, not a JSON object; write one object a line")
     if _HALF_PAIR.search(text):  # then perhaps the other half is missing
         written = _parsed(lambda _: json.dumps(value, ensure_ascii=False), text, where, "correct it")
         if not encodable(written):

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from itertools import pairwise
-from unicodedata import normalize
 
-import regex
-
-_NO_SPACES = r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}--\p{M}]"
-_CHARACTER = regex.compile(rf"{_NO_SPACES}\p{{M}}*", regex.VERSION1)
-_WORD = regex.compile(r"[\p{L}\p{N}\p{M}_]+")
-_PIECE = regex.compile(rf"(?:{_NO_SPACES}\p{{M}}*)+|(?:(?!{_NO_SPACES}).)+", regex.VERSION1 | regex.DOTALL)
+# Accents and vowel signs, which belong to the letter before them; \w has none of them. None stands beyond these planes.
+_MARKS = "".join(
+    chr(code) for plane in (range(0x20000), range(0xE0000, 0xE0200)) for code in plane
+    if unicodedata.category(chr(code)).startswith("M")
+)  # fmt: skip
+_NO_SPACES = (
+    "\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
+    "\u3041-\u309f\u30a1-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Hiragana, Katakana
+    "\u0e01-\u0e4e\u0e81-\u0ece\u0edc-\u0edf\u1000-\u103f\u1050-\u108f\u1780-\u17d3"  # Thai, Lao, Burmese, Khmer
+)
+_WORD = re.compile(rf"[\w{_MARKS}]+")
+_CHARACTER = re.compile(rf"[{_NO_SPACES}][{_MARKS}]*")
+_PIECE = re.compile(rf"(?:[{_NO_SPACES}][{_MARKS}]*)+|[^{_NO_SPACES}]+")
 
 
 def nfc(text: str) -> str:
     """Unicode's composed form: "é" is one character, however it was typed."""
-    return normalize("NFC", text)
+    return unicodedata.normalize("NFC", text)
 
 
 def spaced(text: str) -> str:
