@@ -148,7 +148,8 @@ def _accepted(value: Any, field: str) -> list[str]:
     if field == "possible_answers" and isinstance(value, str):
         value = _json_list(value, field)
     if isinstance(value, str):
-        return texts(value.split(ANSWER_SPLIT), field)
+        several = value.split(ANSWER_SPLIT)
+        return texts(several if len(several) > 1 else value, field)
     if not isinstance(value, dict):
         return texts(value, field)
     for key in ("target", "text"):  # Search-R1's, SQuAD's
