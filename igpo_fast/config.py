@@ -385,7 +385,8 @@ class Config(Section):
         if self.data.source == "files":
             for key in ("train", "corpus"):
                 if getattr(self.data, key) is None and not (key == "corpus" and self.search.url):
-                    raise ValueError(f"data.{key} is needed with data.source=files; give data.{key}=FILE")
+                    own = ", or data.corpus=contexts for the questions' own paragraphs" if key == "corpus" else ""
+                    raise ValueError(f"data.{key} is needed with data.source=files; give data.{key}=FILE{own}")
         if self.model.path is None and self.model.tokenizer == "world" and self.data.source != "world":
             raise ValueError(
                 "model.tokenizer=world only knows the made-up world; use model.tokenizer=bpe or model.path="

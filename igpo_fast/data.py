@@ -119,10 +119,10 @@ def _trained_on(train: Sequence[Question], evaluation: Sequence[Question]) -> li
     Raises:
         InputError: all questions of a set are.
     """
-    trained = {(question.question, question.answers) for question in train}
+    trained = {question.question for question in train}
     sets: dict[str, list[bool]] = {}
     for question in evaluation:
-        sets.setdefault(question.dataset, []).append((question.question, question.answers) in trained)
+        sets.setdefault(question.dataset, []).append(question.question in trained)
     for name, both in sets.items():
         if all(both):
             whose = f" of {name}" if name else ""

@@ -60,6 +60,8 @@ def parts_of(source: str | Path) -> list[str]:
         return [source]
     found = []
     for part in filter(None, map(str.strip, source.split(","))):
+        if part.endswith(".parquet") and os.path.isdir(part):  # as Spark writes a table
+            part = f"{glob.escape(part)}/**/*.parquet"
         if not glob.has_magic(part) or os.path.isfile(part):
             found.append(part)
             continue

@@ -198,6 +198,10 @@ def test_shards_patterns_and_lists(tmp_path):
     assert refusal(load_questions, f"{tmp_path}/no-*.jsonl") == (
         f"{tmp_path}/no-*.jsonl: no file matches; give an existing file or another pattern"
     )
+    (tmp_path / "table.parquet").mkdir()
+    for number in range(2):
+        write_parquet(tmp_path / "table.parquet" / f"part-{number}.parquet", ROW | {"question": f"{number}?"})
+    assert [q.question for q in load_questions(tmp_path / "table.parquet")] == ["0?", "1?"]
     for nothing in ("", " , ", "a\0.jsonl"):
         refusal(load_questions, nothing)
     (tmp_path / "a,b[1].jsonl").write_bytes(LINES)  # a file of that very name comes first
@@ -365,7 +369,9 @@ def test_a_file_of_seven_sets_beside_another_is_eight(tmp_path):
 
 def test_questions_that_are_trained_on(tmp_path):
     train = write_lines(tmp_path / "train.jsonl", *asked("t", 4))
-    copy = write_lines(tmp_path / "copy.jsonl", *({**row, "id": f"c{row['id']}"} for row in asked("t", 2)))
+    copy = write_lines(
+        tmp_path / "copy.jsonl", *({**row, "id": f"c{row['id']}", "answers": ["y"]} for row in asked("t", 2))
+    )
     mixed = write_lines(tmp_path / "mixed.jsonl", *asked("t", 1), *asked("m", 3))
     for source in (train, copy):
         message = refusal(load_data, of_files(train, f"data.eval={source}"))
