@@ -35,7 +35,7 @@ def questions():
 
 
 def test_queries_a_second(compare, server, questions, capsys):
-    from igpo_fast.data import load_corpus
+    from igpo_fast.passages import load_corpus
     from igpo_fast.tools.search import Bm25Search, HttpSearch
 
     own = [(question["question"], step["passage_id"]) for question in questions for step in question["steps"]]

@@ -102,9 +102,9 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def write_rollouts(self, name: str, records: Iterable[Mapping]) -> Path:
-        """Write rollouts/NAME.jsonl, replacing the file if there is one; ``name`` is step_000001 or eval_000001."""
-        path = self.rollouts / f"{name}.jsonl"
+    def write_rollouts(self, step: int, records: Iterable[Mapping], kind: str = "step") -> Path:
+        """Write rollouts/KIND_STEP.jsonl, replacing the file if there is one; ``kind`` is step or eval."""
+        path = self.rollouts / f"{kind}_{step:06d}.jsonl"
         with atomic(path) as file:
             for record in records:
                 file.write(json.dumps(_plain(record), allow_nan=False, ensure_ascii=False).encode() + b"\n")

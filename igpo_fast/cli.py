@@ -145,6 +145,8 @@ def evaluate(
 
     setup = set_up(settings, weights=weights)
     agent = replace(setup.eval_agent, tool=NoSearch()) if no_search else setup.eval_agent
+    for warning in setup.data.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     agent.engine.load_weights(setup.lm.state_dict().items())
     with _bar("evaluation") as advance:
         found = run_evaluation(agent, setup.data.eval, settings.algorithm.f1_normalisation, advance).metrics

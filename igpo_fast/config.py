@@ -81,17 +81,37 @@ class Data(Section):
     source: Literal["world", "files"] = "world"
     """`world` makes up a knowledge world (section `world`); `files` reads the paths below."""
     train: str | None = None
-    """Training questions: .jsonl, .parquet (own, verl's, TRL's or the usual QA sets' columns), or a datasets-hub
-    name with `:split` or `:config:split`."""
+    """Training questions: .jsonl, .json (either with .gz) or .parquet (own, verl's, TRL's or the usual QA sets'
+    columns), patterns (`train-*.parquet`) or a list of these, or a datasets-hub name with `:split` or
+    `:config:split`."""
     eval: str | list[str] | None = None
     """Evaluation questions, in the same forms; a list of `NAME=SOURCE` evaluates several sets. Empty holds out the last
     `eval.questions` of `train`."""
     corpus: str | None = None
-    """Passages for search, JSON lines of id, title, text."""
+    """Passages for search, in files of the same kinds with id, title, text; `contexts` takes the paragraphs that come
+    with the questions (MuSiQue, HotpotQA, 2WikiMultiHopQA, SQuAD)."""
+    skip_long: bool = False
+    """Leave out questions that leave no room for a turn in `rollout.max_tokens`, with a warning, instead of refusing
+    the set."""
     max_answer_tokens: Positive = 64
     """Accepted answers longer than this are cut to it for scoring."""
     max_answers: Positive = 4
     """Accepted answers that are scored, the first ones; all count for F1."""
+
+    @field_validator("train", "corpus", mode="before")
+    @classmethod
+    def _joined(cls, value):
+        """A list of files is one source."""
+        return ",".join(value) if isinstance(value, list) and value and set(map(type, value)) == {str} else value
+
+    @model_validator(mode="after")
+    def _check(self):
+        given = [key for key in ("train", "eval", "corpus") if getattr(self, key) is not None]
+        if self.source == "world" and given:
+            raise ValueError(f"data.{given[0]} is not read with data.source=world; set data.source=files")
+        if self.eval == []:
+            raise ValueError("data.eval is an empty list; name sources, or leave it out to hold out some of data.train")
+        return self
 
 
 class World(Section):
@@ -249,8 +269,9 @@ class Algorithm(Section):
     """Coefficient of the entropy bonus."""
     outcome: Literal["f1", "em"] = "f1"
     """What the last turn earns: word-level F1 or exact match."""
-    f1_normalisation: Literal["igpo", "squad"] = "igpo"
-    """`igpo`: lower case, punctuation to spaces. `squad`: also drops articles, and punctuation outright."""
+    f1_normalisation: Literal["igpo", "squad", "hotpot"] = "igpo"
+    """`igpo`: lower case, punctuation to spaces. `squad`: also drops articles, and punctuation outright (1,000 is
+    1000). `hotpot`: besides, yes and no match nothing but themselves."""
     answers: Literal["first", "max", "mean"] = "first"
     """Which accepted answers a value is of."""
     gamma: Fraction = 1.0
@@ -364,7 +385,8 @@ class Config(Section):
         if self.data.source == "files":
             for key in ("train", "corpus"):
                 if getattr(self.data, key) is None and not (key == "corpus" and self.search.url):
-                    raise ValueError(f"data.{key} is needed with data.source=files; give data.{key}=FILE")
+                    own = ", or data.corpus=contexts for the questions' own paragraphs" if key == "corpus" else ""
+                    raise ValueError(f"data.{key} is needed with data.source=files; give data.{key}=FILE{own}")
         if self.model.path is None and self.model.tokenizer == "world" and self.data.source != "world":
             raise ValueError(
                 "model.tokenizer=world only knows the made-up world; use model.tokenizer=bpe or model.path="

@@ -12,42 +12,53 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from igpo_fast.types import Rollout
+from igpo_fast.words import nfc, spaced
 
-Normalisation = Literal["igpo", "squad"]
+Normalisation = Literal["igpo", "squad", "hotpot"]
 Outcome = Literal["f1", "em"]
 Basis = Literal["log_prob", "prob"]
 Answers = Literal["first", "max", "mean"]
 
-_TO_SPACES = str.maketrans(string.punctuation, " " * len(string.punctuation))
-_DROPPED = str.maketrans("", "", string.punctuation)
+_WIDE = "、。〃・·〈〉《》「」『』【】〔〕〖〗！＂＃％＆＇（）＊，－．／：；？＠［＼］＿｛｝～｟｠｡｢｣､･"
+_PUNCTUATION = string.punctuation + _WIDE
+"""ASCII's, and the like of Chinese and Japanese."""
+_TO_SPACES = str.maketrans(_PUNCTUATION, " " * len(_PUNCTUATION))
+_DROPPED = str.maketrans("", "", _PUNCTUATION)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_CLOSED = {"yes", "no", "noanswer"}
 
 
 def normalise_answer(text: str, normalisation: Normalisation = "igpo") -> str:
-    """Lower-cased words joined by single spaces.
+    """Lower-cased words joined by single spaces; characters of scripts without spaces are words.
 
-    ``igpo`` turns ASCII punctuation into spaces; ``squad`` drops it, and the articles a, an, the. A text of
-    nothing else ("The The", "?") is only lower-cased, so that it can still be told from an empty answer.
+    ``igpo`` turns ASCII, Chinese and Japanese punctuation into spaces; ``squad`` and ``hotpot`` drop it ("1,000" is
+    "1000"), and the articles a, an, the. A text of nothing else ("The The", "?") is only lower-cased, so that it can
+    still be told from an empty answer.
     """
-    lowered = text.lower()
-    if normalisation == "squad":
-        words = _ARTICLES.sub(" ", lowered.translate(_DROPPED)).split()
+    lowered = nfc(text).lower()
+    if normalisation == "igpo":
+        words = spaced(lowered.translate(_TO_SPACES)).split()
     else:
-        words = lowered.translate(_TO_SPACES).split()
+        words = spaced(_ARTICLES.sub(" ", lowered.translate(_DROPPED))).split()
     return " ".join(words) or lowered.strip()
 
 
 def f1_score(prediction: str | None, answers: Sequence[str], normalisation: Normalisation = "igpo") -> float:
     """F1 of the words, as bags, against the best accepted answer: in [0, 1]; 0 for None.
 
-    Bags as in SQuAD: saying a word twice costs precision (the IGPO authors' code compares sets of words).
+    Bags as in SQuAD: saying a word twice costs precision (the IGPO authors' code compares sets of words). HotpotQA's
+    rule: yes, no and noanswer share words with nothing but themselves ("yes they are" does not answer "yes").
     """
     if prediction is None:
         return 0.0
-    predicted = Counter(normalise_answer(prediction, normalisation).split())
+    said = normalise_answer(prediction, normalisation)
+    predicted = Counter(said.split())
     best = 0.0
     for answer in answers:
-        accepted = Counter(normalise_answer(answer, normalisation).split())
+        right = normalise_answer(answer, normalisation)
+        if normalisation == "hotpot" and said != right and (said in _CLOSED or right in _CLOSED):
+            continue
+        accepted = Counter(right.split())
         common = (predicted & accepted).total()
         if common:
             best = max(best, 2 * common / (predicted.total() + accepted.total()))

@@ -25,11 +25,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from igpo_fast.config import Config
-from igpo_fast.data import Data, json_object
+from igpo_fast.data import Data
 from igpo_fast.dialect import CHAT_SYSTEM, SEARCH_TOOL, Dialect, TagsDialect, make_dialect
 from igpo_fast.errors import InputError
 from igpo_fast.model import device_of, load
 from igpo_fast.rewards import Answers, Basis, information_gain, values_of
+from igpo_fast.rows import json_object
 from igpo_fast.tokenizer import load_tokenizer
 from igpo_fast.types import Question
 from igpo_fast.update.scoring import Policy, answer_means

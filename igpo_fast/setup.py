@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from igpo_fast import model
 from igpo_fast.advantages import ALGORITHMS, Recipe
 from igpo_fast.config import Config
-from igpo_fast.data import Data, load_data, question_order
+from igpo_fast.data import Data, load_data, question_order, without_long
 from igpo_fast.dialect import Dialect, make_dialect
 from igpo_fast.engines import vllm
 from igpo_fast.engines.base import Engine, Sampling
@@ -86,6 +86,8 @@ def set_up(config: Config, *, weights: str | None = None, sft_progress: Progress
     )
     dialect.check()
     limits = Limits(config.rollout.max_turns, config.rollout.max_turn_tokens, config.rollout.max_tokens)
+    if config.data.skip_long:
+        data = without_long(data, lambda question: limits.fits(len(dialect.prompt(question))))
     _check_questions(config, data, dialect, limits)
     branches_of = partial(_branches, config, dialect)
     answer_tokens = max(sum(len(branch.ids) for branch in branches_of(question)) for question in data.train)

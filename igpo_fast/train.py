@@ -77,6 +77,8 @@ class Trainer:
             progress=self.display,
         )  # fmt: skip
         self.display.note(self.setup.summary(self.passes))
+        for warning in self.setup.data.warnings:
+            self.display.warn(warning)
 
     def resume(self, run: Session) -> None:
         """Go on after the newest checkpoint, or begin: the engine gets the weights, the first row its evaluation."""

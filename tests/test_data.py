@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from igpo_fast import config
-from igpo_fast.data import load_corpus, load_data, load_questions, passage_of, question_order
+from igpo_fast.data import load_data, question_order
 from igpo_fast.errors import InputError
+from igpo_fast.passages import load_corpus, passage_of
+from igpo_fast.questions import load_questions
 from igpo_fast.tools.base import Passage
 from igpo_fast.types import Question
 
@@ -88,7 +90,7 @@ def test_prompts_of_verl_and_trl(tmp_path, prompt):
     }
     for path in (write_lines(tmp_path / "q.jsonl", row), write_parquet(tmp_path / "q.parquet", row)):
         (question,) = load_questions(path)
-        assert question == Question("nq/q-1", "q?", ("x",), dataset="nq")
+        assert question == Question("nq/3", "q?", ("x",), dataset="nq")
 
 
 def test_ids_default_to_the_line(tmp_path):
@@ -112,9 +114,9 @@ SEARCH_R1 = {
 @pytest.mark.parametrize(
     ("columns", "id", "hops"),
     [
-        ({}, "nq/q-1", None),
+        ({}, "nq/test-0", None),
         ({"id": "test_0", "question": "who wrote it?", "golden_answers": ["Ann", "A. B."]}, "nq/test_0", None),
-        ({"prompt": "?", "extra_info": {"question": "who wrote it?", "index": 0}}, "nq/q-1", None),
+        ({"prompt": "?", "extra_info": {"question": "who wrote it?", "index": 0}}, "nq/0", None),
         ({"id": 7, "metadata": {"supporting_facts": {"title": ["A", "B", "A"], "sent_id": [0, 1, 2]}}}, "nq/7", 2),
     ],
     ids=["prompt only", "FlashRAG's columns kept", "verl's extra_info", "metadata"],
@@ -274,12 +276,12 @@ def test_bad_question_files(tmp_path):
         (tmp_path / name).write_bytes(content)
         assert "no questions" in refusal(load_questions, tmp_path / name)
     (tmp_path / "latin.jsonl").write_bytes('{"question": "é"}'.encode("latin-1"))
-    assert "not UTF-8" in refusal(load_questions, tmp_path / "latin.jsonl")
+    assert "latin.jsonl line 1: not UTF-8" in refusal(load_questions, tmp_path / "latin.jsonl")
     (tmp_path / "text.parquet").write_text("no")
     assert "not parquet" in refusal(load_questions, tmp_path / "text.parquet")
     write_parquet(tmp_path / "empty.parquet")
     assert "no questions" in refusal(load_questions, tmp_path / "empty.parquet")
-    assert "not a .jsonl or .parquet file" in refusal(load_questions, "questions.csv")
+    assert "not a .jsonl, .json or .parquet file" in refusal(load_questions, "questions.csv")
 
 
 def test_corpus_in_both_forms(tmp_path):
@@ -324,7 +326,7 @@ def test_an_id_of_zero_is_an_id():
 
 
 def files(tmp_path, n, *overrides):
-    path = write_lines(tmp_path / "q.jsonl", *({"id": str(i), "question": "q?", "answers": ["x"]} for i in range(n)))
+    path = write_lines(tmp_path / "q.jsonl", *({"id": str(i), "question": f"{i}?", "answers": ["x"]} for i in range(n)))
     corpus = write_lines(tmp_path / "c.jsonl", {"id": "1", "text": "x"})
     names = [f"data.train={path}", f"data.corpus={corpus}", "data.source=files", "model.tokenizer=bpe"]
     return config.load(None, [*names, *overrides])
@@ -348,7 +350,7 @@ def test_eval_file_and_search_server(tmp_path):
 
 
 def rows_of(name, n):
-    return [{"id": f"{name}{i}", "question": "q?", "answers": ["x"]} for i in range(n)]
+    return [{"id": f"{name}{i}", "question": f"{name}{i}?", "answers": ["x"]} for i in range(n)]
 
 
 def test_several_sets_are_named_and_each_is_cut(tmp_path):

@@ -185,4 +185,4 @@ def test_answers_are_scored_once_a_step(monkeypatch, passes):
     )
     assert run.row["tokens/scored"] == answers
     with_branches, without = case.plans(1)[0].n_tokens, case.plans(1, branches=False)[0].n_tokens
-    assert run.row["tokens/read"] == with_branches + (without if passes == "two" else 0)
+    assert run.row["tokens/packed"] == with_branches + (without if passes == "two" else 0)

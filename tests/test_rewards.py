@@ -1,8 +1,12 @@
 """F1, exact match, outcomes, values and gains, on numbers worked by hand."""
 
+import re
+import string
+from collections import Counter
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpo_fast.rewards import exact_match, f1_score, information_gain, normalise_answer, outcome, values_of
@@ -19,6 +23,13 @@ from igpo_fast.types import Question, Rollout, Turn
         ("another anthem", "squad", "another anthem"),  # articles are whole words
         ("The The", "squad", "the the"),  # nothing would be left
         ("?", "igpo", "?"),
+        ("1,000", "igpo", "1 000"),
+        ("1,000", "hotpot", "1000"),
+        ("The Yes-men", "hotpot", "yesmen"),
+        ("e\u0301t\u00e9", "igpo", "été"),  # accents typed apart
+        ("「東京」。", "igpo", "東 京"),  # no spaces: characters are words
+        ("《红楼梦》", "squad", "红 楼 梦"),
+        ("in 東京", "igpo", "in 東 京"),
         (" ", "igpo", ""),
     ],
 )
@@ -47,6 +58,18 @@ def test_normalise_answer(text, normalisation, expected):
         ("", ["Paris"], "igpo", 0.0, 0.0),
         ("", ["The The"], "squad", 0.0, 0.0),
         (None, ["Paris"], "igpo", 0.0, 0.0),
+        ("Cafe\u0301", ["Café"], "igpo", 1.0, 1.0),
+        ("北京", ["北京市"], "igpo", 0.8, 0.0),  # 2 of 2 and 2 of 3 characters
+        ("東京、日本", ["日本"], "squad", 2 / 3, 0.0),
+        ("東京。", ["東京"], "squad", 1.0, 1.0),
+        ("สวัสดี", ["สวัสดี"], "igpo", 1.0, 1.0),
+        ("yes they are", ["yes"], "squad", 0.5, 0.0),
+        ("yes they are", ["yes"], "hotpot", 0.0, 0.0),
+        ("no", ["no one", "nobody"], "hotpot", 0.0, 0.0),
+        ("Yes.", ["yes"], "hotpot", 1.0, 1.0),
+        ("yes", ["no", "yes"], "hotpot", 1.0, 1.0),  # the rule is one of each answer
+        ("1000 men", ["1,000 men"], "hotpot", 1.0, 1.0),
+        ("in Paris", ["Paris"], "hotpot", 2 / 3, 0.0),
     ],
 )
 def test_f1_and_exact_match(prediction, answers, normalisation, f1, em):
@@ -63,6 +86,38 @@ def test_f1_is_symmetric_bounded_and_one_when_exact(one, other):
     assert score == f1_score(other, [one])
     assert 0 <= score <= 1
     assert score == 1 or not exact_match(one, [other])
+
+
+def hotpotqa_f1(prediction: str, answer: str) -> float:
+    """As hotpot_evaluate_v1.py writes it."""
+    exclude = set(string.punctuation)
+    normal = lambda s: " ".join(  # noqa: E731
+        re.sub(r"\b(a|an|the)\b", " ", "".join(c for c in s.lower() if c not in exclude)).split()
+    )
+    p, a = normal(prediction), normal(answer)
+    if (p in ["yes", "no", "noanswer"] or a in ["yes", "no", "noanswer"]) and p != a:
+        return 0.0
+    common = Counter(p.split()) & Counter(a.split())
+    if not sum(common.values()):
+        return 0.0
+    precision, recall = sum(common.values()) / len(p.split()), sum(common.values()) / len(a.split())
+    return 2 * precision * recall / (precision + recall)
+
+
+plain = st.lists(st.sampled_from(["yes", "no", "The x", "u.s.", "1,000", "1000", "x"]), min_size=1, max_size=3)
+
+
+@settings(derandomize=True)
+@given(plain.map(" ".join), plain.map(" ".join))
+def test_hotpot_is_hotpotqas_own(prediction, answer):
+    assert f1_score(prediction, [answer], "hotpot") == pytest.approx(hotpotqa_f1(prediction, answer))
+
+
+@settings(derandomize=True)
+@given(st.text(st.characters(max_codepoint=127)))
+def test_ascii_is_normalised_as_ever(text):
+    spaced = text.lower().translate(str.maketrans(string.punctuation, " " * 32)).split()
+    assert normalise_answer(text, "igpo") == (" ".join(spaced) or text.lower().strip())
 
 
 def rollout(action: str, argument: str) -> Rollout:

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from igpo_fast import config
-from igpo_fast.data import Data, load_corpus, load_questions
+from igpo_fast.data import Data
 from igpo_fast.dialect import make_dialect
 from igpo_fast.errors import RunError, ToolError
+from igpo_fast.passages import load_corpus
+from igpo_fast.questions import load_questions
 from igpo_fast.tools.base import COUNTS, Passage, ToolResult, settle
 from igpo_fast.tools.search import Bm25Search, HttpSearch, NoSearch, make_search
 from tests.scripted import words_tokenizer

@@ -13,8 +13,8 @@ from string import ascii_lowercase
 import numpy as np
 import pytest
 
-from igpo_fast.data import load_corpus
 from igpo_fast.errors import InputError
+from igpo_fast.passages import load_corpus
 from igpo_fast.tools.dense import Dense, SentenceEncoder
 from igpo_fast.tools.index import Bm25, open_index
 from igpo_fast.tools.search import Bm25Search
@@ -181,6 +181,10 @@ def test_progress_reaches_its_end(corpus, tmp_path):
         ('{"id": "x"}', "corpus.jsonl line 4: passage without text"),
         ('{"id": "a", "text": "t"}', "corpus.jsonl line 4: id 'a' occurs twice; make ids unique"),
         ("\udcff", "corpus.jsonl line 4: not UTF-8 text; give JSON lines"),
+        ('{"id": "x", "text": ["t"]}', "corpus.jsonl line 4: text: a list, not a text or a number; correct it"),
+        (r'{"id": "x", "text": "\ud83d"}', "corpus.jsonl line 4: a text with half a character (a lone surrogate)"),
+        ("[" * 100_000, "corpus.jsonl line 4: not JSON (brackets nested too deeply)"),
+        ('{"id": ' + "9" * 5_000, "corpus.jsonl line 4: not JSON (a number of too many digits)"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, line, expected):
@@ -206,6 +210,21 @@ def test_no_corpus(tmp_path, make, expected):
     with pytest.raises(InputError) as caught:
         open_index(tmp_path / "corpus.jsonl", Bm25(), tmp_path / "index")
     assert str(caught.value).removeprefix(f"{tmp_path}/") == expected
+
+
+def test_an_index_of_other_words_is_not_taken(corpus, tmp_path, monkeypatch):
+    """How texts become words belongs to what an index is known by."""
+    folder = open_index(corpus, Bm25(), tmp_path / "index").folder
+    assert json.loads((folder / "manifest.json").read_text())["settings"]["format"] == 2
+    monkeypatch.setattr("igpo_fast.tools.index.FORMAT", 3)
+    assert open_index(corpus, Bm25(), tmp_path / "index").folder != folder
+
+
+def test_a_corpus_with_byte_order_mark_and_carriage_returns(tmp_path):
+    rows = [{"_id": "b", "title": "T", "text": "x"}, {"id": "a", "text": "y"}]
+    (tmp_path / "c.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, rows)).encode())
+    index = open_index(tmp_path / "c.jsonl", Bm25(), tmp_path / "index")
+    assert [index.documents.passage(n).id for n in range(2)] == ["b", "a"]
 
 
 def test_a_damaged_index_is_named(corpus, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from igpo_fast.cli import app
-from igpo_fast.data import load_corpus
+from igpo_fast.passages import load_corpus
 from igpo_fast.tools.search import Bm25Search, HttpSearch
 from tests.search_server import ROOT, Serving, serving
 

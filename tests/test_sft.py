@@ -15,6 +15,7 @@ from igpo_fast.model import build
 from igpo_fast.tokenizer import load_tokenizer
 from igpo_fast.tools.search import Bm25Search
 from igpo_fast.types import ANSWER, SEARCH, Question
+from igpo_fast.update.learner import Learner
 from igpo_fast.world import CLEAN, HARD, Demonstration, Noise, make_worlds
 from tests.parity import naive
 
@@ -69,7 +70,8 @@ def test_the_loss_is_the_weighted_mean_of_plain_log_probabilities(world):
     for length in (7, 12, 5):
         writer = np.where(np.arange(length) < 3, sft.PROMPT, rng.integers(0, 2, length))
         batch.append((rng.integers(0, len(tokenizer), length), writer))
-    loss = sft.demonstration_loss(lm, batch, 0.2)
+    learner = Learner(lm, lr=1e-3, factor=lambda step: 1.0)
+    loss = sft.demonstration_loss(learner, batch, 0.2)
     ours = torch.autograd.grad(loss, lm.model.embed_tokens.weight)[0]
     lm.set_attn_implementation("eager")
     total, weights = 0.0, 0.0

@@ -129,13 +129,13 @@ class Session:
 
     def write_rollouts(self, batch: Batch) -> None:
         """Put a trained batch on record: its step is finished."""
-        self.folder.write_rollouts(f"step_{batch.step:06d}", map(record_of, batch.rollouts, batch.scores))
+        self.folder.write_rollouts(batch.step, map(record_of, batch.rollouts, batch.scores))
         self._finished = batch.step
 
     def write_evaluation(self, step: int, evaluation: Evaluation) -> dict[str, float]:
         """Put on record what the policy said on held-out questions after a step; returns the evaluation's metrics."""
         if evaluation.rollouts:
-            self.folder.write_rollouts(f"eval_{step:06d}", map(record_of, evaluation.rollouts))
+            self.folder.write_rollouts(step, map(record_of, evaluation.rollouts), "eval")
         return evaluation.metrics
 
     def _save(self, step: int, row: Mapping[str, float] | None = None) -> None:

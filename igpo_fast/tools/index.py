@@ -14,27 +14,28 @@ import hashlib
 import json
 import mmap
 import os
-import re
 import shutil
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol
 
 import bm25s
 import numpy as np
 from bm25s.tokenization import Tokenized
 
-from igpo_fast.data import json_object, passage_of
 from igpo_fast.errors import InputError
+from igpo_fast.fields import BadField
 from igpo_fast.files import atomic, sync
+from igpo_fast.passages import passage_of
+from igpo_fast.rows import json_lines
 from igpo_fast.tools.base import Passage
+from igpo_fast.words import search_words
 
-FORMAT = 1
+FORMAT = 2
 """Of the files; raised when they, or how texts become words, change."""
-_WORD = re.compile(r"\w+")
 
 Hits = list[tuple[int, float]]
 """A query's passages by number, with scores, best first."""
@@ -42,19 +43,14 @@ Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """``with bar("reading") as progress: progress(done, total)``."""
 
 
-def words(text: str) -> list[str]:
-    """Lower-cased runs of letters and digits: no stop words, no stemming."""
-    return _WORD.findall(text.lower())
-
-
 def indexed_words(passage: Passage) -> list[str]:
     """A passage as BM25 reads it, its title twice: what is about something comes before what mentions it."""
-    return words(f"{passage.title} {passage.title} {passage.text}")
+    return search_words(f"{passage.title} {passage.title} {passage.text}")
 
 
 def best(index: bm25s.BM25, query: str, k: int) -> Hits:
     """The ``k`` best passages that share a word with ``query``; equal scores keep the passages' order."""
-    ids = index.get_tokens_ids(words(query))
+    ids = index.get_tokens_ids(search_words(query))
     if not ids:
         return []
     scores = index.get_scores_from_ids(ids)
@@ -158,7 +154,7 @@ def open_index(corpus: Path, retriever: Retriever, root: Path, bar: Bar | None =
     and compared by content.
 
     Args:
-        corpus: JSON lines as ``data.load_corpus`` takes them.
+        corpus: JSON lines as ``passages.load_corpus`` takes them.
         bar: shows progress.
     Raises:
         InputError: missing or malformed corpus, naming the line; a damaged index; ``root`` cannot be written.
@@ -254,17 +250,24 @@ def _write_documents(corpus: Path, folder: Path, bar: Bar) -> str:
     """documents.jsonl and offsets.npy; returns the corpus's digest."""
     digest, seen, offsets, size = hashlib.blake2b(digest_size=16), set(), array("q", [0]), corpus.stat().st_size
     read = 0
-    with open(corpus, "rb") as source, open(folder / "documents.jsonl", "wb") as out, bar("corpus") as progress:
-        for number, line in enumerate(source, start=1):
+
+    def lines(source: BinaryIO) -> Iterator[bytes]:
+        nonlocal read
+        for line in source:
             digest.update(line)
             read += len(line)
-            if not line.strip():
-                continue
-            id, document = _document(line, f"{corpus} line {number}")
-            if id in seen:
-                raise InputError(f"{corpus} line {number}: id {id!r} occurs twice; make ids unique")
-            seen.add(id)
-            offsets.append(offsets[-1] + out.write(document))
+            yield line
+
+    with open(corpus, "rb") as source, open(folder / "documents.jsonl", "wb") as out, bar("corpus") as progress:
+        for row in json_lines(lines(source), corpus):
+            try:
+                passage = passage_of(row.values)
+            except BadField as error:
+                raise InputError(f"{row.where}: {error}") from None
+            if passage.id in seen:
+                raise InputError(f"{row.where}: id {passage.id!r} occurs twice; make ids unique")
+            seen.add(passage.id)
+            offsets.append(offsets[-1] + out.write(_document(passage, row.values)))
             progress(read, size)
     if not seen:
         raise InputError(f"{corpus}: no passages; give at least one line")
@@ -272,22 +275,12 @@ def _write_documents(corpus: Path, folder: Path, bar: Bar) -> str:
     return digest.hexdigest()
 
 
-def _document(line: bytes, where: str) -> tuple[str, bytes]:
-    """A line's id, and its passage as it is served: contents as they are given, else title and text."""
-    try:
-        row = json_object(line.decode(), where)
-        passage = passage_of(row)
-    except UnicodeDecodeError:
-        raise InputError(f"{where}: not UTF-8 text; give JSON lines") from None
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from None
+def _document(passage: Passage, row: Mapping[str, Any]) -> bytes:
+    """A passage as it is served: contents as they are given, else title and text."""
     given = "contents" in row and "text" not in row
     title = " ".join(passage.title.split())
     contents = str(row["contents"]) if given else f"{title}\n{passage.text}"
-    document = json.dumps({"id": passage.id, "contents": contents}, ensure_ascii=False)
-    return passage.id, document.encode(errors="replace") + b"\n"
+    return json.dumps({"id": passage.id, "contents": contents}, ensure_ascii=False).encode() + b"\n"
 
 
 def _write_manifest(folder: Path, manifest: dict) -> None:

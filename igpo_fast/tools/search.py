@@ -17,8 +17,9 @@ import bm25s
 import httpx
 
 from igpo_fast.config import Config
-from igpo_fast.data import Data, title_and_text
+from igpo_fast.data import Data
 from igpo_fast.errors import ToolError
+from igpo_fast.passages import title_and_text
 from igpo_fast.tools.base import Passage, Tool, ToolResult
 from igpo_fast.tools.index import best, indexed_words
 
@@ -29,7 +30,7 @@ LONGEST_WAIT = 30.0
 class Bm25Search:
     """BM25 (Lucene's variant) over passages held in memory.
 
-    Words are lower-cased runs of letters and digits: no stop words, no stemming. Titles count twice: a
+    Words are those of ``words.search_words``. Titles count twice: a
     passage about something comes before those that mention it (of MuSiQue's supporting passages 51 % are
     among the best 5; 47 % with titles counted once, 40 % without titles). Equal scores keep the passages'
     order; passages that share no word with the query are not returned.
