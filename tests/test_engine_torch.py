@@ -21,6 +21,7 @@ from igpo_fast.engines import noise
 from igpo_fast.engines import torch as engine_torch
 from igpo_fast.engines.base import Request, Sampling
 from igpo_fast.engines.torch import TorchEngine
+from igpo_fast.errors import DivergedError
 from igpo_fast.model import use_attend
 
 V = 32
@@ -451,7 +452,9 @@ def test_a_failing_step_fails_its_requests_and_the_engine_goes_on():
         both = (engine.generate(request(k, prompt)) for k in (1, 2))
         return await asyncio.gather(*both, return_exceptions=True)
 
-    assert [type(error) for error in asyncio.run(pair())] == [FloatingPointError] * 2
+    errors = asyncio.run(pair())
+    assert [type(error) for error in errors] == [DivergedError] * 2
+    assert "train.lr" in str(errors[0]) and "\n" not in str(errors[0])
     assert lm.training
     engine.load_weights([("lm_head.weight", weight)])
     assert len(one(engine, 1, prompt).ids) == 6
