@@ -87,8 +87,8 @@ def build(
     """
     if heads % kv_heads or hidden_size % heads or hidden_size // heads % 2:
         raise InputError(
-            f"model.hidden_size={hidden_size}, model.heads={heads}, model.kv_heads={kv_heads}: kv_heads must divide heads, "
-            "and hidden_size / heads must be an even number, because RoPE turns pairs"
+            f"model.hidden_size={hidden_size}, model.heads={heads}, model.kv_heads={kv_heads}: kv_heads must divide "
+            "heads, and hidden_size / heads must be an even number, because RoPE turns pairs"
         )
     config = Qwen2Config(
         vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads,
@@ -301,8 +301,9 @@ def _probe(lm: PreTrainedModel) -> None:
     error = float((packed - separate).abs().max() / separate.abs().max())
     if not error <= tolerance:
         raise InputError(
-            f"{type(lm).__name__} cannot run packed: {_mixers(lm)[0]}{_rope_type(lm)}{windows} gives hidden states that "
-            f"differ by {error:.1e} (relative) from separate sequences; its attention depends on more than the visible path"
+            f"{type(lm).__name__} cannot run packed: {_mixers(lm)[0]}{_rope_type(lm)}{windows} gives hidden states "
+            f"that differ by {error:.1e} (relative) from separate sequences; its attention depends on more than the "
+            "visible path"
         )
     head_error = float((ours - logits).abs().max() / logits.abs().max())
     if not head_error <= tolerance:

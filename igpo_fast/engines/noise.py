@@ -65,8 +65,8 @@ def require_finite(logp: np.ndarray) -> None:
     """Raises DivergedError where a sampled token's log-probability is not finite."""
     if not np.isfinite(logp).all():
         raise DivergedError(
-            "sampling: the model's logits are not finite, training has diverged; lower train.lr (at step 1 sft.lr) or set "
-            "model.dtype=float32"
+            "sampling: the model's logits are not finite, training has diverged; lower train.lr (at step 1 "
+            "sft.lr) or set model.dtype=float32"
         )
 
 
