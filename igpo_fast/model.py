@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     GradientCheckpointingLayer,
@@ -127,7 +128,7 @@ def read(model_class: type, path: str, *, dtype: torch.dtype) -> PreTrainedModel
             ignore_mismatched_sizes=True,  # which then names them all
         )  # fmt: skip
     except Exception as error:  # of files that may hold anything, read by code of others
-        raise InputError(f"model.path={path}: no causal LM loads from there ({_why(error)})") from error
+        raise InputError(f"model.path={path}: no causal LM loads from there ({reason_of(error)})") from error
     faults = {
         "missing": info["missing_keys"],
         "of another shape": {name for name, *_ in info["mismatched_keys"]},
@@ -146,10 +147,12 @@ def read(model_class: type, path: str, *, dtype: torch.dtype) -> PreTrainedModel
     return lm
 
 
-def _why(error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return "it needs code of its own, auto_map, which is never run; use a model that transformers itself has"
-    return reason_of(error)
+def read_config(path: str) -> PretrainedConfig:
+    """The configuration of a Hugging Face directory or name. Raises InputError where there is none."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # of a file that may hold anything, read by code of others
+        raise InputError(f"model.path={path}: no configuration loads from there ({reason_of(error)})") from error
 
 
 def _finite(tensor: torch.Tensor) -> bool:
