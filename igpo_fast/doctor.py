@@ -21,8 +21,9 @@ from igpo_fast.config import Config, Sft
 from igpo_fast.engines import vllm
 from igpo_fast.errors import InputError, RunError
 from igpo_fast.memory import kv_bytes_per_token, training_bytes
-from igpo_fast.model import build, device_of, kernels_of, probe, read_config, use_attend
+from igpo_fast.model import build, device_of, kernels_of, probe, use_attend
 from igpo_fast.parts import assemble
+from igpo_fast.pretrained import read_config
 from igpo_fast.scoring import Policy
 from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack, triton_variants
 from igpo_kernels.backend import chosen

@@ -18,9 +18,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     GradientCheckpointingLayer,
     PretrainedConfig,
     PreTrainedModel,
@@ -28,6 +26,7 @@ from transformers import (
 )
 
 from igpo_fast.errors import InputError, reason_of
+from igpo_fast.pretrained import read_model
 from igpo_kernels import Branch, RolloutTokens, Tree, pack
 from igpo_kernels.backend import chosen
 from igpo_kernels.huggingface import ATTENTION, Attend, TreeAttend, heads_of
@@ -102,80 +101,19 @@ def build(
     return lm.eval()
 
 
-def load(path: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", check: bool = True) -> PreTrainedModel:
+def load(
+    path: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", check: bool = True, source: str | None = None
+) -> PreTrainedModel:
     """A causal LM from a Hugging Face directory or name, set to run under ``hidden_states``.
 
     Args:
         check: run ``probe``.
+        source: how messages name the folder; ``model.path=PATH`` if None.
     Raises:
         InputError: nothing loadable there, or an architecture that the probe refuses.
     """
-    lm = read(AutoModelForCausalLM, path, dtype=dtype).to(device).eval()
+    lm = read_model(AutoModelForCausalLM, path, dtype=dtype, source=source).to(device).eval()
     return probe(lm) if check else use_attend(lm)
-
-
-def read(model_class: type, path: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """``model_class.from_pretrained(path)`` on the CPU, with every weight from the files and none made up.
-
-    Code in the folder (``auto_map``) is never run. A generation_config.json that could not be saved again is mended.
-
-    Raises:
-        InputError: nothing loadable there; tensors that are missing, unknown, of another shape or not finite.
-    """
-    try:
-        lm, info = model_class.from_pretrained(
-            path, dtype=dtype, attn_implementation="eager", trust_remote_code=False, output_loading_info=True,
-            ignore_mismatched_sizes=True,  # which then names them all
-        )  # fmt: skip
-    except Exception as error:  # of files that may hold anything, read by code of others
-        raise InputError(f"model.path={path}: no causal LM loads from there ({reason_of(error)})") from error
-    faults = {
-        "missing": info["missing_keys"],
-        "of another shape": {name for name, *_ in info["mismatched_keys"]},
-        "unknown to the model": info["unexpected_keys"],
-        "unreadable": info["error_msgs"],
-        "not finite": [name for name, tensor in lm.state_dict().items() if not _finite(tensor)],
-    }
-    found = [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]
-    if found:
-        raise InputError(
-            f"model.path={path}: its tensors are not those of a {type(lm).__name__}, or damaged: {'; '.join(found)}; "
-            "copy the folder anew, or correct its config.json"
-        )
-    if getattr(lm, "generation_config", None) is not None:
-        lm.generation_config = _valid(lm.generation_config)
-    return lm
-
-
-def read_config(path: str) -> PretrainedConfig:
-    """The configuration of a Hugging Face directory or name. Raises InputError where there is none."""
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # of a file that may hold anything, read by code of others
-        raise InputError(f"model.path={path}: no configuration loads from there ({reason_of(error)})") from error
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
-
-
-def _some(names) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _valid(generation: GenerationConfig) -> GenerationConfig:
-    """``generation`` without the fields that would keep it from being saved, such as a temperature where do_sample
-    is not set; sampling here reads none of them."""
-    kept: dict = {}
-    fields = generation.to_diff_dict()
-    for name in sorted(fields, key=lambda name: name not in ("do_sample", "num_beams")):  # which others depend on
-        try:
-            GenerationConfig(**kept, **{name: fields[name]}).validate(strict=True)
-        except (ValueError, TypeError):
-            continue
-        kept[name] = fields[name]
-    return GenerationConfig(**kept)
 
 
 def device_of(name: str) -> str:

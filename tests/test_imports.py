@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIGHT = ("model", "scoring", "rewards", "advantages", "losses", "types", "errors")
+LIGHT = ("model", "pretrained", "scoring", "rewards", "advantages", "losses", "types", "errors")
 ORDER = [
     {"types", "errors", "config", "interrupt", "files"},
     {"world", "data", "dialect", "rewards", "advantages", "losses", "tokenizer"},
-    {"engines", "tools", "rollout", "model", "scoring", "checkpoint", "metrics", "display", "memory"},
+    {"engines", "tools", "rollout", "model", "pretrained", "scoring", "checkpoint", "metrics", "display", "memory"},
     {"evaluate", "packs", "passes", "sft", "parts", "distributed"},
     {"train", "score", "doctor", "summary"},
     {"cli"},

@@ -33,6 +33,7 @@ from transformers import (
 
 from igpo_fast import model
 from igpo_fast.errors import InputError
+from igpo_fast.pretrained import read_config
 from igpo_kernels import RolloutTokens, Tree, huggingface, pack
 
 SIZES = dict(
@@ -343,7 +344,7 @@ def test_code_of_a_model_folder_is_neither_run_nor_asked_about(edited, monkeypat
     (tmp_path / "edited" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     began = time.process_time()
-    for read in (model.load, model.read_config):
+    for read in (model.load, read_config):
         with pytest.raises(InputError, match="auto_map, which is never run"):
             read(folder)
     assert not (tmp_path / "ran").exists() and time.process_time() - began < 10
