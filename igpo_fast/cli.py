@@ -145,7 +145,7 @@ def evaluate(
 
     setup = set_up(settings, weights=weights)
     agent = replace(setup.eval_agent, tool=NoSearch()) if no_search else setup.eval_agent
-    for warning in setup.data.warnings:
+    for warning in setup.warnings:
         typer.echo(f"warning: {warning}", err=True)
     agent.engine.load_weights(setup.lm.state_dict().items())
     with _bar("evaluation") as advance:

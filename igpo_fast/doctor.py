@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from igpo_fast import __version__
 from igpo_fast.config import Config, Sft
 from igpo_fast.engines import vllm
-from igpo_fast.errors import RunError
+from igpo_fast.errors import InputError, RunError
 from igpo_fast.memory import kv_bytes_per_token, training_bytes
 from igpo_fast.model import build, device_of, kernels_of, probe, use_attend
+from igpo_fast.pretrained import read_config
 from igpo_fast.setup import set_up
 from igpo_fast.update.scoring import Policy
 from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack, triton_variants
@@ -48,10 +49,11 @@ def diagnose(config: Config, *, configured: bool) -> Iterator[Check]:
         configured: also assemble what it configures (data, tokenizer, model; no warm start), and check that.
     """
     yield from _versions()
-    device = torch.device(device_of(config.model.device))
     yield _vllm()
-    yield from _device(device)
-    if not _there(device):
+    yield from _device(config.model.device)
+    try:
+        device = torch.device(device_of(config.model.device))
+    except InputError:
         return
     if not configured:
         dtype = getattr(torch, config.model.dtype)
@@ -76,7 +78,7 @@ def packed_error(lm: PreTrainedModel, backend: str) -> float:
     the model's own eager attention.
     """
     rng = np.random.default_rng(0)
-    draw = lambda n: rng.integers(0, lm.config.vocab_size, n)  # noqa: E731
+    draw = lambda n: rng.integers(0, lm.config.get_text_config().vocab_size, n)  # noqa: E731
     prompt, branch = draw(6), Branch(draw(5), 2, 5)
     rollouts = []
     for index, length in enumerate((9, 13)):
@@ -125,17 +127,15 @@ def _vllm() -> Check:
         return Check("vllm", f"not importable ({error})")
 
 
-def _device(device: torch.device) -> Iterator[Check]:
+def _device(name: str) -> Iterator[Check]:
     count = torch.cuda.device_count()
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "none"
     yield Check("CUDA", f"{torch.version.cuda or 'not built in'}; devices: {names}")
-    found = _there(device)
-    yield Check("device", str(device) if found else f"{device}: none here; use model.device=cpu", found)
+    try:
+        yield Check("device", device_of(name))
+    except InputError as error:
+        yield Check("device", str(error), ok=False)
     yield Check("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")
-
-
-def _there(device: torch.device) -> bool:
-    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
 
 
 def _kernels(names: dict[str, str], device: torch.device) -> Iterator[Check]:
@@ -168,14 +168,14 @@ def _memory(config: Config) -> Iterator[Check]:
     if config.model.path is None:
         return
     try:
-        lm = AutoConfig.from_pretrained(config.model.path).get_text_config()
-    except (OSError, ValueError):  # loading the model says it better
+        lm = read_config(config.model.path).get_text_config()
+    except InputError:  # loading the model says it better
         return
     parts = training_bytes(config, lm)
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     engine_dtype = config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
     kv = kv_bytes_per_token(lm, getattr(torch, engine_dtype)) / 1e6
-    on_gpu = device_of(config.model.device) == "cuda" and torch.cuda.is_available()
+    on_gpu = device_of(config.model.device) != "cpu"
     total, there = sum(parts.values()), torch.cuda.mem_get_info()[1] if on_gpu else math.inf
     of = f" of {there / 1e9:.1f}" if on_gpu else ""
     found = f"{total / 1e9:.1f}{of} GB: {listed}; rollouts take {kv:.2g} GB for 1,000 tokens"

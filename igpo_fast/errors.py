@@ -23,3 +23,10 @@ class StorageError(RunError):
 
 class DivergedError(RunError):
     """The model's numbers are no longer finite, or no longer what the engine samples from."""
+
+
+def reason_of(error: BaseException, length: int = 200) -> str:
+    """What another library's error says, in one line of at most ``length`` characters."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, auto_map, which is never run; use a model that transformers itself has"
+    return " ".join(str(error).split())[:length] or type(error).__name__

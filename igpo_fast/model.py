@@ -8,16 +8,25 @@ not equal to separate sequences.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GradientCheckpointingLayer, PreTrainedModel, Qwen2Config
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    GradientCheckpointingLayer,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
-from igpo_fast.errors import InputError
+from igpo_fast.errors import InputError, reason_of
+from igpo_fast.pretrained import read_model
 from igpo_kernels import Branch, RolloutTokens, Tree, pack
 from igpo_kernels.backend import chosen
 from igpo_kernels.huggingface import ATTENTION, Attend, TreeAttend, heads_of
@@ -38,8 +47,7 @@ def hidden_states(
     """
     if lm.config._attn_implementation != ATTENTION:
         raise ValueError(f"hidden_states: attention is {lm.config._attn_implementation!r}; call use_attend(lm) first")
-    decoder = getattr(lm, lm.base_model_prefix)
-    out = decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, plan=attend)
+    out = _decoder(lm)(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, plan=attend)
     return out.last_hidden_state[0]
 
 
@@ -57,7 +65,7 @@ class LmHead:
 
 def lm_head(lm: PreTrainedModel) -> LmHead:
     head = lm.get_output_embeddings()
-    return LmHead(head.weight, head.bias, getattr(lm.config, "final_logit_softcapping", None) or 0.0)
+    return LmHead(head.weight, head.bias, getattr(_text(lm), "final_logit_softcapping", None) or 0.0)
 
 
 def kernels_of(lm: PreTrainedModel, backend: str) -> dict[str, str]:
@@ -72,7 +80,16 @@ def build(
     vocab_size: int, *, hidden_size: int, layers: int, heads: int, kv_heads: int, ffn_size: int, max_tokens: int,
     tie_embeddings: bool, seed: int, eos_token_id: int | None = None,
 ) -> PreTrainedModel:  # fmt: skip
-    """A small random Qwen2 in float32, its weights drawn from ``seed`` alone."""
+    """A small random Qwen2 in float32, its weights drawn from ``seed`` alone.
+
+    Raises:
+        InputError: the sizes do not divide into heads of an even size.
+    """
+    if heads % kv_heads or hidden_size % heads or hidden_size // heads % 2:
+        raise InputError(
+            f"model.hidden_size={hidden_size}, model.heads={heads}, model.kv_heads={kv_heads}: kv_heads must divide "
+            "heads, and hidden_size / heads must be an even number, because RoPE turns pairs"
+        )
     config = Qwen2Config(
         vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, intermediate_size=ffn_size, max_position_embeddings=max_tokens,
@@ -84,28 +101,67 @@ def build(
     return lm.eval()
 
 
-def load(path: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", check: bool = True) -> PreTrainedModel:
+def load(
+    path: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", check: bool = True, source: str | None = None
+) -> PreTrainedModel:
     """A causal LM from a Hugging Face directory or name, set to run under ``hidden_states``.
 
     Args:
         check: run ``probe``.
+        source: how messages name the folder; ``model.path=PATH`` if None.
     Raises:
         InputError: nothing loadable there, or an architecture that the probe refuses.
     """
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"model.path={path}: no causal LM loads from there ({reason[:200]})") from None
-    lm = lm.to(device).eval()
+    lm = read_model(AutoModelForCausalLM, path, dtype=dtype, source=source).to(device).eval()
     return probe(lm) if check else use_attend(lm)
 
 
 def device_of(name: str) -> str:
-    """The device that ``model.device`` names: ``auto`` is CUDA where there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The device that ``model.device`` names: ``auto`` is CUDA where there is one.
+
+    Raises:
+        InputError: no such device here.
+    """
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return "cuda" if count else "cpu"
+    here = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if name not in here:
+        raise InputError(f"model.device={name}: none here; use model.device=auto or one of {', '.join(here)}")
+    return name
+
+
+def check_positions(lm: PreTrainedModel, max_tokens: int, answer_tokens: int = 0) -> str | None:
+    """Whether ``lm`` has positions for rollouts of ``max_tokens`` and an answer of ``answer_tokens`` after them.
+
+    Returns:
+        A warning where RoPE goes on beyond the positions that the model was made for.
+    Raises:
+        InputError: learned positions end before.
+    """
+    text = _text(lm)
+    most = getattr(text, "max_position_embeddings", None)
+    if most is None:
+        return None
+    where = f"rollout.max_tokens={max_tokens}: {type(lm).__name__} has {most} positions"
+    if _has_rope(lm):
+        return f"{where}; beyond them answers get worse, lower rollout.max_tokens" if max_tokens > most else None
+    if max_tokens + answer_tokens > most:
+        raise InputError(f"{where}, and forced answers take {answer_tokens}; use at most {most - answer_tokens}")
+    return None
+
+
+def precision_warning(dtype: str, lr: float) -> str | None:
+    """What to say of training in ``dtype`` at ``lr``; None if nothing.
+
+    An update of Adam is about ``lr``. bfloat16 keeps 8 bits, so a weight of 0.02 rounds away what is below 6e-5.
+    """
+    if dtype == "float32" or lr >= 1e-4:
+        return None
+    return (
+        f"model.dtype={dtype} at train.lr={lr:g}: most updates are smaller than a weight's rounding and are lost; "
+        "use model.dtype=float32"
+    )
 
 
 def use_attend(lm: PreTrainedModel) -> PreTrainedModel:
@@ -122,29 +178,47 @@ def use_attend(lm: PreTrainedModel) -> PreTrainedModel:
 def recompute_layers(lm: PreTrainedModel) -> None:
     """Gradient checkpointing: each decoder layer keeps its input alone and runs again in the backward pass.
 
-    transformers does so for layers in training mode, so their flag is set; not their modules', whose dropout stays off.
+    transformers does so for layers in training mode only, in which some drop out; here none is in it.
+
+    Raises:
+        InputError: the model has no layers that are made for it.
     """
-    lm.gradient_checkpointing_enable()
-    for module in lm.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
+    layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise InputError(f"model.gradient_checkpointing: {type(lm).__name__} does not support it; set it to false")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-@torch.no_grad()
 def probe(lm: PreTrainedModel) -> PreTrainedModel:
     """Set ``lm`` to run under ``hidden_states``, having shown that a packed tree equals separate sequences.
 
     Two trees with shared prompts and branches, one of them beyond RoPE's original length, run once packed and path
     by path through the model's own eager attention, with attention logits of real size (random weights make tiny
-    ones, under which faults hide). A layer that does not attend through the interface, or results that differ, mean
-    that state leaks between branches (recurrent layers), or that the mask or the frequencies depend on more than
-    the path (ALiBi, sinks, dynamic RoPE).
+    ones, under which faults hide) and with windows and chunks shorter than the paths. A layer that does not attend
+    through the interface, or results that differ, mean that state leaks between branches (recurrent layers), or that
+    the mask or the frequencies depend on more than the path (ALiBi, sinks, dynamic RoPE, windows that only the mask
+    of transformers knows).
 
     Raises:
-        InputError: the model differs, naming the layer type.
+        InputError: the model differs or does not run, naming the layer type or what its code raised.
     """
+    try:
+        with torch.no_grad():
+            _probe(lm)
+    except InputError:
+        raise
+    except Exception as error:  # the model's code is not ours and may raise anything
+        raise InputError(
+            f"{type(lm).__name__} cannot run packed: {type(error).__name__} in the probe ({reason_of(error)}); "
+            "use another model"
+        ) from error
+    return use_attend(lm)
+
+
+def _probe(lm: PreTrainedModel) -> None:
     use_attend(lm)
-    trees = _probe_trees(lm.config.vocab_size)
+    trees = _probe_trees(_text(lm).vocab_size)
     plan = pack(trees)
     offset = _beyond_rope(lm)
     in_second = plan.tree_start > 0
@@ -158,7 +232,7 @@ def probe(lm: PreTrainedModel) -> PreTrainedModel:
             f"{type(lm).__name__} cannot run packed: {silent[0]} does not attend through transformers' attention "
             "interface, so branches would see each other; use a model whose every layer is softmax attention"
         )
-    with _scaled_logits(lm, recorder.largest):
+    with _scaled_logits(lm, recorder.largest), _short_windows(lm) as windows:
         packed = hidden_states(lm, tensors[0], tensors[1], TreeAttend(plan))[tensors[2]]
         separate, logits = _separate(lm, trees, offset)
     head = lm_head(lm)
@@ -168,8 +242,9 @@ def probe(lm: PreTrainedModel) -> PreTrainedModel:
     error = float((packed - separate).abs().max() / separate.abs().max())
     if not error <= tolerance:
         raise InputError(
-            f"{type(lm).__name__} cannot run packed: {_mixers(lm)[0]}{_rope_type(lm)} gives hidden states that differ "
-            f"by {error:.1e} (relative) from separate sequences; its attention depends on more than the visible path"
+            f"{type(lm).__name__} cannot run packed: {_mixers(lm)[0]}{_rope_type(lm)}{windows} gives hidden states "
+            f"that differ by {error:.1e} (relative) from separate sequences; its attention depends on more than the "
+            "visible path"
         )
     head_error = float((ours - logits).abs().max() / logits.abs().max())
     if not head_error <= tolerance:
@@ -177,7 +252,6 @@ def probe(lm: PreTrainedModel) -> PreTrainedModel:
             f"{type(lm).__name__}: its logits differ by {head_error:.1e} (relative) from hidden @ weight + bias; "
             f"the LM head {type(lm.get_output_embeddings()).__name__} does more than that"
         )
-    return use_attend(lm)
 
 
 class _Recorder:
@@ -206,6 +280,37 @@ def _scaled_logits(lm: PreTrainedModel, largest: float) -> Iterator[None]:
     finally:
         for m, scaling in zip(modules, before, strict=True):
             m.scaling = scaling
+
+
+_WINDOW = re.compile(r"^(?!use_|max_|mamba_).*(window|chunk|local_attention)(_size)?$|floor_scale$")
+"""Names of what attention compares distances or positions with, in configurations and modules."""
+_SHORT = 7
+
+
+@contextmanager
+def _short_windows(lm: PreTrainedModel) -> Iterator[str]:
+    """Windows, chunks and position scales of 7 tokens, which the probe's paths exceed as rollouts exceed the real ones:
+    in the configuration, where transformers' masks read them, and in the modules that keep a copy.
+
+    Yields which there are, for a message.
+    """
+    text = _text(lm)
+    sizes = {name: size for name, size in vars(text).items() if _is_window(name, size)}
+    owners = [(text, name, size) for name, size in sizes.items()]
+    for module in _decoder(lm).modules():
+        attributes = vars(module).items()
+        owners += [(module, n, v) for n, v in attributes if _is_window(n, v) and v in sizes.values()]
+    for owner, name, _ in owners:
+        setattr(owner, name, _SHORT)
+    try:
+        yield "".join(f" with {name}={size}" for name, size in sizes.items())
+    finally:
+        for owner, name, size in owners:
+            setattr(owner, name, size)
+
+
+def _is_window(name: str, value) -> bool:
+    return type(value) is int and value > _SHORT and bool(_WINDOW.search(name))
 
 
 def _probe_trees(vocab: int) -> list[Tree]:
@@ -255,20 +360,32 @@ def _separate(lm: PreTrainedModel, trees: list[Tree], offset: int) -> tuple[torc
 
 def _beyond_rope(lm: PreTrainedModel) -> int:
     """A position offset with which the second probe tree crosses RoPE's original length; 0 without RoPE."""
-    if not hasattr(lm.config, "rope_parameters"):
-        return 0
-    return max(0, lm.config.max_position_embeddings - 8)
+    return max(0, _text(lm).max_position_embeddings - 8) if _has_rope(lm) else 0
+
+
+def _has_rope(lm: PreTrainedModel) -> bool:
+    return hasattr(_text(lm), "rope_parameters")
 
 
 def _rope_type(lm: PreTrainedModel) -> str:
-    rope = getattr(lm.config, "rope_parameters", None) or {}
+    rope = getattr(_text(lm), "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     return "" if kind == "default" else f" with {kind} RoPE"
 
 
+def _text(lm: PreTrainedModel) -> PretrainedConfig:
+    """The configuration of the decoder: a part of a multimodal model's."""
+    return lm.config.get_text_config()
+
+
+def _decoder(lm: PreTrainedModel) -> PreTrainedModel:
+    """What gives the hidden states, without the LM head."""
+    return lm.base_model if lm.base_model is not lm else lm.model
+
+
 def _mixers(lm: PreTrainedModel) -> list[str]:
     """The class name of each decoder layer's token mixer: its attention, or what stands in its place."""
-    decoder = getattr(lm, lm.base_model_prefix)
+    decoder = getattr(_decoder(lm), "language_model", _decoder(lm))
     layers = next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList))
     names = []
     for layer in layers:

@@ -20,7 +20,7 @@ from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.errors import InputError
 from igpo_fast.rollout import Agent, Limits, opening
 from igpo_fast.sft import Progress, warm_start
-from igpo_fast.tokenizer import load_tokenizer
+from igpo_fast.tokenizer import check_known, load_tokenizer
 from igpo_fast.tools.base import Tool
 from igpo_fast.tools.limited import LimitedTool
 from igpo_fast.tools.search import make_search
@@ -44,6 +44,8 @@ class Setup:
     """The answers that are forced after each prefix; none where the algorithm needs no values."""
     answer_tokens: int
     """Most tokens that the forced answers of a training question take after one prefix."""
+    warnings: tuple[str, ...] = ()
+    """What to tell the user before work begins, a line each."""
 
     @property
     def eval_agent(self) -> Agent:
@@ -90,13 +92,20 @@ def set_up(config: Config, *, weights: str | None = None, sft_progress: Progress
         data = without_long(data, lambda question: limits.fits(len(dialect.prompt(question))))
     _check_questions(config, data, dialect, limits)
     branches_of = partial(_branches, config, dialect)
-    answer_tokens = max(sum(len(branch.ids) for branch in branches_of(question)) for question in data.train)
+    branches = [branches_of(question) for question in data.train]
+    answer_tokens = max(sum(len(branch.ids) for branch in some) for some in branches)
+    longest_answer = max((len(branch.ids) for some in branches for branch in some), default=0)
     tool = make_search(config, data)
     lm = _load_model(config, weights, tokenizer)
     if not weights:
         lm = warm_start(config, lm, tokenizer, dialect, data, tool, sft_progress)
     if config.model.gradient_checkpointing:
         model.recompute_layers(lm)
+    warnings = (
+        *data.warnings,
+        model.check_positions(lm, config.rollout.max_tokens, longest_answer),
+        model.precision_warning(config.model.dtype, config.train.lr),
+    )
     agent = Agent(
         engine=_make_engine(config, lm, tokenizer),
         tool=_limited(tool, config),
@@ -106,7 +115,7 @@ def set_up(config: Config, *, weights: str | None = None, sft_progress: Progress
         seed=config.train.seed,
         concurrency=config.rollout.concurrency,
     )
-    return Setup(config, data, tokenizer, lm, agent, branches_of, answer_tokens)
+    return Setup(config, data, tokenizer, lm, agent, branches_of, answer_tokens, tuple(filter(None, warnings)))
 
 
 def _load_model(config: Config, weights: str | None, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -115,7 +124,8 @@ def _load_model(config: Config, weights: str | None, tokenizer: PreTrainedTokeni
         raise InputError("model.kernels=triton: needs a GPU, and the model is on the CPU; use model.kernels=auto")
     dtype = getattr(torch, config.model.dtype)
     if path := weights or config.model.path:
-        return model.load(path, dtype=dtype, device=device, check=config.model.probe)
+        source = f"checkpoint {weights}" if weights else None
+        return model.load(path, dtype=dtype, device=device, check=config.model.probe, source=source)
     lm = _small_model(config, len(tokenizer), tokenizer.eos_token_id).to(device, dtype)
     return model.probe(lm) if config.model.probe else lm
 
@@ -140,6 +150,8 @@ def _check_questions(config: Config, data: Data, dialect: Dialect, limits: Limit
     """Refuse now what would end the run in some later step."""
     asked = config.train.questions + config.rollout.oversample
     question_order(len(data.train), asked, step=0, seed=config.train.seed)
+    for name, questions in (("data.train", data.train), ("data.eval", data.eval)):
+        check_known(dialect.tokenizer, (text for q in questions for text in (q.question, *q.answers)), name)
     for question in (*data.train, *data.eval):
         opening(question, dialect, limits)
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as token_decoders
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
 
 from igpo_fast.config import Config
-from igpo_fast.errors import InputError
+from igpo_fast.errors import InputError, reason_of
 from igpo_fast.world import vocabulary
 
 if TYPE_CHECKING:
     from igpo_fast.data import Data
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+SAMPLE = (
+    "Who wrote Faust?  It's Goethe's (1808);\tsee https://example.org/x_y?z=1,234.50 \n\n  Łódź, naïve cafe\u0301,\r\n"
+    "東京 はどこ? Москва العربية 🙂 ½ <b>TAGS</b> {'a': [1, 20, 300]} CamelCase   def f(x):\n    return -x  # end\n"
+)
+"""Text in which tokenizers that split, normalise or join differently show it."""
 
 
 def load_tokenizer(config: Config, data: Data) -> PreTrainedTokenizerFast:
@@ -39,19 +45,68 @@ def load_tokenizer(config: Config, data: Data) -> PreTrainedTokenizerFast:
     return _pretrained(config.model.tokenizer, "model.tokenizer")
 
 
+def check_known(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], where: str) -> None:
+    """Refuse texts in which the tokenizer knows a word only as its unknown token: all such words would be the same.
+
+    Args:
+        where: names the texts, for the message.
+    Raises:
+        InputError: the first unknown word.
+    """
+    unknown = tokenizer.unk_token_id
+    texts = list(texts)
+    if unknown is None or not texts:
+        return
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    for text, ids, offsets in zip(texts, encoded.input_ids, encoded.offset_mapping, strict=True):
+        for id, (start, end) in zip(ids, offsets, strict=True):
+            if id == unknown and text[start:end] != tokenizer.unk_token:
+                raise InputError(
+                    f"{where}: the tokenizer does not know {text[start:end]!r} and would read it as "
+                    f"{tokenizer.unk_token}; use a model or model.tokenizer whose vocabulary covers the texts"
+                )
+
+
 def _pretrained(path: str, key: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a Hugging Face directory or name, with the ids of its tokenizer.json where it has one: some
+    classes put a pre-tokeniser of their own in place of the saved one."""
     try:
-        # Where config.json says qwen2, AutoTokenizer puts Qwen2's own splitting in place of what was saved.
-        generic = get_tokenizer_config(path).get("tokenizer_class") == "TokenizersBackend"
-        tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        saved = _saved(path)
+        if saved is not None and tokenizer.is_fast and not _same(tokenizer, saved):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        tokenizer.decode(tokenizer(SAMPLE, add_special_tokens=False).input_ids)  # which shows a damaged configuration
+    except Exception as error:  # of files that may hold anything, read by code of others
         raise InputError(
-            f"{key}={path}: no tokenizer can be loaded ({reason}); give a Hugging Face directory or name"
-        ) from None
+            f"{key}={path}: no tokenizer can be loaded ({reason_of(error)}); give a Hugging Face directory or name"
+        ) from error
     if not tokenizer.is_fast:
         raise InputError(f"{key}={path}: the tokenizer gives no offsets; use one with a tokenizer.json")
+    if saved is not None and not _same(tokenizer, saved):
+        raise InputError(
+            f"{key}={path}: {type(tokenizer).__name__} encodes other than tokenizer.json; correct tokenizer_config.json"
+        )
     return tokenizer
+
+
+def _saved(path: str) -> Tokenizer | None:
+    """What tokenizer.json holds; None without one."""
+    try:
+        file = cached_file(path, "tokenizer.json")
+    except OSError:
+        return None
+    return Tokenizer.from_file(file)
+
+
+def _same(tokenizer: PreTrainedTokenizerFast, saved: Tokenizer) -> bool:
+    return _encode(tokenizer.backend_tokenizer) == _encode(saved)
+
+
+def _encode(tokenizer: Tokenizer) -> list[int] | str:
+    try:
+        return tokenizer.encode(SAMPLE, add_special_tokens=False).ids
+    except Exception as error:  # tokenizers raises nothing narrower, where a vocabulary has not its own unknown token
+        return str(error)
 
 
 def _words() -> PreTrainedTokenizerFast:

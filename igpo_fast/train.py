@@ -77,7 +77,7 @@ class Trainer:
             progress=self.display,
         )  # fmt: skip
         self.display.note(self.setup.summary(self.passes))
-        for warning in self.setup.data.warnings:
+        for warning in self.setup.warnings:
             self.display.warn(warning)
 
     def resume(self, run: Session) -> None:

@@ -70,7 +70,9 @@ def test_the_ops_are_told_by_the_models_own_dtypes(monkeypatch):
 def test_a_device_that_is_not_there_is_the_last_line_but_the_threads(configured):
     found = checks(["model.device=cuda"], configured)
     assert list(found)[-2:] == ["device", "threads"]
-    assert found["device"] == doctor.Check("device", "cuda: none here; use model.device=cpu", ok=False)
+    assert found["device"] == doctor.Check(
+        "device", "model.device=cuda: none here; use model.device=auto or one of cpu", ok=False
+    )
 
 
 def test_a_kernel_that_does_not_exist_is_named(monkeypatch):

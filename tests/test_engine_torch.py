@@ -21,6 +21,7 @@ from igpo_fast.engines import noise
 from igpo_fast.engines import torch as engine_torch
 from igpo_fast.engines.base import Request, Sampling
 from igpo_fast.engines.torch import TorchEngine
+from igpo_fast.errors import DivergedError
 from igpo_fast.model import use_attend
 
 V = 32
@@ -241,6 +242,29 @@ def test_restricted_sampling_in_the_engine(lm):
     assert len({*fresh.ids.tolist(), *prompt.tolist()}) == 10 + len(set(prompt.tolist()))
 
 
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+def test_half_precision_heads_give_logits_in_float32(name):
+    """As linear_logprob does in training: nothing but the states and weights themselves is rounded to bfloat16."""
+    lm = make(name).to(torch.bfloat16)
+    hidden = torch.randn(5, SMALL["hidden_size"], generator=torch.Generator().manual_seed(1)).bfloat16()
+    logits = TorchEngine(lm)._logits(hidden)
+    exact = hidden.double() @ lm.lm_head.weight.double().T
+    exact = 3 * torch.tanh(exact / 3) if name == "gemma2" else exact
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=0, atol=2e-6)
+
+
+def test_a_half_precision_engine_sees_updates_of_its_head():
+    lm, prompt = make().to(torch.bfloat16), prompts(1)[0]
+    engine = TorchEngine(lm)
+    one(engine, 1, prompt)
+    with torch.no_grad():
+        lm.lm_head.weight.mul_(3)
+    engine.load_weights()
+    updated, fresh = one(engine, 2, prompt), one(TorchEngine(lm), 2, prompt)
+    assert updated.ids.tolist() == fresh.ids.tolist() and updated.logp.tolist() == fresh.logp.tolist()
+
+
 def test_stop_ids_end_the_turn_and_are_kept(lm):
     prompt = prompts(1)[0]
     free = one(TorchEngine(lm), 1, prompt, 8)
@@ -451,7 +475,9 @@ def test_a_failing_step_fails_its_requests_and_the_engine_goes_on():
         both = (engine.generate(request(k, prompt)) for k in (1, 2))
         return await asyncio.gather(*both, return_exceptions=True)
 
-    assert [type(error) for error in asyncio.run(pair())] == [FloatingPointError] * 2
+    errors = asyncio.run(pair())
+    assert [type(error) for error in errors] == [DivergedError] * 2
+    assert "train.lr" in str(errors[0]) and "\n" not in str(errors[0])
     assert lm.training
     engine.load_weights([("lm_head.weight", weight)])
     assert len(one(engine, 1, prompt).ids) == 6

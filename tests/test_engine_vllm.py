@@ -23,7 +23,7 @@ from igpo_fast.engines.vllm import colocated, weights
 from igpo_fast.engines.vllm.requests import generation, sampling_parameters, seed_of
 from igpo_fast.engines.vllm.serve import WeightsInFile, arguments
 from igpo_fast.engines.vllm.servers import VllmServers
-from igpo_fast.errors import EngineError, InputError
+from igpo_fast.errors import DivergedError, EngineError, InputError
 from tests.replica import Replica, tokens_of
 
 # --- fingerprints ---
@@ -143,7 +143,7 @@ def test_generations_have_finite_log_probabilities():
     found = generation(request(), [1, 2], [-0.5, -1.0], True)
     assert found.ids.dtype == np.int32 and found.logp.dtype == np.float32 and found.finished
     for logp in (float("nan"), -9999.0):  # the second is what a server makes of the first
-        with pytest.raises(FloatingPointError, match="logits are not finite"):
+        with pytest.raises(DivergedError, match="logits are not finite"):
             generation(request(), [1, 2], [-0.5, logp], True)
 
 
@@ -528,7 +528,7 @@ def test_a_replica_whose_logits_are_not_finite_stops_the_run(replicas):
     ours = {"weight_versions": [{"version": replicas[0].version, "start": 0, "end": 2}]}
     nan = {"logprobs": {"content": [{"logprob": -1.0}, {"logprob": -9999.0}]}}
     replicas[0].answers["inference/v1/generate"] = (200, {"choices": [WHOLE | ours | nan]})
-    with pytest.raises(FloatingPointError, match="logits are not finite"):
+    with pytest.raises(DivergedError, match="logits are not finite"):
         sample(engine, count=1)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIGHT = ("model", "scoring", "rewards", "advantages", "losses", "types", "errors")
+LIGHT = ("model", "pretrained", "scoring", "rewards", "advantages", "losses", "types", "errors")
 ORDER = [
     {"types", "errors", "config", "interrupt", "files", "words", "fields"},
     {"world", "data", "questions", "passages", "rows", "dialect", "rewards", "advantages", "losses", "tokenizer"},

@@ -105,6 +105,7 @@ class Updates:
             lm=lm,
             answer_tokens=1,
             agent=None,
+            warnings=(),
             branches_of=lambda question: branches[question.id],
             summary=lambda passes: "",
         )

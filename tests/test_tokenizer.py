@@ -1,3 +1,5 @@
+import json
+import random
 from pathlib import Path
 
 import pytest
@@ -7,10 +9,11 @@ from hypothesis import strategies as st
 from igpo_fast import config
 from igpo_fast.data import Data, load_data
 from igpo_fast.errors import InputError
-from igpo_fast.tokenizer import load_tokenizer
+from igpo_fast.tokenizer import check_known, load_tokenizer
 from igpo_fast.tools.base import Passage
 from igpo_fast.types import Question
 from igpo_fast.world import TAGS, make_worlds, vocabulary
+from tests.families import tokenizer_of
 
 MUSIQUE = Path(__file__).parents[2] / "shared" / "data" / "musique"
 
@@ -111,6 +114,65 @@ def test_no_tokenizer_is_one_line(tmp_path, monkeypatch, key, content):
     with pytest.raises(InputError, match=f"{key}={folder}: no tokenizer can be loaded") as caught:
         load_tokenizer(config.load(None, [f"{key}={folder}"]), EMPTY)
     assert "\n" not in str(caught.value)
+
+
+def folder_of(tokenizer, folder, model_type, tokenizer_class, **more):
+    """A model folder whose configuration names a tokenizer class other than the tokenizer's."""
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    saved = json.loads((folder / "tokenizer_config.json").read_text()) | more | {"tokenizer_class": tokenizer_class}
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in saved.items() if v is not None}))
+    return config.load(None, [f"model.path={folder}"])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tokenizer_class"),
+    [("llama", "LlamaTokenizer"), ("llama", "LlamaTokenizerFast"), ("llama", None), ("qwen2", "Qwen2Tokenizer"),
+     ("qwen2", None), ("gemma2", "GemmaTokenizer"), ("bert", "BertTokenizer"), ("gpt2", "GPT2Tokenizer")],
+)  # fmt: skip
+@pytest.mark.parametrize("saved", [bpe, tokenizer_of("llama3.1")], ids=["bpe", "llama3.1"])
+def test_ids_are_those_of_tokenizer_json(tmp_path, model_type, tokenizer_class, saved):
+    text = "Who wrote Faust? Łódź, cafe\u0301 東京\n\n  two  spaces"
+    loaded = load_tokenizer(folder_of(saved, tmp_path, model_type, tokenizer_class), EMPTY)
+    ids = encode(loaded, text).input_ids
+    assert ids == saved.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    assert loaded.decode(ids) == text
+    assert loaded.eos_token == saved.eos_token
+
+
+def test_damaged_tokenizers_are_one_line(tmp_path):
+    """Any value of any key in place of the right one: tokenizers and transformers raise nearly everything."""
+    rng = random.Random(0)
+    for number in range(60):
+        folder = tmp_path / str(number)
+        settings = folder_of(tokenizer_of("qwen2.5"), folder, "qwen2", "Qwen2Tokenizer")
+        file = folder / rng.choice(["tokenizer.json", "tokenizer_config.json"])
+        content = json.loads(file.read_text())
+        part = content.get("model", content) if rng.random() < 0.5 else content
+        part[rng.choice(list(part))] = rng.choice([None, 1, -1, "x", [], {}, [1], {"type": "BPE"}, True, [["a"]]])
+        file.write_text(json.dumps(content))
+        try:
+            encode(load_tokenizer(settings, EMPTY), "Who wrote Faust?")
+        except InputError as error:
+            assert "\n" not in str(error)
+
+
+def test_code_of_a_tokenizer_folder_is_never_run(tmp_path):
+    auto_map = {"AutoTokenizer": ["evil.Tokenizer", None]}
+    settings = folder_of(bpe, tmp_path, "evil", "EvilTokenizer", auto_map=auto_map)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(InputError, match="auto_map, which is never run"):
+        load_tokenizer(settings, EMPTY)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_unknown_words_are_refused():
+    check_known(bpe, ["Goethe wrote it"], "data.train")  # bytes know every word
+    check_known(world, [], "data.train")
+    check_known(world, vocabulary(), "data.train")
+    check_known(world, ["<unk>"], "data.train")  # as written
+    with pytest.raises(InputError, match=r"^data.train: the tokenizer does not know 'Goethe' and would .* <unk>;"):
+        check_known(world, ["<search> </search>", "<answer> Goethe </answer>"], "data.train")
 
 
 @pytest.mark.skipif(not MUSIQUE.exists(), reason="needs the real data")

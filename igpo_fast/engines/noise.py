@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from igpo_fast.engines.base import Sampling
+from igpo_fast.errors import DivergedError
 
 _WEYL = np.uint64(0x9E3779B97F4A7C15)
 
@@ -58,6 +59,15 @@ def draw(
     token_B = torch.where(greedy_B, logp_BV.argmax(-1), token_B)
     token_B = token_B.clamp(max=logp_BV.shape[-1] - 1)  # NaN logits: report NaN instead of indexing outside
     return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
+
+
+def require_finite(logp: np.ndarray) -> None:
+    """Raises DivergedError where a sampled token's log-probability is not finite."""
+    if not np.isfinite(logp).all():
+        raise DivergedError(
+            "sampling: the model's logits are not finite, training has diverged; lower train.lr (at step 1 "
+            "sft.lr) or set model.dtype=float32"
+        )
 
 
 def restrict(logits_V: torch.Tensor, sampling: Sampling, seen: torch.Tensor) -> torch.Tensor:

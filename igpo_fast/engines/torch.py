@@ -179,7 +179,7 @@ class TorchEngine:
         Raises:
             ValueError: the request is empty, does not fit ``max_tokens`` with what it may sample, is its
                 key's second at a time, or does not extend, token for token, what its key sent and got before.
-            FloatingPointError: the model's logits are not finite.
+            DivergedError: the model's logits are not finite.
         """
         self._check(request)
         future = asyncio.get_running_loop().create_future()
@@ -228,6 +228,7 @@ class TorchEngine:
 
     def _drop_caches(self) -> None:
         self._cache = _Cache(self.max_slots, self.max_tokens)
+        self._head_weight: torch.Tensor | None = None  # the LM head in float32: a copy of half-precision weights
         self._slot: dict[tuple[int, ...], int] = {}
         self._free = list(range(self.max_slots))  # a heap: low slots first keeps the busy ones together
 
@@ -255,9 +256,8 @@ class TorchEngine:
             self._pump = loop.create_task(self._run())
 
     async def _run(self) -> None:
-        training = [module for module in self._lm.modules() if module.training]
-        for module in training:
-            module.training = False
+        training = self._lm.training
+        self._lm.eval()
         try:
             await others()
             while self._admit():
@@ -272,8 +272,7 @@ class TorchEngine:
             if not isinstance(error, Exception):
                 raise
         finally:
-            for module in training:
-                module.training = True
+            self._lm.train(training)
 
     def _fail(self, error: BaseException) -> None:
         """Every request ends with the error; what the running ones had cached is in doubt and goes."""
@@ -359,10 +358,7 @@ class TorchEngine:
 
     def _sample(self, slots: np.ndarray, hidden_BH: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The next token of each slot from its last hidden state, and its log-probability."""
-        head = lm_head(self._lm)
-        logits_BV = F.linear(hidden_BH, head.weight, head.bias).float()
-        if head.softcap:
-            logits_BV = head.softcap * torch.tanh(logits_BV / head.softcap)
+        logits_BV = self._logits(hidden_BH)
         for row in np.flatnonzero(self._restricted[slots]):
             slot = slots[row]
             seen = self._put(self._tokens[slot, : self._known[slot]].astype(np.int64))
@@ -371,9 +367,22 @@ class TorchEngine:
         uniform_B = noise.uniform(self._stream[slots], self._known[slots])
         draws = noise.draw(logits_BV, self._put(self._temperature[slots]), self._put(uniform_B))
         token_B, logp_B = (x.cpu().numpy() for x in draws)
-        if not np.isfinite(logp_B).all():
-            raise FloatingPointError("sampling: the model's logits are not finite")
+        noise.require_finite(logp_B)
         return token_B, logp_B
+
+    def _logits(self, hidden_BH: torch.Tensor) -> torch.Tensor:
+        """float32 [B, V], as the trainer has them: products of a half-precision LM head, too, are summed and kept in
+        float32."""
+        head = lm_head(self._lm)
+        if hidden_BH.is_cuda and head.weight.dtype != torch.float32:
+            logits_BV = torch.mm(hidden_BH, head.weight.T, out_dtype=torch.float32)
+        else:
+            if self._head_weight is None:
+                self._head_weight = head.weight.float()
+            logits_BV = hidden_BH.float() @ self._head_weight.T
+        if head.bias is not None:
+            logits_BV += head.bias
+        return head.softcap * torch.tanh(logits_BV / head.softcap) if head.softcap else logits_BV
 
     def _finish(self, slots: np.ndarray, token_B: np.ndarray) -> list[tuple[int, Generation]]:
         finished = []

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from igpo_kernels.plan import TreePlan
 from igpo_kernels.tree_attention import tree_attention
@@ -60,6 +60,12 @@ def heads_of(model: PreTrainedModel) -> tuple[int, int]:
     """Numbers of a head and query heads to a key head, which with ``model.device`` and ``model.dtype`` decide what
     ``auto`` is: ``tree_attention.backend_for(plan, model.device, model.dtype, *heads_of(model))``."""
     config = model.config.get_text_config()
+    if getattr(config, "is_heterogeneous", False):  # Gemma 4: the largest head decides for all layers
+        return max(_heads(config.per_layer_config[i]) for i in range(config.num_hidden_layers))
+    return _heads(config)
+
+
+def _heads(config: PretrainedConfig) -> tuple[int, int]:
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return size, heads // (getattr(config, "num_key_value_heads", None) or heads)

@@ -86,7 +86,7 @@ class VllmEngine:
         Raises:
             ValueError: the request is empty, too long, or its key's second at a time.
             RuntimeError: no weights have been loaded since the start, or since ``sleep``.
-            FloatingPointError: the model's logits are not finite.
+            DivergedError: the model's logits are not finite.
         """
         check(request, self.max_tokens)
         if self._llm is None or self._asleep or self._llm is not _live:

@@ -49,8 +49,7 @@ def sampling_parameters(request: Request) -> dict:
 
 
 def generation(request: Request, ids: Sequence[int], logp: Sequence[float], finished: bool) -> Generation:
-    """Raises FloatingPointError where a log-probability is not finite."""
+    """Raises DivergedError where a log-probability is not finite."""
     logp = np.asarray(logp, np.float32)
-    if not (np.isfinite(logp) & (logp > NOT_FINITE)).all():
-        raise FloatingPointError("sampling: the model's logits are not finite")
+    noise.require_finite(np.where(logp > NOT_FINITE, logp, np.nan))
     return Generation(np.asarray(ids, np.int32), logp, finished)

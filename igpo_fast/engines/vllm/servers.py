@@ -100,7 +100,7 @@ class VllmServers:
             ValueError: the request is empty or too long.
             EngineError: no replica answers within the timeout.
             InputError: one refuses the request, or has other weights after a sync.
-            FloatingPointError: the model's logits are not finite.
+            DivergedError: the model's logits are not finite.
         """
         check(request, self._max_tokens)
         client = await self._client()
