@@ -6,17 +6,11 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from igpo_fast.types import Rollout
-
-Normalisation = Literal["igpo", "squad"]
-Outcome = Literal["f1", "em"]
-Basis = Literal["log_prob", "prob"]
-Answers = Literal["first", "max", "mean"]
+from igpo_fast.types import Answers, Basis, Normalisation, Outcome, Rollout
 
 _TO_SPACES = str.maketrans(string.punctuation, " " * len(string.punctuation))
 _DROPPED = str.maketrans("", "", string.punctuation)

@@ -24,13 +24,14 @@ from igpo_fast.display import Display
 from igpo_fast.errors import InputError, RunError
 from igpo_fast.interrupt import Interrupted, stop_requested
 from igpo_fast.losses import token_weights
-from igpo_fast.metrics import StepMetrics, ordered, tracker, warnings_for
+from igpo_fast.metrics import StepMetrics, ordered, tracker
 from igpo_fast.model import kernels_of
 from igpo_fast.packs import Packs, Scored, count_tokens, rollout_key
 from igpo_fast.parts import Parts, assemble
 from igpo_fast.passes import choose_passes, groups_a_pack
 from igpo_fast.rollout import Stragglers, finished_groups, in_ranges, rollout_record
 from igpo_fast.scoring import LossInputs, Policy
+from igpo_fast.signatures import warnings_for
 from igpo_fast.tools.base import settle
 from igpo_fast.types import Batch, Group, Question, TurnScores
 from igpo_kernels import LossSettings, TreePlan

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 LIGHT = ("model", "scoring", "rewards", "advantages", "losses", "types", "errors")
 ORDER = [
     {"types", "errors", "config", "interrupt", "files"},
-    {"world", "data", "dialect", "rewards", "advantages", "losses", "tokenizer"},
-    {"engines", "tools", "rollout", "model", "scoring", "checkpoint", "metrics", "display", "memory"},
+    {"world", "data", "dialect", "rewards", "advantages", "losses", "tokenizer", "schedule"},
+    {"engines", "tools", "rollout", "model", "scoring", "checkpoint", "metrics", "signatures", "display", "memory"},
     {"evaluate", "packs", "passes", "sft", "parts", "distributed"},
     {"train", "score", "doctor", "summary"},
     {"cli"},
