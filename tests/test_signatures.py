@@ -146,3 +146,10 @@ def test_gspo_with_one_update_is_said_to_be_grpo():
     assert warning.startswith("algorithm.name=gspo with train.updates=1 equals grpo") and "clip" in warning
     assert settings_warnings(load(None, ["algorithm.name=gspo", "train.updates=2"])) == []
     assert settings_warnings(load(None, ["algorithm.name=grpo"])) == []
+
+
+def test_a_presets_gate_under_another_basis_is_pointed_out():
+    (warning,) = settings_warnings(load(None, ["algorithm.preset=robust", "algorithm.basis=log_prob"]))
+    assert warning.startswith("algorithm.ig_gate=0.02 is preset robust's, for basis=prob;") and "\n" not in warning
+    for given in (["preset=robust"], ["preset=robust", "basis=log_prob", "ig_gate=0.1"], ["basis=prob"]):
+        assert settings_warnings(load(None, [f"algorithm.{override}" for override in given])) == []

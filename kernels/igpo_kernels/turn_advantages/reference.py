@@ -45,7 +45,7 @@ class Normaliser:
     leave_one_out: bool = False
     """Outcomes lose the mean of the others in their pool instead of the mean of all (RLOO)."""
     scope: Scope = "group"
-    """What a pool spans: one group, or the whole batch (REINFORCE++)."""
+    """What a pool spans: one group, or the whole batch."""
 
     def __post_init__(self):
         for name, known in (("pool", get_args(Pool)), ("scope", get_args(Scope))):
