@@ -76,10 +76,6 @@ class StepMetrics:
         for key, value in values.items():
             self._values[key] = self._values.get(key, 0) + value
 
-    def __getitem__(self, key: str) -> float:
-        """A number that was ``set`` or ``add``ed so far."""
-        return self._values[key]
-
     def largest(self, values: Mapping[str, float]) -> None:
         """Keep the larger of these and what the row has under the same keys; NaN stays."""
         for key, value in values.items():
