@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from igpo_fast.rewards import (
-    Answers,
-    Basis,
-    Normalisation,
-    Outcome,
-    exact_match,
-    f1_score,
-    information_gain,
-    outcome,
-)
-from igpo_fast.types import Group, TurnScores
+from igpo_fast.rewards import exact_match, f1_score, information_gain, outcome
+from igpo_fast.types import Answers, Basis, Group, Normalisation, Outcome, Pool, TurnScores
 from igpo_kernels.turn_advantages import GAIN, OUTCOME, Normaliser, turn_advantages
+
+if TYPE_CHECKING:
+    from igpo_fast import config
 
 ZERO_GAIN = 1e-4
 """Gains below this count as zero in ``reward/ig_zero``."""
@@ -35,7 +29,8 @@ class Algorithm:
     outcome_weight: float = 1.0
     scale_std: bool = True
     leave_one_out: bool = False
-    scope: Literal["group", "batch"] = "group"
+    over_tokens: bool = False
+    """Outcomes are normalised over the decision tokens of the batch, not over the rollouts of a group. Outcome-only."""
     sequence_ratio: bool = False
     """The policy ratio is the sequence's, not the token's (``LossSettings.sequence_ratio``)."""
 
@@ -51,35 +46,9 @@ ALGORITHMS: dict[str, Algorithm] = {
     "grpo": Algorithm(gain_weight=0.0),
     "dr_grpo": Algorithm(gain_weight=0.0, scale_std=False),
     "rloo": Algorithm(gain_weight=0.0, scale_std=False, leave_one_out=True),
-    "reinforce_pp": Algorithm(gain_weight=0.0, scope="batch"),
+    "reinforce_pp": Algorithm(gain_weight=0.0, over_tokens=True),
     "gspo": Algorithm(gain_weight=0.0, sequence_ratio=True),
 }
-
-
-def make_normaliser(
-    algorithm: str,
-    pool: Literal["separate", "joint", "scaled_separate"],
-    gate: float,
-    center: bool,
-    min_std: float,
-) -> Normaliser:
-    """The normaliser of ``ALGORITHMS[algorithm]``; the other arguments shape the gains.
-
-    Where only gains or only outcomes count they are a pool of their own, whatever ``pool`` says: rewards that
-    are not used must not move the statistics of those that are.
-    """
-    chosen = ALGORITHMS[algorithm]
-    return Normaliser(
-        pool=pool if chosen.gain_weight and chosen.outcome_weight else "separate",
-        gate=gate,
-        center=center,
-        min_std=min_std,
-        gain_weight=chosen.gain_weight,
-        outcome_weight=chosen.outcome_weight,
-        scale_std=chosen.scale_std,
-        leave_one_out=chosen.leave_one_out,
-        scope=chosen.scope,
-    )
 
 
 @dataclass(frozen=True)
@@ -92,10 +61,12 @@ class Recipe:
     """For ``rewards.values_of``, whose results ``score_rollouts`` takes."""
     answers: Answers = "first"
     """Likewise."""
-    pool: Literal["separate", "joint", "scaled_separate"] = "separate"
+    pool: Pool = "separate"
     gate: float = 0.0
     center: bool = True
     min_std: float = 1e-6
+    outcome_min_std: float = 1e-6
+    min_var: float = 1e-8
     gamma: float = 1.0
     format_penalty: float = -2.0
     outcome: Outcome = "f1"
@@ -103,16 +74,48 @@ class Recipe:
 
     @property
     def normaliser(self) -> Normaliser:
-        return make_normaliser(self.algorithm, self.pool, self.gate, self.center, self.min_std)
+        """Where only gains or only outcomes count they are a pool of their own, whatever ``pool`` says: rewards that
+        are not used must not move the statistics of those that are."""
+        chosen = ALGORITHMS[self.algorithm]
+        return Normaliser(
+            pool=self.pool if chosen.gain_weight and chosen.outcome_weight else "separate",
+            gate=self.gate,
+            center=self.center,
+            min_std=self.min_std,
+            outcome_min_std=self.outcome_min_std,
+            min_var=self.min_var,
+            gain_weight=chosen.gain_weight,
+            outcome_weight=chosen.outcome_weight,
+            scale_std=chosen.scale_std,
+            leave_one_out=chosen.leave_one_out,
+        )
 
     @property
     def needs_values(self) -> bool:
         return ALGORITHMS[self.algorithm].needs_values
 
     @property
+    def over_tokens(self) -> bool:
+        """Whether advantages depend on the whole batch, not on the rollout's group alone."""
+        return ALGORITHMS[self.algorithm].over_tokens
+
+    @property
+    def scored_answers(self) -> int | None:
+        """How many accepted answers are scored, the end of a slice of them: None for all."""
+        if not self.needs_values:
+            return 0
+        return 1 if self.answers == "first" else None
+
+    @property
     def discount(self) -> float:
         """gamma, or 1 for an outcome-only algorithm: the outcome belongs to every turn alike."""
         return self.gamma if self.needs_values else 1.0
+
+
+def recipe_of(algorithm: config.Algorithm) -> Recipe:
+    """The recipe that the configuration's section ``algorithm`` describes."""
+    keys = {"algorithm": "name", "gate": "ig_gate", "center": "ig_center", "min_std": "ig_min_std"}
+    return Recipe(**{f.name: getattr(algorithm, keys.get(f.name, f.name)) for f in fields(Recipe)})
 
 
 def score_rollouts(
@@ -143,20 +146,24 @@ def score_rollouts(
 
     outcomes = [outcome(r, recipe.outcome, recipe.f1_normalisation, recipe.format_penalty) for r in rollouts]
     rollout_offsets = np.cumsum([0, *turns])
-    last_turns = rollout_offsets[1:] - 1
-    rewards, kinds = np.zeros(sum(turns)), np.full(sum(turns), GAIN)
-    kinds[last_turns] = OUTCOME
-    rewards[last_turns] = outcomes
-    if values_per_rollout is not None:
-        rewards[kinds == GAIN] = np.concatenate(gains)
-    advantages = turn_advantages(
-        torch.from_numpy(rewards),
-        torch.from_numpy(kinds),
-        torch.from_numpy(rollout_offsets),
-        torch.from_numpy(np.cumsum([0, *(len(group.rollouts) for group in groups)])),
-        recipe.discount,
-        recipe.normaliser,
-    ).numpy()
+    if recipe.over_tokens:
+        tokens = [rollout.decision_tokens for rollout in rollouts]
+        advantages = np.repeat(_normalised_over_tokens(outcomes, tokens, recipe.normaliser), turns)
+    else:
+        last_turns = rollout_offsets[1:] - 1
+        rewards, kinds = np.zeros(sum(turns)), np.full(sum(turns), GAIN)
+        kinds[last_turns] = OUTCOME
+        rewards[last_turns] = outcomes
+        if values_per_rollout is not None:
+            rewards[kinds == GAIN] = np.concatenate(gains)
+        advantages = turn_advantages(
+            torch.from_numpy(rewards),
+            torch.from_numpy(kinds),
+            torch.from_numpy(rollout_offsets),
+            torch.from_numpy(np.cumsum([0, *(len(group.rollouts) for group in groups)])),
+            recipe.discount,
+            recipe.normaliser,
+        ).numpy()
     return tuple(
         TurnScores(
             values=values[i],
@@ -170,6 +177,16 @@ def score_rollouts(
     )
 
 
+def _normalised_over_tokens(outcomes: Sequence[float], tokens: Sequence[int], normaliser: Normaliser) -> np.ndarray:
+    """Outcomes in units of the batch's decision tokens, where each occurs once a token of its rollout: float64 [R]."""
+    rewards = torch.from_numpy(np.repeat(np.asarray(outcomes, dtype=np.float64), tokens))
+    n = len(rewards)
+    each = torch.arange(n + 1)  # a token is a rollout of one turn here, and all are one group
+    whole = torch.tensor([0, n])
+    advantages = turn_advantages(rewards, torch.full((n,), OUTCOME), each, whole, 1.0, normaliser)
+    return advantages.numpy()[np.cumsum(tokens) - 1]
+
+
 def _scores_of_groups(groups: Sequence[Group], scores: Sequence[TurnScores]) -> Iterator[list[TurnScores]]:
     remaining = iter(scores)
     for group in groups:
@@ -178,43 +195,47 @@ def _scores_of_groups(groups: Sequence[Group], scores: Sequence[TurnScores]) -> 
 
 def collapsed_outcome(groups: Sequence[Group], scores: Sequence[TurnScores]) -> float:
     """Share of groups whose outcomes are all equal."""
-    return _mean([len({s.outcome for s in group}) == 1 for group in _scores_of_groups(groups, scores)])
+    return float(np.mean([len({s.outcome for s in group}) == 1 for group in _scores_of_groups(groups, scores)]))
 
 
 def collapsed(groups: Sequence[Group], scores: Sequence[TurnScores]) -> float:
     """Share of groups whose advantages are all exactly 0: nothing is learnt from them."""
-    return _mean([not any(s.advantages.any() for s in group) for group in _scores_of_groups(groups, scores)])
+    return float(np.mean([not any(s.advantages.any() for s in group) for group in _scores_of_groups(groups, scores)]))
 
 
-def reward_metrics(groups: Sequence[Group], scores: Sequence[TurnScores]) -> dict[str, float]:
-    """One step's metrics.jsonl keys about rewards, groups and turns.
+def reward_metrics(groups: Sequence[Group], scores: Sequence[TurnScores], gate: float = 0.0) -> dict[str, float]:
+    """One step's metrics.jsonl keys about rewards, groups and turns; a mean over nothing is absent.
 
-    ``reward/ig_*`` and ``value/*`` are absent when no values were scored. Means over no gains at all (every
-    rollout has one turn) are 0; values that are not finite are left out of ``value/*``.
+    Args:
+        gate: the recipe's. With one, ``reward/ig_gated`` is the share that it drops of the gains that are not zero.
+    Returns:
+        ``turns/format_error``: share of rollouts without a well-formed answer; of them, ``turns/truncated_tokens`` and
+        ``turns/truncated_turns`` (shares of all rollouts, too) ran into a limit, the rest ended malformed.
+        ``reward/ig_*`` and ``value/*``: only where values were scored, of those that are finite.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    metrics = {
-        "reward/outcome": _mean([s.outcome for s in scores]),
-        "reward/f1": _mean([s.f1 for s in scores]),
-        "reward/em": _mean([s.em for s in scores]),
-        "group/collapsed_outcome": collapsed_outcome(groups, scores),
-        "group/collapsed": collapsed(groups, scores),
-        "turns/mean": _mean([len(rollout.turns) for rollout in rollouts]),
-        "turns/format_error": _mean([rollout.answer is None for rollout in rollouts]),
-    }
-    if all(np.isnan(s.values).all() and s.gains.size == 0 for s in scores):
-        return metrics
     gains = np.concatenate([s.gains for s in scores])
-    return metrics | {
-        "reward/ig_mean": _mean(gains),
-        "reward/ig_abs": _mean(np.abs(gains)),
-        "reward/ig_zero": _mean(np.abs(gains) < ZERO_GAIN),
-        "reward/ig_cum_negative": _mean([s.gains.sum() < 0 for s in scores]),
-        "reward/ig_nan": float(sum(information_gain(s.values)[1] for s in scores)),
-        "value/first": _mean([s.values[0] for s in scores if np.isfinite(s.values[0])]),
-        "value/last": _mean([s.values[-1] for s in scores if np.isfinite(s.values[-1])]),
+    scored = [s for s in scores if s.gains.size or not np.isnan(s.values).all()]
+    sizes = np.abs(gains)
+    means = {
+        "reward/outcome": [s.outcome for s in scores],
+        "reward/f1": [s.f1 for s in scores],
+        "reward/em": [s.em for s in scores],
+        "reward/ig_mean": gains,
+        "reward/ig_abs": sizes,
+        "reward/ig_zero": sizes < ZERO_GAIN,
+        "reward/ig_gated": sizes[sizes >= ZERO_GAIN] < gate if gate else (),
+        "reward/ig_cum_negative": [s.gains.sum() < 0 for s in scored],
+        "value/first": [s.values[0] for s in scored if np.isfinite(s.values[0])],
+        "value/last": [s.values[-1] for s in scored if np.isfinite(s.values[-1])],
+        "turns/mean": [len(rollout.turns) for rollout in rollouts],
+        "turns/format_error": [rollout.answer is None for rollout in rollouts],
+        "turns/truncated_tokens": [rollout.truncated == "tokens" for rollout in rollouts],
+        "turns/truncated_turns": [rollout.truncated == "turns" for rollout in rollouts],
     }
-
-
-def _mean(numbers: Sequence[float] | np.ndarray) -> float:
-    return float(np.mean(numbers)) if len(numbers) else 0.0
+    metrics = {key: float(np.mean(numbers)) for key, numbers in means.items() if len(numbers)}
+    metrics["group/collapsed_outcome"] = collapsed_outcome(groups, scores)
+    metrics["group/collapsed"] = collapsed(groups, scores)
+    if scored:
+        metrics["reward/ig_nan"] = float(sum(information_gain(s.values)[1] for s in scored))
+    return metrics

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from igpo_fast.errors import InputError
+from igpo_fast.types import Aggregation, Answers, Basis, Normalisation, Outcome, Pool
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -250,42 +251,48 @@ class Algorithm(Section):
     name: Literal["igpo", "ig_only", "grpo", "dr_grpo", "rloo", "reinforce_pp", "gspo"] = "igpo"
     """What is rewarded and how: `ig_only` is igpo without the outcome; the others are outcome-only."""
     preset: Literal["paper", "paper_v1", "robust"] = "paper"
-    """Sets the eight keys that follow, unless given."""
-    basis: Literal["log_prob", "prob"] = "log_prob"
+    """Sets the ten keys that follow, unless given."""
+    basis: Basis = "log_prob"
     """What a value is: mean log-probability of the answer's tokens, or its exp."""
-    pool: Literal["separate", "joint", "scaled_separate"] = "separate"
+    pool: Pool = "separate"
     """How gains and outcomes are normalised."""
     ig_gate: NonNegative = 0.0
-    """Gains smaller than this count as 0."""
+    """Gains smaller than this count as 0. It has the unit of `basis`: `robust`'s 0.02 is a probability, with `log_prob`
+    it would be nats. How large true gains are depends on the model: `reward/ig_gated` is the share that is dropped."""
     ig_center: bool = True
     """Subtract the mean gain of the group."""
     ig_min_std: NonNegative = 1e-6
-    """Added to the gains' standard deviation."""
+    """Added to the gains' standard deviation; with `pool=joint` to that of all rewards."""
+    outcome_min_std: NonNegative = 1e-6
+    """Added to the outcomes' standard deviation; not used with `pool=joint`."""
+    min_var: NonNegative = 1e-8
+    """Added to the variance of gains, of outcomes and of a joint pool, before its square root is taken."""
     format_penalty: float = -2.0
     """Outcome of a rollout without a well-formed answer."""
     kl: NonNegative = 0.001
     """Coefficient of the k3 KL to the reference; 0 removes the reference model and its forward."""
     entropy: NonNegative = 0.001
     """Coefficient of the entropy bonus."""
-    outcome: Literal["f1", "em"] = "f1"
+    outcome: Outcome = "f1"
     """What the last turn earns: word-level F1 or exact match."""
-    f1_normalisation: Literal["igpo", "squad", "hotpot"] = "igpo"
+    f1_normalisation: Normalisation = "igpo"
     """`igpo`: lower case, punctuation to spaces. `squad`: also drops articles, and punctuation outright (1,000 is
     1000). `hotpot`: besides, yes and no match nothing but themselves."""
-    answers: Literal["first", "max", "mean"] = "first"
+    answers: Answers = "first"
     """Which accepted answers a value is of."""
     gamma: Fraction = 1.0
     """Discount of later turns' rewards; outcome-only algorithms use 1."""
     passes: Literal["auto", "one", "two"] = "auto"
     """Passes over a rollout's tokens per update."""
     clip_low: NonNegative = 0.2
-    """Ratios below 1 - clip_low are clipped."""
+    """Ratios below 1 - clip_low are clipped. With `name=gspo` 0.0003 unless given."""
     clip_high: NonNegative = 0.2
-    """Ratios above 1 + clip_high are clipped."""
+    """Ratios above 1 + clip_high are clipped. With `name=gspo` 0.0004 unless given."""
     dual_clip: float | None = None
     """Bound on the loss of tokens with negative advantage (usually 3.0); must exceed 1."""
-    aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"] = "seq_mean_token_mean"
-    """How token losses become one number."""
+    aggregation: Aggregation = "seq_mean_token_mean"
+    """How token losses become one number. `seq_mean_token_sum_norm` divides a rollout's sum by the most tokens that any
+    may have; `name=dr_grpo` takes it unless another is given."""
     importance: Literal["none", "token", "sequence"] = "none"
     """Correct for an engine whose probabilities differ from the trainer's."""
     importance_mode: Literal["truncate", "mask"] = "truncate"
@@ -296,8 +303,12 @@ class Algorithm(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values):
-        preset = values.get("preset", "paper") if isinstance(values, dict) else None
-        return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
+        if not isinstance(values, dict):
+            return values
+        preset, name = values.get("preset", "paper"), values.get("name")
+        known = isinstance(preset, str) and preset in PRESETS
+        own = OWN_LOSS.get(name, {}) if isinstance(name, str) else {}
+        return {**(PRESETS[preset] if known else {}), **own, **values}
 
     @model_validator(mode="after")
     def _check(self):
@@ -308,18 +319,24 @@ class Algorithm(Section):
 
 PRESETS: dict[str, dict] = {
     "robust": dict(
-        basis="prob", pool="separate", ig_gate=0.02, ig_center=False, ig_min_std=0.05,
-        format_penalty=0.0, kl=0.0, entropy=0.0,
+        basis="prob", pool="separate", ig_gate=0.02, ig_center=False, ig_min_std=0.05, outcome_min_std=0.0,
+        min_var=0.0, format_penalty=0.0, kl=0.0, entropy=0.0,
     ),
     "paper": dict(
-        basis="log_prob", pool="separate", ig_gate=0.0, ig_center=True, ig_min_std=1e-6,
-        format_penalty=-2.0, kl=0.001, entropy=0.001,
+        basis="log_prob", pool="separate", ig_gate=0.0, ig_center=True, ig_min_std=1e-6, outcome_min_std=1e-6,
+        min_var=1e-8, format_penalty=-2.0, kl=0.001, entropy=0.001,
     ),
     "paper_v1": dict(
-        basis="prob", pool="joint", ig_gate=0.0, ig_center=True, ig_min_std=1e-6,
-        format_penalty=-2.0, kl=0.001, entropy=0.001,
+        basis="prob", pool="joint", ig_gate=0.0, ig_center=True, ig_min_std=1e-6, outcome_min_std=1e-6,
+        min_var=1e-8, format_penalty=-2.0, kl=0.001, entropy=0.001,
     ),
 }  # fmt: skip
+
+OWN_LOSS: dict[str, dict] = {
+    "dr_grpo": dict(aggregation="seq_mean_token_sum_norm"),
+    "gspo": dict(clip_low=3e-4, clip_high=4e-4),
+}
+"""What comes with ``algorithm.name`` unless the key is given."""
 
 
 class Train(Section):
@@ -336,9 +353,9 @@ class Train(Section):
     lr: AboveZero = 1e-6
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up, to 0 at the last step unless `constant`."""
+    """After the warm-up: `constant`, or down towards 0, which the update after the last would have."""
     warmup_steps: Count = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises evenly: with 10, the first has a tenth of it and the tenth all."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's."""
     weight_decay: NonNegative = 0.0

@@ -1,29 +1,52 @@
-"""The loss's global token weights. Its settings and the op itself are ``igpo_kernels.policy_loss``'s."""
+"""The loss's settings and global token weights; the op itself is ``igpo_kernels.policy_loss``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from igpo_fast.advantages import ALGORITHMS
+from igpo_fast.types import Aggregation
 from igpo_kernels import LossSettings
 
-__all__ = ["Aggregation", "LossSettings", "token_weights"]
+if TYPE_CHECKING:
+    from igpo_fast import config
+    from igpo_fast.update.scoring import LossInputs
 
-Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"]
+__all__ = ["Aggregation", "LossSettings", "importance_counts", "loss_settings_of", "measured", "token_weights"]
 
 
-def token_weights(decision_tokens_per_rollout: Sequence[int], aggregation: Aggregation) -> np.ndarray:
+def loss_settings_of(algorithm: config.Algorithm) -> LossSettings:
+    """The settings that the configuration's section ``algorithm`` describes."""
+    return LossSettings(
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
+        kl=algorithm.kl,
+        entropy=algorithm.entropy,
+        sequence_ratio=ALGORITHMS[algorithm.name].sequence_ratio,
+        importance=algorithm.importance,
+        importance_mode=algorithm.importance_mode,
+        importance_cap=algorithm.importance_cap,
+    )
+
+
+def token_weights(
+    decision_tokens_per_rollout: Sequence[int], aggregation: Aggregation, most_tokens: int | None = None
+) -> np.ndarray:
     """The weight of every decision token of each rollout: float64 [R].
 
     ``token_mean``: 1 / all tokens; ``seq_mean_token_mean``: 1 / (R len_r) (the paper's Eq. 7);
-    ``seq_mean_token_sum``: 1 / R (the authors' code).
+    ``seq_mean_token_sum``: 1 / R (the authors' code); ``seq_mean_token_sum_norm``: 1 / (R most_tokens) (Dr. GRPO).
     Global: ``decision_tokens_per_rollout`` [R] lists the rollouts of the whole update, all packs and ranks,
     whatever their advantages, so that packs, accumulation and ranks only add.
 
+    Args:
+        most_tokens: decision tokens of the longest rollout that the settings allow (``passes.most_decision_tokens``).
     Raises:
-        ValueError: no rollouts, or a rollout without decision tokens.
+        ValueError: no rollouts, a rollout without decision tokens, or ``most_tokens`` missing where it is needed.
 
     >>> token_weights([1, 4], "seq_mean_token_mean").tolist()
     [0.5, 0.125]
@@ -35,4 +58,36 @@ def token_weights(decision_tokens_per_rollout: Sequence[int], aggregation: Aggre
         return np.full(len(lengths), 1 / lengths.sum())
     if aggregation == "seq_mean_token_mean":
         return 1 / (len(lengths) * lengths)
-    return np.full(len(lengths), 1 / len(lengths))
+    if aggregation == "seq_mean_token_sum":
+        return np.full(len(lengths), 1 / len(lengths))
+    if not most_tokens:
+        raise ValueError("token_weights: seq_mean_token_sum_norm needs most_tokens=")
+    return np.full(len(lengths), 1 / (len(lengths) * most_tokens))
+
+
+def importance_counts(
+    trainer_logp: np.ndarray, engine_logp: np.ndarray, rollout: np.ndarray, settings: LossSettings
+) -> dict[str, int]:
+    """How many of a pack's decision tokens have an importance weight above the cap.
+
+    Args:
+        trainer_logp: log-probabilities that the loss corrects to: the old ones, else those of this pass. float32 [D].
+        engine_logp: what the rollouts were sampled with: float32 [D].
+        rollout: which rollout a token belongs to: integers [D]; with ``importance=sequence`` all its tokens are here.
+    Returns:
+        ``capped`` or, with ``importance_mode=mask``, ``masked``; nothing without a correction.
+    """
+    if settings.importance == "none":
+        return {}
+    gap = np.asarray(trainer_logp, dtype=np.float64) - engine_logp
+    if settings.importance == "sequence":
+        number = np.unique(rollout, return_inverse=True)[1]
+        gap = np.bincount(number, gap)[number]
+    name = "masked" if settings.importance_mode == "mask" else "capped"
+    return {name: int((gap > np.log(settings.importance_cap)).sum())}
+
+
+def measured(sums: Mapping[str, float], inputs: LossInputs) -> dict[str, float]:
+    """``policy_loss``'s sums without those that it reports as 0 because it was not given what they are of."""
+    of = {"kl": inputs.ref_logp, "mismatch": inputs.engine_logp}
+    return {name: value for name, value in sums.items() if name not in of or of[name] is not None}

@@ -12,6 +12,12 @@ def longest_rollout(config: Config, recipe: Recipe, answer_tokens: int) -> int:
     return config.rollout.max_tokens + config.rollout.max_turns * answer_tokens * recipe.needs_values
 
 
+def most_decision_tokens(config: Config) -> int:
+    """Decision tokens of the longest rollout that the limits allow."""
+    rollout = config.rollout
+    return min(rollout.max_turns * rollout.max_turn_tokens, rollout.max_tokens)
+
+
 def groups_a_pack(config: Config, recipe: Recipe, answer_tokens: int) -> int:
     """How many whole groups surely fit a pack, at least 1: they are scored together as soon as all have finished."""
     largest = config.rollout.group_size * longest_rollout(config, recipe, answer_tokens)
@@ -35,7 +41,7 @@ def choose_passes(config: Config, recipe: Recipe, answer_tokens: int) -> str:
             f"train.token_budget={budget}: a rollout and its forced answers may take {longest} tokens; raise it, or "
             "lower rollout.max_tokens"
         )
-    if rollout.skip_collapsed and recipe.normaliser.scope == "batch":
+    if rollout.skip_collapsed and recipe.over_tokens:
         raise InputError(
             f"rollout.skip_collapsed: algorithm.name={recipe.algorithm} normalises over the batch, so no group has "
             "advantages of its own; leave it out"
@@ -45,8 +51,6 @@ def choose_passes(config: Config, recipe: Recipe, answer_tokens: int) -> str:
         hindrance = f"train.updates={config.train.updates} needs old log-probabilities"
     elif recipe.needs_values and rollout.skip_collapsed:
         hindrance = "rollout.skip_collapsed chooses groups by their gains"
-    elif recipe.needs_values and recipe.normaliser.scope == "batch":
-        hindrance = f"algorithm.name={recipe.algorithm} normalises gains over the batch"
     elif largest > budget:
         hindrance = f"a group may take {largest} tokens, over train.token_budget={budget}"
     if hindrance is None:

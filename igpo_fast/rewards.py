@@ -6,18 +6,12 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from igpo_fast.types import Rollout
+from igpo_fast.types import Answers, Basis, Normalisation, Outcome, Rollout
 from igpo_fast.words import nfc, spaced
-
-Normalisation = Literal["igpo", "squad", "hotpot"]
-Outcome = Literal["f1", "em"]
-Basis = Literal["log_prob", "prob"]
-Answers = Literal["first", "max", "mean"]
 
 _WIDE = "、。〃・·〈〉《》「」『』【】〔〕〖〗！＂＃％＆＇（）＊，－．／：；？＠［＼］＿｛｝～｟｠｡｢｣､･"
 _PUNCTUATION = string.punctuation + _WIDE

@@ -33,7 +33,8 @@ from igpo_fast.rewards import Answers, Basis, information_gain, values_of
 from igpo_fast.rows import json_object
 from igpo_fast.tokenizer import load_tokenizer
 from igpo_fast.types import Question
-from igpo_fast.update.scoring import Policy, answer_means
+from igpo_fast.update.packs import answer_means
+from igpo_fast.update.scoring import Policy
 from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack
 
 PROMPT_ROLES = ("system", "user")

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 
+from igpo_fast.advantages import recipe_of
 from igpo_fast.batch import Stragglers, finished_groups, in_ranges
 from igpo_fast.checkpoint import RunFolder
 from igpo_fast.config import Config
@@ -17,10 +19,13 @@ from igpo_fast.data import question_order
 from igpo_fast.display import Display
 from igpo_fast.errors import RunError
 from igpo_fast.evaluate import evaluate
+from igpo_fast.losses import loss_settings_of
 from igpo_fast.metrics import StepMetrics
-from igpo_fast.passes import choose_passes, groups_a_pack
+from igpo_fast.passes import choose_passes, groups_a_pack, most_decision_tokens
 from igpo_fast.run.session import Session
-from igpo_fast.setup import Setup, loss_settings_of, recipe_of, set_up
+from igpo_fast.schedule import schedule_factor
+from igpo_fast.setup import Setup, set_up
+from igpo_fast.signatures import settings_warnings
 from igpo_fast.tools.base import settle
 from igpo_fast.types import Batch, Evaluation, Group, Question
 from igpo_fast.update.learner import Learner
@@ -46,7 +51,9 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
                 batch = trainer.update(batch, scored, metrics)
                 run.write_rollouts(batch)
                 trainer.sync(metrics)
-                metrics.set(run.write_evaluation(step, trainer.evaluate(step)))
+                if trainer.evaluation_due(step):
+                    with metrics.phase("eval"):
+                        metrics.set(run.write_evaluation(step, trainer.evaluate()))
     return run.folder
 
 
@@ -59,33 +66,37 @@ class Trainer:
         self.agent = self.setup.agent
         if config.search.url:
             self.agent.tool.check()
-        self.recipe = recipe_of(config)
+        self.recipe = recipe_of(config.algorithm)
         self.passes = choose_passes(config, self.recipe, self.setup.answer_tokens)
         self.groups_a_pack = groups_a_pack(config, self.recipe, self.setup.answer_tokens)
         t, updates = config.train, config.train.updates
         self.learner = Learner(
-            self.setup.lm, temperature=config.rollout.temperature, settings=loss_settings_of(config),
+            self.setup.lm, temperature=config.rollout.temperature, settings=loss_settings_of(config.algorithm),
             backend=config.model.kernels, lr=t.lr, betas=t.betas, weight_decay=t.weight_decay,
-            max_grad_norm=t.max_grad_norm, factor=_factor(t, updates),
+            max_grad_norm=t.max_grad_norm,
+            factor=partial(
+                schedule_factor, warmup=t.warmup_steps * updates, total=t.steps * updates, schedule=t.lr_schedule
+            ),
         )  # fmt: skip
         self.packer = Packer(
             self.learner.policy, self.setup.branches_of, self.recipe, self.passes, config.train.token_budget
         )
         self.update = Updater(
             self.learner, self.packer, self.recipe, passes=self.passes, updates=updates,
-            aggregation=config.algorithm.aggregation, mismatch_stop=config.rollout.mismatch_stop,
+            aggregation=config.algorithm.aggregation, most_tokens=most_decision_tokens(config),
+            mismatch_stop=config.rollout.mismatch_stop,
             progress=self.display,
         )  # fmt: skip
         self.display.note(self.setup.summary(self.passes))
-        for warning in self.setup.warnings:
-            self.display.warn(warning)
+        for warning in (*settings_warnings(config), *self.setup.warnings):
+            display.warn(warning)
 
     def resume(self, run: Session) -> None:
         """Go on after the newest checkpoint, or begin: the engine gets the weights, the first row its evaluation."""
         step = run.resume(self.learner, self.setup.tokenizer)
         self.agent.engine.load_weights(self.learner.weights())
         if run.row_is_missing:
-            run.complete_row(run.write_evaluation(step, self.evaluate(step)))
+            run.complete_row(run.write_evaluation(step, self.evaluate()) if self.evaluation_due(step) else {})
 
     def questions(self, step: int) -> list[Question]:
         """What a step asks, spare questions (``rollout.oversample``) included."""
@@ -161,11 +172,13 @@ class Trainer:
         finally:
             metrics.set(self.agent.engine.counts())
 
-    def evaluate(self, step: int) -> Evaluation:
-        """Held-out questions at the start, at the end and every ``eval.every`` steps; else an empty evaluation."""
+    def evaluation_due(self, step: int) -> bool:
+        """At the start, at the end and every ``eval.every`` steps."""
         every = self.config.eval.every
-        if not (step in (0, self.config.train.steps) or (every > 0 and step % every == 0)):
-            return Evaluation({}, ())
+        return step in (0, self.config.train.steps) or (every > 0 and step % every == 0)
+
+    def evaluate(self) -> Evaluation:
+        """What the policy says on held-out questions; a warning where searches failed."""
         questions = self.setup.data.eval
         self.display.phase("evaluation", total=len(questions))
         normalisation = self.config.algorithm.f1_normalisation
@@ -178,21 +191,3 @@ class Trainer:
                 "instead of passages"
             )
         return evaluation
-
-
-def _factor(t, updates):
-    import math
-
-    warmup, total = t.warmup_steps * updates, t.steps * updates
-
-    def f(step):
-        if step < warmup:
-            return float(step) / float(max(1.0, warmup))
-        if t.lr_schedule == "constant":
-            return 1.0
-        if t.lr_schedule == "linear":
-            return max(0.0, float(total - step) / float(max(1, total - warmup)))
-        progress = float(step - warmup) / float(max(1, total - warmup))
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * 0.5 * 2.0 * progress)))
-
-    return f

@@ -15,10 +15,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
 SEARCH, ANSWER, INVALID = "search", "answer", "invalid"
+
+Basis = Literal["log_prob", "prob"]
+Answers = Literal["first", "max", "mean"]
+Pool = Literal["separate", "joint", "scaled_separate"]
+Outcome = Literal["f1", "em"]
+Normalisation = Literal["igpo", "squad", "hotpot"]
+Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
+Truncation = Literal["", "tokens", "turns"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,8 @@ class Rollout:
     """int32 [p], p >= 1."""
     turns: tuple[Turn, ...]
     """1 .. max_turns of them."""
+    truncated: Truncation = ""
+    """Which limit ended it (``truncation``); empty if it answered or its last turn is malformed."""
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -120,6 +131,22 @@ class Rollout:
         """The final answer, or None if the rollout ended without a well-formed one."""
         last = self.turns[-1]
         return last.argument if last.action == ANSWER else None
+
+
+def truncation(action: str, finished: bool, out_of_turns: bool) -> Truncation:
+    """What cut a rollout short, told from its last turn.
+
+    Args:
+        action: the last turn's.
+        finished: whether that turn ended by itself, not at its most tokens.
+        out_of_turns: whether it was the last that the rollout may have.
+    Returns:
+        ``turns``: it searched and had no turn left. ``tokens``: it was cut in mid-turn, or what it found left no room
+        for another. Empty: it answered, or wrote a whole turn that is neither a search nor an answer.
+    """
+    if action == SEARCH:
+        return "turns" if out_of_turns else "tokens"
+    return "tokens" if action == INVALID and not finished else ""
 
 
 @dataclass(frozen=True)
@@ -162,7 +189,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the policy said on held-out questions, and how good that was; empty where none was due."""
+    """What the policy said on held-out questions, and how good that was."""
 
     metrics: dict[str, float]
     """``eval/*`` keys of a row."""

@@ -1,5 +1,7 @@
 """Presets and algorithms on one group worked by hand, and the metrics of a step."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,11 +10,12 @@ from igpo_fast.advantages import (
     Recipe,
     collapsed,
     collapsed_outcome,
+    recipe_of,
     reward_metrics,
     score_rollouts,
 )
-from igpo_fast.config import PRESETS, Algorithm
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Group, Question, Rollout, Turn
+from igpo_fast.config import Algorithm
+from igpo_fast.types import ANSWER, INVALID, SEARCH, Group, Question, Rollout, Turn, truncation
 
 QUESTION = Question("q", "Where?", ("new york city",))
 
@@ -32,15 +35,7 @@ OTHER = Group(QUESTION, (rollout(0, 1, "new york city"),))
 
 
 def preset(name: str) -> Recipe:
-    p = PRESETS[name]
-    return Recipe(
-        basis=p["basis"],
-        pool=p["pool"],
-        gate=p["ig_gate"],
-        center=p["ig_center"],
-        min_std=p["ig_min_std"],
-        format_penalty=p["format_penalty"],
-    )
+    return recipe_of(Algorithm(preset=name))
 
 
 def scored(recipe: Recipe, groups=(GROUP,), values=VALUES):
@@ -52,11 +47,24 @@ def close(expected):
 
 
 def test_recipe_defaults_are_the_paper_preset():
-    assert Recipe() == preset("paper")
-    config = Algorithm(**PRESETS["paper"])
-    default = Recipe()
-    assert (default.outcome, default.f1_normalisation) == (config.outcome, config.f1_normalisation)
-    assert (default.answers, default.gamma, default.algorithm) == (config.answers, config.gamma, config.name)
+    assert Recipe() == preset("paper") == recipe_of(Algorithm())
+
+
+def test_a_recipe_is_the_configured_algorithm():
+    config = Algorithm(
+        name="rloo", basis="prob", answers="mean", pool="joint", ig_gate=0.5, ig_center=False, ig_min_std=0.1,
+        outcome_min_std=0.2, min_var=0.3, gamma=0.9, format_penalty=-3.0, outcome="em", f1_normalisation="squad",
+    )  # fmt: skip
+    assert recipe_of(config) == Recipe(
+        "rloo", "prob", "mean", "joint", 0.5, False, 0.1, 0.2, 0.3, 0.9, -3.0, "em", "squad"
+    )
+
+
+def test_how_many_answers_are_scored():
+    answers = ("a", "b", "c")
+    assert answers[: Recipe().scored_answers] == ("a",)
+    assert answers[: Recipe(answers="max").scored_answers] == answers
+    assert answers[: Recipe(algorithm="grpo", answers="max").scored_answers] == ()
 
 
 def test_every_configured_algorithm_is_known():
@@ -64,10 +72,10 @@ def test_every_configured_algorithm_is_known():
 
 
 def test_paper():
-    # Outcomes {1, .5, -2}: mean -1/6, deviations 7/6, 4/6, -11/6, var 186/108, std 1.3123346.
-    a, b, c = 0.8890009, 0.5080005, -1.3970014
-    # Gains {.2, .4, 0}: mean .2, std sqrt(.08/3) = .1632993, divisor .1633003: 0, 1.2247374, -1.2247374.
-    g = 1.2247374
+    # Outcomes {1, .5, -2}: mean -1/6, deviations 7/6, 4/6, -11/6, var 186/108, divisor 1.3123346 + 1e-6.
+    a, b, c = 0.8890002, 0.5080001, -1.3970003
+    # Gains {.2, .4, 0}: mean .2, var .08/3, sqrt(.0266666767) = .1632993, divisor .1633003: 0, 1.2247371, -1.2247371.
+    g = 1.2247371
     assert scored(preset("paper")) == close([[a + g, a + g, a], [b - g, b], [c]])
 
 
@@ -87,14 +95,32 @@ def test_robust_gate():
 
 def test_paper_v1():
     # One pool {.2, .4, 1, 0, .5, -2}: mean .1/6, mean square 5.45/6, std .9529195.
-    # z: .1923911, .4022725, 1.0319165; -.0174901, .5072131; -2.1163032; the floor of 1e-6 is within
-    # the tolerance.
+    # z: .1923911, .4022725, 1.0319165; -.0174901, .5072131; -2.1163032; the floors are within the tolerance.
     expected = [[1.6265801, 1.4341890, 1.0319165], [0.4897230, 0.5072131], [-2.1163032]]
     actual = scored(preset("paper_v1"))
     assert actual == [pytest.approx(row, abs=3e-6) for row in expected]
 
 
-Z, G = 1.2247449, 1.2247374  # of outcomes {1, .5, 0} and of gains {.2, .4, 0}, as above
+# Of a group whose rollouts hardly differ: gains {1e-5, 3e-5, 0}, outcomes {6e-4, 3e-4, 0}.
+DEAD = [np.array([0.1, 0.10001, 0.10004]), np.array([0.1, 0.1]), np.array([0.1])]
+
+
+def test_what_hardly_differs_is_not_brought_to_unit_size(monkeypatch):
+    outcomes = iter([6e-4, 3e-4, 0.0] * 2)
+    monkeypatch.setattr("igpo_fast.advantages.outcome", lambda *_: next(outcomes))
+    # Gains: var 10e-10/3 - 16e-10/9 = 14e-10/9, sqrt(that + 1e-8) = 1.0077478e-4, divisor 1.0177478e-4: -.0327521,
+    # .1637603, -.1310082; with 1e-6 alone these would be 7.6 times as large. Outcomes: var 6e-8, sqrt(7e-8) =
+    # 2.6457513e-4, divisor 2.6557513e-4: +-3e-4 / that = +-1.1296238.
+    a, g, h, last = 1.1296238, -0.0327521, 0.1637603, -0.1310082
+    assert scored(preset("paper"), values=DEAD) == close([[g + h + a, h + a, a], [last, 0.0], [-a]])
+    # One pool {1e-5, 3e-5, 6e-4, 0, 3e-4, 0}: mean 9.4e-4/6, var 4.51e-7/6 - mean^2 = 5.0622222e-8, sqrt(that + 1e-8) =
+    # 2.4621580e-4, divisor 2.4721580e-4: -.5932738, -.5123729, 1.7933050; -.6337243, .5797903; -.6337243.
+    expected = [[0.6876583, 1.2809321, 1.7933050], [-0.0539340, 0.5797903], [-0.6337243]]
+    assert scored(preset("paper_v1"), values=DEAD) == close(expected)
+
+
+# With the released floors: outcomes {1, .5, 0}: var 1/6, .5 / (sqrt(.1666666767) + 1e-6); gains {.2, .4, 0} as above.
+Z, G = 1.2247418, 1.2247371
 
 ALGORITHM_NUMBERS = {
     "igpo": [[Z + G, Z + G, Z], [-G, 0.0], [-Z]],
@@ -112,10 +138,24 @@ def test_algorithms(name):
 
 
 def test_reinforce_pp_normalises_over_the_batch():
-    # Outcomes {1, .5, 0} and {1}: mean .625, deviations .375, -.125, -.625, .375, var .6875/4, std .4145781.
+    # Rollouts of 6, 4, 2 and 2 tokens, outcomes 1, .5, 0, 1: over 14 tokens mean 10/14, mean square 9/14, var 26/196,
+    # std .3642157: deviations 4/14, -3/14, -10/14, 4/14.
     recipe = Recipe(algorithm="reinforce_pp", format_penalty=0.0)
-    a, b, c = 0.9045340, -0.3015113, -1.5075567
-    assert scored(recipe, (GROUP, OTHER), None) == close([[a] * 3, [b] * 2, [c], [a]])
+    a, b, c = 0.7844616, -0.5883462, -1.9611541
+    assert scored(recipe, (GROUP, OTHER), None) == [pytest.approx(x, abs=1e-5) for x in ([a] * 3, [b] * 2, [c], [a])]
+
+
+def test_reinforce_pp_is_a_z_score_over_tokens():
+    """numpy's, over an array of a number a token."""
+    scores = score_rollouts((GROUP, OTHER), None, Recipe(algorithm="reinforce_pp", min_var=0.0, outcome_min_std=0.0))
+    rollouts = GROUP.rollouts + OTHER.rollouts
+    tokens = np.concatenate([[s.outcome] * r.decision_tokens for s, r in zip(scores, rollouts, strict=True)])
+    for s in scores:
+        assert s.advantages == pytest.approx(np.full(len(s.advantages), (s.outcome - tokens.mean()) / tokens.std()))
+
+
+def test_reinforce_pp_of_equal_outcomes_gives_exact_zeros():
+    assert scored(Recipe(algorithm="reinforce_pp"), (OTHER, OTHER), None) == [[0.0], [0.0]]
 
 
 @pytest.mark.parametrize("pool", ["joint", "scaled_separate"])
@@ -142,9 +182,10 @@ def test_which_algorithms_need_values_and_sequence_ratios():
 def test_one_turn_question_reduces_to_outcome_only():
     group = Group(QUESTION, tuple(rollout(i, 1, a) for i, a in enumerate(["york", "new york city", None, "new york"])))
     values = [np.array([0.3])] * 4
-    expected = scored(Recipe(algorithm="grpo"), (group,), None)
+    expected = scored(Recipe(algorithm="grpo", outcome_min_std=0.05), (group,), None)
     for pool in ("separate", "joint", "scaled_separate"):
-        assert scored(Recipe(pool=pool, gamma=0.5, min_std=0.05), (group,), values) == expected
+        recipe = Recipe(pool=pool, gamma=0.5, min_std=0.05, outcome_min_std=0.05)
+        assert scored(recipe, (group,), values) == expected
 
 
 def test_em_outcome_and_format_penalty():
@@ -201,8 +242,48 @@ def test_metrics():
             "group/collapsed": 1 / 2,
             "turns/mean": 7 / 4,
             "turns/format_error": 1 / 4,
+            "turns/truncated_tokens": 0.0,
+            "turns/truncated_turns": 0.0,
         }
     )
+
+
+def test_the_share_of_gains_that_a_gate_drops():
+    # Gains {.2, .4}, {0}: not zero are two; none (no gate), none, one and both are dropped.
+    scores = score_rollouts([GROUP], VALUES, Recipe())
+    shares = [reward_metrics([GROUP], scores, gate).get("reward/ig_gated") for gate in (0.0, 0.1, 0.3, 0.5)]
+    assert shares == [None, 0.0, 0.5, 1.0]
+    nothing = score_rollouts([OTHER], [np.array([0.9])], Recipe())
+    assert "reward/ig_gated" not in reward_metrics([OTHER], nothing, 0.1)
+
+
+@pytest.mark.parametrize(
+    "action, finished, out_of_turns, expected",
+    [
+        (ANSWER, True, True, ""),
+        (ANSWER, False, False, ""),  # cut, and yet an answer
+        (SEARCH, True, True, "turns"),
+        (SEARCH, True, False, "tokens"),  # what it found left no room
+        (INVALID, False, True, "tokens"),
+        (INVALID, False, False, "tokens"),
+        (INVALID, True, True, ""),  # malformed
+        (INVALID, True, False, ""),
+    ],
+)
+def test_what_cuts_a_rollout_short(action, finished, out_of_turns, expected):
+    assert truncation(action, finished, out_of_turns) == expected
+
+
+def test_truncated_rollouts_are_told_from_malformed_ones():
+    ended = ["tokens", "turns", "turns", ""]
+    rollouts = tuple(replace(rollout(i, 1, None), truncated=why) for i, why in enumerate(ended))
+    group = Group(QUESTION, (*rollouts, rollout(4, 1, "york")))
+    metrics = reward_metrics([group], score_rollouts([group], None, Recipe(algorithm="grpo")))
+    assert [metrics[f"turns/{key}"] for key in ("format_error", "truncated_tokens", "truncated_turns")] == [
+        0.8,
+        0.2,
+        0.4,
+    ]
 
 
 def test_metrics_without_values_have_no_gain_keys():
@@ -210,10 +291,13 @@ def test_metrics_without_values_have_no_gain_keys():
     assert metrics and not [key for key in metrics if key.startswith(("reward/ig", "value/"))]
 
 
-def test_metrics_of_one_turn_rollouts_are_finite():
+def test_a_mean_over_nothing_is_absent():
     metrics = reward_metrics([OTHER], score_rollouts([OTHER], [np.array([0.9])], Recipe()))
     assert np.isfinite(list(metrics.values())).all()
-    assert metrics["reward/ig_mean"] == 0.0
+    assert not {"reward/ig_mean", "reward/ig_abs", "reward/ig_zero"} & set(metrics)
+    assert metrics["value/first"] == metrics["value/last"] == 0.9
+    undefined = reward_metrics([GROUP], score_rollouts([GROUP], [np.full(n, np.nan) for n in (3, 2, 1)], Recipe()))
+    assert undefined["reward/ig_nan"] == 3.0 and not {"value/first", "value/last"} & set(undefined)
 
 
 def test_equal_outcomes_still_learn_from_gains():

@@ -69,11 +69,13 @@ def test_any_values_survive_the_stored_file(tmp_path_factory, lr, seed, system):
 
 
 def test_presets_are_the_table_of_algorithm_md():
-    keys = ("basis", "pool", "ig_gate", "ig_center", "ig_min_std", "format_penalty", "kl", "entropy")
+    floors = ("ig_min_std", "outcome_min_std", "min_var")
+    keys = ("basis", "pool", "ig_gate", "ig_center", *floors, "format_penalty", "kl", "entropy")
+    released = (1e-6, 1e-6, 1e-8)  # sqrt(var + 1e-8) + 1e-6
     table = {
-        "robust": ("prob", "separate", 0.02, False, 0.05, 0, 0, 0),
-        "paper": ("log_prob", "separate", 0, True, 1e-6, -2, 0.001, 0.001),
-        "paper_v1": ("prob", "joint", 0, True, 1e-6, -2, 0.001, 0.001),
+        "robust": ("prob", "separate", 0.02, False, 0.05, 0, 0, 0, 0, 0),
+        "paper": ("log_prob", "separate", 0, True, *released, -2, 0.001, 0.001),
+        "paper_v1": ("prob", "joint", 0, True, *released, -2, 0.001, 0.001),
     }
     assert {name: tuple(values[key] for key in keys) for name, values in PRESETS.items()} == table
     assert all(set(values) == set(keys) for values in PRESETS.values())
@@ -95,6 +97,23 @@ def test_a_key_that_is_given_wins_over_the_preset(tmp_path):
     file = write(tmp_path, "algorithm: {ig_gate: 0.5}")
     algorithm = load(file, ["algorithm.preset=robust", "algorithm.kl=0.25"]).algorithm
     assert (algorithm.ig_gate, algorithm.kl, algorithm.ig_min_std) == (0.5, 0.25, 0.05)
+
+
+def test_a_names_own_loss_comes_with_it_unless_given(tmp_path):
+    def of(*overrides):
+        a = load(None, [f"algorithm.{override}" for override in overrides]).algorithm
+        return a.aggregation, a.clip_low, a.clip_high
+
+    plain = ("seq_mean_token_mean", 0.2, 0.2)
+    assert {name: of(f"name={name}") for name in ("igpo", "grpo", "rloo", "reinforce_pp", "ig_only")} == dict.fromkeys(
+        ("igpo", "grpo", "rloo", "reinforce_pp", "ig_only"), plain
+    )
+    assert of("name=dr_grpo") == ("seq_mean_token_sum_norm", 0.2, 0.2)
+    assert of("name=gspo") == of("preset=robust", "name=gspo") == ("seq_mean_token_mean", 3e-4, 4e-4)
+    assert of("name=dr_grpo", "aggregation=token_mean") == ("token_mean", 0.2, 0.2)
+    assert of("name=gspo", "clip_low=0.1") == ("seq_mean_token_mean", 0.1, 4e-4)
+    stored = load(None, ["algorithm.name=gspo", "algorithm.clip_high=0.2"])
+    assert load(write(tmp_path, stored.dump())) == stored
 
 
 def test_defaults_are_the_papers():
@@ -217,7 +236,7 @@ def test_docs_show_every_key_in_its_section():
         "| `dtype` | `float32`, `bfloat16` | `float32` |",
         "| `path` | string or empty | empty |",
         "| `gamma` | number ≥ 0, ≤ 1 | `1.0` |",
-        "| `robust` | `prob` | `separate` | `0.02` | `false` | `0.05` | `0.0` | `0.0` | `0.0` |",
+        "| `robust` | `prob` | `separate` | `0.02` | `false` | `0.05` | `0.0` | `0.0` | `0.0` | `0.0` | `0.0` |",
     ],
 )
 def test_docs_say_type_bounds_and_default(row):

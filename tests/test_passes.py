@@ -5,7 +5,7 @@ import pytest
 from igpo_fast.advantages import Recipe
 from igpo_fast.config import load
 from igpo_fast.errors import InputError
-from igpo_fast.passes import choose_passes, groups_a_pack
+from igpo_fast.passes import choose_passes, groups_a_pack, most_decision_tokens
 
 SMALL = ("rollout.group_size=4", "rollout.max_tokens=90", "rollout.max_turns=2", "train.token_budget=1000")
 DYNAMIC = ("rollout.oversample=4", "rollout.skip_collapsed=true")
@@ -50,6 +50,12 @@ def test_whole_groups_that_surely_fit_a_pack(budget, groups):
     # A rollout takes at most 90 tokens and 2 answers of 5: 100, a group 400.
     config = load(None, [*SMALL, f"train.token_budget={budget}"])
     assert groups_a_pack(config, Recipe(), answer_tokens=5) == groups
+
+
+@pytest.mark.parametrize("turn_tokens, most", [(20, 40), (44, 88), (45, 90), (60, 90)])
+def test_no_rollout_has_more_decision_tokens(turn_tokens, most):
+    # Two turns, and 90 tokens in all.
+    assert most_decision_tokens(load(None, [*SMALL, f"rollout.max_turn_tokens={turn_tokens}"])) == most
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,7 @@ class Session:
 
     def write_evaluation(self, step: int, evaluation: Evaluation) -> dict[str, float]:
         """Put on record what the policy said on held-out questions after a step; returns the evaluation's metrics."""
-        if evaluation.rollouts:
-            self.folder.write_rollouts(step, map(record_of, evaluation.rollouts), "eval")
+        self.folder.write_rollouts(step, map(record_of, evaluation.rollouts), "eval")
         return evaluation.metrics
 
     def _save(self, step: int, row: Mapping[str, float] | None = None) -> None:

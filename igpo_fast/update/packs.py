@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from igpo_fast.advantages import Recipe, collapsed, score_rollouts
 from igpo_fast.rewards import values_of
 from igpo_fast.types import Batch, Group, Question, Rollout, TurnScores
-from igpo_fast.update.scoring import Policy, answer_means, make_trees
+from igpo_fast.update.scoring import Policy, make_trees
 from igpo_kernels import Branch, TreePlan, pack_within
 
 
@@ -97,13 +97,13 @@ class Packer:
             The packs that were read.
         """
         new = Batch(batch.step, tuple(group for group in batch.groups if rollout_key(group.rollouts[0]) not in found))
-        packs = self.packs(new, range(len(new.groups)), scored=True)
+        packs, rollouts = self.packs(new, range(len(new.groups)), scored=True), new.rollouts
         for plan, _ in packs:
             result = self._policy(plan)
             values = self.values(plan, result.answer_logp)
-            owner = plan.rollout[: plan.n_decisions]
-            for i in np.unique(owner).tolist():
-                found[rollout_key(new.rollouts[i])] = Found(values.get(i), result.decision_logp[owner == i])
+            numbers, starts = decision_runs(plan)
+            for i, logp in zip(numbers, np.split(result.decision_logp, starts[1:]), strict=True):
+                found[rollout_key(rollouts[i])] = Found(values.get(i), logp)
         return packs
 
     def scores(self, groups: Sequence[Group], found: Scored) -> tuple[TurnScores, ...]:
@@ -120,3 +120,47 @@ class Packer:
 def rollout_key(rollout: Rollout) -> tuple[str, int]:
     """Under which ``Scored`` has a rollout."""
     return rollout.question.id, rollout.index
+
+
+def decision_runs(plan: TreePlan) -> tuple[list[int], np.ndarray]:
+    """The rollouts of a pack, by their numbers in the batch, and where each one's decision pairs begin: they are
+    contiguous and in order."""
+    owner = plan.rollout[: plan.n_decisions]
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    return owner[starts].tolist(), starts
+
+
+def of_pairs(plan: TreePlan, per_rollout: Mapping[int, np.ndarray] | Sequence[np.ndarray]) -> np.ndarray:
+    """Numbers of each rollout's decision tokens, in the order of the plan's decision pairs: float32 [D]."""
+    return np.concatenate([per_rollout[i] for i in decision_runs(plan)[0]]).astype(np.float32)
+
+
+def advantages_of_pairs(plan: TreePlan, scores: Mapping[int, TurnScores] | Sequence[TurnScores]) -> np.ndarray:
+    """A_t of the turn of each decision pair: float32 [D]."""
+    numbers, starts = decision_runs(plan)
+    advantages = [scores[i].advantages for i in numbers]
+    first = np.cumsum([0, *map(len, advantages[:-1])])  # of each rollout, in the concatenated ones
+    n = plan.n_decisions
+    place = np.repeat(first, np.diff(starts, append=n)) + plan.turn[:n]
+    return np.concatenate(advantages)[place].astype(np.float32)
+
+
+def answer_means(plan: TreePlan, answer_logp: np.ndarray) -> dict[int, np.ndarray]:
+    """Mean log-probability of each accepted answer after each prefix: rollout number -> float64 [answers, T].
+
+    Args:
+        answer_logp: of each answer pair, in the plan's order: float64 [M - D].
+    """
+    rollout, turn, answer = (x[plan.n_decisions :] for x in (plan.rollout, plan.turn, plan.answer))
+    if not len(rollout):
+        return {}
+    numbers, number = np.unique(rollout, return_inverse=True)
+    answers, turns = np.zeros((2, len(numbers)), dtype=np.int64)
+    np.maximum.at(answers, number, answer + 1)
+    np.maximum.at(turns, number, turn + 1)
+    shape = len(numbers), answers.max(), turns.max()
+    cell = np.ravel_multi_index((number, answer, turn), shape)
+    total = np.bincount(cell, answer_logp, np.prod(shape)).reshape(shape)
+    count = np.bincount(cell, minlength=np.prod(shape)).reshape(shape)
+    means = total / np.maximum(count, 1)
+    return {int(i): means[r, : answers[r], : turns[r]] for r, i in enumerate(numbers)}

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from igpo_fast.model import hidden_states, lm_head
 from igpo_fast.types import Group
 from igpo_kernels import (
-    ANSWER,
     Branch,
     LossSettings,
     RolloutTokens,
@@ -176,18 +175,3 @@ def make_trees(
         )
         for i, (group, group_numbers) in enumerate(zip(groups, numbers, strict=True))
     ]
-
-
-def answer_means(plan: TreePlan, answer_logp: np.ndarray) -> dict[int, np.ndarray]:
-    """Mean log-probability of each accepted answer after each prefix: rollout number -> float64 [answers, T]."""
-    at = plan.kind == ANSWER
-    rollout, turn, answer = plan.rollout[at], plan.turn[at], plan.answer[at]
-    means = {}
-    for number in np.unique(rollout):
-        mine = rollout == number
-        shape = answer[mine].max() + 1, turn[mine].max() + 1
-        total, count = np.zeros(shape), np.zeros(shape)
-        np.add.at(total, (answer[mine], turn[mine]), answer_logp[mine])
-        np.add.at(count, (answer[mine], turn[mine]), 1)
-        means[int(number)] = total / count
-    return means

@@ -1,6 +1,6 @@
 """turn_advantages: hand-worked numbers for every normaliser, exact zeros, torch path against reference."""
 
-from itertools import accumulate
+from itertools import accumulate, product
 from math import fsum
 
 import pytest
@@ -42,6 +42,7 @@ def advantages(groups, normaliser, gamma=1.0, backend="auto", dtype=torch.float6
 # Outcomes {1, 0}: mean .5, std .5, z = 1, -1.
 GROUP = [[[1.0, 3.0, 1.0], [2.0, 0.0]]]
 PLAIN = dict(min_std=0.0)
+RELEASED = dict(min_std=1e-6, outcome_min_std=1e-6, min_var=1e-8)
 
 WORKED = {
     # A: 1, then 1.2247449 + 1, then -1.2247449 + that. B: -1, then 0 - 1.
@@ -79,12 +80,42 @@ WORKED = {
         1.0,
         [1.4142136, 1.4142136, -1.4142136, 0.0],
     ),
-    # The floor raises only the gains' divisor, to 2: B's gain is -2 / 2.
+    # The floor is the pool's and raises its divisor to 2: 0, 2 / 2 and -2 / 2, 0. The outcomes' own has no say.
     "joint, floor": (
         [[[2.0, 4.0], [0.0, 2.0]]],
-        Normaliser("joint", min_std=2 - 2**0.5),
+        Normaliser("joint", min_std=2 - 2**0.5, outcome_min_std=7.0),
         1.0,
-        [1.4142136, 1.4142136, -1.0, 0.0],
+        [1.0, 1.0, -1.0, 0.0],
+    ),
+    # Outcomes / (.5 + .5): .5, -.5; gains as in "separate".
+    "floor of outcomes": (
+        GROUP,
+        Normaliser(outcome_min_std=0.5, **PLAIN),
+        1.0,
+        [0.5, 1.7247449, 0.5, -0.5, -0.5],
+    ),
+    # Var 2/3 + 1/3 of gains: -1, 1, 0; .25 + 1/3 of outcomes: .5 / .7637626 = .6546537.
+    "variance's floor": (
+        GROUP,
+        Normaliser(min_var=1 / 3, **PLAIN),
+        1.0,
+        [0.6546537, 1.6546537, 0.6546537, -0.6546537, -0.6546537],
+    ),
+    # The authors' code, sqrt(var + 1e-8) + 1e-6. Gains {2e-5, 0}: var 1e-10, sqrt(1.01e-8) = 1.0049876e-4, divisor
+    # 1.0149876e-4: +-.0985234. Outcomes {1, .9999}: var 2.5e-9, sqrt(1.25e-8) = 1.1180340e-4, divisor 1.1280340e-4:
+    # +-5e-5 / that = +-.4432491.
+    "released": (
+        [[[2e-5, 1.0], [0.0, 0.9999]]],
+        Normaliser(**RELEASED),
+        1.0,
+        [0.5417725, 0.4432491, -0.5417725, -0.4432491],
+    ),
+    # Pool {2, 4, 0, 2} * 1e-4: var 2e-8, sqrt(3e-8) = 1.7320508e-4, divisor 1.7420508e-4: 0, 1.1480722, -1.1480722, 0.
+    "released, joint": (
+        [[[2e-4, 4e-4], [0.0, 2e-4]]],
+        Normaliser("joint", **RELEASED),
+        1.0,
+        [1.1480722, 1.1480722, -1.1480722, 0.0],
     ),
     # Gains keep their mean: 2 / 1.4142136 and 0.
     "joint, uncentred": (
@@ -175,10 +206,10 @@ def test_normalises_before_discounting(backend):
 def test_equal_rewards_give_exact_zeros(backend, pool, dtype, reward, rollouts):
     for scope in ("group", "batch"):
         for center in (True, False):
-            normaliser = Normaliser(pool, center=center, min_std=0.0, scope=scope)
             one_turn = [[[reward]] * rollouts] * 2
             two_turns = [[[reward, reward]] * rollouts] * 2
-            for groups in (one_turn, two_turns):
+            for floors, groups in product((PLAIN, RELEASED), (one_turn, two_turns)):
+                normaliser = Normaliser(pool, center=center, scope=scope, **floors)
                 result = advantages(groups, normaliser, backend=backend, dtype=dtype)
                 assert result == [0.0] * len(result)
 
@@ -203,7 +234,8 @@ def test_one_turn_question_reduces_to_outcome_only(backend):
     groups = [[[0.2], [0.9], [0.4]], [[1.0], [-2.0]]]
     outcome_only = advantages(groups, Normaliser(gain_weight=0.0), backend=backend)
     for pool in POOLS:
-        assert advantages(groups, Normaliser(pool, min_std=0.05), 0.9, backend) == outcome_only
+        floor = 0.0 if pool == "joint" else 0.05  # a joint pool's floor is of outcomes, too
+        assert advantages(groups, Normaliser(pool, min_std=floor), 0.9, backend) == outcome_only
 
 
 rewards = st.integers(-300, 300).map(lambda n: n / 100)
@@ -214,6 +246,8 @@ normalisers = st.builds(
     gate=st.sampled_from([0.0, 0.02, 1.0]),
     center=st.booleans(),
     min_std=st.sampled_from([0.0, 1e-6, 0.05]),
+    outcome_min_std=st.sampled_from([0.0, 1e-6, 0.05]),
+    min_var=st.sampled_from([0.0, 1e-8, 0.1]),
     gain_weight=st.sampled_from([0.0, 0.3, 1.0]),
     outcome_weight=st.sampled_from([0.0, 0.7, 1.0]),
     scale_std=st.booleans(),
@@ -313,7 +347,10 @@ def test_refuses_bad_arguments():
     refused("token_offsets", token_offsets=torch.arange(6), n_tokens=4)
 
 
-@pytest.mark.parametrize("bad", [{"pool": "both"}, {"scope": "rank"}, {"gate": -1.0}, {"min_std": float("nan")}])
+@pytest.mark.parametrize("bad", [
+    {"pool": "both"}, {"scope": "rank"}, {"gate": -1.0}, {"min_std": float("nan")}, {"outcome_min_std": -1e-6},
+    {"min_var": float("inf")},
+])  # fmt: skip
 def test_normaliser_refuses(bad):
     with pytest.raises(ValueError, match=f"Normaliser.{next(iter(bad))}"):
         Normaliser(**bad)

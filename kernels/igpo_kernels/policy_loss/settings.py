@@ -36,6 +36,11 @@ class LossSettings:
     """``truncate``: min(weight, cap). ``mask``: drop where the weight exceeds the cap."""
     importance_cap: float = 2.0
 
+    @property
+    def needs_sequence(self) -> bool:
+        """Whether the loss must know which rollout a pair belongs to, and see all of a rollout's pairs at once."""
+        return self.sequence_ratio or self.importance == "sequence"
+
     def __post_init__(self):
         for name, choices in (("importance", IMPORTANCE), ("importance_mode", IMPORTANCE_MODES)):
             if getattr(self, name) not in choices:

@@ -31,7 +31,11 @@ class Normaliser:
     center: bool = True
     """Subtract the pool's mean from gains; outcomes always lose theirs."""
     min_std: float = 1e-6
-    """Added to the standard deviation that divides gains; outcomes have no floor."""
+    """Added to the standard deviation that divides gains; in a joint pool, to that of all its rewards."""
+    outcome_min_std: float = 0.0
+    """Added to the standard deviation that divides outcomes; not used in a joint pool."""
+    min_var: float = 0.0
+    """Added to every pool's variance before its square root is taken."""
     gain_weight: float = 1.0
     """Multiplies normalised gains. A joint pool's statistics count them even at 0."""
     outcome_weight: float = 1.0
@@ -41,16 +45,21 @@ class Normaliser:
     leave_one_out: bool = False
     """Outcomes lose the mean of the others in their pool instead of the mean of all (RLOO)."""
     scope: Scope = "group"
-    """What a pool spans: one group, or the whole batch (REINFORCE++)."""
+    """What a pool spans: one group, or the whole batch."""
 
     def __post_init__(self):
         for name, known in (("pool", get_args(Pool)), ("scope", get_args(Scope))):
             if getattr(self, name) not in known:
                 raise ValueError(f"Normaliser.{name}: got {getattr(self, name)!r}; expected one of {known}")
-        for name in ("gate", "min_std"):
+        for name in ("gate", "min_std", "outcome_min_std", "min_var"):
             value = getattr(self, name)
             if not isfinite(value) or value < 0:
                 raise ValueError(f"Normaliser.{name}: got {value}; expected a finite number >= 0")
+
+    @property
+    def outcome_floor(self) -> float:
+        """What is added to the standard deviation that divides outcomes: a joint pool has one floor."""
+        return self.min_std if self.pool == "joint" else self.outcome_min_std
 
 
 def turn_advantages_reference(
@@ -98,13 +107,14 @@ def _normalise(pool: list[float], kinds: list[int], n: Normaliser) -> list[float
     if not pool or max(pool) == min(pool):
         return [0.0] * len(pool)
     mean = fsum(pool) / len(pool)
-    std = sqrt(fsum((x - mean) ** 2 for x in pool) / len(pool))
-    if std == 0:  # the squares underflow
+    variance = fsum((x - mean) ** 2 for x in pool) / len(pool)
+    if variance == 0:  # the squares underflow
         return [0.0] * len(pool)
+    std = sqrt(variance + n.min_var)
     others = len(pool) / (len(pool) - 1) if n.leave_one_out else 1.0
     normalised = []
     for x, kind in zip(pool, kinds, strict=True):
         deviation = (x - mean * n.center) if kind == GAIN else (x - mean) * others
-        scale = std + (n.min_std if kind == GAIN else 0.0)
+        scale = std + (n.min_std if kind == GAIN else n.outcome_floor)
         normalised.append(deviation / scale if n.scale_std else deviation)
     return normalised

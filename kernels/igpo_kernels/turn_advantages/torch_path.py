@@ -36,15 +36,16 @@ def turn_advantages_torch(
         statistics = r.new_empty(4, len(r))
         statistics[:, gain] = _statistics(r[gain], lengths["gain"])
         statistics[:, ~gain] = _statistics(r[~gain], lengths["outcome"])
-    mean, std, count, spread = statistics
+    mean, variance, count, spread = statistics
 
     z = torch.where(gain, r - mean * n.center, r - mean)
     if n.leave_one_out:
         z = torch.where(gain, z, z * count / (count - 1))
     if n.scale_std:
-        z = z / torch.where(gain, std + n.min_std, std)
-    # Equal rewards are told by their spread: their rounded mean, and so their std, can be off zero.
-    z = z.masked_fill((spread == 0) | (std == 0), 0.0)
+        std = (variance + n.min_var).sqrt()
+        z = z / torch.where(gain, std + n.min_std, std + n.outcome_floor)
+    # Equal rewards are told by their spread: their rounded mean, and so their variance, can be off zero.
+    z = z.masked_fill((spread == 0) | (variance == 0), 0.0)
 
     if n.pool == "scaled_separate":
         size = {
@@ -61,7 +62,7 @@ def turn_advantages_torch(
 
 
 def _statistics(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Mean, population std, count, max - min of each segment, repeated for its elements: [4, len(x)]."""
+    """Mean, population variance, count, max - min of each segment, repeated for its elements: [4, len(x)]."""
 
     def each(per_segment: torch.Tensor) -> torch.Tensor:
         return per_segment.repeat_interleave(lengths, output_size=len(x))
@@ -69,7 +70,7 @@ def _statistics(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     mean = each(torch.segment_reduce(x, "mean", lengths=lengths))
     variance = torch.segment_reduce((x - mean).square(), "mean", lengths=lengths)
     spread = torch.segment_reduce(x, "max", lengths=lengths) - torch.segment_reduce(x, "min", lengths=lengths)
-    return torch.stack([mean, each(variance.sqrt()), each(lengths.double()), each(spread)])
+    return torch.stack([mean, each(variance), each(lengths.double()), each(spread)])
 
 
 def _discount(r: torch.Tensor, rollout_offsets: torch.Tensor, gamma: float) -> torch.Tensor:

@@ -97,7 +97,7 @@ def sum_of_sizes(x, member, shift):
 def statistics(
     reward_ptr, kind_ptr, begin, end, top, tiles, gate, count_g, count_o, JOINT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Mean and population standard deviation of the gains' pool and of the outcomes'.
+    """Mean and population variance of the gains' pool and of the outcomes'.
 
     A rounded mean can lie outside the numbers it is of. Held between the smallest and the largest it is exact for equal
     numbers, which then deviate by exactly 0.
@@ -120,7 +120,14 @@ def statistics(
         in_g, in_o = pools(gain, outcome, JOINT)
         squares_g += sum_of_squares(x, in_g, mean_g)
         squares_o += sum_of_squares(x, in_o, mean_o)
-    return mean_g, tl.sqrt(squares_g / count_g), mean_o, tl.sqrt(squares_o / count_o)
+    return mean_g, squares_g / count_g, mean_o, squares_o / count_o
+
+
+@triton.jit
+def scale_of(variance, numerator, min_var, floor, scale_std):
+    """What a deviation is multiplied by. A variance of 0: equal rewards, or squares that underflow."""
+    divisor = tl.where(scale_std != 0, tl.sqrt(variance + min_var) + floor, 1.0)
+    return tl.where(variance == 0, 0.0, numerator / divisor)
 
 
 @triton.jit
@@ -180,8 +187,8 @@ def spread_to_tokens(
 def turn_advantages_kernel(
     reward_ptr, kind_ptr, rollout_offset_ptr, group_offset_ptr, token_offset_ptr, advantage_ptr, out_ptr,
     groups_per_pool: tl.int64, splits: tl.int64, n_tokens: tl.int64, gamma: tl.float64, gate: tl.float64,
-    center: tl.float64, min_std: tl.float64, gain_weight: tl.float64, outcome_weight: tl.float64,
-    scale_std: tl.int32, leave_one_out: tl.int32, POOL: tl.constexpr, BLOCK: tl.constexpr,
+    center: tl.float64, min_std: tl.float64, outcome_floor: tl.float64, min_var: tl.float64, gain_weight: tl.float64,
+    outcome_weight: tl.float64, scale_std: tl.int32, leave_one_out: tl.int32, POOL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Advantages [S] of pool ``program // splits``; with token_offset_ptr also this program's share of out [M].
 
@@ -201,14 +208,13 @@ def turn_advantages_kernel(
     count_g, count_o = gains, outcomes
     if POOL == "joint":
         count_g, count_o = (end - begin).to(tl.float64), (end - begin).to(tl.float64)
-    mean_g, std_g, mean_o, std_o = statistics(
+    mean_g, variance_g, mean_o, variance_o = statistics(
         reward_ptr, kind_ptr, begin, end, top, tiles, gate, count_g, count_o, POOL == "joint", BLOCK
     )
     shift_g, shift_o = mean_g * center, mean_o
     others = tl.where(leave_one_out != 0, count_o / tl.maximum(count_o - 1, 1), 1.0)
-    # A std of 0: equal rewards, or squares that underflow.
-    scale_g = tl.where(std_g == 0, 0.0, 1 / tl.where(scale_std != 0, std_g + min_std, 1.0))
-    scale_o = tl.where(std_o == 0, 0.0, others / tl.where(scale_std != 0, std_o, 1.0))
+    scale_g = scale_of(variance_g, 1.0, min_var, min_std, scale_std)
+    scale_o = scale_of(variance_o, others, min_var, outcome_floor, scale_std)
     if POOL == "scaled_separate":
         scale_g *= factor_of_gains(
             reward_ptr, kind_ptr, begin, end, top, tiles, gate, shift_g, scale_g / gains, shift_o, scale_o / outcomes,

@@ -44,9 +44,9 @@ def turn_advantages_triton(
         splits = max(1, min(config["PROGRAMS"] // pools, triton.cdiv(n_tokens, pools * config["BLOCK"])))
     turn_advantages_kernel[(pools * splits,)](
         rewards, kinds, rollout_offsets, group_offsets, token_offsets, advantages, out, groups // pools, splits,
-        n_tokens, float(gamma), float(n.gate), float(n.center), float(n.min_std), float(n.gain_weight),
-        float(n.outcome_weight), int(n.scale_std), int(n.leave_one_out), POOL=n.pool, BLOCK=config["BLOCK"],
-        **config.options(),
+        n_tokens, float(gamma), float(n.gate), float(n.center), float(n.min_std), float(n.outcome_floor),
+        float(n.min_var), float(n.gain_weight), float(n.outcome_weight), int(n.scale_std), int(n.leave_one_out),
+        POOL=n.pool, BLOCK=config["BLOCK"], **config.options(),
     )  # fmt: skip
     return advantages if out is None else out
 

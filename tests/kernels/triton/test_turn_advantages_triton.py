@@ -15,6 +15,7 @@ from tests.kernels.test_turn_advantages import (
     GROUP,
     PLAIN,
     POOLS,
+    RELEASED,
     WORKED,
     batches,
     normalisers,
@@ -100,8 +101,9 @@ def test_shipped_tiles(dtype, device, monkeypatch):
 @pytest.mark.parametrize("reward, rollouts", [(0.7, 15), (0.1, 10), (0.1, 3), (0.7, 1)])
 def test_equal_rewards_give_exact_zeros(reward, rollouts, dtype, device):
     for pool in POOLS:
-        normaliser = Normaliser(pool, center=False, min_std=0.0)
-        assert not run([[[reward] * 2] * rollouts] * 2, normaliser, dtype=dtype, device=device).any()
+        for floors in (PLAIN, RELEASED):
+            normaliser = Normaliser(pool, center=False, **floors)
+            assert not run([[[reward] * 2] * rollouts] * 2, normaliser, dtype=dtype, device=device).any()
 
 
 def test_squares_that_underflow_give_zeros(device):
@@ -117,8 +119,10 @@ def test_a_spread_that_float32_would_lose(device):
 def test_scalars_are_not_rounded_to_float32(device):
     # 0.1 in float32 is above 0.1: the gate would take a gain on its bound. gamma and floor would err by 1e-8.
     check([[[0.1, 0.5, 1.0], [-0.3, 0.2]]], Normaliser(gate=0.1, min_std=0.1, gain_weight=0.3), 0.1, device=device)
+    check([[[0.1, 0.5, 1.0], [-0.3, 0.2]]], Normaliser(outcome_min_std=0.1, min_var=0.1), device=device)
     source = inspect.getsource(triton_kernels)
-    assert all(f"{name}: tl.float64" in source for name in ("gamma", "gate", "center", "min_std", "gain_weight"))
+    names = ("gamma", "gate", "center", "min_std", "outcome_floor", "min_var", "gain_weight", "outcome_weight")
+    assert all(f"{name}: tl.float64" in source for name in names)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -171,7 +175,7 @@ def test_n_tokens_bounds_what_is_written(device):
     memory = torch.full((15,), 7.0, dtype=torch.float64, device=device)
     grid = (1,)
     KERNEL[grid](
-        *args, offsets, torch.empty_like(args[0]), memory, 1, 1, 10, 1.0, 0.0, 1.0, 1e-6, 1.0, 1.0, 1, 0,
+        *args, offsets, torch.empty_like(args[0]), memory, 1, 1, 10, 1.0, 0.0, 1.0, 1e-6, 0.0, 0.0, 1.0, 1.0, 1, 0,
         POOL="separate", BLOCK=8,
     )  # fmt: skip
     assert torch.equal(memory[:10], whole[:10]) and memory[10:].tolist() == [7.0] * 5
@@ -275,8 +279,8 @@ def test_every_knob_reaches_the_kernel(device):
     groups = [wave(4, 6, 1)]
     plain = run(groups, Normaliser(), device=device)
     changes = dict(
-        pool="joint", gate=0.5, center=False, min_std=0.5, gain_weight=0.5, outcome_weight=0.5, scale_std=False,
-        leave_one_out=True,
+        pool="joint", gate=0.5, center=False, min_std=0.5, outcome_min_std=0.5, min_var=0.5, gain_weight=0.5,
+        outcome_weight=0.5, scale_std=False, leave_one_out=True,
     )  # fmt: skip
     for change in [*({name: value} for name, value in changes.items()), {"pool": "scaled_separate"}]:
         assert not torch.allclose(run(groups, replace(Normaliser(), **change), device=device), plain), change

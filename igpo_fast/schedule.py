@@ -1,0 +1,39 @@
+"""The learning rate's course over a run."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def schedule_factor(update: int, warmup: int, total: int, schedule: Schedule) -> float:
+    """What the peak learning rate is multiplied by in an update.
+
+    Never 0 within a run: an update that changes nothing would cost as much as any other. (transformers' schedules
+    begin their warm-up at 0.)
+
+    Args:
+        update: from 0.
+        warmup: updates of the warm-up; the last of them has the peak rate.
+        total: updates of the run.
+
+    >>> [schedule_factor(update, 2, 6, "linear") for update in range(6)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if update < warmup:
+        return (update + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    left = max(0.0, (total - update) / max(1, total - warmup))
+    return left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+
+
+def make_scheduler(optimizer: Optimizer, schedule: Schedule, warmup: int, total: int) -> LambdaLR:
+    """``schedule_factor`` times the optimiser's learning rate, a step an update."""
+    return LambdaLR(optimizer, partial(schedule_factor, warmup=warmup, total=total, schedule=schedule))
