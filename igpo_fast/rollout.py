@@ -13,7 +13,7 @@ from igpo_fast.dialect import Dialect
 from igpo_fast.engines.base import Engine, Request, Sampling
 from igpo_fast.errors import InputError
 from igpo_fast.tools.base import Tool
-from igpo_fast.types import ANSWER, SEARCH, Question, Rollout, Turn
+from igpo_fast.types import ANSWER, SEARCH, Question, Rollout, Turn, truncation
 
 NOTHING = np.zeros(0, dtype=np.int32)
 
@@ -119,4 +119,5 @@ async def run_rollout(
             ids = extended
     finally:
         engine.release(key)
-    return Rollout(question, index, prompt, (*turns, last))
+    truncated = truncation(action, generation.finished, len(turns) + 1 == limits.max_turns)
+    return Rollout(question, index, prompt, (*turns, last), truncated)

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from igpo_fast import model
-from igpo_fast.advantages import ALGORITHMS, Recipe
+from igpo_fast.advantages import recipe_of
 from igpo_fast.config import Config
 from igpo_fast.data import Data, load_data, question_order, without_long
 from igpo_fast.dialect import Dialect, make_dialect
@@ -25,7 +25,7 @@ from igpo_fast.tools.base import Tool
 from igpo_fast.tools.limited import LimitedTool
 from igpo_fast.tools.search import make_search
 from igpo_fast.types import Question
-from igpo_kernels import Branch, LossSettings, triton_variants
+from igpo_kernels import Branch, triton_variants
 from igpo_kernels.huggingface import heads_of
 from igpo_kernels.tree_attention import automatic
 
@@ -168,28 +168,9 @@ def _kernels(config: Config, lm: PreTrainedModel) -> str:
     return ", ".join(f"{op} {name}" for op, name in names.items())
 
 
-def recipe_of(config: Config) -> Recipe:
-    a = config.algorithm
-    return Recipe(
-        algorithm=a.name, basis=a.basis, answers=a.answers, pool=a.pool, gate=a.ig_gate, center=a.ig_center,
-        min_std=a.ig_min_std, gamma=a.gamma, format_penalty=a.format_penalty, outcome=a.outcome,
-        f1_normalisation=a.f1_normalisation,
-    )  # fmt: skip
-
-
-def loss_settings_of(config: Config) -> LossSettings:
-    a = config.algorithm
-    return LossSettings(
-        clip_low=a.clip_low, clip_high=a.clip_high, dual_clip=a.dual_clip, kl=a.kl, entropy=a.entropy,
-        sequence_ratio=ALGORITHMS[a.name].sequence_ratio, importance=a.importance,
-        importance_mode=a.importance_mode, importance_cap=a.importance_cap,
-    )  # fmt: skip
-
-
 def _branches(config: Config, dialect: Dialect, question: Question) -> Sequence[Branch]:
-    if not ALGORITHMS[config.algorithm.name].needs_values:
-        return ()
-    return dialect.branches(question)[: 1 if config.algorithm.answers == "first" else None]
+    count = recipe_of(config.algorithm).scored_answers
+    return () if count == 0 else dialect.branches(question)[:count]
 
 
 def _small_model(config: Config, vocab_size: int, eos_token_id: int | None) -> PreTrainedModel:

@@ -35,6 +35,7 @@ def record_of(rollout: Rollout, scores: TurnScores | None = None) -> dict[str, A
         "dataset": question.dataset,
         "index": rollout.index,
         "answer": rollout.answer,
+        "truncated": rollout.truncated,
         "outcome": outcome,
         "f1": f1,
         "em": em,
@@ -92,7 +93,8 @@ def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, TurnScores | None]:
         )
         for turn in record["turns"]
     )
-    rollout = Rollout(question, record["index"], np.array(record["prompt_ids"], np.int32), turns)
+    prompt, truncated = np.array(record["prompt_ids"], np.int32), record.get("truncated", "")
+    rollout = Rollout(question, record["index"], prompt, turns, truncated)
     if record["outcome"] is None:
         return rollout, None
     gains = [turn["info_gain"] for turn in record["turns"][:-1]]

@@ -18,8 +18,9 @@ from igpo_fast.config import Config
 from igpo_fast.display import Display
 from igpo_fast.errors import RunError
 from igpo_fast.interrupt import Interrupted, stop_requested
-from igpo_fast.metrics import StepMetrics, ordered, tracker, warnings_for
+from igpo_fast.metrics import StepMetrics, ordered, tracker
 from igpo_fast.run.records import record_of
+from igpo_fast.signatures import warnings_for
 from igpo_fast.types import Batch, Evaluation
 
 

@@ -15,12 +15,11 @@ import numpy as np
 
 from igpo_fast.advantages import Recipe, reward_metrics, score_rollouts
 from igpo_fast.errors import DivergedError
-from igpo_fast.losses import Aggregation, token_weights
+from igpo_fast.losses import Aggregation, importance_counts, measured, token_weights
 from igpo_fast.types import Batch, TurnScores
 from igpo_fast.update.learner import Learner
-from igpo_fast.update.packs import Pack, Packer, Scored, rollout_key
+from igpo_fast.update.packs import Pack, Packer, Scored, advantages_of_pairs, of_pairs, rollout_key
 from igpo_fast.update.scoring import LossInputs
-from igpo_kernels import TreePlan
 
 PerRollout = Mapping[int, np.ndarray]
 """By a rollout's number in the batch: a float32 per decision token."""
@@ -50,6 +49,7 @@ class Updater:
 
     Args:
         passes: ``one`` or ``two``, chosen once a run.
+        most_tokens: decision tokens of the longest rollout that the limits allow.
         updates: optimiser steps per batch, each on its share of the groups; one pass takes one.
         mismatch_stop: raise before anything changes where the engine's log-probabilities differ more than this from
             the trainer's, on average over the batch's tokens; 0 never does.
@@ -57,10 +57,11 @@ class Updater:
 
     def __init__(
         self, learner: Learner, packer: Packer, recipe: Recipe, *, passes: str, updates: int, aggregation: Aggregation,
-        mismatch_stop: float, progress: Progress,
+        most_tokens: int, mismatch_stop: float, progress: Progress,
     ):  # fmt: skip
         self._learner, self._packer, self._recipe, self._passes = learner, packer, recipe, passes
         self._updates, self._aggregation, self._mismatch_stop = updates, aggregation, mismatch_stop
+        self._most_tokens = most_tokens
         self._progress = progress
 
     def __call__(self, batch: Batch, found: Scored, row: Row) -> Batch:
@@ -73,7 +74,7 @@ class Updater:
         """
         one_pass = self._passes == "one"
         scores = self._one_pass(batch, row) if one_pass else self._two_passes(batch, found, row)
-        row.set(reward_metrics(batch.groups, scores))
+        row.set(reward_metrics(batch.groups, scores, self._recipe.gate))
         separate = self._packer.separate_tokens(batch)
         row.set(
             {
@@ -103,7 +104,7 @@ class Updater:
                 groups = [batch.groups[g] for g in pack.groups]
                 scored = score_rollouts(groups, [values[i] for i in inside], self._recipe)
                 scores.update(zip(inside, scored, strict=True))
-                return _advantages(pack.plan, scores)
+                return advantages_of_pairs(pack.plan, scores)
 
             self._step(batch, packs, weights, row, scores=scores, advantages_of=advantages_of)
         return tuple(scores[i] for i in range(len(batch.rollouts)))
@@ -149,9 +150,9 @@ class Updater:
             plan = pack.plan
             inputs = LossInputs(
                 weights=weights[plan.rollout[: plan.n_decisions]].astype(np.float32),
-                advantages=None if advantages_of else _advantages(plan, scores),
-                old_logp=None if old_logp is None else _of_pairs(plan, old_logp),
-                engine_logp=_of_pairs(plan, engine_logp),
+                advantages=None if advantages_of else advantages_of_pairs(plan, scores),
+                old_logp=None if old_logp is None else of_pairs(plan, old_logp),
+                engine_logp=of_pairs(plan, engine_logp),
                 ref_logp=self._learner.reference(plan),
             )
             result = self._learner(plan, inputs, advantages_of and (lambda logp, pack=pack: advantages_of(pack, logp)))
@@ -159,9 +160,12 @@ class Updater:
             row.add(pack.tokens)
             anchor = result.decision_logp if inputs.old_logp is None else inputs.old_logp
             row.largest({"mismatch/logp_abs_max": np.abs(anchor - inputs.engine_logp).max()})
-            sums.append(result.sums)
+            owner = plan.rollout[: plan.n_decisions]
+            counts = importance_counts(anchor, inputs.engine_logp, owner, self._learner.policy.settings)
+            sums.append(measured(result.sums, inputs) | counts)
         if old_logp is None:
             self._check_mismatch(batch.step, sum(s["mismatch"] for s in sums) / sum(s["tokens"] for s in sums))
+        row.set({"train/lr": self._learner.lr})
         norm = self._learner.step(sound=all(math.isfinite(s["policy"]) for s in sums))
         if norm is None:
             row.add({"loss/skipped": 1})
@@ -185,19 +189,5 @@ class Updater:
         inside = np.repeat(np.isin(np.arange(len(batch.groups)), share), [len(g.rollouts) for g in batch.groups])
         weights = np.zeros(len(inside))
         lengths = [r.decision_tokens for r, mine in zip(batch.rollouts, inside, strict=True) if mine]
-        weights[inside] = token_weights(lengths, self._aggregation)
+        weights[inside] = token_weights(lengths, self._aggregation, self._most_tokens)
         return weights
-
-
-def _advantages(plan: TreePlan, scores: Mapping[int, TurnScores]) -> np.ndarray:
-    """A_t of the turn of each decision pair: float32 [D]."""
-    n = plan.n_decisions
-    pairs = zip(plan.rollout[:n].tolist(), plan.turn[:n].tolist(), strict=True)
-    return np.array([scores[i].advantages[t] for i, t in pairs], dtype=np.float32)
-
-
-def _of_pairs(plan: TreePlan, per_rollout: PerRollout) -> np.ndarray:
-    """Numbers of each rollout's decision tokens, in the order of the plan's decision pairs: float32 [D]."""
-    owner = plan.rollout[: plan.n_decisions]
-    first = np.flatnonzero(np.diff(owner, prepend=-1))  # a rollout's decision pairs are contiguous and in order
-    return np.concatenate([per_rollout[int(owner[at])] for at in first]).astype(np.float32)
