@@ -20,8 +20,8 @@ def fault(url: str) -> str:
         return "it begins with neither http:// nor https://"
     if not host or port == 0:
         return "it names no host" if not host else "port 0 is no server's"
-    if "***" in parts.netloc:
-        return "its credentials are masked, as in a run's config.yaml: give the whole URL again"
+    if "***" in url:
+        return "its secrets are masked, as in a run's config.yaml: give the whole URL again"
     return ""
 
 

@@ -21,7 +21,6 @@ from igpo_fast.rollout import Limits, opening
 from igpo_fast.sft import Progress, warm_start
 from igpo_fast.tokenizer import load_tokenizer
 from igpo_fast.tools.base import Tool, settle
-from igpo_fast.tools.limited import LimitedTool
 from igpo_fast.tools.search import make_search
 from igpo_kernels import triton_variants
 
@@ -75,7 +74,7 @@ class Parts:
             progress=progress,
         )
         counts, _ = settle(tool, "evaluation")
-        return found | ({"eval/search_failures": counts["tool/failures"]} if counts else {})
+        return found | ({"eval/search_failures": counts["tool/failures"]} if "tool/failures" in counts else {})
 
 
 def assemble(config: Config, *, weights: str | None = None, sft_progress: Progress | None = None) -> Parts:
@@ -120,7 +119,7 @@ def assemble(config: Config, *, weights: str | None = None, sft_progress: Progre
     if config.model.gradient_checkpointing:
         model.recompute_layers(lm)
     engine = _make_engine(config, lm, tokenizer)
-    return Parts(config, data, tokenizer, dialect, _limited(tool, config), lm, engine, limits, answer_tokens)
+    return Parts(config, data, tokenizer, dialect, tool, lm, engine, limits, answer_tokens)
 
 
 def _make_engine(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Engine:
@@ -128,15 +127,6 @@ def _make_engine(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedToken
         return vllm.make_engine(config, lm, tokenizer.decode)
     slots, tokens = config.rollout.concurrency, config.rollout.max_tokens
     return TorchEngine(lm, decode=tokenizer.decode, max_slots=slots, max_tokens=tokens)
-
-
-def _limited(tool: Tool, config: Config) -> Tool:
-    """With limits if it can fail: search in process never waits."""
-    if not hasattr(tool, "counts"):
-        return tool
-    search, rollout = config.search, config.rollout
-    failure_text = search.failure_text if search.on_failure == "text" else None
-    return LimitedTool(tool, calls=rollout.tool_calls, timeout=rollout.tool_timeout, failure_text=failure_text)
 
 
 def _check_questions(config: Config, data: Data, dialect: Dialect, limits: Limits) -> int:

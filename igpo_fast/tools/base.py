@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import dataclass
-from typing import Protocol
 
 from igpo_fast.errors import ToolError
 
-COUNTS = (
-    "calls", "failures", "retries",
-    "timeouts", "unreachable", "rate_limited", "server_errors", "refused", "malformed", "too_large",
-)  # fmt: skip
-"""What a tool counts: calls, those that failed for good, attempts after the first; then why attempts failed."""
+FOUND = ("calls", "passages", "empty")
+"""What every tool counts: calls, the passages they brought, and calls that brought none."""
+CAUSES = ("timeouts", "unreachable", "rate_limited", "server_errors", "refused", "malformed", "too_large")
+"""Why an attempt failed."""
+COUNTS = (*FOUND, "failures", "retries", *CAUSES)
+"""What a tool that can fail counts: also calls that failed for good, and attempts after the first."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,49 @@ class ToolResult:
     """What the policy reads in place of passages: the call failed for good. Empty if it did not."""
 
 
-class Tool(Protocol):
-    """A search tool: a query in, passages out.
+class Tool(ABC):
+    """A search tool: a query in, passages out. Calling it searches and counts; a tool defines ``search``."""
 
-    One that can fail has an attribute ``counts``, a Counter of ``COUNTS``; one that keeps connections has ``aclose``.
-    """
+    counted: tuple[str, ...] = FOUND
+    """The names in ``counts``, for the metrics."""
+    where = "data.corpus"
+    """The setting that says where the passages come from, for messages."""
+
+    def __init__(self):
+        self.counts: Counter[str] = Counter()
 
     async def __call__(self, query: str, corpus: str = "") -> ToolResult:
-        """Search ``corpus`` (``Question.corpus``) for ``query``."""
-        ...
+        """Search ``corpus`` (``Question.corpus``) for ``query``.
+
+        Raises:
+            ToolError: the search failed for good, and the policy is not to read so.
+        """
+        self.counts["calls"] += 1
+        try:
+            result = await self.search(query, corpus)
+        except ToolError:
+            self.counts["failures"] += 1
+            raise
+        if result.failure:
+            self.counts["failures"] += 1
+        else:
+            self.counts["passages"] += len(result.passages)
+            self.counts["empty"] += not result.passages
+        return result
+
+    @abstractmethod
+    async def search(self, query: str, corpus: str) -> ToolResult:
+        """What calling the tool brings."""
+
+    def check(self, query: str) -> None:  # noqa: B027 (most tools have nothing to check)
+        """See, before a run, that the tool answers ``query``. Nothing is counted.
+
+        Raises:
+            ToolError: it does not.
+        """
+
+    async def aclose(self) -> None:  # noqa: B027 (most tools keep nothing)
+        """Close what belongs to the running event loop, which ends. A later call opens it anew."""
 
 
 async def close(*parts: object) -> None:
@@ -55,22 +91,29 @@ def settle(tool: Tool, what: str) -> tuple[dict[str, float], str]:
     """What a tool counted during ``what`` ("step 3"), its counts set back to 0.
 
     Returns:
-        ``tool/NAME`` for each of ``COUNTS``, and a warning if calls failed for good, else ""; nothing of a tool that
-        does not count.
+        ``tool/NAME`` for each of ``tool.counted``, and a warning if calls failed for good or none found anything,
+        else "".
     Raises:
         ToolError: every call failed.
     """
-    if not hasattr(tool, "counts"):
-        return {}, ""
-    counts = {name: tool.counts[name] for name in COUNTS}
+    counts = Counter(tool.counts)
     tool.counts.clear()
-    found = {f"tool/{name}": float(count) for name, count in counts.items()}
     calls, failures = counts["calls"], counts["failures"]
-    if not failures:
-        return found, ""
-    why = ", ".join(f"{name.replace('_', ' ')} {counts[name]}" for name in COUNTS[3:] if counts[name])
-    if failures == calls:
+    why = ", ".join(f"{name.replace('_', ' ')} {counts[name]}" for name in CAUSES if counts[name])
+    if failures and failures == calls:
         raise ToolError(
-            f"{what}: every search failed ({calls} calls; {why}); see that the server at search.url answers"
+            f"{what}: every search failed ({calls:,} calls; {why}); see that the server at {tool.where} answers"
         )
-    return found, f"{what}: {failures:,} of {calls:,} searches failed for good ({why}); the policy read so"
+    warnings = []
+    if failures:
+        warnings.append(
+            f"{failures:,} of {calls:,} searches failed for good ({why}); the policy was shown search.failure_text "
+            "instead of passages"
+        )
+    if calls and counts["empty"] == calls - failures:
+        warnings.append(
+            f"none of {calls - failures:,} searches found a passage; see that {tool.where} has the passages that these "
+            "questions need"
+        )
+    found = {f"tool/{name}": float(counts[name]) for name in tool.counted}
+    return found, f"{what}: {'; '.join(warnings)}" if warnings else ""

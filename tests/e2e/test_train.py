@@ -15,6 +15,7 @@ from igpo_fast.metrics import KEYS
 from igpo_fast.model import hidden_states, lm_head
 from igpo_fast.model import load as load_model
 from igpo_fast.tokenizer import load_tokenizer
+from igpo_fast.tools.base import COUNTS, FOUND
 from igpo_fast.train import train
 from tests.tiny import STEPS, Recorder, rows, settings
 
@@ -25,7 +26,7 @@ GAIN_KEYS = {
 EVAL_KEYS = {"eval/f1", "eval/f1_se", "eval/em", "eval/turns"}
 OTHER_KEYS = {"tokens/read"}
 """Written beside those that the design promises."""
-SERVER_KEYS = {key for key in KEYS if key.startswith("tool/")} | {"eval/search_failures"}
+SERVER_KEYS = {f"tool/{name}" for name in set(COUNTS) - set(FOUND)} | {"eval/search_failures"}
 """Only where search can fail: these runs search in process."""
 RUNS = {
     **{name: ("algorithm.passes=one", f"algorithm.name={name}") for name in ALGORITHMS if name != "reinforce_pp"},
