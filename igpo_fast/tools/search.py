@@ -184,14 +184,16 @@ class HttpSearch(Tool):
             timeout=None, verify=self._ssl, auth=self._credentials, mounts=self._mounts, transport=self._transport
         )
         try:
-            async with asyncio.timeout(self._timeout):
-                return self._read(await self._fetch(client, query))
+            async with asyncio.timeout(self._timeout) as deadline:
+                content = await self._fetch(client, query)
+            if deadline.expired():  # what was cancelled went on regardless
+                raise TimeoutError
+            return self._read(content)
         except TimeoutError:
             raise _Failed("timeouts", f"no answer within {self._timeout:g} s") from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-            raise _Failed(
-                "unreachable", f"no answer ({' '.join(str(error).split()) or type(error).__name__})"
-            ) from None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise _Failed("unreachable", f"no answer ({reason})") from None
         finally:
             self._clients.put_nowait(client)
 
