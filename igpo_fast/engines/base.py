@@ -1,4 +1,4 @@
-"""What a rollout engine is."""
+"""The interface of rollout engines."""
 
 from __future__ import annotations
 

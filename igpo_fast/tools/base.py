@@ -1,4 +1,4 @@
-"""What a tool is, and how it fails."""
+"""The interface of tools: what they bring, how they fail, what they count."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from igpo_fast.errors import ToolError
 
 FOUND = ("calls", "passages", "empty")
-"""What every tool counts: calls, the passages they brought, and calls that brought none."""
+"""Counters of every tool: calls, passages they brought, calls that brought none."""
 CAUSES = ("timeouts", "unreachable", "rate_limited", "server_errors", "refused", "malformed", "too_large")
 """Why an attempt failed."""
 COUNTS = (*FOUND, "failures", "retries", *CAUSES)
-"""What a tool that can fail counts: also calls that failed for good, and attempts after the first."""
+"""Counters of a tool that can fail: also calls that failed for good, and attempts after the first."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Passage:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a tool call brought."""
+    """The result of a tool call."""
 
     passages: tuple[Passage, ...]
     """Best first; empty when nothing was found."""
     failure: str = ""
-    """What the policy reads in place of passages: the call failed for good. Empty if it did not."""
+    """Text that the policy reads in place of passages, when the call failed for good; empty if it did not."""
 
 
 class Tool(ABC):
@@ -50,7 +50,7 @@ class Tool(ABC):
         """Search ``corpus`` (``Question.corpus``) for ``query``.
 
         Raises:
-            ToolError: the search failed for good, and the policy is not to read so.
+            ToolError: the search failed for good, and no text is to be shown in its place.
         """
         self.counts["calls"] += 1
         try:
@@ -67,7 +67,7 @@ class Tool(ABC):
 
     @abstractmethod
     async def search(self, query: str, corpus: str) -> ToolResult:
-        """What calling the tool brings."""
+        """Find the passages; ``__call__`` counts them."""
 
     def check(self, query: str) -> None:  # noqa: B027 (most tools have nothing to check)
         """See, before a run, that the tool answers ``query``. Nothing is counted.
@@ -81,14 +81,14 @@ class Tool(ABC):
 
 
 async def close(*parts: object) -> None:
-    """Let tools and engines that have ``aclose`` close what belongs to this event loop, which ends."""
+    """Close what tools and engines keep for the running event loop, which ends; engines may have no ``aclose``."""
     for part in parts:
         if hasattr(part, "aclose"):
             await part.aclose()
 
 
 def settle(tool: Tool, what: str) -> tuple[dict[str, float], str]:
-    """What a tool counted during ``what`` ("step 3"), its counts set back to 0.
+    """Take a tool's counts of ``what`` ("step 3") and set them back to 0.
 
     Returns:
         ``tool/NAME`` for each of ``tool.counted``, and a warning if calls failed for good or none found anything,

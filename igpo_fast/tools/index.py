@@ -94,7 +94,7 @@ class Retriever(Protocol):
 
     kind: str
     settings: dict[str, object]
-    """What its files depend on, beside the corpus."""
+    """Everything that its files depend on, beside the corpus."""
 
     def build(self, documents: Documents, folder: Path, bar: Bar) -> None:
         """Write its files."""

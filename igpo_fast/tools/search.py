@@ -220,7 +220,7 @@ class HttpSearch(Tool):
         return bytes(content)
 
     def _remedy(self, response: httpx.Response | None = None) -> str:
-        """What to do about an answer that is not of the protocol, or none."""
+        """Advice about an answer that is not of the protocol; ``response`` is None if its status was 200."""
         status = response.status_code if response else 200
         if status in (401, 403, 407):
             return "give the credentials that it wants: search.url=http://user:password@host/..."

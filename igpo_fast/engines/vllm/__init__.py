@@ -24,7 +24,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""What vLLM reads at its import, where the user has not set it. OMP_NUM_THREADS is set too: to torch's threads."""
+"""Variables that vLLM reads when it is imported; a user's own values stay. OMP_NUM_THREADS is set to torch's threads."""
 
 TRANSFER = "its weight transfer"
 KEY = "IGPO_REPLICA_KEY"
@@ -47,8 +47,8 @@ def sync_method() -> str:
 
 
 def settings(dtype: str, *, on_cpu: bool, transfer: bool = True) -> dict[str, object]:
-    """What every vLLM that samples for a trainer needs, as keywords of ``EngineArgs``; weights are made up until the
-    trainer sends its own.
+    """Settings that every vLLM needs which samples for a trainer, as keywords of ``EngineArgs``. Weights are made up
+    until the trainer sends its own.
 
     Args:
         transfer: by vLLM's weight-transfer API (``sync_method``).

@@ -78,7 +78,7 @@ class VllmEngine:
         self._pump: asyncio.Task | None = None
 
     async def generate(self, request: Request) -> Generation:
-        """One turn (``Engine.generate``).
+        """Sample one turn (``Engine.generate``).
 
         Raises:
             ValueError: the request is empty, too long, or its key's second at a time.

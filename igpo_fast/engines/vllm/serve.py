@@ -30,12 +30,12 @@ LARGEST_BUCKET = 8 << 30
 LARGEST_CALL = 1 << 16
 """Bytes of a call of the worker's methods, which take no arguments."""
 METHODS = ("igpo_about", "igpo_fingerprints")
-"""What ``/collective_rpc`` may call: vLLM's other methods write files, among other things."""
+"""Methods that ``/collective_rpc`` may call. Others of vLLM's write files, among other things."""
 ROUTES = {
     "/inference/v1/generate", "/collective_rpc", "/pause", "/resume", "/weight_info", "/start_weight_update",
     "/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/metrics", "/version",
 }  # fmt: skip
-"""What a replica answers, beside ``/health``."""
+"""Routes that a replica answers, beside ``/health``."""
 
 
 def arguments(model: str, more: list[str], *, dtype: str, on_cpu: bool) -> list[str]:

@@ -40,7 +40,7 @@ LAUNCH = "start replicas with: python -m igpo_fast.engines.vllm.serve MODEL --po
 
 @dataclass
 class Replica:
-    """What is known of one server."""
+    """The state of one server, as far as it is known."""
 
     url: str
     up: bool = False
@@ -105,7 +105,7 @@ class VllmServers:
         self._http: httpx.AsyncClient
 
     async def generate(self, request: Request) -> Generation:
-        """One turn (``Engine.generate``).
+        """Sample one turn (``Engine.generate``).
 
         Raises:
             ValueError: the request is empty or too long.
@@ -380,7 +380,7 @@ async def _call(client: httpx.AsyncClient, replica: Replica, path: str, **body: 
 
 
 async def _call_worker(client: httpx.AsyncClient, replica: Replica, method: str) -> dict:
-    """What the worker (the first of several) returns."""
+    """The return value of a worker's method, the first worker's if there are several."""
     results = (await _call(client, replica, "collective_rpc", method=method)).get("results")
     if not isinstance(results, list) or not results or not isinstance(results[0], dict):
         raise httpx.DecodingError(f"{method}: no result")

@@ -37,7 +37,7 @@ class Bucket(WeightTransferUpdateInfo):
 
 
 class BucketTransfer(WeightTransferEngine[Nothing, Bucket]):
-    """What vLLM's worker calls in the course of an update: start, any number of buckets, finish."""
+    """The calls that vLLM's worker makes in an update: start, any number of buckets, finish."""
 
     init_info_cls, update_info_cls = Nothing, Bucket
 
