@@ -24,7 +24,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""Variables that vLLM reads when it is imported; a user's own values stay. OMP_NUM_THREADS is set to torch's threads."""
+"""Variables that vLLM reads when it is imported; the user's own stay. OMP_NUM_THREADS is set to torch's threads."""
 
 TRANSFER = "its weight transfer"
 KEY = "IGPO_REPLICA_KEY"
