@@ -36,7 +36,7 @@ def passages(tmp_path_factory):
 def options(folder, cache, *overrides):
     return settings(
         folder, cache, f"train.steps={STEPS}", f"rollout.group_size={GROUP}", f"train.questions={QUESTIONS}",
-        "train.checkpoint_every=100", "eval.every=0", "search.backoff=0.01", "search.retries=3", "search.timeout=2",
+        "train.checkpoint_every=100", "eval.every=0", "search.backoff=0.01", "search.retries=3", "search.timeout=60",
         f"search.failure_text={json.dumps(FAILURE)}", *overrides,
     )  # fmt: skip
 
@@ -120,7 +120,7 @@ def every(n, answer):
 
 def late(number, query):
     if number % 15 == 14:
-        time.sleep(0.7)
+        time.sleep(6)
 
 
 def hang_up(file):
@@ -136,7 +136,7 @@ def hang_up(file):
     [
         (every(5, (500, "oops")), "server_errors", ()),
         (every(5, (429, {}, {"Retry-After": "0"})), "rate_limited", ()),
-        (late, "timeouts", ("search.timeout=0.3",)),
+        (late, "timeouts", ("search.timeout=3",)),
         (every(5, (200, hang_up, {"Content-Length": "1000"})), "unreachable", ()),
     ],
     ids=["500", "429", "slow", "torn"],
@@ -169,7 +169,7 @@ def test_a_server_killed_in_a_step_and_started_again(passages, cache, clean, tmp
             after.append(Serving(corpus, tmp_path / "index", port=first.port))
 
     try:
-        train(options(tmp_path / "run", cache, f"search.url={first.url}", "search.retries=8"), Kills())
+        train(options(tmp_path / "run", cache, f"search.url={first.url}", "search.retries=13"), Kills())
         second = after[1]
         assert any("serving" in line for line in second.log) and "words 100%" not in second.log
         second.end()
