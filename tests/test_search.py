@@ -297,20 +297,17 @@ def test_who_backs_off_makes_room():
     assert order[0] == ("second", 2) and order[1][0] == "first" and 6 <= order[1][1] <= 8
 
 
-@pytest.mark.parametrize("retries", [1100, 3000])
-def test_many_retries_wait_thirty_seconds_each(retries):
+@pytest.mark.parametrize("backoff", [0, 0.5])
+def test_many_retries_do_not_overflow(backoff):
     """0.5 * 2**1024 is more than a float holds."""
 
     async def down():
         raise httpx.ConnectError("refused")
 
     network = Slow(0, x=down)
-    with pytest.raises(ToolError, match=f"after {retries + 1} attempts"):
-        seconds = jump(slow(network, retries=retries, backoff=0.5)("x"))[1]
-        assert 30 * (retries - 7) < seconds < 30 * retries
-    assert network.requests == retries + 1
-    with pytest.raises(ToolError):
-        jump(slow(Slow(0, x=down), retries=retries, backoff=0)("x"))
+    with pytest.raises(ToolError, match="after 1041 attempts"):
+        jump(slow(network, retries=1040, backoff=backoff)("x"))
+    assert network.requests == 1041
 
 
 X = 1 + 0x4ADF4367 / 2**33
