@@ -38,7 +38,6 @@ SESSION_KEYS = {
     "train.threads", "eval.every", "search.url", "search.timeout", "search.retries", "search.backoff",
     "search.concurrency", "search.max_response_mb", "search.on_failure", "rollout.server", "rollout.server_timeout",
     "rollout.gpu_memory", "rollout.mismatch_warn", "rollout.mismatch_stop",
-    "rollout.tool_calls", "rollout.tool_timeout",
 }  # fmt: skip
 
 

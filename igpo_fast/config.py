@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
-from igpo_fast.errors import InputError
+from igpo_fast.errors import InputError, masked
+from igpo_fast.net import fault
 from igpo_fast.types import Aggregation, Answers, Basis, Normalisation, Outcome, Pool
 
 Positive = Annotated[int, Field(ge=1)]
@@ -197,11 +198,6 @@ class Rollout(Section):
     concurrency: Positive = 256
     """Rollouts that the engine samples at a time. `torch` keeps their keys and values between turns: with it, those
     that wait for a tool count, too."""
-    tool_calls: Positive = 256
-    """Most calls of a tool that can fail (`search.url`) at a time; more wait their turn."""
-    tool_timeout: AboveZero = 300.0
-    """Seconds after which such a call is given up, its retries and its wait for one of `search.concurrency` included;
-    `search.on_failure` says what follows."""
     overlap: bool = True
     """With two passes: score finished groups while the others wait for their tools (and while replicas of `server`
     sample); no deadline runs meanwhile, and a vLLM on the same device stays awake. `false` scores all at the end, in
@@ -221,30 +217,47 @@ class Rollout(Section):
     straggler_factor: Annotated[float, Field(ge=1)] = 3.0
     """That time, as a multiple of the median duration of the rollouts that are done."""
 
+    @field_serializer("server", when_used="json")
+    def _masked(self, server: tuple[str, ...]) -> list[str]:
+        return [masked(url) for url in server]
+
 
 class Search(Section):
     url: str | None = None
-    """A server that speaks the Search-R1 retrieval protocol. Empty searches the corpus in process."""
+    """Address of a server that speaks Search-R1's retrieval protocol, like `http://127.0.0.1:8000/retrieve`, with
+    `user:password@` before the host if it wants them (config.yaml holds `***@` instead). Empty searches `data.corpus`
+    in process."""
     top_k: Positive = 2
     """Passages a search returns."""
     max_passage_tokens: Positive = 128
     """Longer passages are cut."""
     timeout: AboveZero = 30.0
-    """Seconds an attempt to reach the server may take."""
+    """Seconds that one attempt may take; a search takes at most `retries` + 1 of them and the back-offs."""
     retries: Count = 5
-    """Further attempts after a timeout, a lost connection, 408, 429 or 5xx."""
+    """Most attempts after the first, when one ends in a timeout, a lost connection, 408, 429 or 5xx."""
     backoff: NonNegative = 0.5
-    """Seconds before the first of them, doubled before each later one (at most 30); a Retry-After may ask for more. Up
-    to half as much is added, by query."""
+    """Seconds before the first retry, doubled before each later one, plus a jitter of up to 50 % derived from the
+    query. A server's Retry-After may ask for more. At most 30."""
     concurrency: Positive = 64
-    """Most requests at a time."""
+    """Most requests at a time; more searches wait their turn."""
     max_response_mb: AboveZero = 4.0
     """Larger answers (in 1e6 bytes) are refused."""
     on_failure: Literal["text", "stop"] = "text"
-    """When all attempts failed: `text` lets the policy read `failure_text`, counts it (`tool/failures`) and warns, and
-    stops only if every search of a step failed; `stop` stops at the first."""
+    """When all attempts of a search failed: `text` shows the policy `failure_text`, counts it (`tool/failures`) and
+    warns, and the run stops only if every search of a step failed; `stop` ends the run at the first."""
     failure_text: Annotated[str, Field(min_length=1)] = "The search service did not answer."
-    """What the policy then reads in place of passages."""
+    """What the policy reads in place of passages then."""
+
+    @field_validator("url")
+    @classmethod
+    def _can_be_asked(cls, url: str | None) -> str | None:
+        if url and "***" not in url and (why := fault(url)):
+            raise ValueError(f"{why}; give a URL like http://127.0.0.1:8000/retrieve")
+        return url
+
+    @field_serializer("url", when_used="json")
+    def _masked(self, url: str | None) -> str | None:
+        return url and masked(url)
 
 
 class Algorithm(Section):
@@ -418,8 +431,8 @@ class Config(Section):
             raise ValueError("rollout.server is for rollout.engine=vllm; set that, or leave the servers out")
         if r.dtype != "auto" and r.engine != "vllm":
             raise ValueError("rollout.dtype is for rollout.engine=vllm; set that, or leave it at auto")
-        if bad := [url for url in r.server if not url.startswith(("http://", "https://"))]:
-            raise ValueError(f"rollout.server: {bad[0]!r} is no URL; give [http://host:8000, ...]")
+        if bad := [url for url in r.server if "***" not in url and fault(url)]:
+            raise ValueError(f"rollout.server: {bad[0]!r} is no URL ({fault(bad[0])}); give [http://host:8000, ...]")
         if r.oversample and not (r.skip_collapsed or r.straggler_share < 1 or r.keep == "arrival"):
             raise ValueError(
                 "rollout.oversample needs something to choose by; set rollout.skip_collapsed, rollout.straggler_share "

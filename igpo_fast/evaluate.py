@@ -47,7 +47,7 @@ def evaluate(
     metrics["eval/f1_se"] = float(np.linalg.norm([of["f1_se"] for of in means.values()]) / len(means))
     if len(means) > 1:
         metrics |= {f"eval/{name}/{key}": value for name, of in means.items() for key, value in of.items()}
-    if counts:
+    if "tool/failures" in counts:
         metrics["eval/search_failures"] = counts["tool/failures"]
     return Evaluation(metrics, rollouts)
 

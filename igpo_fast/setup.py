@@ -21,8 +21,6 @@ from igpo_fast.errors import InputError
 from igpo_fast.rollout import Agent, Limits, opening
 from igpo_fast.sft import Progress, warm_start
 from igpo_fast.tokenizer import check_known, load_tokenizer
-from igpo_fast.tools.base import Tool
-from igpo_fast.tools.limited import LimitedTool
 from igpo_fast.tools.search import make_search
 from igpo_fast.types import Question
 from igpo_kernels import Branch, triton_variants
@@ -108,7 +106,7 @@ def set_up(config: Config, *, weights: str | None = None, sft_progress: Progress
     )
     agent = Agent(
         engine=_make_engine(config, lm, tokenizer),
-        tool=_limited(tool, config),
+        tool=tool,
         dialect=dialect,
         limits=limits,
         sampling=Sampling(temperature=config.rollout.temperature),
@@ -135,15 +133,6 @@ def _make_engine(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedToken
         return vllm.make_engine(config, lm, tokenizer.decode)
     slots, tokens = config.rollout.concurrency, config.rollout.max_tokens
     return TorchEngine(lm, decode=tokenizer.decode, max_slots=slots, max_tokens=tokens)
-
-
-def _limited(tool: Tool, config: Config) -> Tool:
-    """With limits if it can fail: search in process never waits."""
-    if not hasattr(tool, "counts"):
-        return tool
-    search, rollout = config.search, config.rollout
-    failure_text = search.failure_text if search.on_failure == "text" else None
-    return LimitedTool(tool, calls=rollout.tool_calls, timeout=rollout.tool_timeout, failure_text=failure_text)
 
 
 def _check_questions(config: Config, data: Data, dialect: Dialect, limits: Limits) -> None:

@@ -64,8 +64,7 @@ class Trainer:
         self.config, self.display = config, display
         self.setup: Setup = set_up(config, sft_progress=display.warm_start)
         self.agent = self.setup.agent
-        if config.search.url:
-            self.agent.tool.check()
+        self.agent.tool.check(self.setup.data.train[0].question)
         self.recipe = recipe_of(config.algorithm)
         self.passes = choose_passes(config, self.recipe, self.setup.answer_tokens)
         self.groups_a_pack = groups_a_pack(config, self.recipe, self.setup.answer_tokens)

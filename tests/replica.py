@@ -31,6 +31,8 @@ class Replica:
         self.aborts, self.before_abort = 0, 2
         """How often all generations were aborted, and the tokens that they had by then."""
         self.paused = False
+        self.key = ""
+        """What requests must carry, if anything."""
         self.stop_string: str | None = None
         """What it takes for a stop string that ended a turn, where any is asked for."""
         self.answers: dict[str, tuple[int, dict | bytes]] = {}
@@ -47,7 +49,10 @@ class Replica:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 if self.headers.get("Content-Type") != "application/octet-stream":
                     body = json.loads(body or b"{}")
-                answer = replica.answer(self.path.lstrip("/"), body)
+                if replica.key and self.headers.get("Authorization") != f"Bearer {replica.key}":
+                    answer = 401, {"error": "no key"}
+                else:
+                    answer = replica.answer(self.path.lstrip("/"), body)
                 if answer is None:  # the process is gone, or the connection
                     self.close_connection = True
                     return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -13,7 +14,43 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
+
 ROOT = Path(__file__).parents[1]
+
+
+class Slow(httpx.AsyncBaseTransport, httpx.AsyncByteStream):
+    """A network behind which a server answers in the loop's own time: no sockets, so it runs on a ``JumpingLoop``.
+
+    Args:
+        seconds: before each answer.
+        pieces: that a body of blanks comes in before it, each after ``seconds``.
+        faults: by query, what is awaited before the answer.
+    """
+
+    BODY = b'{"result": [[{"document": {"id": "p1", "contents": "\\nA B born C D"}, "score": 1}]]}'
+
+    def __init__(self, seconds=1.0, pieces=0, **faults):
+        self.seconds, self.pieces, self.faults = seconds, pieces, faults
+        self.requests = self.at_once = self.most_at_a_time = 0
+
+    async def handle_async_request(self, request):
+        (query,) = json.loads(await request.aread())["queries"]
+        self.requests, self.at_once = self.requests + 1, self.at_once + 1
+        self.most_at_a_time = max(self.most_at_a_time, self.at_once)
+        try:
+            await asyncio.sleep(self.seconds)
+            if query in self.faults:
+                await self.faults[query]()
+        finally:
+            self.at_once -= 1
+        return httpx.Response(200, stream=self)
+
+    async def __aiter__(self):
+        for _ in range(self.pieces):
+            yield b" "
+            await asyncio.sleep(self.seconds)
+        yield self.BODY
 
 
 class Server:
@@ -27,13 +64,14 @@ class Server:
     """
 
     def __init__(self, *answers, delay=0.0, port=0):
-        self.answers, self.requests, self.delay = list(answers), [], delay
+        self.answers, self.requests, self.headers, self.delay = list(answers), [], [], delay
         self.most_at_a_time, self._running, self._lock = 0, 0, threading.Lock()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.headers.append(self.headers)
                 status, body, *headers = server.answer_to(request)
                 with server.counting():
                     time.sleep(server.delay)

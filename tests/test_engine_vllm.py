@@ -19,9 +19,9 @@ from igpo_fast import config
 from igpo_fast.engines import vllm
 from igpo_fast.engines.base import Request, Sampling
 from igpo_fast.engines.fingerprint import block_sum, combine, fingerprint
-from igpo_fast.engines.vllm import colocated, weights
+from igpo_fast.engines.vllm import colocated, serve, weights
 from igpo_fast.engines.vllm.requests import generation, sampling_parameters, seed_of
-from igpo_fast.engines.vllm.serve import WeightsInFile, arguments
+from igpo_fast.engines.vllm.serve import Guard, WeightsInFile, arguments
 from igpo_fast.engines.vllm.servers import VllmServers
 from igpo_fast.errors import DivergedError, EngineError, InputError
 from tests.replica import Replica, tokens_of
@@ -116,8 +116,8 @@ def test_what_differs_is_named():
     weights.compare({"a": 1, "b": 2}, {"a": 1, "b": 2}, "here")
     for engine, words in [
         ({"a": 1, "b": 3}, r"^here: .* b is not the trainer's \(1 of 2 tensors\)"),
-        ({"a": 1}, "b is in the trainer alone"),
-        ({"a": 1, "b": 2, "c": 0}, "c is in the engine alone"),
+        ({"a": 1}, r"after the weight sync the trainer has b, the engine does not \(1 of 2 tensors\)"),
+        ({"a": 1, "b": 2, "c": 0}, "the engine has c, the trainer does not"),
     ]:
         with pytest.raises(InputError, match=words):
             weights.compare(engine, {"a": 1, "b": 2}, "here")
@@ -188,6 +188,9 @@ def test_a_server_is_told_what_the_trainer_needs():
     assert "--generation-config=vllm" in command and command[-1] == "--dtype=bfloat16"
     whole = "--no-enable-chunked-prefill"
     assert whole in command and whole not in arguments("DIR", [], dtype="float32", on_cpu=False)
+    assert "--enable-prefix-caching" in command and '--weight-transfer-config={"backend": "igpo"}' in command
+    *_, inner, outer = [option for option in command if option.startswith("--middleware=")]
+    assert inner.endswith("WeightsInFile") and outer.endswith("Guard"), "the last is asked first"
 
 
 def test_the_recipes_command_starts_a_replica_that_fits():
@@ -214,16 +217,117 @@ def test_a_servers_bucket_is_a_file_while_it_is_loaded():
         return {"type": "http.request", "body": body, "more_body": more}
 
     headers = [(b"content-type", b"application/octet-stream"), (b"content-length", b"7"), (b"authorization", b"x")]
-    asyncio.run(WeightsInFile(route)({"type": "http", "headers": headers}, receive, None))
+    scope = {"type": "http", "path": "/update_weights", "headers": headers}
+    asyncio.run(WeightsInFile(route)(scope, receive, None))
     ((headers, length, more, file, content),) = seen
     expected = {b"content-type": b"application/json", b"content-length": b"%d" % length, b"authorization": b"x"}
     assert (headers, more, content) == (expected, False, b"weights") and not file.exists()
-    other = {"type": "http", "headers": [(b"content-type", b"application/json")]}
+    other = scope | {"path": "/health"}
 
     async def passed(scope, receive_, send):
         assert scope is other and receive_ is receive
 
     asyncio.run(WeightsInFile(passed)(other, receive, None))
+
+
+def answer(middleware, path, body=b"", type="http", **headers):
+    """The status that ``middleware`` around an application that reads and answers 200 gives, and what it read."""
+    told, read, parts = [], [], iter([(body[:3], True), (body[3:], False)])
+
+    async def app(scope, receive, send):
+        more = True
+        while more:
+            message = await receive()
+            read.append(message["body"])
+            more = message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive():
+        part, more = next(parts)
+        return {"type": "http.request", "body": part, "more_body": more}
+
+    async def send(message):
+        told.append(message)
+
+    pairs = [(name.replace("_", "-").encode(), str(value).encode()) for name, value in headers.items()]
+    asyncio.run(middleware(app)({"type": type, "path": path, "headers": pairs}, receive, send))
+    return told[0].get("status", told[0]["type"]), b"".join(read)
+
+
+ABOUT = b'{"method": "igpo_about"}'
+
+
+@pytest.mark.parametrize("key", ["", "secret"])
+def test_a_replica_answers_what_a_trainer_asks_and_nothing_else(monkeypatch, key):
+    monkeypatch.setenv("IGPO_REPLICA_KEY", key)
+    ours = {"authorization": f"Bearer {key}"} if key else {}
+    assert answer(Guard, "/collective_rpc", ABOUT, **ours) == (200, ABOUT)
+    assert answer(Guard, "/pause", b"{}", **ours) == (200, b"{}")
+    assert answer(Guard, "/health") == (200, b"")
+    for body in (
+        b'{"method": "save_sharded_state", "kwargs": {"path": "/tmp/x"}}', b'{"method": "igpo_about", "args": [1]}',
+        b'{"method": ["igpo_about"]}', b"[" * 60_000, b"[]", b"", ABOUT + b" " * 70_000,
+    ):  # fmt: skip
+        assert answer(Guard, "/collective_rpc", body, **ours) == (403, b"")
+    for path in ("/v1/load_lora_adapter", "/sleep", "/update_weight_version", "/", "/collective_rpc/"):
+        assert answer(Guard, path, **ours) == (404, b"")
+    assert answer(Guard, "/v1/realtime", type="websocket", **ours)[0] == "websocket.close"
+
+
+@pytest.mark.parametrize("given", [{}, {"authorization": "secret"}, {"authorization": "Bearer secre"}])
+def test_without_its_key_a_replica_answers_only_that_it_is_well(monkeypatch, given):
+    monkeypatch.setenv("IGPO_REPLICA_KEY", "secret")
+    for path in (*serve.ROUTES, "/nowhere"):
+        assert answer(Guard, path, ABOUT, **given) == (401, b"")
+    assert answer(Guard, "/health", **given)[0] == 200
+
+
+def test_only_weights_of_a_stated_size_are_stored(monkeypatch, tmp_path):
+    monkeypatch.setenv("IGPO_WEIGHTS_FOLDER", str(tmp_path))
+    monkeypatch.setattr(serve, "LARGEST_BUCKET", 10)
+    stored = []
+
+    def file(**options):
+        stored.append(options)
+        raise AssertionError("a file was opened")
+
+    octets = {"content_type": "application/octet-stream"}
+    with monkeypatch.context() as patch:
+        patch.setattr(serve.tempfile, "NamedTemporaryFile", file)
+        for path in ("/health", "/nowhere", "/pause"):
+            assert answer(WeightsInFile, path, b"weights", content_length=7, **octets) == (200, b"weights")
+        assert answer(WeightsInFile, "/update_weights", b"weights", **octets) == (411, b"")
+        assert answer(WeightsInFile, "/update_weights", b"weights", content_length=11, **octets) == (413, b"")
+        passwords = b'{"update_info": {"file": "/etc/passwd"}}'
+        assert answer(WeightsInFile, "/update_weights", passwords, content_type="application/json") == (415, b"")
+    assert answer(WeightsInFile, "/update_weights", b"weights", content_length=6, **octets) == (413, b"")
+    status, told = answer(WeightsInFile, "/update_weights", b"weights", content_length=7, **octets)
+    assert status == 200 and json.loads(told)["update_info"]["file"].startswith(f"{tmp_path}/bucket-")
+    assert not stored and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "expected"),
+    [
+        ([], "", "127.0.0.1"),
+        (["--host=localhost"], "", "localhost"),
+        (["--host", "::1"], "", "::1"),
+        (["--host=0.0.0.0"], "k", "0.0.0.0"),
+        (["--host=10.1.2.3", "--api-key=k"], "", "10.1.2.3"),
+        (["--hos=0.0.0.0", "--api_key", "k"], "", "0.0.0.0"),
+    ],
+)
+def test_a_replica_listens_on_this_machine_unless_it_has_a_key(more, key, expected):
+    environment = {"IGPO_REPLICA_KEY": key}
+    rest = serve._take_key([*more, "--port=1"], environment)
+    assert rest == [f"--host={expected}", "--port=1"], "the key is in no list of processes"
+    assert environment["IGPO_REPLICA_KEY"] == ("k" if "k" in (key, *more) or "--api-key=k" in more else "")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "host", ""])
+def test_without_a_key_other_machines_are_kept_out(host):
+    with pytest.raises(SystemExit, match=r"whoever reaches a replica sets its weights; set IGPO_REPLICA_KEY"):
+        serve._take_key(["--host", host], {})
 
 
 # --- replicas ---
@@ -389,11 +493,11 @@ def test_weights_that_did_not_arrive_stop_the_run(replicas):
         (
             "dtype",
             "bfloat16",
-            "its dtype is bfloat16, float32 is needed; start it with --dtype=float32, or set rollout.dtype=bfloat16$",
+            "its dtype is bfloat16 and must be float32; start it with --dtype=float32, or set rollout.dtype=bfloat16$",
         ),
-        ("logprobs_mode", "raw_logprobs", "raw_logprobs, .*; start it with --logprobs-mode=processed_logprobs$"),
-        ("transfer", None, "its transfer is None, igpo is needed; start replicas by: python -m igpo_fast"),
-        ("max_tokens", 63, "--max-model-len is 63, rollout.max_tokens=64; start it with --max-model-len=64$"),
+        ("logprobs_mode", "raw_logprobs", "raw_logprobs and .*; start it with --logprobs-mode=processed_logprobs$"),
+        ("transfer", None, "this server has no igpo weight transfer; start replicas with: python -m igpo_fast"),
+        ("max_tokens", 63, "--max-model-len is 63, less than rollout.max_tokens=64; start it with --max-model-len=64$"),
         (
             "unreadable",
             "RoutedExperts layers",
@@ -423,6 +527,39 @@ def test_where_a_stop_string_ends_a_turn_is_decided_here(replicas):
     asked = replicas[0].generations
     assert ask("nowhere") == [first, second, third]
     assert replicas[0].generations == asked + 2 and not any(engine.counts().values())
+
+
+def test_trainer_and_replica_share_a_key(replicas):
+    replicas[0].key = "secret"
+    engine = servers(*replicas, key="secret")
+    engine.load_weights(PAIRS)
+    sample(engine)
+    for wrong in ("", "other"):
+        with pytest.raises(InputError, match=r"refused without its key; set IGPO_REPLICA_KEY to the key it was"):
+            servers(*replicas, key=wrong).load_weights(PAIRS)
+    with pytest.raises(InputError, match="printable ASCII"):
+        servers(*replicas, key="schlüssel\n")
+
+
+def test_a_runs_key_is_the_environments(monkeypatch):
+    monkeypatch.setenv("IGPO_REPLICA_KEY", "secret")
+    settings = config.load(None, ["rollout.engine=vllm", "rollout.server=[http://h:1]"])
+    engine = vllm.make_engine(settings, SimpleNamespace(dtype=torch.float32), str)
+    assert engine._headers == {"Authorization": "Bearer secret"}
+
+
+def test_a_proxy_does_not_stand_before_replicas_on_this_machine(replicas, monkeypatch):
+    for name in ("HTTP_PROXY", "ALL_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    engine = servers(*replicas)
+    engine.load_weights(PAIRS)
+    sample(engine)
+
+
+@pytest.mark.parametrize("url", ["http://[::", "http://h:99999", "http://h:x", "h:1", "http://a..b", "ftp://h"])
+def test_a_url_that_cannot_be_asked_is_told_at_once(url):
+    with pytest.raises(InputError, match=r"^rollout\.server=.*; give URLs like http://127\.0\.0\.1:8000$"):
+        VllmServers([url], decode=str, dtype=torch.float32, max_tokens=8)
 
 
 def test_a_refused_request_is_told(replicas):
@@ -645,7 +782,7 @@ def test_a_sleeping_engine_wakes_for_weights_before_its_cache(sleepy, method):
 def test_an_engine_that_wakes_with_other_weights_stops_the_run(sleepy):
     engine, inner = sleepy()
     engine.sleep()
-    with pytest.raises(InputError, match=r"after the weight sync model.norm.weight is in the trainer alone"):
+    with pytest.raises(InputError, match=r"the trainer has model.norm.weight, the engine does not"):
         inner.collective_rpc = forgetful(inner)
         engine.load_weights(PAIRS)
 

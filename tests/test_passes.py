@@ -67,7 +67,7 @@ def test_no_rollout_has_more_decision_tokens(turn_tokens, most):
         ((*DYNAMIC, "rollout.keep=arrival"), "rollout.keep=arrival ends a step before gains are known"),
         (("rollout.straggler_share=0",), "rollout.straggler_share"),
         (("rollout.straggler_factor=0.5",), "rollout.straggler_factor"),
-        (("rollout.tool_timeout=0",), "rollout.tool_timeout"),
+        (("search.timeout=0",), "search.timeout"),
     ],
 )
 def test_configurations_that_say_nothing_are_refused(overrides, message):

@@ -1,10 +1,11 @@
 import asyncio
+import json
 import math
-import time
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
+from base64 import b64encode
+from datetime import datetime
 from pathlib import Path
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 from igpo_fast import config
 from igpo_fast.data import Data
 from igpo_fast.dialect import make_dialect
-from igpo_fast.errors import RunError, ToolError
+from igpo_fast.errors import InputError, RunError, ToolError, masked
 from igpo_fast.passages import load_corpus
 from igpo_fast.questions import load_questions
 from igpo_fast.tools.base import COUNTS, Passage, ToolResult, settle
 from igpo_fast.tools.search import Bm25Search, HttpSearch, NoSearch, make_search
+from tests.clock import JumpingLoop
 from tests.scripted import words_tokenizer
-from tests.search_server import Server
+from tests.search_server import Server, Slow
 from tests.test_dialect import chat
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -29,6 +31,9 @@ PASSAGES = (
     Passage("p2", "Mat", "is a word"),
     Passage("p3", "", "nothing to see, x marks"),
 )
+
+
+URL = "http://127.0.0.1:9/retrieve"
 
 
 def ids(search, query, corpus=""):
@@ -214,7 +219,8 @@ def test_http_tries_again_and_recovers(status):
 @pytest.mark.parametrize(("status", "attempts"), [(500, 3), (404, 1)])
 def test_http_gives_up_with_one_line(status, attempts):
     with Server((status, {})) as server:
-        with pytest.raises(ToolError, match=rf"search.url={server.url}: no answer \(status {status}\)") as caught:
+        what = f"no answer \\(status {status}\\)" if status == 500 else "a POST gave status 404; is its path right"
+        with pytest.raises(ToolError, match=rf"search.url={server.url}: {what}") as caught:
             ids(HttpSearch(server.url, 2, retries=2, backoff=0), "x")
         assert len(server.requests) == attempts
     assert "\n" not in str(caught.value) and isinstance(caught.value, RunError)
@@ -239,26 +245,71 @@ def test_http_never_takes_a_malformed_answer_for_an_empty_one(body):
         ids(HttpSearch(server.url, 2, backoff=0), "x")
 
 
+def slow(network, **options):
+    return HttpSearch(URL, 2, transport=network, **options)
+
+
+def jump(work):
+    """What ``work`` brings, and the seconds it takes, none of them the world's."""
+    with asyncio.Runner(loop_factory=JumpingLoop) as runner:
+        return runner.run(work), runner.get_loop().now
+
+
 def test_http_times_out():
-    with Server((200, GOOD), delay=0.3) as server:
-        search = HttpSearch(server.url, 2, timeout=0.05, retries=1, backoff=0)
-        with pytest.raises(ToolError, match=r"no answer within 0\.05 s after 2 attempts"):
-            ids(search, "x")
-        assert counted(search) == {"calls": 1, "failures": 1, "retries": 1, "timeouts": 2}
+    search = slow(Slow(3), timeout=0.5, retries=1, backoff=0)
+    with pytest.raises(ToolError, match=r"no answer within 0\.5 s after 2 attempts"):
+        jump(search("x"))
+    assert counted(search) == {"calls": 1, "failures": 1, "retries": 1, "timeouts": 2}
 
 
 def test_a_timeout_is_of_the_whole_attempt_and_not_of_waiting_for_a_turn():
-    with Server((200, GOOD), delay=0.05) as server:
-        search = HttpSearch(server.url, 2, timeout=0.3, retries=0, concurrency=1)
-        assert len(asyncio.run(gathered(search, 10))) == 10  # 0.5 s together
-    with Server((200, dribble(seconds=0.6))) as server, pytest.raises(ToolError, match=r"within 0\.2 s"):
-        ids(HttpSearch(server.url, 2, timeout=0.2, retries=0), "x")
+    found, seconds = jump(gathered(slow(Slow(0.5), timeout=0.75, retries=0, concurrency=1), 10))
+    assert (len(found), seconds) == (10, 5)
+    with pytest.raises(ToolError, match=r"within 2\.5 s"):  # the answer would be whole after 3
+        jump(slow(Slow(0.5, pieces=5), timeout=2.5, retries=0)("x"))
+    assert jump(slow(Slow(0.5, pieces=5), timeout=3.5, retries=0)("x"))[1] == 3
 
 
-def test_http_limits_how_many_requests_run_at_a_time():
-    with Server((200, GOOD), delay=0.02) as server:
-        asyncio.run(gathered(HttpSearch(server.url, 2, concurrency=3), 12))
-        assert server.most_at_a_time == 3
+@pytest.mark.parametrize(("limit", "seconds"), [(1, 12), (3, 4), (5, 3), (64, 1)])
+def test_http_limits_how_many_requests_run_at_a_time(limit, seconds):
+    network = Slow(1)
+    assert jump(gathered(slow(network, concurrency=limit), 12))[1] == seconds
+    assert network.most_at_a_time == min(limit, 12)
+
+
+def test_who_backs_off_makes_room():
+    """With one place: the second search takes its turn while the first waits 4 s or more to try again."""
+
+    async def broken():
+        if network.requests == 1:
+            raise httpx.ReadError("torn")
+
+    network = Slow(1, first=broken)
+    search = slow(network, concurrency=1, backoff=4)
+    order = []
+
+    async def ask(query):
+        await search(query)
+        order.append((query, asyncio.get_running_loop().now))
+
+    async def both():
+        await asyncio.gather(ask("first"), ask("second"))
+
+    jump(both())
+    assert order[0] == ("second", 2) and order[1][0] == "first" and 6 <= order[1][1] <= 8
+
+
+@pytest.mark.parametrize("backoff", [0, 0.5])
+def test_many_retries_do_not_overflow(backoff):
+    """0.5 * 2**1024 is more than a float holds."""
+
+    async def down():
+        raise httpx.ConnectError("refused")
+
+    network = Slow(0, x=down)
+    with pytest.raises(ToolError, match="after 1041 attempts"):
+        jump(slow(network, retries=1040, backoff=backoff)("x"))
+    assert network.requests == 1041
 
 
 X = 1 + 0x4ADF4367 / 2**33
@@ -286,9 +337,14 @@ def test_http_waits_as_long_as_the_server_asks(monkeypatch, after, expected):
 
 
 def test_http_waits_until_the_date_the_server_names(monkeypatch):
-    later = format_datetime(datetime.now(UTC) + timedelta(seconds=20), usegmt=True)
-    (wait,) = waits(monkeypatch, [(503, {}, {"Retry-After": later}), (200, GOOD)], backoff=0.5)
-    assert 15 < wait <= 20 * X
+    class Noon(datetime):
+        @classmethod
+        def now(cls, zone):
+            return datetime(2026, 1, 1, 12, tzinfo=zone)
+
+    monkeypatch.setattr("igpo_fast.tools.search.datetime", Noon)
+    later = "Thu, 01 Jan 2026 12:00:20 GMT"
+    assert waits(monkeypatch, [(503, {}, {"Retry-After": later}), (200, GOOD)], backoff=0.5) == [pytest.approx(20 * X)]
 
 
 def waits(monkeypatch, answers, query="x", **options):
@@ -326,10 +382,12 @@ def test_http_failed_for_good_the_policy_reads_the_text():
         search = HttpSearch(server.url, 2, failure_text="Search is down.")
         assert asyncio.run(search("x")) == ToolResult((), failure="Search is down.")
         assert ids(search, "x") == ["7", "8"]
-        assert counted(search) == {"calls": 2, "failures": 1, "refused": 1}
+        assert counted(search) == {"calls": 2, "passages": 2, "failures": 1, "refused": 1}
         found, warning = settle(search, "step 3")
-    assert found == {f"tool/{name}": {"calls": 2, "failures": 1, "refused": 1}.get(name, 0) for name in COUNTS}
-    assert warning == "step 3: 1 of 2 searches failed for good (refused 1); the policy read so"
+    expected = {"calls": 2, "passages": 2, "failures": 1, "refused": 1}
+    assert found == {f"tool/{name}": expected.get(name, 0) for name in COUNTS}
+    shown = "the policy was shown search.failure_text instead of passages"
+    assert warning == f"step 3: 1 of 2 searches failed for good (refused 1); {shown}"
     assert settle(search, "step 4") == ({f"tool/{name}": 0 for name in COUNTS}, "")
 
 
@@ -339,7 +397,7 @@ def test_a_step_in_which_every_search_failed_stops():
         ids(search, "x"), ids(search, "x")
     with pytest.raises(ToolError, match=r"step 3: every search failed \(2 calls; refused 1, malformed 1\); see that"):
         settle(search, "step 3")
-    assert settle(NoSearch(), "step 3") == ({}, "")
+    assert settle(NoSearch(), "step 3") == ({"tool/calls": 0, "tool/passages": 0, "tool/empty": 0}, "")
 
 
 def test_both_dialects_show_the_failure_in_place_of_passages():
@@ -358,28 +416,112 @@ async def gathered(search, calls):
     return await asyncio.gather(*(search(str(i)) for i in range(calls)))
 
 
-def dribble(seconds):
-    """A body that comes in ten pieces."""
-
-    def write(file):
-        for _ in range(10):
-            file.write(b" ")
-            time.sleep(seconds / 10)
-
-    return write
-
-
 def test_http_without_a_server():
     with pytest.raises(ToolError, match=r"no answer .* is the search server running there"):
         ids(HttpSearch("http://127.0.0.1:9/retrieve", 2, retries=0), "x")
 
 
-@pytest.mark.parametrize("url", ["not a url", "localhost:8000/retrieve", "http://[::1/retrieve", "ftp://localhost/x"])
+NO_URLS = [
+    "not a url", "localhost:8000/retrieve", "http://[::1/retrieve", "ftp://localhost/x", "http://h:99999/retrieve",
+    "http://h:x/", "http://a..b/", "http:///retrieve", "http://h:0/", "http://***@h/retrieve", "http://h/\x00",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", NO_URLS)
 def test_http_without_a_url(url):
     search = HttpSearch(url, 2)
-    with pytest.raises(ToolError, match=r"no answer .*; give a URL like http://127\.0\.0\.1:8000/retrieve"):
+    with pytest.raises(ToolError, match=r"^search\.url=.*; give a URL like http://127\.0\.0\.1:8000/retrieve$"):
         ids(search, "x")
     assert not search.counts["retries"]
+
+
+@pytest.mark.parametrize("url", [url for url in NO_URLS if "***" not in url])
+def test_a_configuration_without_a_url(url):
+    with pytest.raises(InputError, match=r"search\.url: .*; give a URL like http://127\.0\.0\.1:8000/retrieve"):
+        config.load(None, [f"search.url={json.dumps(url)}"])
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "words"),
+    [
+        ("", (404, {}), "a POST gave status 404; add the path: search.url={place}/retrieve"),
+        ("/", (405, {}), "a POST gave status 405; add the path: search.url={place}/retrieve"),
+        ("/", (200, {"status": "ok"}), "its answer is not Search-R1's (KeyError: 'result'); add the path: search.url="),
+        ("/retreive", (404, {}), "a POST gave status 404; is its path right? A search server's address is like http"),
+        ("/retrieve", (401, {}), "a POST gave status 401; give the credentials that it wants"),
+        ("/a", (308, {}, {"Location": "/b"}), "a POST gave status 308; give the address that it redirects to: /b"),
+        ("/retrieve", (422, {}), "a POST gave status 422; expected "),
+        ("/retrieve", (200, b"<html>"), "its answer is not Search-R1's (JSONDecodeError: "),
+    ],
+)  # fmt: skip
+def test_a_wrong_address_says_what_to_do(path, answer, words):
+    with Server(answer) as server:
+        place = server.url.removesuffix("/retrieve")
+        with pytest.raises(ToolError) as caught:
+            HttpSearch(place + path, 2, retries=2).check("who wrote Faust?")
+        assert len(server.requests) == 1 and server.requests[0]["queries"] == ["who wrote Faust?"]
+    assert str(caught.value).startswith(f"search.url={place}{path}: {words.format(place=place)}"), str(caught.value)
+
+
+def test_a_proxy_does_not_stand_before_a_server_on_this_machine(monkeypatch):
+    for name in ("HTTP_PROXY", "ALL_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with Server((200, GOOD)) as server:
+        for url in (server.url, server.url.replace("127.0.0.1", "localhost")):
+            assert ids(HttpSearch(url, 2, retries=0), "x") == ["7", "8"]
+        with Server((200, GOOD)) as proxy:  # which every other address is asked through
+            monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/retrieve"))
+            monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/retrieve"))
+            assert ids(HttpSearch("http://server.invalid/retrieve", 2, retries=0), "x") == ["7", "8"]
+            assert len(proxy.requests) == 1 and len(server.requests) == 2
+
+
+def test_credentials_are_sent_and_never_shown():
+    with Server((200, GOOD), (404, {})) as server:
+        url = server.url.replace("//", "//me:s%3Acret@")
+        search = HttpSearch(url, 2)
+        assert ids(search, "x") == ["7", "8"]
+        assert server.headers[0]["Authorization"] == "Basic " + b64encode(b"me:s:cret").decode()
+        with pytest.raises(ToolError) as caught:
+            ids(search, "x")
+    assert str(caught.value).startswith(f"search.url={server.url.replace('//', '//***@')}: ")
+    loaded = config.load(None, [f"search.url={url}"])
+    assert loaded.search.url == url and "cret" not in loaded.dump() and "***@" in loaded.dump()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("http://user:secret@h:8000/x", "http://***@h:8000/x"),
+        ("at https://token@h/ and http://a:b@[::1]:9/, twice", "at https://***@h/ and http://***@[::1]:9/, twice"),
+        ("http://u:p@ss@h/x", "http://***@h/x"),
+        ("search.url=user:secret@h:8/x: bad", "search.url=***@h:8/x: bad"),
+        ("http://h/x?api_key=abc&k=3&token=t", "http://h/x?api_key=***&k=3&token=***"),
+        ("mail a@b.c, http://h/@x, key: v@w", "mail a@b.c, http://h/@x, key: v@w"),
+    ],
+)
+def test_secrets_of_urls_are_masked(text, expected):
+    assert masked(text) == str(ToolError(text)) == str(InputError(text)) == expected
+
+
+def test_what_finds_nothing_is_counted_and_told():
+    local = Bm25Search({"": PASSAGES}, top_k=3)
+    ids(local, "unicorn"), ids(local, "dog cat"), ids(local, "unicorn")
+    assert settle(local, "step 1") == ({"tool/calls": 3, "tool/passages": 2, "tool/empty": 2}, "")
+    ids(local, "unicorn"), ids(local, "unicorn")
+    advice = "see that {} has the passages that these questions need"
+    warning = f"step 2: none of 2 searches found a passage; {advice}"
+    assert settle(local, "step 2")[1] == warning.format("data.corpus")
+    with Server((200, {"result": [[]]})) as server:
+        search = HttpSearch(server.url, 2)
+        ids(search, "x"), ids(search, "y")
+        counts, told = settle(search, "step 2")
+    assert told == warning.format("search.url") and counts["tool/empty"] == counts["tool/calls"] == 2
+    with Server((200, {"result": [[]]}), (404, {})) as server:
+        search = HttpSearch(server.url, 2, failure_text="no")
+        ids(search, "x"), ids(search, "y")
+        told = settle(search, "step 2")[1]
+    assert told.startswith("step 2: 1 of 2 searches failed for good") and "; none of 1 searches found" in told
 
 
 def test_no_search_finds_nothing():

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -231,8 +232,47 @@ def test_a_damaged_index_is_named(corpus, tmp_path):
     folder = open_index(corpus, Bm25(), tmp_path / "index").folder
     with open(folder / "documents.jsonl", "ab") as file:
         file.truncate(10)
-    with pytest.raises(InputError, match=rf"documents\.jsonl: missing or damaged; delete {folder}, and it is built"):
+    with pytest.raises(
+        InputError, match=rf"^{folder}: this .* \(documents\.jsonl is .* another size\); delete the folder"
+    ):
         open_index(corpus, Bm25(), tmp_path / "index")
+
+
+def flipped(content, at=0):
+    return content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
+
+
+def halved_middle(content):
+    """Another number in the middle of offsets.npy."""
+    return flipped(content, len(content) - 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *[("manifest.json", lambda _, content=content: content) for content in (
+            b"", b"{", b"[]", b"{}", b"null", b"\xff", b"[" * 100_000, b'{"settings": {}, "corpus": {}, "files": {}}',
+            b'{"settings": {}, "corpus": [], "files": 3}',
+        )],
+        ("offsets.npy", flipped),
+        ("offsets.npy", lambda content: flipped(content, 30)),
+        ("offsets.npy", halved_middle),
+        ("bm25/data.csc.index.npy", flipped),
+        ("bm25/indptr.csc.index.npy", lambda content: bytes(len(content))),
+        ("bm25/params.index.json", lambda content: b"x" * len(content)),
+        ("bm25/vocab.index.json", lambda content: b" " * len(content)),
+    ],
+)  # fmt: skip
+def test_damage_of_any_file_is_told_in_a_line(corpus, tmp_path, name, change):
+    folder = open_index(corpus, Bm25(), tmp_path / "index").folder
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    with pytest.raises(InputError) as caught:
+        open_index(corpus, Bm25(), tmp_path / "index")
+    said = str(caught.value)
+    assert said.startswith(f"{folder}: this search index is damaged (") and "\n" not in said and len(said) < 500
+    assert said.endswith("; delete the folder, and it is built again")
+    shutil.rmtree(folder)
+    assert open_index(corpus, Bm25(), tmp_path / "index").search(["venus"], 1)[0][0][0] == 2
 
 
 def test_an_index_cannot_be_kept_in_a_file(corpus):

@@ -1,12 +1,14 @@
 """The retrieval server: Search-R1's protocol, one index for several processes, bad input in one line."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from igpo_fast.passages import load_corpus
 from igpo_fast.tools.search import Bm25Search, HttpSearch
 from tests.search_server import ROOT, Serving, serving
 
-pytest.importorskip("uvicorn")
+uvicorn = pytest.importorskip("uvicorn")
 ROWS = [
     {"id": "a", "title": "Mars", "text": "is red"},
     {"id": "b", "title": "", "text": "of Mars"},
@@ -70,14 +72,102 @@ def test_the_server_has_its_own_number(server, topk):
 
 
 def test_as_many_as_there_are(server):
-    assert post(server, queries=["mars"], topk=10**9).json() == {"result": [[A, B]]}
+    assert post(server, queries=["mars"], topk=1000).json() == {"result": [[A, B]]}
     assert post(server, queries=[]).json() == {"result": []}
 
 
-@pytest.mark.parametrize("body", [{}, {"queries": "mars"}, {"queries": [1]}, {"queries": [], "topk": -1}, []])
+def status(server, body):
+    """Of the answer to a body of JSON or bytes, which repeats nothing of it."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = httpx.post(server.url, content=content, headers={"Content-Type": "application/json"})
+    assert len(response.content) < 5_000 and (response.status_code == 200 or response.json()["detail"])
+    return response.status_code
+
+
+NAMED_WRONG = {"queries": [1] * 1000}
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"queries": "mars"}, {"queries": [1]}, {"queries": [], "topk": -1}, [], NAMED_WRONG],
+    ids=lambda body: str(body)[:30],
+)  # fmt: skip
 def test_other_requests_are_refused(server, body):
-    response = httpx.post(server.url, json=body)
-    assert response.status_code == 422 and response.json()["detail"]
+    assert status(server, body) == 422
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "1.5", "9" * 4000, '"x"', "[]"])
+def test_a_topk_that_is_no_number_of_passages_is_refused(server, number):
+    assert status(server, f'{{"queries": ["mars"], "topk": {number}}}'.encode()) == 422
+    assert status(server, f'{{"queries": [{number}]}}'.encode()) == (200 if number == '"x"' else 422)
+
+
+@pytest.mark.parametrize(
+    ("within", "beyond"),
+    [
+        ({"queries": ["mars"], "topk": 1000}, {"queries": ["mars"], "topk": 1001}),
+        ({"queries": ["x"] * 1024}, {"queries": ["x"] * 1025}),
+        ({"queries": ["x" * 10_000]}, {"queries": ["x" * 10_001]}),
+        ({"queries": ["x"] * 10, "topk": 1000}, {"queries": ["x"] * 11, "topk": 1000}),
+    ],
+    ids=["topk", "queries", "characters", "passages"],
+)
+def test_a_request_has_limits(server, within, beyond):
+    assert status(server, within) == 200
+    assert status(server, beyond) == 422
+
+
+def test_a_bodys_bytes_are_limited(server):
+    blanks = b'{"queries": ["mars"]' + b" " * 3_999_979
+    assert status(server, blanks + b"}") == 200
+    head = f"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {10**9}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
+        client.sendall(head.encode() + blanks + b"  ")  # the rest does not come, and is not waited for
+        assert client.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(
+    "half",
+    [
+        b"",
+        b"POST /retr",
+        b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 20\r\n\r\n{",
+        b"GET",
+    ],
+    ids=["nothing", "half a header", "half a body", "half of a second request"],
+)
+def test_a_request_that_does_not_arrive_ends_its_connection(corpus, tmp_path, monkeypatch, half, request):
+    """The server's own application and protocol, with a short patience; a quick client is not cut off."""
+    from igpo_fast.tools import server as module
+    from igpo_fast.tools.index import Bm25, open_index
+
+    monkeypatch.setattr(module, "RECEIVE_WITHIN", 0.2)
+    listener = module.bind("127.0.0.1", 0)
+    settings = uvicorn.Config(
+        module.make_app(open_index(corpus, Bm25(), tmp_path), 1), http=module.Timed, lifespan="off",
+        log_level="warning", timeout_keep_alive=3600,
+    )  # fmt: skip
+    running = uvicorn.Server(settings)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        listener.listen()
+        with socket.create_connection(listener.getsockname(), timeout=60) as client:
+            if "second" in request.node.name:
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert client.recv(4096).startswith(b"HTTP/1.1 200 OK")
+            client.sendall(half)
+            with contextlib.suppress(ConnectionResetError):
+                while client.recv(4096):
+                    pass
+    finally:
+        running.should_exit = True
+        thread.join()
+
+
+def test_a_connection_that_is_kept_is_not_cut_off_between_requests(server):
+    url = server.url.replace("/retrieve", "/health")
+    with httpx.Client() as client:
+        assert [client.get(url).status_code for _ in range(3)] == [200] * 3
 
 
 def test_what_is_not_json_is_refused_and_the_server_lives_on(server):
@@ -162,6 +252,15 @@ def test_a_port_that_is_taken_meanwhile(corpus, tmp_path):
         theirs.listen()
         with pytest.raises(InputError, match="cannot listen there"):
             serve(None, ours, 3)
+
+
+@pytest.mark.parametrize(("host", "port"), [("a" * 70, 8000), ("a..b", 8000)])
+def test_an_address_that_cannot_be(host, port):
+    from igpo_fast.errors import InputError
+    from igpo_fast.tools.server import bind
+
+    with pytest.raises(InputError, match=r"cannot listen there \(.*\); give another --port or --host$"):
+        bind(host, port)
 
 
 def test_other_bad_input(corpus, tmp_path):

@@ -1,4 +1,4 @@
-"""What a rollout engine is."""
+"""The interface of rollout engines."""
 
 from __future__ import annotations
 
@@ -60,27 +60,32 @@ class Generation:
 
 
 class Engine(Protocol):
-    """Requests of many rollouts run together; each finishes on its own."""
+    """Samples the turns of many rollouts at a time; each request finishes on its own."""
 
     name: str
     version: int
-    """Raised by ``load_weights``: which weights the engine samples from."""
+    """Number of the weights that the engine samples from; ``load_weights`` raises it."""
     remote: bool
-    """Samples on devices of its own: goes on while the trainer works."""
+    """Whether it samples on devices of its own, also while the trainer works."""
     keeps_rollouts: bool
-    """Holds a place for a rollout between its turns."""
+    """Whether a rollout keeps its place between its turns."""
 
     async def generate(self, request: Request) -> Generation:
-        """One turn. The draw depends on the key and the weights only; what else runs shows in rounding at most, where
-        the shape of a batch decides how sums are taken (on GPUs)."""
+        """Sample one turn. What is drawn depends on the key and the weights alone.
+
+        Other requests in the batch can change rounding, on CPUs and GPUs, and nothing else: sums depend on the batch's
+        shape. So where answers of tools arrive at varying times (``search.url``), two runs differ in the last digits of
+        ``logp``, and of losses that use it (``algorithm.importance``). A token differs only where two candidates tie to
+        within rounding.
+        """
         ...
 
     def release(self, key: tuple[int, ...]) -> None:
-        """The rollout is over: its cache may go."""
+        """Drop what is kept for a rollout, which is over."""
         ...
 
     def sleep(self) -> None:
-        """No rollout follows before the next ``load_weights``: give back what memory can be."""
+        """Give back what memory it can: no request follows before the next ``load_weights``."""
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -88,7 +93,7 @@ class Engine(Protocol):
         ...
 
     def counts(self) -> dict[str, float]:
-        """What went wrong and was mended since the last call, for the metrics; empty if nothing can."""
+        """How often something failed and was retried since the last call, by metric; empty if nothing can fail."""
         ...
 
 

@@ -1,17 +1,19 @@
-"""What a tool is, and how it fails."""
+"""The interface of tools: what they bring, how they fail, what they count."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import dataclass
-from typing import Protocol
 
 from igpo_fast.errors import ToolError
 
-COUNTS = (
-    "calls", "failures", "retries",
-    "timeouts", "unreachable", "rate_limited", "server_errors", "refused", "malformed", "too_large",
-)  # fmt: skip
-"""What a tool counts: calls, those that failed for good, attempts after the first; then why attempts failed."""
+FOUND = ("calls", "passages", "empty")
+"""Counters of every tool: calls, passages they brought, calls that brought none."""
+CAUSES = ("timeouts", "unreachable", "rate_limited", "server_errors", "refused", "malformed", "too_large")
+"""Why an attempt failed."""
+COUNTS = (*FOUND, "failures", "retries", *CAUSES)
+"""Counters of a tool that can fail: also calls that failed for good, and attempts after the first."""
 
 
 @dataclass(frozen=True)
@@ -25,52 +27,93 @@ class Passage:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a tool call brought."""
+    """The result of a tool call."""
 
     passages: tuple[Passage, ...]
     """Best first; empty when nothing was found."""
     failure: str = ""
-    """What the policy reads in place of passages: the call failed for good. Empty if it did not."""
+    """Text that the policy reads in place of passages, when the call failed for good; empty if it did not."""
 
 
-class Tool(Protocol):
-    """A search tool: a query in, passages out.
+class Tool(ABC):
+    """A search tool: a query in, passages out. Calling it searches and counts; a tool defines ``search``."""
 
-    One that can fail has an attribute ``counts``, a Counter of ``COUNTS``; one that keeps connections has ``aclose``.
-    """
+    counted: tuple[str, ...] = FOUND
+    """The names in ``counts``, for the metrics."""
+    where = "data.corpus"
+    """The setting that says where the passages come from, for messages."""
+
+    def __init__(self):
+        self.counts: Counter[str] = Counter()
 
     async def __call__(self, query: str, corpus: str = "") -> ToolResult:
-        """Search ``corpus`` (``Question.corpus``) for ``query``."""
-        ...
+        """Search ``corpus`` (``Question.corpus``) for ``query``.
+
+        Raises:
+            ToolError: the search failed for good, and no text is to be shown in its place.
+        """
+        self.counts["calls"] += 1
+        try:
+            result = await self.search(query, corpus)
+        except ToolError:
+            self.counts["failures"] += 1
+            raise
+        if result.failure:
+            self.counts["failures"] += 1
+        else:
+            self.counts["passages"] += len(result.passages)
+            self.counts["empty"] += not result.passages
+        return result
+
+    @abstractmethod
+    async def search(self, query: str, corpus: str) -> ToolResult:
+        """Find the passages; ``__call__`` counts them."""
+
+    def check(self, query: str) -> None:  # noqa: B027 (most tools have nothing to check)
+        """See, before a run, that the tool answers ``query``. Nothing is counted.
+
+        Raises:
+            ToolError: it does not.
+        """
+
+    async def aclose(self) -> None:  # noqa: B027 (most tools keep nothing)
+        """Close what belongs to the running event loop, which ends. A later call opens it anew."""
 
 
 async def close(*parts: object) -> None:
-    """Let tools and engines that have ``aclose`` close what belongs to this event loop, which ends."""
+    """Close what tools and engines keep for the running event loop, which ends; engines may have no ``aclose``."""
     for part in parts:
         if hasattr(part, "aclose"):
             await part.aclose()
 
 
 def settle(tool: Tool, what: str) -> tuple[dict[str, float], str]:
-    """What a tool counted during ``what`` ("step 3"), its counts set back to 0.
+    """Take a tool's counts of ``what`` ("step 3") and set them back to 0.
 
     Returns:
-        ``tool/NAME`` for each of ``COUNTS``, and a warning if calls failed for good, else ""; nothing of a tool that
-        does not count.
+        ``tool/NAME`` for each of ``tool.counted``, and a warning if calls failed for good or none found anything,
+        else "".
     Raises:
         ToolError: every call failed.
     """
-    if not hasattr(tool, "counts"):
-        return {}, ""
-    counts = {name: tool.counts[name] for name in COUNTS}
+    counts = Counter(tool.counts)
     tool.counts.clear()
-    found = {f"tool/{name}": float(count) for name, count in counts.items()}
     calls, failures = counts["calls"], counts["failures"]
-    if not failures:
-        return found, ""
-    why = ", ".join(f"{name.replace('_', ' ')} {counts[name]}" for name in COUNTS[3:] if counts[name])
-    if failures == calls:
+    why = ", ".join(f"{name.replace('_', ' ')} {counts[name]}" for name in CAUSES if counts[name])
+    if failures and failures == calls:
         raise ToolError(
-            f"{what}: every search failed ({calls} calls; {why}); see that the server at search.url answers"
+            f"{what}: every search failed ({calls:,} calls; {why}); see that the server at {tool.where} answers"
         )
-    return found, f"{what}: {failures:,} of {calls:,} searches failed for good ({why}); the policy read so"
+    warnings = []
+    if failures:
+        warnings.append(
+            f"{failures:,} of {calls:,} searches failed for good ({why}); the policy was shown search.failure_text "
+            "instead of passages"
+        )
+    if calls and counts["empty"] == calls - failures:
+        warnings.append(
+            f"none of {calls - failures:,} searches found a passage; see that {tool.where} has the passages that these "
+            "questions need"
+        )
+    found = {f"tool/{name}": float(counts[name]) for name in tool.counted}
+    return found, f"{what}: {'; '.join(warnings)}" if warnings else ""

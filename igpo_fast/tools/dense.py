@@ -18,7 +18,7 @@ class Encoder(Protocol):
     """Texts to vectors."""
 
     settings: dict[str, object]
-    """What the vectors depend on."""
+    """Everything that the vectors depend on."""
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [n, dimensions], rows of length 1."""
@@ -112,7 +112,7 @@ class SentenceEncoder:
 
 
 def _digest_of_folder(folder: Path) -> str:
-    """Of the names and contents of its files."""
+    """A digest of the names and contents of a folder's files."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder).as_posix()} {digest_of_file(path)}\n".encode())

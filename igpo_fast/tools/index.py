@@ -35,7 +35,7 @@ from igpo_fast.tools.base import Passage
 from igpo_fast.words import search_words
 
 FORMAT = 2
-"""Of the files; raised when they, or how texts become words, change."""
+"""Version of the files; raised when they, or how texts become words, change."""
 
 Hits = list[tuple[int, float]]
 """A query's passages by number, with scores, best first."""
@@ -66,9 +66,13 @@ class Documents:
     """The passages of an index as they are served: a mapped file, no copy in memory."""
 
     def __init__(self, folder: Path):
+        """Raises ValueError where the two files do not fit together."""
         self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
         with open(folder / "documents.jsonl", "rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        ends = self._offsets[1:]
+        if self._offsets[0] != 0 or ends[-1] != len(self._bytes) or not (ends > self._offsets[:-1]).all():
+            raise ValueError("offsets.npy does not divide documents.jsonl")
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -86,7 +90,7 @@ class Retriever(Protocol):
 
     kind: str
     settings: dict[str, object]
-    """What its files depend on, beside the corpus."""
+    """Everything that its files depend on, beside the corpus."""
 
     def build(self, documents: Documents, folder: Path, bar: Bar) -> None:
         """Write its files."""
@@ -157,7 +161,8 @@ def open_index(corpus: Path, retriever: Retriever, root: Path, bar: Bar | None =
         corpus: JSON lines as ``passages.load_corpus`` takes them.
         bar: shows progress.
     Raises:
-        InputError: missing or malformed corpus, naming the line; a damaged index; ``root`` cannot be written.
+        InputError: missing or malformed corpus, naming the line; a damaged index, naming the folder to delete; ``root``
+            cannot be written.
     """
     stat = _stat(corpus)
     settings = json.loads(json.dumps({"format": FORMAT, "kind": retriever.kind, **retriever.settings}))
@@ -165,7 +170,14 @@ def open_index(corpus: Path, retriever: Retriever, root: Path, bar: Bar | None =
         folder = _find(corpus, stat, settings, root)
         if folder is None:
             folder = _build(corpus, stat, settings, retriever, root, bar or (lambda name: nullcontext(_ignore)))
-    return Index(folder, retriever)
+    try:
+        return Index(folder, retriever)
+    except Exception as error:  # whatever numpy, bm25s or JSON raise of files that we wrote: they have changed since
+        raise _damaged(folder, " ".join(f"{type(error).__name__}: {error}".split())[:200]) from error
+
+
+def _damaged(folder: Path, what: str) -> InputError:
+    return InputError(f"{folder}: this search index is damaged ({what}); delete the folder, and it is built again")
 
 
 def _ignore(done: int, total: int) -> None:
@@ -173,7 +185,7 @@ def _ignore(done: int, total: int) -> None:
 
 
 def _stat(corpus: Path) -> dict[str, object]:
-    """What tells a file from another without reading it."""
+    """Path, size and time of a file, which identify it without reading it."""
     try:
         with open(corpus, "rb") as file:
             found = os.fstat(file.fileno())
@@ -198,7 +210,7 @@ def _find(corpus: Path, stat: dict, settings: dict, root: Path) -> Path | None:
     """The complete index of this corpus with these settings."""
     digest = None
     for path in sorted(root.glob("*/manifest.json")):
-        manifest = json.loads(path.read_bytes())
+        manifest = _read_manifest(path)
         known = manifest["corpus"]
         if manifest["settings"] != settings or known["size"] != stat["size"]:
             continue
@@ -213,10 +225,24 @@ def _find(corpus: Path, stat: dict, settings: dict, root: Path) -> Path | None:
     return None
 
 
+def _read_manifest(path: Path) -> dict:
+    """Raises InputError where it is not what ``_build`` writes."""
+    try:
+        manifest = json.loads(path.read_bytes())
+        known, sizes = manifest["corpus"], manifest["files"]
+        whole = {"path", "size", "mtime_ns", "digest"} <= known.keys() and "settings" in manifest
+        if whole and sizes and all(isinstance(size, int) for size in sizes.values()):
+            return manifest
+        reason = "fields are missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = type(error).__name__
+    raise _damaged(path.parent, f"manifest.json: {reason}")
+
+
 def _check(folder: Path, manifest: dict) -> None:
     for name, size in manifest["files"].items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            raise InputError(f"{folder / name}: missing or damaged; delete {folder}, and it is built again")
+            raise _damaged(folder, f"{name} is missing or of another size")
 
 
 def _build(corpus: Path, stat: dict, settings: dict, retriever: Retriever, root: Path, bar: Bar) -> Path:
@@ -289,6 +315,6 @@ def _write_manifest(folder: Path, manifest: dict) -> None:
 
 
 def digest_of_file(path: Path) -> str:
-    """Of its content, in hexadecimal."""
+    """The blake2b digest of a file's content: 32 hexadecimal characters."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

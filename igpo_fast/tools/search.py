@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -18,16 +17,18 @@ import httpx
 
 from igpo_fast.config import Config
 from igpo_fast.data import Data
-from igpo_fast.errors import ToolError
+from igpo_fast.errors import ToolError, masked
+from igpo_fast.net import direct, fault, without_credentials
 from igpo_fast.passages import title_and_text
-from igpo_fast.tools.base import Passage, Tool, ToolResult
+from igpo_fast.tools.base import COUNTS, Passage, Tool, ToolResult
 from igpo_fast.tools.index import best, indexed_words
 
 LONGEST_WAIT = 30.0
-"""Seconds; longer back-offs, also those a server asks for, are cut to it."""
+"""Seconds; longer back-offs, also those that a server asks for, are cut to it."""
+EXAMPLE = "http://127.0.0.1:8000/retrieve"
 
 
-class Bm25Search:
+class Bm25Search(Tool):
     """BM25 (Lucene's variant) over passages held in memory.
 
     Words are those of ``words.search_words``. Titles count twice: a
@@ -42,12 +43,13 @@ class Bm25Search:
     """
 
     def __init__(self, collections: Mapping[str, Sequence[Passage]], top_k: int, *, cache_size: int = 65536):
+        super().__init__()
         self._collections = collections
         self._top_k = top_k
         self._indices: dict[str, bm25s.BM25] = {}
         self._search_cached = lru_cache(maxsize=cache_size)(self._search)
 
-    async def __call__(self, query: str, corpus: str = "") -> ToolResult:
+    async def search(self, query: str, corpus: str) -> ToolResult:
         """The best passages of a collection.
 
         Raises:
@@ -70,7 +72,7 @@ class Bm25Search:
         return self._indices[corpus]
 
 
-class HttpSearch:
+class HttpSearch(Tool):
     """A server that speaks Search-R1's retrieval protocol.
 
     ``POST {"queries": [q], "topk": k, "return_scores": true}`` brings
@@ -78,20 +80,25 @@ class HttpSearch:
     leave ids out (Search-R1's own for web search do), for which digests of the contents stand, and the scores, with
     each document itself for a hit. Blank passages are skipped.
 
-    A timeout, a server that is not reached, 408, 429 and 5xx are tried again; an answer that is too large or not of the
-    protocol would be so again, and is not. ``counts`` holds a Counter of ``tools.base.COUNTS``.
+    Timeouts, lost connections, 408, 429 and 5xx are retried. An answer that is too large or malformed is not: it would
+    be the same again. A server on this machine is asked directly, whatever HTTP_PROXY says.
 
     Args:
-        url: of the retrieval endpoint.
+        url: address of the retrieval endpoint, with ``user:password@`` before the host where it wants them.
         top_k: most passages a search returns.
-        timeout: seconds an attempt may take.
-        retries: further attempts.
-        backoff: seconds before the first of them, doubled before each later one; a server's Retry-After may make it
-            longer. Up to half as much is added, by query: those that failed together do not come back together.
-        concurrency: most requests at a time; other searches wait their turn. Who backs off makes room.
+        timeout: seconds that an attempt may take; waiting for its turn does not count.
+        retries: most attempts after the first.
+        backoff: seconds before the first retry, doubled before each later one, plus a jitter of up to 50 % that is
+            derived from the query: searches that failed together do not come back together. A server's Retry-After
+            may make it longer.
+        concurrency: most requests at a time; other searches wait their turn. One that backs off makes room.
         max_bytes: larger answers are refused unread.
         failure_text: what the policy reads when all attempts failed; None raises ToolError.
+        transport: what carries requests in place of the network, for tests.
     """
+
+    counted = COUNTS
+    where = "search.url"
 
     def __init__(
         self,
@@ -104,8 +111,12 @@ class HttpSearch:
         concurrency: int = 64,
         max_bytes: int = 4_000_000,
         failure_text: str | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
     ):
-        self._url = url
+        super().__init__()
+        self._fault = fault(url)
+        self._name = f"search.url={masked(url)}"
+        self._url, self._credentials = (url, None) if self._fault else without_credentials(url)
         self._top_k = top_k
         self._timeout = timeout
         self._retries = retries
@@ -113,43 +124,32 @@ class HttpSearch:
         self._concurrency = concurrency
         self._max_bytes = max_bytes
         self._failure_text = failure_text
+        self._transport, self._mounts = transport, direct(url)
         self._ssl = httpx.create_ssl_context()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._clients: asyncio.LifoQueue[httpx.AsyncClient | None] | None = None
-        self.counts: Counter[str] = Counter()
 
-    def check(self) -> None:
-        """Search once.
-
-        Raises:
-            ToolError: no usable answer after all attempts.
-        """
+    def check(self, query: str = "Is the search server there?") -> None:
+        """Search once, as a run does (``Tool.check``)."""
 
         async def search() -> None:
             async with aclosing(self):
-                await self._search("Is the search server there?")
+                await self._search(query)
 
         asyncio.run(search())
         self.counts.clear()
 
     async def aclose(self) -> None:
-        """Close the connections, which belong to the running event loop. A search opens new ones."""
         clients, self._clients, self._loop = self._clients, None, None
         while clients and not clients.empty():
             if client := clients.get_nowait():
                 await client.aclose()
 
-    async def __call__(self, query: str, corpus: str = "") -> ToolResult:
-        """The server's passages for ``query``; it has one collection, so ``corpus`` is ignored.
-
-        Raises:
-            ToolError: no usable answer after all attempts, and there is no ``failure_text``.
-        """
-        self.counts["calls"] += 1
+    async def search(self, query: str, corpus: str) -> ToolResult:
+        """The server's passages for ``query``; it has one collection, so ``corpus`` is ignored."""
         try:
             return ToolResult(await self._search(query))
         except ToolError:
-            self.counts["failures"] += 1
             if self._failure_text is None:
                 raise
             return ToolResult((), failure=self._failure_text)
@@ -162,33 +162,39 @@ class HttpSearch:
                 self.counts[failed.count] += 1
                 if not failed.again or attempt == self._retries:
                     tried = "" if not failed.again else f" after {attempt + 1} attempts"
-                    raise ToolError(f"search.url={self._url}: {failed}{tried}; {failed.remedy}") from None
-                wait = max(self._backoff * 2**attempt, failed.wait) * (1 + _fraction(query) / 2)
+                    raise ToolError(f"{self._name}: {failed}{tried}; {failed.remedy}") from None
+                doubled = self._backoff * 2 ** min(attempt, 64)  # more doublings would overflow
+                wait = max(doubled, failed.wait) * (1 + _fraction(query) / 2)
             self.counts["retries"] += 1
             await asyncio.sleep(min(wait, LONGEST_WAIT))
         raise AssertionError("the last attempt returns or raises")
 
     async def _attempt(self, query: str) -> tuple[Passage, ...]:
+        if self._fault:
+            raise _Failed("refused", self._fault, again=False, remedy=f"give a URL like {EXAMPLE}")
         # Connections and queues belong to an event loop, and each step of a run may have its own.
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            # A client for each request at a time, made when first needed, the last used one first: one client's pool
+            # One client per concurrent request, made when first needed, the last used one first: one client's pool
             # goes through all its connections for every request (4 ms of CPU against 1 at 32).
             self._clients = asyncio.LifoQueue()
             for _ in range(self._concurrency):
                 self._clients.put_nowait(None)
             self._loop = loop
-        client = await self._clients.get() or httpx.AsyncClient(timeout=None, verify=self._ssl)
+        client = await self._clients.get() or httpx.AsyncClient(
+            timeout=None, verify=self._ssl, auth=self._credentials, mounts=self._mounts, transport=self._transport
+        )
         try:
-            async with asyncio.timeout(self._timeout):
-                return self._read(await self._fetch(client, query))
+            async with asyncio.timeout(self._timeout) as deadline:
+                content = await self._fetch(client, query)
+            if deadline.expired():  # what was cancelled went on regardless
+                raise TimeoutError
+            return self._read(content)
         except TimeoutError:
             raise _Failed("timeouts", f"no answer within {self._timeout:g} s") from None
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            remedy = "give a URL like http://127.0.0.1:8000/retrieve"
-            raise _Failed("refused", f"no answer ({error})", again=False, remedy=remedy) from None
-        except httpx.HTTPError as error:
-            raise _Failed("unreachable", f"no answer ({str(error) or type(error).__name__})") from None
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise _Failed("unreachable", f"no answer ({reason})") from None
         finally:
             self._clients.put_nowait(client)
 
@@ -203,7 +209,7 @@ class HttpSearch:
             if status >= 500 or status == 408:
                 raise _Failed("server_errors", f"no answer (status {status})", wait=_retry_after(response))
             if not response.is_success:
-                raise _Failed("refused", f"no answer (status {status})", again=False)
+                raise _Failed("refused", f"a POST gave status {status}", again=False, remedy=self._remedy(response))
             content = bytearray()
             async for chunk in response.aiter_raw():
                 content += chunk
@@ -214,6 +220,19 @@ class HttpSearch:
                     )  # fmt: skip
         return bytes(content)
 
+    def _remedy(self, response: httpx.Response | None = None) -> str:
+        """Advice about an answer that is not of the protocol; ``response`` is None if its status was 200."""
+        status = response.status_code if response else 200
+        if status in (401, 403, 407):
+            return "give the credentials that it wants: search.url=http://user:password@host/..."
+        if response and response.has_redirect_location:
+            return f"give the address that it redirects to: {response.headers['Location']}"
+        if status in (200, 404, 405) and not httpx.URL(self._url).path.strip("/"):
+            return f"add the path: search.url={self._url.rstrip('/')}/retrieve"
+        if status in (404, 405):
+            return f"is its path right? A search server's address is like {EXAMPLE}"
+        return 'expected {"result": [[{"document": {"id", "contents"}, "score"}]]}, as Search-R1\'s server answers'
+
     def _read(self, content: bytes) -> tuple[Passage, ...]:
         try:
             (hits,) = json.loads(content)["result"]
@@ -221,7 +240,7 @@ class HttpSearch:
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             raise _Failed(
                 "malformed", f"its answer is not Search-R1's ({type(error).__name__}: {error})", again=False,
-                remedy='expected {"result": [[{"document": {"id", "contents"}, "score"}]]}',
+                remedy=self._remedy(),
             ) from None  # fmt: skip
 
 
@@ -229,7 +248,7 @@ class _Failed(Exception):
     """An attempt failed.
 
     Args:
-        count: which of ``tools.base.COUNTS`` it adds to.
+        count: which of ``tools.base.CAUSES`` it adds to.
         again: whether another attempt may succeed.
         wait: seconds the server asks for before that.
     """
@@ -248,7 +267,7 @@ class _Failed(Exception):
 
 
 def _passage(hit: Mapping) -> Passage | None:
-    """A passage of an answer; None if it is blank. Raises KeyError where there is none."""
+    """A passage of an answer; None if it is blank. Raises KeyError if the hit has no text."""
     document = hit.get("document", hit)
     if "contents" not in document and "text" not in document:
         raise KeyError("contents")
@@ -258,22 +277,22 @@ def _passage(hit: Mapping) -> Passage | None:
 
 
 def _digest(*texts: str) -> str:
-    """16 characters that name texts."""
+    """16 hexadecimal characters that depend on the texts alone."""
     return hashlib.blake2b("\n".join(texts).encode(errors="replace"), digest_size=8).hexdigest()
 
 
 def _fraction(text: str) -> float:
-    """0 <= x < 1, of the text."""
+    """A number 0 <= x < 1 that depends on the text alone."""
     return int(_digest(text), 16) / 2**64
 
 
 def _encodable(text: str) -> str:
-    """Without lone surrogates: JSON's escapes can write them, UTF-8 and tokenizers cannot."""
+    """``text`` without lone surrogates: JSON's escapes can write them, UTF-8 and tokenizers cannot."""
     return text.encode(errors="replace").decode()
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the server asks for, given as such or as a date; 0 where it asks for none."""
+    """Seconds that the server asks to wait, given as a number or as a date; 0 if it asks for none."""
     value = response.headers.get("Retry-After", "")
     try:
         seconds = (
@@ -284,10 +303,10 @@ def _retry_after(response: httpx.Response) -> float:
     return max(seconds, 0.0)
 
 
-class NoSearch:
-    """Finds nothing: what a policy knows without search."""
+class NoSearch(Tool):
+    """Finds nothing: shows what a policy knows without search."""
 
-    async def __call__(self, query: str, corpus: str = "") -> ToolResult:
+    async def search(self, query: str, corpus: str) -> ToolResult:
         return ToolResult(())
 
 

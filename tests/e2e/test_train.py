@@ -15,6 +15,7 @@ from igpo_fast.metrics import KEYS
 from igpo_fast.model import hidden_states, lm_head
 from igpo_fast.model import load as load_model
 from igpo_fast.tokenizer import load_tokenizer
+from igpo_fast.tools.base import FOUND
 from igpo_fast.train import train
 from tests.tiny import STEPS, Recorder, rows, settings
 
@@ -86,7 +87,7 @@ def test_every_promised_metric_is_there(run_of, name):
     assert [row["step"] for row in run.raw] == list(range(STEPS + 1))
     assert set(run.raw[0]) == {"step"} | EVAL_KEYS
     every = run.config.eval.every
-    wanted = (set(KEYS) | GAIN_KEYS) - SERVER_KEYS - OPTIONAL_KEYS
+    wanted = (set(KEYS) | GAIN_KEYS | {f"tool/{name}" for name in FOUND}) - SERVER_KEYS - OPTIONAL_KEYS
     wanted -= set() if scores_values(run) else GAIN_KEYS
     for row in run.raw[1:]:
         evaluated = row["step"] == STEPS or (every and row["step"] % every == 0)

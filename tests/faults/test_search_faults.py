@@ -14,7 +14,7 @@ import pytest
 from igpo_fast import config
 from igpo_fast.checkpoint import RunFolder
 from igpo_fast.errors import ToolError
-from igpo_fast.tools.base import COUNTS
+from igpo_fast.tools.base import COUNTS, Passage
 from igpo_fast.tools.search import Bm25Search
 from igpo_fast.train import train
 from igpo_fast.world import make_worlds
@@ -22,6 +22,7 @@ from tests.search_server import Server, Serving
 from tests.tiny import Recorder, settings
 
 STEPS, GROUP, QUESTIONS = 3, 4, 4
+PASSAGE_OF_NOTHING = Passage("0", "", "zzz")
 FAILURE = "nothing ."  # in the made-up world's words
 
 
@@ -35,7 +36,7 @@ def passages(tmp_path_factory):
 def options(folder, cache, *overrides):
     return settings(
         folder, cache, f"train.steps={STEPS}", f"rollout.group_size={GROUP}", f"train.questions={QUESTIONS}",
-        "train.checkpoint_every=100", "eval.every=0", "search.backoff=0.01", "search.retries=3", "search.timeout=2",
+        "train.checkpoint_every=100", "eval.every=0", "search.backoff=0.01", "search.retries=3", "search.timeout=60",
         f"search.failure_text={json.dumps(FAILURE)}", *overrides,
     )  # fmt: skip
 
@@ -107,8 +108,8 @@ def turns(folder):
 
 
 def total(rows):
-    """Counts that are not 0, over all steps."""
-    sums = {name: sum(row[f"tool/{name}"] for row in rows) for name in COUNTS}
+    """Counts of calls and of what went wrong that are not 0, over all steps."""
+    sums = {name: sum(row[f"tool/{name}"] for row in rows) for name in COUNTS if name not in ("passages", "empty")}
     return {name: count for name, count in sums.items() if count}
 
 
@@ -119,7 +120,7 @@ def every(n, answer):
 
 def late(number, query):
     if number % 15 == 14:
-        time.sleep(0.7)
+        time.sleep(6)
 
 
 def hang_up(file):
@@ -135,7 +136,7 @@ def hang_up(file):
     [
         (every(5, (500, "oops")), "server_errors", ()),
         (every(5, (429, {}, {"Retry-After": "0"})), "rate_limited", ()),
-        (late, "timeouts", ("search.timeout=0.3",)),
+        (late, "timeouts", ("search.timeout=3",)),
         (every(5, (200, hang_up, {"Content-Length": "1000"})), "unreachable", ()),
     ],
     ids=["500", "429", "slow", "torn"],
@@ -168,7 +169,7 @@ def test_a_server_killed_in_a_step_and_started_again(passages, cache, clean, tmp
             after.append(Serving(corpus, tmp_path / "index", port=first.port))
 
     try:
-        train(options(tmp_path / "run", cache, f"search.url={first.url}", "search.retries=8"), Kills())
+        train(options(tmp_path / "run", cache, f"search.url={first.url}", "search.retries=13"), Kills())
         second = after[1]
         assert any("serving" in line for line in second.log) and "words 100%" not in second.log
         second.end()
@@ -232,6 +233,30 @@ def test_a_server_that_goes_down_stops_the_run_which_later_goes_on(passages, cac
     run(folder, cache, Service(passages), on_failure)  # the server is on another port now
     assert turns(folder) == clean
     assert not RunFolder(folder).discarded.exists()
+
+
+def test_a_server_that_finds_nothing_is_told(cache, tmp_path):
+    text, rows = run(tmp_path / "run", cache, Service(passages=(PASSAGE_OF_NOTHING,)))
+    for row in rows:
+        assert row["tool/empty"] == row["tool/calls"] > 0 == row["tool/passages"] == row["tool/failures"]
+        told = f"warning: step {row['step']}: none of {row['tool/calls']:.0f} searches found a passage; see that "
+        assert told in text
+
+
+def test_search_in_process_counts_what_it_finds(cache, tmp_path):
+    train(options(tmp_path / "run", cache, "train.steps=1"), Recorder())
+    (row,) = RunFolder(tmp_path / "run").read_metrics()[1:]
+    assert row["tool/calls"] > row["tool/empty"] >= 0 and row["tool/passages"] > 0 and "tool/failures" not in row
+
+
+def test_a_missing_path_ends_the_run_at_its_start(cache, tmp_path):
+    def answer(number, request):
+        return 404, {}
+
+    with Server(answer) as server, pytest.raises(ToolError) as caught:
+        url = server.url.removesuffix("/retrieve")
+        train(options(tmp_path / "run", cache, f"search.url={url}"), Recorder())
+    assert str(caught.value) == f"search.url={url}: a POST gave status 404; add the path: search.url={url}/retrieve"
 
 
 @pytest.mark.parametrize("mode", ["text", "stop"])

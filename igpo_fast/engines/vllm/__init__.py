@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from igpo_fast.engines.vllm.weights import BACKEND, EXTENSION
 from igpo_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,9 +24,13 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""What vLLM reads at its import, where the user has not set it. OMP_NUM_THREADS is set too: to torch's threads."""
+"""Variables that vLLM reads when it is imported; the user's own stay. OMP_NUM_THREADS is set to torch's threads."""
 
 TRANSFER = "its weight transfer"
+KEY = "IGPO_REPLICA_KEY"
+"""The environment variable that holds the key of replicas, on their side and on the trainer's."""
+CPU_BLOCK = 32
+"""Tokens per block of the prefix cache on CPU, where vLLM's own choice (128) is longer than many a turn."""
 
 
 def prepare() -> None:
@@ -41,6 +46,24 @@ def sync_method() -> str:
     return TRANSFER if hasattr(Worker, "finish_weight_update") else "reload_weights"
 
 
+def settings(dtype: str, *, on_cpu: bool, transfer: bool = True) -> dict[str, object]:
+    """Settings that every vLLM needs which samples for a trainer, as keywords of ``EngineArgs``. Weights are made up
+    until the trainer sends its own.
+
+    Args:
+        transfer: by vLLM's weight-transfer API (``sync_method``).
+    """
+    on_any = {
+        "dtype": dtype, "load_format": "dummy", "logprobs_mode": "processed_logprobs", "generation_config": "vllm",
+        "enable_prefix_caching": True, "worker_extension_cls": EXTENSION,
+    }  # fmt: skip
+    if transfer:
+        on_any["weight_transfer_config"] = {"backend": BACKEND}
+    # Compiled code would keep the repacked weights of its compilation; a prompt in parts fails with a seed of its own.
+    cpu = {"enforce_eager": True, "block_size": CPU_BLOCK, "enable_chunked_prefill": False}
+    return on_any | (cpu if on_cpu else {})
+
+
 def make_engine(config: Config, lm: PreTrainedModel, decode: Callable[[Sequence[int]], str]) -> Engine:
     """The engine that ``rollout.server`` asks for: replicas over HTTP, or one in this process if it is empty.
 
@@ -54,7 +77,7 @@ def make_engine(config: Config, lm: PreTrainedModel, decode: Callable[[Sequence[
 
         return VllmServers(
             rollout.server, decode=decode, dtype=dtype, max_tokens=rollout.max_tokens,
-            concurrency=rollout.concurrency, timeout=rollout.server_timeout,
+            concurrency=rollout.concurrency, timeout=rollout.server_timeout, key=os.environ.get(KEY, ""),
         )  # fmt: skip
     if find_spec("vllm") is None:
         raise InputError(

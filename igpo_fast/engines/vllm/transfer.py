@@ -5,7 +5,9 @@ vLLM's own backends need CUDA; this one runs wherever vLLM does. Imported by wor
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -17,7 +19,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from igpo_fast.engines.vllm.weights import BACKEND
+from igpo_fast.engines.vllm.weights import BACKEND, FOLDER
 
 
 @dataclass
@@ -31,11 +33,11 @@ class Bucket(WeightTransferUpdateInfo):
 
     tensors: list[tuple[str, torch.Tensor]] | None = None
     file: str | None = None
-    """Of safetensors, on this host; needed until the update returns."""
+    """A safetensors file in ``FOLDER``; needed until the update returns."""
 
 
 class BucketTransfer(WeightTransferEngine[Nothing, Bucket]):
-    """What vLLM's worker calls in the course of an update: start, any number of buckets, finish."""
+    """The calls that vLLM's worker makes in an update: start, any number of buckets, finish."""
 
     init_info_cls, update_info_cls = Nothing, Bucket
 
@@ -47,10 +49,17 @@ class BucketTransfer(WeightTransferEngine[Nothing, Bucket]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Bucket) -> None:
-        """Load a bucket; a layer is laid out for inference when its last tensor has come."""
+        """Load a bucket; a layer is laid out for inference when its last tensor has come.
+
+        Raises:
+            ValueError: the file lies elsewhere than in ``FOLDER``.
+        """
         tensors = update_info.tensors
         if tensors is None:
-            found = safetensors.torch.load_file(update_info.file)
+            file, folder = Path(update_info.file).resolve(), os.environ.get(FOLDER)
+            if not folder or file.parent != Path(folder).resolve():
+                raise ValueError(f"update_weights: {update_info.file} is not in this replica's own folder")
+            found = safetensors.torch.load_file(file)
             tensors = [(name, tensor.to(self.device)) for name, tensor in found.items()]
         self.model.load_weights(tensors)
 

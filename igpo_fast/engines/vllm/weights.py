@@ -13,6 +13,8 @@ from igpo_fast.errors import InputError
 BACKEND = "igpo"
 """Our backend's name in vLLM's weight transfer."""
 EXTENSION = "igpo_fast.engines.vllm.worker.WorkerExtension"
+FOLDER = "IGPO_WEIGHTS_FOLDER"
+"""The environment variable of a replica that names the folder its buckets are written to."""
 BUCKET_BYTES = 64 << 20
 TORCH = "use rollout.engine=torch"
 
@@ -64,9 +66,12 @@ def compare(engine: Mapping[str, int], trainer: Mapping[str, int], where: str) -
     if not absent and not differing:
         return
     name = (differing or absent)[0]
-    what = "is not the trainer's" if differing else f"is in {'the engine' if name in engine else 'the trainer'} alone"
+    what = f"{name} is not the trainer's"
+    if not differing:
+        has, lacks = ("engine", "trainer") if name in engine else ("trainer", "engine")
+        what = f"the {has} has {name}, the {lacks} does not"
     raise InputError(
-        f"{where}: after the weight sync {name} {what} ({len(differing) + len(absent)} of {len(trainer)} tensors); "
+        f"{where}: after the weight sync {what} ({len(differing) + len(absent)} of {len(trainer)} tensors); "
         f"rollouts would come from stale weights, so the run stops: start it again, or {TORCH}"
     )
 

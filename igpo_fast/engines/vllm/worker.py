@@ -1,4 +1,4 @@
-"""What is added to vLLM's worker (``worker_extension_cls``): fingerprints of the weights it computes with."""
+"""An extension of vLLM's worker (``worker_extension_cls``): fingerprints of the weights it computes with."""
 
 from __future__ import annotations
 
