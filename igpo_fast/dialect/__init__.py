@@ -22,6 +22,7 @@ def make_dialect(
     *,
     system: str | None = None,
     thinking: bool | None = None,
+    wrapper: str | None = None,
     **budgets: int,
 ) -> Dialect:
     """The dialect ``tags`` or ``chat`` for a tokenizer.
@@ -29,10 +30,11 @@ def make_dialect(
     Args:
         system: instructions before the question; None takes the dialect's own, "" has none.
         thinking: what ``chat`` passes to templates as ``enable_thinking``; None leaves them their own choice.
+        wrapper: what a forced answer stands in, the answer in place of ``{}``; None takes the dialect's own.
         budgets: ``Dialect``'s ``max_passage_tokens``, ``max_answer_tokens`` and ``max_answers``.
     Raises:
         InputError: the tokenizer cannot serve the dialect.
     """
     if name == "tags":
-        return TagsDialect(tokenizer, system=system, **budgets)
-    return ChatDialect(tokenizer, system=system, thinking=thinking, **budgets)
+        return TagsDialect(tokenizer, system=system, wrapper=wrapper, **budgets)
+    return ChatDialect(tokenizer, system=system, thinking=thinking, wrapper=wrapper, **budgets)
