@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from igpo_fast.dialect.encoding import Encoder, unquote
+from igpo_fast.dialect.parsing import ANSWERS, CLOSE, OPEN
 from igpo_fast.errors import InputError
 from igpo_fast.types import Question
 from igpo_kernels import Branch
@@ -41,7 +42,7 @@ class Dialect(ABC):
     """A turn ends with any of these tokens, which belongs to it."""
     stop_strings: tuple[str, ...] = ()
     """A turn ends with the token that completes any of these."""
-    tags: tuple[str, ...] = ()
+    tags: tuple[str, ...] = (OPEN, CLOSE, *ANSWERS)
     """What the dialect itself writes between texts of others, which must not read it there."""
 
     def __init__(

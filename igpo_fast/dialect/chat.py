@@ -13,8 +13,20 @@ from jinja2 import TemplateError
 
 from igpo_fast.dialect.base import Dialect
 from igpo_fast.dialect.encoding import unquote
-from igpo_fast.dialect.parsing import CLOSE, NOTHING, OPEN, Action, Reader, first_action, json_call, tagged, well_formed
-from igpo_fast.dialect.tags import ANSWERED, ANSWERS, REASONED
+from igpo_fast.dialect.parsing import (
+    ANSWERS,
+    CALLS,
+    CLOSE,
+    NOTHING,
+    OPEN,
+    Action,
+    Reader,
+    first_action,
+    json_call,
+    tagged,
+    well_formed,
+)
+from igpo_fast.dialect.tags import ANSWERED, REASONED
 from igpo_fast.types import ANSWER, SEARCH, Question
 
 if TYPE_CHECKING:
@@ -53,7 +65,6 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_
 its template writes ``<|eot_id|>``."""
 TODAY = date(2024, 7, 26)
 """What a template that asks for the date is told: prompts must not change overnight, or runs would not repeat."""
-CALLS = ("<tool_call>", "</tool_call>")
 
 
 class ChatDialect(Dialect):
@@ -253,7 +264,7 @@ def _tagged_call(text: str, at: int) -> tuple[Action, int]:
     """A call up to ``</tool_call>``, which may also stand in its JSON; nothing else follows the JSON."""
     action, stop = json_call(text, at)
     closing = text.find(CALLS[1], stop)
-    if closing < 0:
+    if closing < 0 or text.find(CALLS[0], stop, closing) >= 0:
         return NOTHING, at
     return NOTHING if text[stop:closing].strip() else action, closing + len(CALLS[1])
 

@@ -18,6 +18,8 @@ ECHOES = ("and", "your query", "your answer")
 """What our own instructions have between tags; a policy that repeats them ("I'll put it in <answer> and </answer>")
 does not act."""
 OPEN, CLOSE = "<think>", "</think>"
+SEARCHES, ANSWERS, CALLS = ("<search>", "</search>"), ("<answer>", "</answer>"), ("<tool_call>", "</tool_call>")
+"""What begins and what ends an action."""
 
 
 def first_action(

@@ -9,7 +9,7 @@ import numpy as np
 
 from igpo_fast.dialect.base import Dialect
 from igpo_fast.dialect.encoding import unquote
-from igpo_fast.dialect.parsing import first_action, tagged
+from igpo_fast.dialect.parsing import ANSWERS, SEARCHES, first_action, tagged
 from igpo_fast.types import ANSWER, SEARCH, Question
 
 if TYPE_CHECKING:
@@ -54,8 +54,6 @@ BARE = Wording(system="", question="{}", hint="<information> </information>", be
 WORLD = replace(BARE, before=FULL.before, after=FULL.after)
 """For the made-up world, whose tokenizer knows tags, names and the words before a forced answer."""
 
-SEARCHES, ANSWERS = ("<search>", "</search>"), ("<answer>", "</answer>")
-
 
 class TagsDialect(Dialect):
     """One continuous text in the style of Search-R1: ``<search>query</search>``, ``<answer>answer</answer>``,
@@ -73,7 +71,7 @@ class TagsDialect(Dialect):
         wording: None takes the first of ``FULL``, ``WORLD``, ``BARE`` of which the tokenizer knows all words.
     """
 
-    tags = (*SEARCHES, *ANSWERS, "<information>", "</information>")
+    tags = (*Dialect.tags, *SEARCHES, "<information>", "</information>")
     _READERS: ClassVar = {
         SEARCHES[0]: tagged(SEARCH, SEARCHES[1], (*SEARCHES[:1], *ANSWERS)),
         ANSWERS[0]: tagged(ANSWER, ANSWERS[1], (*ANSWERS[:1], *SEARCHES)),
@@ -101,7 +99,7 @@ class TagsDialect(Dialect):
 
     def _knows(self, wording: Wording) -> bool:
         unknown = self.tokenizer.unk_token_id
-        return unknown is None or unknown not in self.encode(wording.system + wording.hint + wording.before)
+        return unknown is None or unknown not in self.encode(f"{wording.system}\n{wording.hint}\n{wording.before}")
 
     def prompt(self, question: Question) -> np.ndarray:
         text = self._system + self.wording.question.replace("{}", self.quote(question.question))
