@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from igpo_fast.dialect.base import Dialect
-from igpo_fast.dialect.chat import CHAT_SYSTEM, SEARCH_TOOL, ChatDialect
+from igpo_fast.dialect.chat import CHAT_SYSTEM, SEARCH_TOOL, TODAY, ChatDialect
+from igpo_fast.dialect.encoding import unquote
 from igpo_fast.dialect.tags import BARE, FULL, TagsDialect, Wording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "BARE", "CHAT_SYSTEM", "FULL", "SEARCH_TOOL", "ChatDialect", "Dialect", "TagsDialect", "Wording", "make_dialect",
+    "BARE", "CHAT_SYSTEM", "FULL", "SEARCH_TOOL", "TODAY", "ChatDialect", "Dialect", "TagsDialect", "Wording",
+    "make_dialect", "unquote",
 ]  # fmt: skip
 
 
