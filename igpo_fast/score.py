@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -153,7 +154,7 @@ class Chat:
             pieces = _TAG.split(text)
             for i, piece in enumerate(pieces):
                 if piece.strip() and not _TAG.fullmatch(piece):
-                    pieces[i] = f"mark{len(marks)}mark"
+                    pieces[i] = f"{_MARK}{len(marks)}."
                     marks[pieces[i]] = number
             return "".join(pieces)
 
@@ -181,6 +182,8 @@ class Chat:
 
 REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What a template, a program of others, may raise about messages."""
+_MARK = secrets.token_hex(8)
+"""What no text of a line holds."""
 _TAG = re.compile(r"(<[^<>]{1,40}>)")
 
 
