@@ -293,6 +293,11 @@ class Algorithm(Section):
     1000). `hotpot`: besides, yes and no match nothing but themselves."""
     answers: Answers = "first"
     """Which accepted answers a value is of."""
+    wrapper: str | None = None
+    """What a forced answer stands in, the answer in place of `{}`. null takes the released code's,
+    `\\nNow there's enough information to answer\\n</think>\\n<answer>\\n{}\\n</answer>`, after the `<think>` with which
+    that code opens every turn (a chat template that opens a thought brings it; after one that it closed, the answer
+    stands in `<answer>` alone)."""
     gamma: Fraction = 1.0
     """Discount of later turns' rewards; outcome-only algorithms use 1."""
     passes: Literal["auto", "one", "two"] = "auto"

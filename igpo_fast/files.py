@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from igpo_fast.errors import InputError
 
 
 def temporary_of(path: Path) -> Path:
@@ -16,12 +19,26 @@ def temporary_of(path: Path) -> Path:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[io.BufferedWriter]:
-    """A file to write; it replaces ``path`` when the block ends without an error."""
-    with open(temporary_of(path), "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary_of(path), path)
+    """A file to write; it replaces ``path`` when the block ends without an error, else it vanishes.
+
+    Raises:
+        InputError: another process is writing ``path``.
+    """
+    temporary = temporary_of(path)
+    with open(temporary, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another process writes it; wait for that one, or name another file") from None
+        try:
+            file.truncate(0)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     sync(path.parent)
 
 

@@ -1,61 +1,47 @@
 """Information gain of each turn of trajectories from anywhere: JSON lines in, JSON lines out.
 
-A line is ``{"question", "answers", "messages": [{"role", "content"}, ...]}``; it comes back with ``values``
-(v_0 .. v_{T-1}) and ``info_gain`` (of turns 1 .. T-1; the last turn gives the answer and needs none).
+A line is ``{"question", "answers", "messages": [{"role", "content"}, ...]}``, or one of a run's own rollouts file; it
+comes back with ``values`` (v_0 .. v_{T-1}) and ``info_gain`` (of turns 1 .. T-1; the last turn gives the answer and
+needs none).
 
-Text comes in, not the tokens that were sampled. It is tokenised message by message (tags) or turn by turn
-(chat), so tokens, at the borders above all, can differ from those sampled, and values by a little with them.
+Of messages text comes in, not the tokens that were sampled. It is tokenised message by message (tags) or turn by turn
+(chat), so tokens, at the borders above all, can differ from those sampled, and values by a little with them. Messages
+are text of others: special tokens that they spell are text, and of tools' messages the template's delimiters, too.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
+import re
+import secrets
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from igpo_fast.checkpoint import RunFolder
 from igpo_fast.config import Config
 from igpo_fast.data import Data
-from igpo_fast.dialect import CHAT_SYSTEM, SEARCH_TOOL, Dialect, TagsDialect, make_dialect
+from igpo_fast.dialect import CHAT_SYSTEM, SEARCH_TOOL, TODAY, Dialect, TagsDialect, make_dialect, unquote
 from igpo_fast.errors import InputError
+from igpo_fast.files import atomic
 from igpo_fast.model import device_of, load
 from igpo_fast.rewards import Answers, Basis, information_gain, values_of
-from igpo_fast.rows import json_object
 from igpo_fast.tokenizer import load_tokenizer
-from igpo_fast.types import Question
+from igpo_fast.trajectories import Message, Record, read_records
 from igpo_fast.update.packs import answer_means
 from igpo_fast.update.scoring import Policy
 from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack
 
-PROMPT_ROLES = ("system", "user")
-RESPONSE_ROLES = ("tool", "user", "environment")
 BUDGETS = dict(max_passage_tokens=128, max_answer_tokens=64, max_answers=4)
 """Of the dialects; passages are not cut here, they are part of the messages."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """A line of the input."""
-
-    where: str
-    """File and line, for errors."""
-    row: dict[str, Any]
-    """As it was read."""
-    question: Question
-    prompt: tuple[dict, ...]
-    """The messages before the first turn; empty takes the dialect's prompt."""
-    turns: tuple[tuple[dict, ...], ...]
-    """Each turn's message and the responses to it: T of them, T >= 1."""
 
 
 @dataclass(frozen=True)
@@ -75,113 +61,74 @@ class Trajectory:
         return len(self.ids) + len(self.boundaries) * sum(branch.stop for branch in self.branches)
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """The records of a file, one at a time.
-
-    Raises:
-        InputError: a file that cannot be read, a line that is not a trajectory.
-    """
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _record(line, f"{path} line {number}")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read it ({error.strerror}); give an existing file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; give JSON lines") from None
-
-
-def _record(line: str, where: str) -> Record:
-    row = json_object(line, where)
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where}: a text with half a character (a lone surrogate); correct it") from None
-    text, answers, messages = (row.get(key) for key in ("question", "answers", "messages"))
-    if not isinstance(text, str) or not text.strip():
-        raise InputError(f'{where}: no question; fill "question" with a text')
-    if not answers or not _is_list_of(str, answers) or not all(map(str.strip, answers)):
-        raise InputError(f'{where}: no answers; fill "answers" with a list of texts, none of them blank')
-    if not _is_list_of(dict, messages):
-        raise InputError(f'{where}: no messages; fill "messages" with objects that have role and content')
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message.get("content"), str):
-            raise InputError(f'{where}: message {number} has no text; fill "content"')
-    prompt, turns = _split(messages, where)
-    return Record(where, row, Question(where, text, tuple(answers)), prompt, turns)
-
-
-def _is_list_of(kind: type, value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
-
-
-def _split(messages: list[dict], where: str) -> tuple[tuple[dict, ...], tuple[tuple[dict, ...], ...]]:
-    """The prompt, and each turn with its responses."""
-    roles = [message.get("role") for message in messages]
-    if "assistant" not in roles:
-        raise InputError(f"{where}: no message of the assistant; a trajectory has at least one turn")
-    first = roles.index("assistant")
-    for number, role in enumerate(roles):
-        place, known = ("after", RESPONSE_ROLES) if number > first else ("before", PROMPT_ROLES)
-        if role != "assistant" and role not in known:
-            raise InputError(
-                f"{where}: message {number + 1} has role {role!r}; {place} the first assistant message it "
-                f"can be {' or '.join(known)}"
-            )
-    starts = [i for i, role in enumerate(roles) if role == "assistant"]
-    turns = (tuple(messages[a:b]) for a, b in zip(starts, [*starts[1:], len(roles)], strict=True))
-    return tuple(messages[:first]), tuple(turns)
-
-
 class Tags:
     """Trajectories as one continuous text: contents are laid end to end as they are given."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        self.dialect: Dialect = make_dialect("tags", tokenizer, **BUDGETS)
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, wrapper: str | None = None):
+        self.dialect: Dialect = make_dialect("tags", tokenizer, wrapper=wrapper, **BUDGETS)
         # Writes a given text as a prompt, with the start token of models that have one, and nothing else.
         bare = replace(self.dialect.wording, system="", question="{}")
         self._verbatim = TagsDialect(tokenizer, wording=bare, **BUDGETS)
+        self._end = tokenizer.eos_token or ""
 
     def pieces(self, record: Record) -> list[list[np.ndarray]]:
         """Tokens of the prompt, then of each scored turn with its responses, in pieces."""
-        encode = self.dialect.encode
+        for message in (*record.prompt, *(message for turn in record.turns for message in turn)):
+            if message.calls or message.thought:
+                raise InputError(
+                    f"{record.where}: message {message.number} has tool_calls or reasoning_content, which tags have "
+                    "no form for; use --dialect chat, or write them into its content"
+                )
         if record.prompt:
-            first, *rest = (message["content"] for message in record.prompt)
-            prompt = [self._verbatim.prompt(replace(record.question, question=first)), *map(encode, rest)]
+            first, *rest = record.prompt
+            asked = self._verbatim.prompt(replace(record.question, question=first.content))
+            prompt = [asked, *map(self._encode, rest)]
         else:
             prompt = [self.dialect.prompt(record.question)]
-        return [prompt, *([encode(message["content"]) for message in turn] for turn in record.turns[:-1])]
+        return [prompt, *([self._encode(message) for message in turn] for turn in record.turns[:-1])]
+
+    def _encode(self, message: Message) -> np.ndarray:
+        said = message.content
+        if message.role != "assistant":
+            return self.dialect.encode(self.dialect.quote(said))
+        # The policy writes delimiters by right, and may end its turn.
+        ends = self._end if self._end and said.endswith(self._end) else ""
+        return self.dialect.encode(self.dialect.quote(said.removesuffix(ends), tags=False) + ends)
 
 
 class Chat:
     """Trajectories as the model's own chat template writes them; ``tools`` of a line reach the template.
 
-    A prefix is rendered with what opens the next turn; a turn is what that adds to the prefix before.
+    A prefix is rendered with what opens the next turn; a turn is what that adds to the prefix before. What a template
+    leaves out (Qwen3's, the thoughts before the user's last message) is refused, or values would be of other texts.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, wrapper: str | None = None):
         self.tokenizer = tokenizer
-        self.dialect: Dialect = make_dialect("chat", tokenizer, **BUDGETS)
+        self.dialect: Dialect = make_dialect("chat", tokenizer, wrapper=wrapper, **BUDGETS)
 
     def pieces(self, record: Record) -> list[list[np.ndarray]]:
         """Tokens of the prompt, then of each scored turn with its responses, a piece each."""
-        messages, tools = list(record.prompt), record.row.get("tools")
-        if not messages:
-            system = {"role": "system", "content": CHAT_SYSTEM}
-            messages, tools = [system, {"role": "user", "content": record.question.question}], [SEARCH_TOOL]
+        tools = record.row.get("tools")
+        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise InputError(f'{record.where}: "tools" are no list of objects; correct them, or leave them out')
+        given, turns = list(record.prompt), record.turns[:-1]
+        if not given:
+            system = Message(0, "system", CHAT_SYSTEM)
+            given, tools = [system, Message(0, "user", record.question.question)], [SEARCH_TOOL]
+        tools = _texts(tools, self.dialect.quote)
+        messages = [self._written(message) for message in given]
         before = self._render(record, messages, tools)
         pieces = [[self.dialect.encode(before)]]
-        for number, turn in enumerate(record.turns[:-1], start=1):
+        for number, turn in enumerate(turns, start=1):
             text = before
             for message in turn:
-                # Templates know no environment; what is not a tool's is a user's.
-                messages.append(message | {"role": "user"} if message["role"] == "environment" else message)
+                messages.append(self._written(message))
                 shorter, text = text, self._render(record, messages, tools)
                 if text == shorter:
                     raise InputError(
                         f"{record.where}: the chat template writes nothing for a message of role "
-                        f"{message['role']!r}; use another role, or --dialect tags"
+                        f"{message.role!r}; use another role, or --dialect tags"
                     )
             if not text.startswith(before):
                 raise InputError(
@@ -191,15 +138,81 @@ class Chat:
                 )
             pieces.append([self.dialect.encode(text[len(before) :])])
             before = text
+        self._check_complete(record, [*given, *(message for turn in turns for message in turn)], tools)
         return pieces
+
+    def _written(self, message: Message) -> dict[str, Any]:
+        """A message for the template."""
+        own = message.role != "tool"  # others than tools write the template's delimiters by right
+        return _for_template(message, lambda text: self.dialect.quote(text, tags=not own))
+
+    def _check_complete(self, record: Record, messages: list[Message], tools: list | None) -> None:
+        """Refuse a template that leaves out part of a message: each text between tags becomes a mark, and all marks
+        must come out."""
+        marks: dict[str, int] = {}
+
+        def marked(text: str, number: int) -> str:
+            pieces = _TAG.split(text)
+            for i, piece in enumerate(pieces):
+                if piece.strip() and not _TAG.fullmatch(piece):
+                    pieces[i] = f"{_MARK}{len(marks)}."
+                    marks[pieces[i]] = number
+            return "".join(pieces)
+
+        copies = [_for_template(m, lambda text, number=m.number: marked(text, number)) for m in messages]
+        rendered = self._render(record, copies, tools)
+        for mark, number in marks.items():
+            if mark not in rendered:
+                raise InputError(
+                    f"{record.where}: the chat template leaves out part of message {number} (its thought, where a "
+                    "user's message follows: give results the role tool); or use --dialect tags"
+                )
 
     def _render(self, record: Record, messages: list[dict], tools: list | None) -> str:
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, tokenize=False, strftime_now=TODAY.strftime
+            )
+        except REFUSALS as error:
+            reason = unquote(" ".join(str(error).split()))
             raise InputError(
-                f"{record.where}: the chat template refuses the messages ({error}); correct them, or use --dialect tags"
+                f"{record.where}: the chat template refuses the messages ({reason}); correct them, or use "
+                "--dialect tags"
             ) from None
+
+
+REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What a template, a program of others, may raise about messages."""
+_MARK = secrets.token_hex(8)
+"""What no text of a line holds."""
+_TAG = re.compile(r"(<[^<>]{1,40}>)")
+
+
+def _for_template(message: Message, write: Callable[[str], str]) -> dict[str, Any]:
+    """A message as templates take it, its texts written by ``write``."""
+    # Templates know no environment; what is not a tool's is a user's.
+    role = "user" if message.role == "environment" else message.role
+    made: dict[str, Any] = {"role": role, "content": write(message.content)}
+    if message.thought:
+        made["reasoning_content"] = write(message.thought)
+    if message.calls:
+        made["tool_calls"] = [
+            {
+                "type": "function",
+                "function": {"name": write(call["name"]), "arguments": _texts(call["arguments"], write)},
+            }
+            for call in message.calls
+        ]
+    return made
+
+
+def _texts(value: Any, write: Callable[[str], str]) -> Any:
+    """A JSON value, its texts written by ``write``."""
+    if isinstance(value, str):
+        return write(value)
+    if isinstance(value, list):
+        return [_texts(entry, write) for entry in value]
+    return {key: _texts(entry, write) for key, entry in value.items()} if isinstance(value, dict) else value
 
 
 WRITERS = {"tags": Tags, "chat": Chat}
@@ -213,8 +226,9 @@ class Scorer:
         dialect: ``tags`` or ``chat``.
         temperature: divides the logits.
         basis, answers: as in ``rewards.values_of``.
+        wrapper: what a forced answer stands in; None takes the dialect's own.
     Raises:
-        InputError: the tokenizer cannot serve the dialect.
+        InputError: the tokenizer cannot serve the dialect, a temperature that is no positive number.
     """
 
     def __init__(
@@ -227,9 +241,13 @@ class Scorer:
         basis: Basis = "log_prob",
         answers: Answers = "first",
         token_budget: int = 16384,
+        wrapper: str | None = None,
     ):
+        if not 0 < temperature < math.inf:
+            raise InputError(f"--temperature {temperature}: give a positive number")
         self.policy = Policy(lm, temperature, LossSettings())
-        self.writer = WRITERS[dialect](tokenizer)
+        self.writer = WRITERS[dialect](tokenizer, wrapper)
+        self._unknown = _unknown_id(tokenizer)
         self.basis, self.answers, self.token_budget = basis, answers, token_budget
 
     def tokenise(self, record: Record) -> Trajectory:
@@ -239,20 +257,48 @@ class Scorer:
             InputError: a turn or an answer without tokens, a template that cannot write it, more tokens
                 than a pack holds.
         """
-        parts = [np.concatenate(pieces) for pieces in self.writer.pieces(record)]
-        for number, part in enumerate(parts):
-            if not len(part):
-                what = f"turn {number}" if number else "the prompt"
-                raise InputError(f"{record.where}: {what} has no tokens; give it a text")
-        boundaries = np.cumsum([len(part) for part in parts])
         branches = self.writer.dialect.branches(record.question)[: 1 if self.answers == "first" else None]
-        trajectory = Trajectory(record, np.concatenate(parts), boundaries, branches)
+        for branch in branches:
+            self._check_known(branch.ids, f"{record.where}: an answer")
+        ids, boundaries = self._sampled(record) if record.rollout else self._written(record)
+        trajectory = Trajectory(record, ids, boundaries, branches)
         if trajectory.packed_tokens > self.token_budget:
             raise InputError(
                 f"{record.where}: {trajectory.packed_tokens} tokens with its answers, over --token-budget "
                 f"{self.token_budget}; raise it, or leave the line out"
             )
         return trajectory
+
+    def _written(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of messages, and the prefixes' lengths."""
+        parts = [np.concatenate(pieces) for pieces in self.writer.pieces(record)]
+        for number, part in enumerate(parts):
+            what = f"{record.where}: {f'turn {number}' if number else 'the prompt'}"
+            if not len(part):
+                raise InputError(f"{what} has no tokens; give it a text")
+            self._check_known(part, what)
+        return np.concatenate(parts), np.cumsum([len(part) for part in parts])
+
+    def _sampled(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of a rollout as they are, and the prefixes' lengths."""
+        rollout, decode = record.rollout, self.writer.dialect.decode
+        size = self.policy.lm.get_input_embeddings().num_embeddings
+        same = rollout.ids.max() < size and all(decode(turn.ids) == turn.text for turn in rollout.turns)
+        if not same:
+            raise InputError(
+                f"{record.where}: its ids are not its texts' under the model's tokenizer; give --model the run's own"
+            )
+        boundaries = rollout.boundaries
+        if not len(rollout.prompt_ids) or (np.diff(boundaries) == 0).any():
+            raise InputError(f"{record.where}: a prompt or a turn without tokens; give the file as it was written")
+        return rollout.ids[: boundaries[-1]], boundaries
+
+    def _check_known(self, ids: np.ndarray, what: str) -> None:
+        if self._unknown is not None and (ids == self._unknown).any():
+            raise InputError(
+                f"{what} has words that the model's tokenizer does not know; choose a model that knows them, or leave "
+                "the line out"
+            )
 
     def score(self, records: Iterable[Record]) -> Iterator[tuple[Record, np.ndarray, np.ndarray]]:
         """Each record with its values, float64 [T], and gains, float64 [T-1], in order; one pass a pack."""
@@ -285,12 +331,24 @@ class Scorer:
         return {i: values_of(mean, self.basis, self.answers) for i, mean in means.items()}
 
 
+def _unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """What stands for unknown words; None where there is nothing, or it also has another meaning (GPT-2's)."""
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
+
+
 def load_scorer(path: str, *, device: str = "auto", dtype: str = "float32", **options) -> Scorer:
-    """A Scorer (which takes ``options``) of a Hugging Face model directory or name, probed.
+    """A Scorer (which takes ``options``) of a Hugging Face model directory or name, or of a run's newest checkpoint,
+    probed.
 
     Raises:
         InputError: no usable model or tokenizer there.
     """
+    if Path(path, "checkpoints").is_dir():
+        saved = RunFolder(path).saved()
+        if not saved:
+            raise InputError(f"--model {path}: a run without a checkpoint yet; give a model, or train for longer")
+        path = str(saved[max(saved)])
     tokenizer = load_tokenizer(Config(model={"path": path}), Data((), (), {}))
     device = device_of(device)
     return Scorer(load(path, dtype=getattr(torch, dtype), device=device), tokenizer, **options)
@@ -319,14 +377,16 @@ def score_file(
     """
     if target.exists() and not (overwrite and target.is_file()):
         raise InputError(f"{target}: exists; give another --output, or --overwrite the file")
+    if not target.parent.is_dir():
+        raise InputError(f"{target}: cannot write there (no such folder); give another --output")
     total = sum(1 for _ in read_records(source))
     if not total:
         raise InputError(f"{source}: no trajectories; give at least one line")
-    with _complete(target) as out:
+    with atomic(target) as out:
         scored = make_scorer().score(read_records(source))
         for done, (record, values, gains) in enumerate(scored, start=1):
             row = record.row | {"values": _numbers(values), "info_gain": gains.tolist()}
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             if progress:
                 progress(done, total)
     return total
@@ -335,20 +395,3 @@ def score_file(
 def _numbers(values: np.ndarray) -> list[float | None]:
     """JSON knows no NaN: null stands for it."""
     return [value if math.isfinite(value) else None for value in values.tolist()]
-
-
-@contextmanager
-def _complete(path: Path) -> Iterator[TextIO]:
-    """A file that gets its name when all of it is written, and vanishes if that fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        file = open(temporary, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write there ({error.strerror}); give another --output") from None
-    try:
-        with file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink()
-        raise

@@ -83,6 +83,7 @@ def set_up(config: Config, *, weights: str | None = None, sft_progress: Progress
         max_passage_tokens=config.search.max_passage_tokens,
         max_answer_tokens=config.data.max_answer_tokens,
         max_answers=config.data.max_answers,
+        wrapper=config.algorithm.wrapper,
     )
     dialect.check()
     limits = Limits(config.rollout.max_turns, config.rollout.max_turn_tokens, config.rollout.max_tokens)

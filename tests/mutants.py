@@ -91,6 +91,8 @@ ENGINE_LOGP = f"{ENGINE}::test_logp_of_multi_turn_rollouts_equals_plain_forwards
 FIRST_STEP = f"{GAPS}::test_the_first_step_stands_where_the_reference_and_the_engine_do"
 ROLLOUT = "test_rollout.py::TestOneRollout::test_is_prompt_turns_and_responses_token_for_token"
 
+TEXT, INPUTS = "test_dialect_text.py", "test_score_inputs.py"
+
 # fmt: off
 MUTANTS = [
     *faults(f"{KERNELS}/plan.py",
@@ -518,6 +520,30 @@ MUTANTS = [
          "test_rollout_async.py::TestHandedOut::test_only_when_the_engine_has_nothing_to_do"),
         ("who waits for a tool holds a place", "(places, free) if engine", "(places, free) if True or engine",
          "test_rollout_async.py::TestTime::test_who_waits_for_a_tool_makes_room_unless_the_engine_keeps_it"),
+    ),
+    *faults("igpo_fast/dialect/encoding.py",
+        ("text of others read as control tokens", "backend.encode_special_tokens = True",
+         "backend.encode_special_tokens = False", f"{TEXT}::TestForgedTokens::test_in_an_answer"),
+        ("delimiters of the template not control tokens", "self._control = self._special | {",
+         "self._control = self._special & {", f"{TEXT}::TestForgedTokens::test_in_a_passage_and_in_a_failure"),
+        ("our own control tokens read as text", "if not theirs[start:stop].any():", "if theirs[start:stop].all():",
+         f"{TEXT}::TestForgedTokens::test_in_a_question"),
+    ),
+    *faults("igpo_fast/dialect/parsing.py",
+        ("a call nested too deep raises", "except (ValueError, RecursionError)", "except ValueError",
+         f"{TEXT}::test_turns_that_look_odd"),
+        ("an echo of the instructions acts", "if argument and argument not in ECHOES", "if argument",
+         f"{TEXT}::test_turns_that_look_odd"),
+    ),
+    *faults("igpo_fast/dialect/tags.py",
+        ("a full stop in the forced answer's wrapper", "enough information to answer\\n",
+         "enough information to answer.\\n", f"{TEXT}::test_the_released_codes_wrapper"),
+    ),
+    *faults("igpo_fast/score.py",
+        ("parts that a template drops pass", "if mark not in rendered:", "if not rendered:",
+         f"{INPUTS}::test_thoughts_that_a_template_drops_are_refused"),
+        ("unknown words scored", "if self._unknown is not None and", "if self._unknown is None and",
+         f"{INPUTS}::test_words_that_the_tokenizer_does_not_know_are_refused"),
     ),
     *faults("igpo_fast/tools/search.py",
         ("blank passages take places", "islice(filter(None, map(_passage, hits)), self._top_k)",

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from igpo_fast.engines.base import Generation, Request
-from igpo_fast.tools.base import Passage, ToolResult
+from igpo_fast.tools.base import Passage, Tool, ToolResult
 
 TAGS = ["<search>", "</search>", "<information>", "</information>", "<answer>", "</answer>"]
 WORDS = ["<unk>", "<eos>", *TAGS, "?", "A", "B", "C", "D", "born"]
@@ -59,12 +59,13 @@ class ScriptedEngine:
         raise NotImplementedError
 
 
-class ScriptedTool:
+class ScriptedTool(Tool):
     """Finds one passage, ``A B born C D``, whatever is asked."""
 
     def __init__(self):
+        super().__init__()
         self.calls: list[tuple[str, str]] = []
 
-    async def __call__(self, query: str, corpus: str = "") -> ToolResult:
+    async def search(self, query: str, corpus: str) -> ToolResult:
         self.calls.append((query, corpus))
         return ToolResult((Passage("p1", "", "A B born C D"),))

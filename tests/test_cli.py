@@ -137,8 +137,8 @@ def test_sft_trains_once_then_finds_it(tmp_path):
 def test_score(run, tmp_path):
     newest = list(RunFolder(run[0]).saved().values())[-1]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    turn = {"role": "assistant", "content": "<search> zavu </search>"}
-    row = {"question": "zavu ?", "answers": ["kolo"], "messages": [turn, {"role": "tool", "content": "kolo"}, turn]}
+    turn = {"role": "assistant", "content": "<search> buga </search>"}
+    row = {"question": "buga ?", "answers": ["tiza"], "messages": [turn, {"role": "tool", "content": "tiza"}, turn]}
     source.write_text(json.dumps(row) + "\n")
     arguments = ["score", "--model", newest, "--input", source, "--output", target]
     result = igpo_fast_(*arguments)

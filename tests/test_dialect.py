@@ -258,14 +258,18 @@ class TestChat:
     @pytest.mark.parametrize(
         "template, before",
         [
-            (CHAT, ""),
-            (CHAT + "{# <think> #}", "<think>\nNow there's enough information to answer.\n</think>\n\n"),
+            (CHAT, "<think>\nNow there's enough information to answer\n</think>\n"),
             (
                 CHAT.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
-                "Now there's enough information to answer.\n</think>\n\n",
+                "Now there's enough information to answer\n</think>\n",
             ),
+            (
+                CHAT.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"),
+                "\nNow there's enough information to answer\n</think>\n",
+            ),
+            (CHAT.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}"), ""),
         ],
-        ids=["no reasoning", "the model opens it", "the template opens it"],
+        ids=["nothing opens it", "the template opens it", "without a line", "the template closes it"],
     )
     def test_branches_end_the_reasoning(self, template, before):
         dialect = chat(template)

@@ -13,7 +13,7 @@ ORDER = [
     {"types", "errors", "config", "interrupt", "files", "words", "fields"},
     {"world", "data", "questions", "passages", "rows", "dialect", "rewards", "advantages", "losses", "tokenizer"},
     {"engines", "tools", "rollout", "model", "scoring", "checkpoint", "metrics", "display", "memory"},
-    {"evaluate", "packs", "passes", "sft", "parts", "distributed"},
+    {"evaluate", "packs", "passes", "sft", "parts", "distributed", "trajectories"},
     {"train", "score", "doctor", "summary"},
     {"cli"},
 ]

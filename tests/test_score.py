@@ -61,19 +61,19 @@ def message(role, content):
 
 
 def world_rows():
-    asked, found = message("user", "zavu kolo birthplace ?"), message("tool", "nira pado country zavu .")
-    search, answer = (message("assistant", f"<{tag}> zavu kolo </{tag}>") for tag in ("search", "answer"))
-    row = {"question": "zavu kolo birthplace ?", "answers": ["nira pado", "kolo"], "id": 7}
+    asked, found = message("user", "buga tiza birthplace ?"), message("tool", "mavi fiti country buga .")
+    search, answer = (message("assistant", f"<{tag}> buga tiza </{tag}>") for tag in ("search", "answer"))
+    row = {"question": "buga tiza birthplace ?", "answers": ["mavi fiti", "tiza"], "id": 7}
     return [
         row | {"messages": [asked, search, found, search, found, message("user", "."), answer]},
         row | {"messages": [asked, search, found, answer]},  # the same answers: a shared tree
-        row | {"messages": [asked, answer], "answers": ["kolo"]},  # one turn: one value, no gain
-        row | {"messages": [search, message("environment", "kolo"), search]},  # the dialect's own prompt
+        row | {"messages": [asked, answer], "answers": ["tiza"]},  # one turn: one value, no gain
+        row | {"messages": [search, message("environment", "tiza"), search]},  # the dialect's own prompt
     ]
 
 
 def bpe_rows():
-    rows = json.loads(json.dumps(world_rows()).replace("zavu kolo", "Łódź baker"))
+    rows = json.loads(json.dumps(world_rows()).replace("buga tiza", "Łódź baker"))
     rows[0]["messages"].insert(0, message("system", "Be brief."))
     return rows
 
@@ -163,7 +163,7 @@ def test_packs_and_shared_trees_change_nothing(tmp_path):
 def test_basis_and_answers(tmp_path):
     rows = world_rows()[:1]
     first, best, mean = (scored(tmp_path, rows, scorer("world", answers=a))[0][0] for a in ("first", "max", "mean"))
-    second = scored(tmp_path, [rows[0] | {"answers": ["kolo"]}], scorer("world"))[0][0]
+    second = scored(tmp_path, [rows[0] | {"answers": ["tiza"]}], scorer("world"))[0][0]
     np.testing.assert_allclose(best, np.maximum(first, second), atol=1e-5)
     np.testing.assert_allclose(mean, (first + second) / 2, atol=1e-5)
     record = next(read_records(write(tmp_path / "rows.jsonl", rows)))
@@ -191,7 +191,7 @@ class TestChat:
         trajectory = reader.tokenise(record)
         prompt = reader.writer.dialect.prompt(record.question)
         np.testing.assert_array_equal(trajectory.ids[: len(prompt)], prompt)
-        assert "<|im_start|>user\nkolo<|im_end|>" in tokenizer("bpe").decode(trajectory.ids)
+        assert "<|im_start|>user\ntiza<|im_end|>" in tokenizer("bpe").decode(trajectory.ids)
 
     @pytest.mark.parametrize(
         ("template", "fault"),
@@ -215,8 +215,8 @@ BAD = {
     "half a character": (json.dumps(GOOD | {"id": "\ud800"}), "half a character"),
     "no question": (json.dumps(GOOD | {"question": " "}), "no question"),
     "no answers": (json.dumps(GOOD | {"answers": []}), "no answers"),
-    "a blank answer": (json.dumps(GOOD | {"answers": ["kolo", " "]}), "no answers"),
-    "answers no list": (json.dumps(GOOD | {"answers": "kolo"}), "no answers"),
+    "a blank answer": (json.dumps(GOOD | {"answers": ["tiza", " "]}), "no answers"),
+    "answers no list": (json.dumps(GOOD | {"answers": "tiza"}), "no answers"),
     "no messages": (json.dumps(GOOD | {"messages": ["hello"]}), "no messages"),
     "no text": (json.dumps(GOOD | {"messages": [message("assistant", None)]}), "message 1 has no text"),
     "no turn": (json.dumps(GOOD | {"messages": [message("user", "?")]}), "no message of the assistant"),
@@ -237,7 +237,7 @@ BAD = {
         "turn 1 has no tokens",
     ),
     "too long": (
-        json.dumps(GOOD | {"messages": [message("user", "kolo " * 200), message("assistant", "?")]}),
+        json.dumps(GOOD | {"messages": [message("user", "tiza " * 200), message("assistant", "?")]}),
         "over --token-budget 150",
     ),
 }

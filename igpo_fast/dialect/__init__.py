@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from igpo_fast.dialect.base import Dialect
-from igpo_fast.dialect.chat import CHAT_SYSTEM, SEARCH_TOOL, ChatDialect
+from igpo_fast.dialect.chat import CHAT_SYSTEM, SEARCH_TOOL, TODAY, ChatDialect
+from igpo_fast.dialect.encoding import unquote
 from igpo_fast.dialect.tags import BARE, FULL, TagsDialect, Wording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "BARE", "CHAT_SYSTEM", "FULL", "SEARCH_TOOL", "ChatDialect", "Dialect", "TagsDialect", "Wording", "make_dialect",
+    "BARE", "CHAT_SYSTEM", "FULL", "SEARCH_TOOL", "TODAY", "ChatDialect", "Dialect", "TagsDialect", "Wording",
+    "make_dialect", "unquote",
 ]  # fmt: skip
 
 
@@ -22,6 +24,7 @@ def make_dialect(
     *,
     system: str | None = None,
     thinking: bool | None = None,
+    wrapper: str | None = None,
     **budgets: int,
 ) -> Dialect:
     """The dialect ``tags`` or ``chat`` for a tokenizer.
@@ -29,10 +32,11 @@ def make_dialect(
     Args:
         system: instructions before the question; None takes the dialect's own, "" has none.
         thinking: what ``chat`` passes to templates as ``enable_thinking``; None leaves them their own choice.
+        wrapper: what a forced answer stands in, the answer in place of ``{}``; None takes the dialect's own.
         budgets: ``Dialect``'s ``max_passage_tokens``, ``max_answer_tokens`` and ``max_answers``.
     Raises:
         InputError: the tokenizer cannot serve the dialect.
     """
     if name == "tags":
-        return TagsDialect(tokenizer, system=system, **budgets)
-    return ChatDialect(tokenizer, system=system, thinking=thinking, **budgets)
+        return TagsDialect(tokenizer, system=system, wrapper=wrapper, **budgets)
+    return ChatDialect(tokenizer, system=system, thinking=thinking, wrapper=wrapper, **budgets)

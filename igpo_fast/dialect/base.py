@@ -2,6 +2,8 @@
 
 Token in, token out: what the policy sampled is never tokenised again. A dialect tokenises the other pieces
 (prompt, responses, answer branches), each on its own, so that the pieces laid end to end ARE the sequence.
+
+Text of others (questions, passages, answers) stays text: ``encoding.Encoder`` reads no control token in it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from igpo_fast.dialect.encoding import Encoder, unquote
+from igpo_fast.dialect.parsing import ANSWERS, CLOSE, OPEN
 from igpo_fast.errors import InputError
 from igpo_fast.types import Question
 from igpo_kernels import Branch
@@ -29,14 +33,17 @@ class Dialect(ABC):
         max_passage_tokens: longer passages are cut.
         max_answer_tokens: longer answers are cut, for scoring.
         max_answers: accepted answers that get a branch, the first ones.
+        wrapper: what a forced answer stands in, the answer in place of ``{}``; None takes the dialect's own.
     Raises:
-        InputError: the tokenizer gives no character offsets.
+        InputError: the tokenizer gives no character offsets, the wrapper has no place for the answer.
     """
 
     stop_ids: tuple[int, ...]
     """A turn ends with any of these tokens, which belongs to it."""
     stop_strings: tuple[str, ...] = ()
     """A turn ends with the token that completes any of these."""
+    tags: tuple[str, ...] = (OPEN, CLOSE, *ANSWERS)
+    """What the dialect itself writes between texts of others, which must not read it there."""
 
     def __init__(
         self,
@@ -45,10 +52,15 @@ class Dialect(ABC):
         max_passage_tokens: int,
         max_answer_tokens: int,
         max_answers: int,
+        wrapper: str | None = None,
     ):
         self.tokenizer = tokenizer
         if not tokenizer.is_fast:
             raise self._refusal("gives no character offsets", "use a tokenizer that has a tokenizer.json")
+        if wrapper is not None and wrapper.count("{}") != 1:
+            raise InputError(f"algorithm.wrapper={wrapper!r}: write {{}} once, where the answer goes")
+        self._own_wrapper = wrapper
+        self._encoder = Encoder(tokenizer, self.tags)
         self.max_passage_tokens = max_passage_tokens
         self.max_answer_tokens = max_answer_tokens
         self.max_answers = max_answers
@@ -69,8 +81,8 @@ class Dialect(ABC):
 
     @abstractmethod
     def parse(self, text: str) -> tuple[str, str]:
-        """The first complete action of a turn: (SEARCH, query), (ANSWER, answer), or (INVALID, "") where
-        there is none or its argument is blank.
+        """The first well-formed action of a turn: (SEARCH, query), (ANSWER, answer), or (INVALID, "") where there is
+        none. Raises nothing, whatever the text; ``parsing.first_action`` says what counts.
         """
 
     @abstractmethod
@@ -86,15 +98,20 @@ class Dialect(ABC):
 
     @abstractmethod
     def write(self, action: str, argument: str) -> str:
-        """A turn as the policy would write it, its ending included: what ``parse`` reads back."""
+        """A turn as the policy would write it, its ending included, for ``encode``: what ``parse`` reads back. An
+        argument that spells control tokens is quoted."""
 
     @abstractmethod
     def _wrapper(self) -> tuple[str, str]:
-        """What stands before and after an answer that is forced at the start of a turn."""
+        """What stands before and after an answer that is forced at the start of a turn, unless the user chose it."""
+
+    def quote(self, text: str, *, tags: bool = True) -> str:
+        """Text of others, to be set among the dialect's own and encoded: ``Encoder.quote``."""
+        return self._encoder.quote(text, tags=tags)
 
     def encode(self, text: str) -> np.ndarray:
-        """The tokens of one piece, none added: int32 [n]."""
-        return np.asarray(self.tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32)
+        """The tokens of one piece, none added, quoted parts as text: int32 [n]."""
+        return self._encoder.ids(text)
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of sampled tokens, special ones spelled out."""
@@ -113,8 +130,9 @@ class Dialect(ABC):
         return tuple(self._branch(question, answer.strip()) for answer in answers)
 
     def _branch(self, question: Question, answer: str) -> Branch:
-        before, after = self._wrapper()
-        ids, offsets = self._encode_with_offsets(before + answer + after)
+        own = self._own_wrapper
+        before, after = self._wrapper() if own is None else own.split("{}")
+        ids, offsets = self._encoder.with_offsets(before + self.quote(answer) + after)
         first, last = len(before), len(before) + len(answer)
         scored = np.flatnonzero((offsets[:, 0] < last) & (offsets[:, 1] > first))
         if not scored.size:
@@ -126,16 +144,11 @@ class Dialect(ABC):
         stop = min(int(scored[-1]) + 1, start + self.max_answer_tokens)
         return Branch(ids=ids[:stop], start=start, stop=stop)
 
-    def _encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens, int32 [n], and the characters each stands for, int64 [n, 2]."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = np.asarray(encoded.input_ids, dtype=np.int32)
-        return ids, np.asarray(encoded.offset_mapping, dtype=np.int64).reshape(-1, 2)
-
     def _cut(self, passage: Passage) -> str:
         """A passage as text of at most ``max_passage_tokens`` tokens, cut between characters."""
-        text = "\n".join(part for part in (passage.title, passage.text) if part)
-        _, offsets = self._encode_with_offsets(text)
+        text = self.quote("\n".join(part for part in (passage.title, passage.text) if part))
+        _, offsets = self._encoder.with_offsets(text)
+        text = unquote(text)
         if len(offsets) <= self.max_passage_tokens:
             return text
         return text[: offsets[self.max_passage_tokens, 0]].rstrip()

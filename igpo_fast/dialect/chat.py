@@ -12,7 +12,22 @@ import numpy as np
 from jinja2 import TemplateError
 
 from igpo_fast.dialect.base import Dialect
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Question
+from igpo_fast.dialect.encoding import unquote
+from igpo_fast.dialect.parsing import (
+    ANSWERS,
+    CALLS,
+    CLOSE,
+    NOTHING,
+    OPEN,
+    Action,
+    Reader,
+    first_action,
+    json_call,
+    tagged,
+    well_formed,
+)
+from igpo_fast.dialect.tags import ANSWERED, REASONED
+from igpo_fast.types import ANSWER, SEARCH, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,8 +65,6 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_
 its template writes ``<|eot_id|>``."""
 TODAY = date(2024, 7, 26)
 """What a template that asks for the date is told: prompts must not change overnight, or runs would not repeat."""
-REASONED = "Now there's enough information to answer.\n</think>\n\n"
-"""Ends the reasoning before a forced answer."""
 
 
 class ChatDialect(Dialect):
@@ -64,6 +77,10 @@ class ChatDialect(Dialect):
     JSON that begins the turn, also after ``<|python_tag|>``, and ``<|python_tag|>search.call(query="...")``
     (Llama 3.1 and 3.2).
 
+    A forced answer ends a thought, as the released code's does: the one that the template has opened, else one of its
+    own, also where the template knows none, since the released code opens every turn with ``<think>``. Only where the
+    template itself closes a thought before the turn (``enable_thinking=false``) it stands alone.
+
     Args:
         system: the system message; None takes ``CHAT_SYSTEM``, "" sends none.
         thinking: passed to the template as ``enable_thinking``; None leaves the template its own choice.
@@ -72,13 +89,6 @@ class ChatDialect(Dialect):
             ``enable_thinking``.
     """
 
-    _TAGGED = re.compile(r"<tool_call>(?P<call>.*?)</tool_call>|<answer>(?P<answer>.*?)</answer>", re.DOTALL)
-    _BARE = re.compile(
-        r"\A\s*(?:<\|python_tag\|>\s*)?(?P<call>\{.*)"
-        r'|\A\s*<\|python_tag\|>\s*search\.call\(query="(?P<query>.*?)"\)'
-        r"|<answer>(?P<answer>.*?)</answer>",
-        re.DOTALL,
-    )
     # Stand for what a rollout will hold; nothing a template would write itself.
     _TURN = "the-turn-of-the-policy"
     _QUERY = "the-query-of-the-policy"
@@ -109,7 +119,7 @@ class ChatDialect(Dialect):
         self._thought = self._opening_thought()
         self._thinks = bool(self._thought) and "</think>" not in self._thought  # a turn begins inside a thought
         self._call = self._own_call() or HERMES_CALL.replace("QUERY", self._QUERY)
-        self._before = self._reasoning() + "<answer>\n"
+        self._readers, self._opening = self._actions()
 
     def check(self) -> None:
         """Refuse a template whose own rendering of a conversation without thinking is not what a rollout would be:
@@ -194,40 +204,28 @@ class ChatDialect(Dialect):
         turn = self._render("", self._called(), found).removeprefix(prefix).partition(self._end)[0]
         return turn if json.dumps(self._QUERY) in turn else ""
 
-    def _reasoning(self) -> str:
-        """What ends the reasoning before a forced answer: nothing where the template knows none, or closed it."""
-        if self._thought:
-            return REASONED if self._thinks else ""
-        return "<think>\n" + REASONED if "<think>" in self._template else ""
+    def _actions(self) -> tuple[dict[str, Reader], Reader | None]:
+        """What reads actions in this model's format: by their tags, and at the beginning."""
+        answer = tagged(ANSWER, ANSWERS[1], (ANSWERS[0], CALLS[0]))
+        if CALLS[0] in self._call:
+            return {CALLS[0]: _tagged_call, ANSWERS[0]: answer}, None
+        return {ANSWERS[0]: answer}, _bare_call
 
     def prompt(self, question: Question) -> np.ndarray:
-        return self.encode(self._render(question.question))
+        return self.encode(self._render(self.quote(question.question)))
 
     def parse(self, text: str) -> tuple[str, str]:
-        """As ``Dialect.parse``; actions inside a thought, also one that was never closed, do not count."""
-        _, closed, said = text.rpartition("</think>")
-        if self._thinks and not closed:
-            return INVALID, ""
-        tagged = "<tool_call>" in self._call
-        match = (self._TAGGED if tagged else self._BARE).search(said.partition("<think>")[0])
-        if not match:
-            return INVALID, ""
-        groups = match.groupdict()
-        if groups["answer"] is not None:
-            action, argument = ANSWER, groups["answer"]
-        else:
-            action, argument = SEARCH, groups.get("query") or _query(groups["call"] or "", alone=tagged)
-        return (action, argument.strip()) if argument.strip() else (INVALID, "")
+        return first_action(text, self._readers, in_thought=self._thinks, opening=self._opening)
 
     def response(self, action: str, result: ToolResult | None, *, ended: bool = True) -> tuple[np.ndarray, str]:
         if action == SEARCH:
             passages = "\n\n".join(self._cut(passage) for passage in result.passages)
             content = result.failure or passages or "Nothing was found."
-            message = {"role": "tool", "name": "search", "content": content}
+            message = {"role": "tool", "name": "search", "content": self.quote(content)}
         else:
             message = self._hint(ended)
         text = self._after_turn(message, ended)
-        return self.encode(text), text
+        return self.encode(text), unquote(text)
 
     def _hint(self, ended: bool) -> dict[str, str]:
         call = self._call.replace(self._QUERY, "your query")
@@ -240,12 +238,21 @@ class ChatDialect(Dialect):
         return text.partition(self._end)[2] if ended else text
 
     def write(self, action: str, argument: str) -> str:
-        call = self._call.replace(json.dumps(self._QUERY), json.dumps(argument, ensure_ascii=False))
-        said = call if action == SEARCH else f"<answer>\n{argument}\n</answer>"
-        return ("</think>\n\n" if self._thinks else "") + said + self._end
+        if action == ANSWER:
+            before, after = self._wrapper()
+            return before + self.quote(argument) + after
+        query = json.dumps(self.quote(argument), ensure_ascii=False)
+        thought = f"{CLOSE}\n\n" if self._thinks else ""
+        return thought + self._call.replace(json.dumps(self._QUERY), query) + self._end
 
     def _wrapper(self) -> tuple[str, str]:
-        return self._before, "\n</answer>" + self._end
+        if not self._thought:
+            before = OPEN + REASONED
+        elif self._thinks:
+            before = REASONED.removeprefix("\n") if self._thought.endswith("\n") else REASONED
+        else:
+            before = f"{ANSWERS[0]}\n"
+        return before, ANSWERED + self._end
 
 
 def _common(a: Sequence, b: Sequence) -> int:
@@ -253,19 +260,21 @@ def _common(a: Sequence, b: Sequence) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _query(text: str, *, alone: bool) -> str:
-    """The query of a JSON call to ``search``; empty if it is anything else.
+def _tagged_call(text: str, at: int) -> tuple[Action, int]:
+    """A call up to ``</tool_call>``, which may also stand in its JSON; nothing else follows the JSON."""
+    action, stop = json_call(text, at)
+    closing = text.find(CALLS[1], stop)
+    if closing < 0 or text.find(CALLS[0], stop, closing) >= 0:
+        return NOTHING, at
+    return NOTHING if text[stop:closing].strip() else action, closing + len(CALLS[1])
 
-    Args:
-        alone: whether nothing may follow the JSON (an end-of-turn token follows a bare call).
-    """
-    try:
-        call, stop = json.JSONDecoder().raw_decode(text := text.strip())
-    except json.JSONDecodeError:
-        return ""
-    if not isinstance(call, dict) or call.get("name") != "search" or (alone and stop < len(text)):
-        return ""
-    arguments = call.get("arguments", call.get("parameters"))
-    query = arguments.get("query") if isinstance(arguments, dict) else None
-    # JSON can escape half a surrogate pair, which no text file takes.
-    return query.encode(errors="replace").decode() if isinstance(query, str) else ""
+
+_PYTHON_TAG = re.compile(r"\s*(?:<\|python_tag\|>\s*)?")
+_PYTHON_CALL = re.compile(r'\s*<\|python_tag\|>\s*search\.call\(query="(.*?)"\)', re.DOTALL)
+
+
+def _bare_call(text: str, at: int) -> tuple[Action, int]:
+    """Llama's calls; an end-of-turn token or more may follow."""
+    if call := _PYTHON_CALL.match(text, at):
+        return well_formed(SEARCH, call[1]), call.end()
+    return json_call(text, _PYTHON_TAG.match(text, at).end())

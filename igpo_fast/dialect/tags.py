@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from igpo_fast.dialect.base import Dialect
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Question
+from igpo_fast.dialect.encoding import unquote
+from igpo_fast.dialect.parsing import ANSWERS, SEARCHES, first_action, tagged
+from igpo_fast.types import ANSWER, SEARCH, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,11 @@ class Wording:
     after: str
 
 
+REASONED = "\nNow there's enough information to answer\n</think>\n<answer>\n"
+"""What the released code puts before a forced answer, word for word; there ``<think>`` has opened the turn."""
+ANSWERED = "\n</answer>"
+"""What it puts after one; the end of the turn follows."""
+
 FULL = Wording(
     system=(
         "Answer the question, using search to find what you do not know. Reason inside <think> and </think>, "
@@ -41,10 +47,12 @@ FULL = Wording(
     ),
     question="Question: {}\n",
     hint="\nNo action was found. Write <search>your query</search> or <answer>your answer</answer>.\n",
-    before="<think>\nNow there's enough information to answer.\n</think>\n<answer>\n",
-    after="\n</answer>",
+    before="<think>" + REASONED,
+    after=ANSWERED,
 )
 BARE = Wording(system="", question="{}", hint="<information> </information>", before="<answer> ", after=" </answer>")
+WORLD = replace(BARE, before=FULL.before, after=FULL.after)
+"""For the made-up world, whose tokenizer knows tags, names and the words before a forced answer."""
 
 
 class TagsDialect(Dialect):
@@ -52,15 +60,22 @@ class TagsDialect(Dialect):
     and the passages found inside ``<information>``.
 
     A turn ends with a closing tag or the end-of-text token. The tags are stop ids where each is one token,
-    else stop strings.
+    else stop strings. Nothing closes a turn after a forced answer but ``</answer>``, which ends it.
+
+    A passage that spells ``</information>`` or another tag is shown as it is, as in Search-R1, but never as a token
+    that was added for the tag: only what the policy samples is parsed, so it can mislead the policy, as any text can,
+    and neither act nor end a turn.
 
     Args:
         system: instructions before the question; None takes the wording's own, "" has none.
-        wording: None takes ``FULL``, or ``BARE`` where the tokenizer does not know all words of ``FULL`` (the
-            made-up world's knows tags and names only).
+        wording: None takes the first of ``FULL``, ``WORLD``, ``BARE`` of which the tokenizer knows all words.
     """
 
-    _ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+    tags = (*Dialect.tags, *SEARCHES, "<information>", "</information>")
+    _READERS: ClassVar = {
+        SEARCHES[0]: tagged(SEARCH, SEARCHES[1], (*SEARCHES[:1], *ANSWERS)),
+        ANSWERS[0]: tagged(ANSWER, ANSWERS[1], (*ANSWERS[:1], *SEARCHES)),
+    }
 
     def __init__(
         self,
@@ -71,11 +86,11 @@ class TagsDialect(Dialect):
         **budgets: int,
     ):
         super().__init__(tokenizer, **budgets)
-        self.wording = wording or (FULL if self._knows(FULL) else BARE)
+        self.wording = wording or next(words for words in (FULL, WORLD, BARE) if words is BARE or self._knows(words))
         self._system = self.wording.system if system is None else f"{system}\n\n" if system else ""
-        closing = [self.encode(tag).tolist() for tag in ("</search>", "</answer>")]
+        closing = [self.encode(tag).tolist() for tag in (SEARCHES[1], ANSWERS[1])]
         single = all(len(ids) == 1 for ids in closing)
-        self.stop_strings = () if single else ("</search>", "</answer>")
+        self.stop_strings = () if single else (SEARCHES[1], ANSWERS[1])
         eos = tokenizer.eos_token_id
         self.stop_ids = (*(ids[0] for ids in closing if single), *([] if eos is None else [eos]))
         # Models that were trained with a start token need it; a chat template brings it, plain text does not.
@@ -84,30 +99,26 @@ class TagsDialect(Dialect):
 
     def _knows(self, wording: Wording) -> bool:
         unknown = self.tokenizer.unk_token_id
-        return unknown is None or unknown not in self.encode(wording.system + wording.hint + wording.before)
+        return unknown is None or unknown not in self.encode(f"{wording.system}\n{wording.hint}\n{wording.before}")
 
     def prompt(self, question: Question) -> np.ndarray:
-        text = self._system + self.wording.question.replace("{}", question.question)
+        text = self._system + self.wording.question.replace("{}", self.quote(question.question))
         return np.concatenate([np.asarray(self._start, dtype=np.int32), self.encode(text)])
 
     def parse(self, text: str) -> tuple[str, str]:
-        match = self._ACTION.search(text)
-        argument = match[2].strip() if match else ""
-        if not argument:
-            return INVALID, ""
-        return (SEARCH if match[1] == "search" else ANSWER), argument
+        return first_action(text, self._READERS)
 
     def response(self, action: str, result: ToolResult | None, *, ended: bool = True) -> tuple[np.ndarray, str]:
         if action == SEARCH:
             passages = result.failure or "\n\n".join(self._cut(passage) for passage in result.passages)
-            text = f"\n<information>\n{passages}\n</information>\n"
+            text = f"\n<information>\n{self.quote(passages)}\n</information>\n"
         else:
             text = self.wording.hint
-        return self.encode(text), text
+        return self.encode(text), unquote(text)
 
     def write(self, action: str, argument: str) -> str:
         before, after = self._wrapper() if action == ANSWER else ("<search> ", " </search>")
-        return before + argument + after
+        return before + self.quote(argument) + after
 
     def _wrapper(self) -> tuple[str, str]:
         return self.wording.before, self.wording.after

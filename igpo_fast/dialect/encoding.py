@@ -1,0 +1,126 @@
+"""Tokens of a text that is partly ours, partly of others.
+
+A tokenizer reads ``<|im_end|>`` as the token that ends a turn wherever it stands. What we and the model's template
+write is meant so; a question, passage or answer that spells it is not, or whoever writes a passage could forge turns.
+"""
+
+from __future__ import annotations
+
+import re
+from copy import deepcopy
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tokenizers import AddedToken
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+_QUOTED = re.compile("[\udc00-\udcff]+")
+
+
+def unquote(text: str) -> str:
+    """The text that ``Encoder.quote`` was given, wherever it stands by now."""
+    return _QUOTED.sub(lambda quoted: bytes(ord(c) - 0xDC00 for c in quoted[0]).decode(errors="replace"), text)
+
+
+class Encoder:
+    """Token ids of texts, none added.
+
+    Control tokens are the tokenizer's special ones, and of its other added tokens the delimiters that its chat
+    template or the dialect writes (Qwen's ``</tool_response>``). ``quote`` disguises them in a text of others: each
+    byte becomes half a surrogate pair, which no text holds and templates copy as they are. Encoding undoes it and
+    reads the stretch between two control tokens of our own as transformers' ``split_special_tokens`` would. Text that
+    spells no control token is encoded as it always was, in one call.
+
+    Args:
+        tags: what the dialect writes besides the template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tags: tuple[str, ...] = ()):
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        written = "".join((str(tokenizer.chat_template), *tags))
+        self._special = {*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
+        self._tags = [token.content for token in added.values() if _is_delimiter(token.content, written)]
+        self._control = self._special | {id for id, token in added.items() if token.content in self._tags}
+
+    def quote(self, text: str, *, tags: bool = True) -> str:
+        """Text of others, for ``ids``: as it is, but for the control tokens that it spells and halves of characters.
+
+        Args:
+            tags: whether delimiters that are not special are disguised, too; what a policy wrote holds them by right.
+        """
+        text = text.encode(errors="replace").decode()
+        ids, offsets = self._plain(text)
+        parts, at = [], 0
+        for start, stop in offsets[_are(ids, self._control if tags else self._special)].tolist():
+            parts += [text[at:start], "".join(chr(0xDC00 + byte) for byte in text[start:stop].encode())]
+            at = stop
+        return "".join((*parts, text[at:]))
+
+    def ids(self, text: str) -> np.ndarray:
+        """Tokens: int32 [n]."""
+        if _QUOTED.search(text):
+            return self.with_offsets(text)[0]
+        return np.asarray(self._tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32)
+
+    def with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, int32 [n], and the characters of the unquoted text that each stands for, int64 [n, 2]."""
+        if not _QUOTED.search(text):
+            return self._plain(text)
+        whole, theirs = unquote(text), _quoted_characters(text)
+        ids, offsets = self._plain(whole)
+        at, parts = 0, []
+        for index in np.flatnonzero(_are(ids, self._control)):
+            start, stop = offsets[index]
+            if not theirs[start:stop].any():
+                parts += [self._as_text(whole, at, start), (ids[index : index + 1], offsets[index : index + 1])]
+                at = stop
+        parts.append(self._as_text(whole, at, len(whole)))
+        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+    def _plain(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = np.asarray(encoded.input_ids, dtype=np.int32)
+        return ids, np.asarray(encoded.offset_mapping, dtype=np.int64).reshape(-1, 2)
+
+    def _as_text(self, text: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        encoded = self._splitting.encode(text[start:stop], add_special_tokens=False)
+        ids = np.asarray(encoded.ids, dtype=np.int32)
+        # A vocabulary of words may hold the token as a word, too.
+        if (unknown := self._tokenizer.unk_token_id) is not None:
+            ids = np.where(_are(ids, self._control), np.int32(unknown), ids)
+        return ids, np.asarray(encoded.offsets, dtype=np.int64).reshape(-1, 2) + start
+
+    @cached_property
+    def _splitting(self) -> Tokenizer:
+        """The tokenizer, for which control tokens are text."""
+        backend = deepcopy(self._tokenizer.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
+        backend.add_special_tokens([AddedToken(tag, normalized=False) for tag in self._tags])
+        backend.encode_special_tokens = True
+        return backend
+
+
+def _is_delimiter(token: str, written: str) -> bool:
+    """Whether an added token is one of ``<these>`` or ``[these]`` and stands in ``written``. Others (runs of spaces, a
+    domain's words) are ordinary text."""
+    return token[:1] in ("<", "[") and token[-1:] in (">", "]") and token in written
+
+
+def _are(ids: np.ndarray, some: set[int]) -> np.ndarray:
+    """Which ids are among ``some``: bool [n]."""
+    return np.isin(ids, list(some))
+
+
+def _quoted_characters(text: str) -> np.ndarray:
+    """Which characters of the unquoted text were quoted: bool [its length]."""
+    theirs, at = [], 0
+    for quoted in _QUOTED.finditer(text):
+        theirs += [False] * (quoted.start() - at) + [True] * len(unquote(quoted[0]))
+        at = quoted.end()
+    return np.array(theirs + [False] * (len(text) - at))

@@ -1,0 +1,179 @@
+"""Trajectories from files, as ``score`` takes them: messages, or this package's own rollouts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from igpo_fast.errors import InputError
+from igpo_fast.rows import json_object
+from igpo_fast.types import INVALID, Question, Rollout, Turn
+
+PROMPT_ROLES = ("system", "user")
+RESPONSE_ROLES = ("tool", "user", "environment")
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message, checked."""
+
+    number: int
+    """Its place in the line, from 1."""
+    role: str
+    content: str
+    """Empty only beside calls or a thought, or where it was given so."""
+    calls: tuple[dict, ...] = ()
+    """``{"name", "arguments"}`` of each tool call; the arguments are an object, also where JSON text was given."""
+    thought: str = ""
+    """What was given as ``reasoning_content``."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of the input."""
+
+    where: str
+    """File and line, for errors."""
+    row: dict[str, Any]
+    """As it was read."""
+    question: Question
+    prompt: tuple[Message, ...] = ()
+    """The messages before the first turn; empty takes the dialect's prompt."""
+    turns: tuple[tuple[Message, ...], ...] = ()
+    """Each turn's message and the responses to it: T of them, T >= 1."""
+    rollout: Rollout | None = None
+    """In place of messages: tokens as they were sampled."""
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a file, one at a time.
+
+    Raises:
+        InputError: a file that cannot be read, a line that is not a trajectory.
+    """
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _record(_object(line, f"{path} line {number}"), f"{path} line {number}")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read it ({error.strerror}); give an existing file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text; give JSON lines") from None
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json_object(line, where)
+        json.dumps(row, ensure_ascii=False).encode()
+    except InputError:
+        raise
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: a text with half a character (a lone surrogate); correct it") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: JSON that is too large or nested too deep ({error}); correct it") from None
+    return row
+
+
+def _record(row: dict[str, Any], where: str) -> Record:
+    text, answers, messages = (row.get(key) for key in ("question", "answers", "messages"))
+    if messages is None and {"input", "output"} <= row.keys():
+        raise InputError(
+            f'{where}: a dump of verl, which does not tell turns apart; fill "question", "answers" and "messages"'
+        )
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f'{where}: no question; fill "question" with a text')
+    if not answers or not _is_list_of(str, answers) or not all(map(str.strip, answers)):
+        raise InputError(f'{where}: no answers; fill "answers" with a list of texts, none of them blank')
+    question = Question(where, text, tuple(answers))
+    if messages is None and {"prompt_ids", "turns"} <= row.keys():
+        return Record(where, row, question, rollout=_rollout(row, question, where))
+    if not _is_list_of(dict, messages):
+        raise InputError(f'{where}: no messages; fill "messages" with objects that have role and content')
+    checked = [_message(message, number, where) for number, message in enumerate(messages, start=1)]
+    prompt, turns = _split(checked, where)
+    return Record(where, row, question, prompt, turns)
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
+
+
+def _message(message: dict, number: int, where: str) -> Message:
+    role, content, calls, thought = (message.get(k) for k in ("role", "content", "tool_calls", "reasoning_content"))
+    where = f"{where}: message {number}"
+    if _is_list_of(dict, content) and all(isinstance(part.get("text"), str) for part in content):
+        content = "".join(part["text"] for part in content)  # OpenAI's text parts
+    if content is None and (calls or thought):
+        content = ""
+    if not isinstance(content, str):
+        raise InputError(f'{where} has no text; fill "content"')
+    if not isinstance(thought or "", str):
+        raise InputError(f'{where} has a "reasoning_content" that is no text; correct it')
+    if (calls or thought) and role != "assistant":
+        raise InputError(
+            f'{where} of role {role!r} has "tool_calls" or "reasoning_content"; only the assistant has them'
+        )
+    if message.get("function_call"):
+        raise InputError(f'{where} has a "function_call"; write it as "tool_calls"')
+    if calls and not isinstance(calls, list):
+        raise InputError(f'{where} has "tool_calls" that are no list; correct them')
+    return Message(number, role, content, tuple(_call(call, where) for call in calls or ()), thought or "")
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    name, arguments = (function.get(k) if isinstance(function, dict) else None for k in ("name", "arguments"))
+    if isinstance(arguments, str):  # OpenAI's form
+        try:
+            arguments = json.loads(arguments)
+            json.dumps(arguments, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise InputError(
+            f'{where} has a tool call without a function\'s "name" and "arguments" (an object, or its JSON); correct it'
+        )
+    return {"name": name, "arguments": arguments}
+
+
+def _split(messages: list[Message], where: str) -> tuple[tuple[Message, ...], tuple[tuple[Message, ...], ...]]:
+    """The prompt, and each turn with its responses."""
+    roles = [message.role for message in messages]
+    if "assistant" not in roles:
+        raise InputError(f"{where}: no message of the assistant; a trajectory has at least one turn")
+    first = roles.index("assistant")
+    for number, role in enumerate(roles):
+        place, known = ("after", RESPONSE_ROLES) if number > first else ("before", PROMPT_ROLES)
+        if role != "assistant" and role not in known:
+            raise InputError(
+                f"{where}: message {number + 1} has role {role!r}; {place} the first assistant message it "
+                f"can be {' or '.join(known)}"
+            )
+    starts = [i for i, role in enumerate(roles) if role == "assistant"]
+    turns = (tuple(messages[a:b]) for a, b in zip(starts, [*starts[1:], len(roles)], strict=True))
+    return tuple(messages[:first]), tuple(turns)
+
+
+def _rollout(row: dict[str, Any], question: Question, where: str) -> Rollout:
+    """A line of rollouts/step_*.jsonl."""
+    turns = row["turns"]
+    if not turns or not _is_list_of(dict, turns) or not all(isinstance(turn.get("text"), str) for turn in turns):
+        raise InputError(f'{where}: "turns" are not those of a rollouts file; give the file as it was written')
+    made = []
+    for number, turn in enumerate(turns, start=1):
+        ids, response_ids = (_ids(turn.get(key), f"{where}: turn {number}, {key}") for key in ("ids", "response_ids"))
+        made.append(Turn(ids, np.zeros(len(ids), np.float32), turn["text"], INVALID, "", response_ids))
+    prompt_ids = _ids(row["prompt_ids"], f"{where}: prompt_ids")
+    return Rollout(question, 0, prompt_ids, tuple(made))
+
+
+def _ids(value: Any, where: str) -> np.ndarray:
+    if not _is_list_of(int, value) or not all(0 <= id < 2**31 for id in value):
+        raise InputError(f"{where}: no list of token ids; give the rollouts file as it was written")
+    return np.asarray(value, dtype=np.int32)
