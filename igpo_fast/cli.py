@@ -258,8 +258,8 @@ def _evaluated(target: str, file: Path | None, overrides: list[str]) -> tuple[Co
     from igpo_fast.checkpoint import RunFolder
 
     run = RunFolder(target)
-    saved = run.saved()
-    if not saved:
+    newest = run.newest()
+    if newest is None:
         raise InputError(f"{run.checkpoints}: no checkpoint yet; train for longer")
     held_out = run.config.eval.questions
     if settings.data.source == "files" and settings.data.eval is None and settings.eval.questions > held_out:
@@ -267,7 +267,7 @@ def _evaluated(target: str, file: Path | None, overrides: list[str]) -> tuple[Co
             f"{target}: {settings.eval.questions} questions wanted, but this run held out {held_out} and "
             "trained on the others; ask for fewer, or give data.eval=FILE"
         )
-    return settings, str(list(saved.values())[-1])
+    return settings, str(newest)
 
 
 def _quiet() -> None:
