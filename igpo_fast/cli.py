@@ -139,6 +139,7 @@ def evaluate(
     settings, weights = _evaluated(target, config, overrides)
     from igpo_fast.evaluate import set_names
     from igpo_fast.parts import assemble
+    from igpo_fast.records import json_bytes
     from igpo_fast.tools.search import NoSearch
 
     parts = assemble(settings, weights=weights)
@@ -146,8 +147,7 @@ def evaluate(
         found = parts.evaluate(NoSearch() if no_search else None, advance)
     count = len(parts.data.eval)
     if as_json:
-        numbers = {key: value if math.isfinite(value) else None for key, value in found.items()}
-        typer.echo(json.dumps({"model": weights, "search": not no_search, "questions": count, **numbers}))
+        typer.echo(json_bytes({"model": weights, "search": not no_search, "questions": count, **found}).decode())
         return
     for name in set_names(found):
         f1, se, em, turns = (found[f"eval/{name}/{key}"] for key in ("f1", "f1_se", "em", "turns"))

@@ -30,7 +30,7 @@ REMEDIES = {
     errno.EACCES: f"give this user the permission, {AGAIN}; or name another place",
     errno.EPERM: f"give this user the permission, {AGAIN}; or name another place",
     errno.EROFS: f"make the file system writable, {AGAIN}; or name another place",
-    errno.ENOENT: "its folder was removed meanwhile; restore it, or begin anew",
+    errno.ENOENT: "its folder is not there, or no longer: make or restore it, or name another place",
     errno.EEXIST: f"something of this name is in the way: move it, {AGAIN}",
     errno.ENOTDIR: f"a file is where a folder should be: move it, {AGAIN}",
     errno.EISDIR: f"a folder is where a file should be: move it, {AGAIN}",
@@ -235,7 +235,7 @@ def check_manifest(folder: Path, remedy: str) -> dict:
         for name, (size, digest) in files.items():
             path = folder / name
             if not path.is_file():
-                raise InputError(f"{path}: missing from {folder.name}; {remedy}")
+                raise InputError(f"{path}: missing from the checkpoint; {remedy}")
             if path.stat().st_size != size or sha256(path) != digest:
                 raise InputError(f"{path}: damaged (not what manifest.json says was written); {remedy}")
     return content

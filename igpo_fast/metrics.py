@@ -15,6 +15,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
+from igpo_fast.files import storage
 from igpo_fast.tools.base import COUNTS
 
 KEYS = (
@@ -268,12 +269,18 @@ def tracker(name: str, folder: Path, step: int) -> Iterator[Callable[[Mapping], 
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder), purge_step=step + 1) as writer:
+    with storage(folder):
+        writer = SummaryWriter(str(folder), purge_step=step + 1)
 
-        def log(row: Mapping) -> None:
+    def log(row: Mapping) -> None:
+        with storage(folder):
             for key, value in row.items():
                 if key != "step" and _finite(value):
                     writer.add_scalar(key, value, int(row["step"]))
             writer.flush()
 
+    try:
         yield log
+    finally:
+        with storage(folder):
+            writer.close()

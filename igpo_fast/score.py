@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +26,7 @@ from igpo_fast.config import Config
 from igpo_fast.data import Data, json_object
 from igpo_fast.dialect import CHAT_SYSTEM, SEARCH_TOOL, Dialect, TagsDialect, make_dialect
 from igpo_fast.errors import InputError
+from igpo_fast.files import atomic
 from igpo_fast.model import device_of, load
 from igpo_fast.rewards import Answers, Basis, information_gain, values_of
 from igpo_fast.scoring import Policy, answer_means
@@ -313,18 +312,20 @@ def score_file(
     Returns:
         How many were scored.
     Raises:
-        InputError: bad input, naming file and line; ``target`` exists and ``overwrite`` is not set.
+        InputError: bad input, naming file and line; ``target`` exists and ``overwrite`` is not set, or another process
+            is writing it.
+        StorageError: the operating system refuses to write it; before a model is loaded, where that is known.
     """
     if target.exists() and not (overwrite and target.is_file()):
         raise InputError(f"{target}: exists; give another --output, or --overwrite the file")
     total = sum(1 for _ in read_records(source))
     if not total:
         raise InputError(f"{source}: no trajectories; give at least one line")
-    with _complete(target) as out:
+    with atomic(target) as out:
         scored = make_scorer().score(read_records(source))
         for done, (record, values, gains) in enumerate(scored, start=1):
             row = record.row | {"values": _numbers(values), "info_gain": gains.tolist()}
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             if progress:
                 progress(done, total)
     return total
@@ -333,20 +334,3 @@ def score_file(
 def _numbers(values: np.ndarray) -> list[float | None]:
     """JSON knows no NaN: null stands for it."""
     return [value if math.isfinite(value) else None for value in values.tolist()]
-
-
-@contextmanager
-def _complete(path: Path) -> Iterator[TextIO]:
-    """A file that gets its name when all of it is written, and vanishes if that fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        file = open(temporary, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write there ({error.strerror}); give another --output") from None
-    try:
-        with file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink()
-        raise

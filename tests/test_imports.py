@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIGHT = ("model", "scoring", "rewards", "advantages", "losses", "types", "errors")
 ORDER = [
-    {"types", "errors", "config", "interrupt", "files"},
-    {"world", "data", "dialect", "rewards", "advantages", "losses", "tokenizer"},
+    {"types", "errors", "config", "interrupt", "files", "records"},
+    {"world", "data", "contents", "dialect", "rewards", "advantages", "losses", "tokenizer"},
     {"engines", "tools", "rollout", "model", "scoring", "checkpoint", "metrics", "display", "memory"},
     {"evaluate", "packs", "passes", "sft", "parts", "distributed"},
     {"train", "score", "doctor", "summary"},
