@@ -174,7 +174,7 @@ def test_a_warm_start_belongs_to_its_tokenizer(start_on_files, world):
 def test_a_damaged_warm_start_is_refused(start_on_files, name):
     folder = start_on_files()[1]
     content = bytearray((folder / name).read_bytes())
-    content[len(content) // 2] ^= 1
+    content[0] ^= 1
     (folder / name).write_bytes(content)
     with pytest.raises(InputError) as error:
         start_on_files()
