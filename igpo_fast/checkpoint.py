@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from igpo_fast.config import Config, load
+from igpo_fast.config import Config, load, session_keys
 from igpo_fast.contents import contents, sources
 from igpo_fast.errors import InputError, RunError
 from igpo_fast.files import (
@@ -40,16 +40,6 @@ from igpo_fast.files import (
     write_manifest,
 )  # fmt: skip
 from igpo_fast.records import json_bytes, json_line, json_value
-
-# Keys that a later session of a run may change: they alter neither what is trained on nor what is computed.
-# Not eval.questions, which can decide what is held out of the training questions.
-SESSION_KEYS = {
-    "run.dir", "run.cache", "run.tracker", "model.device", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.threads", "eval.every", "search.url", "search.timeout", "search.retries", "search.backoff",
-    "search.concurrency", "search.max_response_mb", "search.on_failure", "rollout.server", "rollout.server_timeout",
-    "rollout.gpu_memory", "rollout.mismatch_warn", "rollout.mismatch_stop",
-    "rollout.tool_calls", "rollout.tool_timeout",
-}  # fmt: skip
 
 
 class RunFolder:
@@ -169,10 +159,10 @@ def open_run(path: str | Path, config: Config) -> RunFolder:
     """Make a run folder, or take one to go on, and lock it until ``close``. ``RunFolder.begin`` writes in it:
     bad input that is found before leaves no trace.
 
-    Keys in ``SESSION_KEYS`` may differ from the stored configuration, and ``train.steps`` where the learning
-    rate does not depend on it; config.yaml then takes the new values.
+    Keys that config.py marks ``SESSION`` may differ from the stored configuration, and ``train.steps`` where the
+    learning rate does not depend on it; config.yaml then takes the new values.
     Raises:
-        InputError: the folder holds something else, was begun with other values, or is in use.
+        InputError: the folder holds something else, was begun with other values or other data, or is in use.
     """
     run = RunFolder(path)
     try:
@@ -340,7 +330,7 @@ def _rows_now(run: RunFolder) -> list[int] | None:
 
 def _check_same(run: RunFolder, config: Config) -> None:
     """InputError if the run began with other values of keys that a session may not change, or with other data."""
-    free = SESSION_KEYS | ({"train.steps"} if config.train.lr_schedule == "constant" else set())
+    free = session_keys() | ({"train.steps"} if config.train.lr_schedule == "constant" else set())
     now = _values(config)
     # config.yaml can be edited, and is often the very file that the new values come from.
     for stored in (run.config, load(run._begun) if run._begun.exists() else run.config):
