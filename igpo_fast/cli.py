@@ -258,8 +258,7 @@ def _evaluated(target: str, file: Path | None, overrides: list[str]) -> tuple[Co
     from igpo_fast.checkpoint import RunFolder
 
     run = RunFolder(target)
-    newest = run.newest()
-    if newest is None:
+    if not run.saved():
         raise InputError(f"{run.checkpoints}: no checkpoint yet; train for longer")
     held_out = run.config.eval.questions
     if settings.data.source == "files" and settings.data.eval is None and settings.eval.questions > held_out:
@@ -267,7 +266,7 @@ def _evaluated(target: str, file: Path | None, overrides: list[str]) -> tuple[Co
             f"{target}: {settings.eval.questions} questions wanted, but this run held out {held_out} and "
             "trained on the others; ask for fewer, or give data.eval=FILE"
         )
-    return settings, str(newest)
+    return settings, str(run.newest())  # verified: a damaged one is refused
 
 
 def _quiet() -> None:
