@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -313,6 +314,23 @@ def test_data_edited_in_place_are_refused(tmp_path, name):
     path.write_bytes(content)
     os.utime(path, (1, 1))
     open_run(tmp_path / "run", wanted).close()
+
+
+def test_names_of_the_hub_are_told_by_fingerprint_and_commit(monkeypatch):
+    loaded = lambda *name, split: SimpleNamespace(_fingerprint=f"{name} {split}")  # noqa: E731
+    monkeypatch.setattr("datasets.load_dataset", loaded)
+    found = lambda name, file: f"/hub/{name}/snapshots/c0ffee/{file}"  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", found)
+    overrides = [
+        "data.source=files",
+        "data.train=some/set:main:train",
+        "data.corpus=gone.jsonl",
+        "model.path=some/model",
+    ]
+    assert contents(settings_for(*overrides)) == {
+        "data.train": "('some/set', 'main') train",
+        "model.path": "c0ffee",
+    }
 
 
 def test_what_a_made_up_world_does_not_read_is_not_looked_at(tmp_path):
