@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -151,13 +152,15 @@ def start_on_files(tmp_path):
     return start
 
 
-def test_a_warm_start_belongs_to_what_its_files_hold(start_on_files):
-    start, answers = start_on_files, [row["answers"] for row in start_on_files.rows]
+def test_a_warm_start_belongs_to_what_its_files_hold(start_on_files, world):
+    start = partial(start_on_files, tokenizer=load_tokenizer(*world[:2]))  # a bpe one would change with the files
+    rows, passages = start_on_files.rows, start_on_files.passages
+    answers = [row["answers"] for row in rows]
     assert start()[0] == 4
     assert start()[0] == 0 and start(folder="moved")[0] == 0
-    permuted = [row | {"answers": answer} for row, answer in zip(start.rows, answers[1:] + answers[:1], strict=True)]
+    permuted = [row | {"answers": answer} for row, answer in zip(rows, answers[1:] + answers[:1], strict=True)]
     assert start(rows=permuted)[0] == 4
-    assert start(passages=[passage | {"text": passage["text"].upper()} for passage in start.passages])[0] == 4
+    assert start(passages=[passage | {"text": passage["text"].upper()} for passage in passages])[0] == 4
     assert start("eval.questions=3")[0] == 4  # one question less to train on
     assert start()[0] == 0
 
