@@ -1,6 +1,7 @@
 """The run folder: what a run writes, so that a process killed at any instant can go on.
 
     config.yaml                 the resolved configuration
+    begun.yaml, contents.json   the configuration and digests of the data as the run began: what must not change
     metrics.jsonl               one object a step
     rollouts/step_000007.jsonl  one object a rollout
     checkpoints/step_000020/    weights that ``from_pretrained`` loads, tokenizer, state.pt, manifest.json
@@ -13,32 +14,32 @@ Files appear under their names whole (files.py).
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import io
-import json
-import math
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from igpo_fast.config import Config, load
-from igpo_fast.errors import InputError
-from igpo_fast.files import atomic, sync, temporary_of
-
-# Keys that a later session of a run may change: they alter neither what is trained on nor what is computed.
-# Not eval.questions, which can decide what is held out of the training questions.
-SESSION_KEYS = {
-    "run.dir", "run.cache", "run.tracker", "model.device", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.threads", "eval.every", "search.url", "search.timeout", "search.retries", "search.backoff",
-    "search.concurrency", "search.max_response_mb", "search.on_failure", "rollout.server", "rollout.server_timeout",
-    "rollout.gpu_memory", "rollout.mismatch_warn", "rollout.mismatch_stop",
-}  # fmt: skip
+from igpo_fast.config import Config, load, session_keys
+from igpo_fast.contents import contents, sources
+from igpo_fast.errors import InputError, RunError
+from igpo_fast.files import (
+    append,
+    atomic,
+    atomic_folder,
+    check_manifest,
+    lock,
+    remove,
+    storage,
+    sync,
+    temporary_of,
+    write_manifest,
+)  # fmt: skip
+from igpo_fast.records import json_bytes, json_line, json_value
 
 
 class RunFolder:
@@ -51,6 +52,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.discarded = self.path / "discarded"
         self._stored = self.path / "config.yaml"
+        self._begun = self.path / "begun.yaml"
+        self._contents = self.path / "contents.json"
         self._lock = None
 
     def __enter__(self) -> RunFolder:
@@ -71,64 +74,109 @@ class RunFolder:
         return load(self._stored)
 
     def begin(self) -> None:
-        """The first write of a session: its configuration; clears what a killed session left half written."""
-        content = self.config.dump().encode()
-        if not self._stored.exists() or self._stored.read_bytes() != content:
-            with atomic(self._stored) as file:
-                file.write(content)
+        """The first write of a session: its configuration; clears what a killed session left half written.
+
+        Raises:
+            StorageError: the operating system refuses.
+        """
+        with storage(self.path):
+            content = self.config.dump().encode()
+            _write(self._stored, content)
+            if not self._begun.exists():
+                _write(self._begun, content)
+            if not self._contents.exists():
+                _write(self._contents, json_bytes(contents(self.config), indent=True))
         for folder in (self.rollouts, self.checkpoints):
-            folder.mkdir(exist_ok=True)
-        for pattern in (".*.tmp", "*/.*.tmp", "discarded/*/.*.tmp"):
-            for leftover in list(self.path.glob(pattern)):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        self.metrics.touch()
-        sync(self.path)
+            with storage(folder):
+                folder.mkdir(exist_ok=True)
+        with storage(self.path):
+            for leftover in self._leftovers():
+                remove(leftover)
+        with storage(self.metrics):
+            self.metrics.touch()
+            sync(self.path)
+
+    def _leftovers(self) -> list[Path]:
+        """Temporaries of a killed session. Only names that this module gives, and not through links: what lies behind
+        those is somebody else's."""
+        at_top = [temporary_of(path) for path in (self._stored, self._begun, self._contents, self.metrics)]
+        moved = [temporary_of(folder / "metrics.jsonl") for folder in _real(self.discarded)]
+        named = [*_real(self.rollouts), *_real(self.checkpoints)]
+        return at_top + moved + [path for path in named if re.fullmatch(r"\.step_\d+(\.jsonl)?\.tmp", path.name)]
 
     def saved(self) -> dict[int, Path]:
         """Step -> folder of every checkpoint, oldest first."""
         return _numbered(self.checkpoints, "")
 
+    def newest(self) -> Path | None:
+        """The folder of the newest checkpoint, every byte of it verified; None if there is none.
+
+        Raises:
+            InputError: it is damaged. An older one is never taken silently.
+        """
+        saved = self.saved()
+        if not saved:
+            return None
+        *older, step = saved
+        folder = saved[step]
+        remedy = f"delete {folder} to go on from {f'step {older[-1]}' if older else 'the start'}"
+        content = check_manifest(folder, remedy)
+        if content.get("step") != step or "state.pt" not in content["files"]:
+            raise InputError(f"{folder / 'manifest.json'}: missing or damaged; {remedy}")
+        return folder
+
     def read_metrics(self) -> list[dict]:
-        """The rows so far; a last line that is still being written is left out."""
-        lines = self.metrics.read_bytes().split(b"\n")[:-1] if self.metrics.exists() else []
-        return [json.loads(line) for line in lines]
+        """The rows so far; a last line that is still being written is left out.
+
+        Raises:
+            InputError: a line is not JSON.
+        """
+        lines = _content(self.metrics).split(b"\n")[:-1]
+        return [json_value(line, f"{self.metrics}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
     def append_metrics(self, row: Mapping) -> None:
         """Add one row, on disk when this returns. NaN and infinities are written as null."""
-        line = json.dumps(_plain(row), allow_nan=False) + "\n"
-        with open(self.metrics, "ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.metrics, json_line(dict(row)))
 
     def write_rollouts(self, step: int, records: Iterable[Mapping], kind: str = "step") -> Path:
         """Write rollouts/KIND_STEP.jsonl, replacing the file if there is one; ``kind`` is step or eval."""
         path = self.rollouts / f"{kind}_{step:06d}.jsonl"
         with atomic(path) as file:
-            for record in records:
-                file.write(json.dumps(_plain(record), allow_nan=False, ensure_ascii=False).encode() + b"\n")
+            file.writelines(map(json_line, records))
         return path
+
+    def missing_rollouts(self, step: int) -> str | None:
+        """What to tell the user if rollouts of finished steps up to ``step`` are gone: nothing reads them again."""
+        found = _numbered(self.rollouts, r"\.jsonl")
+        gone = [s for s in range(1, step + 1) if s not in found]
+        if not gone:
+            return None
+        names = ", ".join(f"step {s}" for s in gone[:3]) + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
+        return f"{self.rollouts}: the rollouts of {names} are gone; training goes on without them"
 
 
 def open_run(path: str | Path, config: Config) -> RunFolder:
     """Make a run folder, or take one to go on, and lock it until ``close``. ``RunFolder.begin`` writes in it:
     bad input that is found before leaves no trace.
 
-    Keys in ``SESSION_KEYS`` may differ from the stored configuration, and ``train.steps`` where the learning
-    rate does not depend on it; config.yaml then takes the new values.
+    Keys that config.py marks ``SESSION`` may differ from the stored configuration, and ``train.steps`` where the
+    learning rate does not depend on it; config.yaml then takes the new values.
     Raises:
-        InputError: the folder holds something else, was begun with other values, or is in use.
+        InputError: the folder holds something else, was begun with other values or other data, or is in use.
     """
     run = RunFolder(path)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         found = {entry.name for entry in run.path.iterdir()} - {".lock", temporary_of(run._stored).name}
+        if found and run._stored.name not in found:
+            raise InputError(f"{path}: not empty and not a run folder; give another run.dir=")
+        run._lock = open(run.path / ".lock", "a+")  # noqa: SIM115 (held until close)
     except OSError as error:
         raise InputError(f"{path}: cannot be a run folder ({error.strerror}); give another run.dir=") from None
-    if found and run._stored.name not in found:
-        raise InputError(f"{path}: not empty and not a run folder; give another run.dir=")
-    _lock(run)
     try:
+        with storage(run.path, "lock"):
+            if not lock(run._lock):
+                raise InputError(f"{path}: another process trains here; wait for it, or give another run.dir=")
         if run._stored.exists():
             _check_same(run, config)
     except BaseException:
@@ -155,27 +203,17 @@ def save_checkpoint(run: RunFolder, step: int, lm, tokenizer, optimizer, schedul
         return folder
     rest = {"scheduler": scheduler.state_dict(), "extra": dict(extra), "rng": _rng_state()}
     _check_loadable(rest)
-    temporary = temporary_of(folder)
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir()
-    lm.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    torch.save({"optimizer": optimizer.state_dict(), **rest}, temporary / "state.pt")
-    paths = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-    files = {
-        path.relative_to(temporary).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in paths
-    }
-    (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
-    for path in temporary.rglob("*"):
-        sync(path)
-    sync(temporary)
-    os.replace(temporary, folder)
-    sync(run.checkpoints)
+    with atomic_folder(folder) as temporary:
+        lm.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        with open(temporary / "state.pt", "wb") as file:  # given a path, torch.save does not say what went wrong
+            torch.save({"optimizer": optimizer.state_dict(), **rest}, file)
+        write_manifest(temporary, step=step, rows=_rows_now(run))
     for old in list(run.saved().values())[: -run.config.train.keep_checkpoints]:
         # Renamed first: a kill during the deletion must not leave a folder that looks like a checkpoint.
-        os.replace(old, temporary_of(old))
-        shutil.rmtree(temporary_of(old))
+        with storage(old, "delete"):
+            os.replace(old, temporary_of(old))
+            remove(temporary_of(old))
     return folder
 
 
@@ -188,23 +226,33 @@ def load_checkpoint(run: RunFolder, lm, optimizer, scheduler) -> tuple[int, dict
     Returns:
         (step, extra), or None if there is no checkpoint.
     Raises:
-        InputError: the newest checkpoint is damaged. An older one is never taken silently.
+        InputError: the newest checkpoint is damaged, or holds another model's or optimiser's state.
     """
-    saved = run.saved()
-    if not saved:
+    folder = run.newest()
+    if folder is None:
         return None
-    *older, step = saved
-    folder = saved[step]
-    remedy = f"delete {folder} to go on from {f'step {older[-1]}' if older else 'the start'}"
-    _verify(folder, step, remedy)
-    lm.load_state_dict(type(lm).from_pretrained(folder, dtype=lm.dtype).state_dict())
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    torch.set_rng_state(state["rng"]["cpu"])
-    for device, rng in zip(range(torch.cuda.device_count()), state["rng"]["cuda"], strict=False):
-        torch.cuda.set_rng_state(rng, device)
-    return step, state["extra"]
+    try:
+        with storage(folder, "read"):
+            saved, about = type(lm).from_pretrained(folder, dtype=lm.dtype, output_loading_info=True)
+            if unknown := sorted({*about["missing_keys"], *about["mismatched_keys"]}, key=str):
+                raise ValueError(f"no tensor {unknown[0]}")
+            lm.load_state_dict(saved.state_dict())
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            optimizer.load_state_dict(state["optimizer"])
+            _check_shapes(optimizer)
+            scheduler.load_state_dict(state["scheduler"])
+            torch.set_rng_state(state["rng"]["cpu"])
+            for device, rng in zip(range(torch.cuda.device_count()), state["rng"]["cuda"], strict=False):
+                torch.cuda.set_rng_state(rng, device)
+            return int(folder.name.removeprefix("step_")), dict(state["extra"])
+    except (torch.OutOfMemoryError, MemoryError, RunError):
+        raise
+    except Exception as error:  # whatever unpickling, transformers and the optimiser raise for what does not fit
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(
+            f"{folder}: whole, but not a state of this run's model and optimiser ({reason}); go on with the version "
+            "of igpo-fast that wrote it, or begin anew with another run.dir="
+        ) from error
 
 
 def rewind(run: RunFolder, step: int) -> Path | None:
@@ -213,74 +261,128 @@ def rewind(run: RunFolder, step: int) -> Path | None:
     Returns:
         that folder, or None if there was nothing to move.
     Raises:
-        InputError: a line before the last of metrics.jsonl is not a row.
+        InputError: a line before the last of metrics.jsonl is not a row, or rows up to ``step`` are missing, twice or
+            out of order.
+        StorageError: the operating system refuses.
     """
-    content = run.metrics.read_bytes()
-    lines = [line for line in content.split(b"\n") if line.strip()]
-    steps = [_step_of(line) for line in lines]
-    if None in steps[:-1]:
-        raise InputError(f"{run.metrics}:{steps.index(None) + 1}: not a metrics row; delete or repair the line")
-    kept = [line for line, s in zip(lines, steps, strict=True) if s is not None and s <= step]
-    late = [line for line, s in zip(lines, steps, strict=True) if s is None or s > step]
+    content = _content(run.metrics)
+    lines = [(number, line) for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
+    rows = [(number, _step_of(line), line) for number, line in lines]
+    if broken := [number for number, s, _ in rows[:-1] if s is None]:
+        raise InputError(f"{run.metrics}:{broken[0]}: not a metrics row; delete or repair the line")
+    kept = [(number, s, line) for number, s, line in rows if s is not None and s <= step]
+    late = [line for _, s, line in rows if s is None or s > step]
+    _check_rows(run, [(number, s) for number, s, _ in kept], step)
+    before = b"".join(line + b"\n" for _, _, line in kept)
     # The evaluation of step k is written before its row: whoever goes on after step k may make it again.
     rollouts = [
         path for kind in ("step", "eval") for s, path in _numbered(run.rollouts, r"\.jsonl", kind).items() if s > step
     ]
     folder = None
     if late or rollouts:
-        earlier = [int(p.name) for p in run.discarded.glob("*") if p.name.isdecimal()]
-        folder = run.discarded / str(max(earlier, default=0) + 1)
-        (folder / "rollouts").mkdir(parents=True)
+        with storage(run.discarded):
+            earlier = [int(p.name) for p in run.discarded.glob("*") if p.name.isdecimal()]
+            folder = run.discarded / str(max(earlier, default=0) + 1)
+            (folder / "rollouts").mkdir(parents=True)
         with atomic(folder / "metrics.jsonl") as file:
-            file.write(_joined(late))
-    if _joined(kept) != content:
+            file.writelines(line + b"\n" for line in late)
+    if before != content:
         with atomic(run.metrics) as file:
-            file.write(_joined(kept))
+            file.write(before)
     for path in rollouts:
-        os.replace(path, folder / "rollouts" / path.name)
+        with storage(path, "move"):
+            os.replace(path, folder / "rollouts" / path.name)
     return folder
 
 
-def _lock(run: RunFolder) -> None:
-    run._lock = open(run.path / ".lock", "a+")  # noqa: SIM115 (held until close)
-    try:
-        fcntl.flock(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        run.close()
-        raise InputError(f"{run.path}: another process trains here; wait for it, or give another run.dir=") from None
+def _check_rows(run: RunFolder, rows: list[tuple[int, int]], step: int) -> None:
+    """InputError unless ``rows`` (line and step of each, up to the checkpoint of ``step``) are those it builds on."""
+    for (_, earlier), (number, later) in pairwise(rows):
+        if later <= earlier:
+            raise InputError(
+                f"{run.metrics}:{number}: a row of step {later} after one of step {earlier}; delete the line, or move "
+                "it where it belongs"
+            )
+        if later > earlier + 1:
+            raise _rows_missing(run, earlier + 1, later - 1)
+    folder = run.saved().get(step)
+    match folder and json_value(_content(folder / "manifest.json"), folder / "manifest.json").get("rows"):
+        case [int(first), int(last)]:
+            if not rows:
+                raise _rows_missing(run, first, last)
+            if rows[0][1] > first:
+                raise _rows_missing(run, first, rows[0][1] - 1)
+            if rows[-1][1] < last:
+                raise _rows_missing(run, rows[-1][1] + 1, last)
+
+
+def _rows_missing(run: RunFolder, first: int, last: int) -> InputError:
+    older = [step for step in run.saved() if step < first]
+    newer = ", ".join(folder.name for step, folder in run.saved().items() if step >= first)
+    return InputError(
+        f"{run.metrics}: no rows of steps {first} to {last}, which the checkpoint builds on; restore them, or delete "
+        f"{newer} in {run.checkpoints} to go on from {f'step {older[-1]}' if older else 'the start'}"
+    )
+
+
+def _rows_now(run: RunFolder) -> list[int] | None:
+    """For the manifest: steps of the first and the last row on disk."""
+    lines = _content(run.metrics).splitlines()
+    return [_step_of(lines[0]), _step_of(lines[-1])] if lines else None
 
 
 def _check_same(run: RunFolder, config: Config) -> None:
-    """InputError if the stored configuration differs in keys that a session may not change."""
-    free = SESSION_KEYS | ({"train.steps"} if config.train.lr_schedule == "constant" else set())
-    before, now = (
-        {f"{section}.{key}": value for section, keys in c.model_dump().items() for key, value in keys.items()}
-        for c in (run.config, config)
-    )
-    for key, value in now.items():
-        if value != before[key] and key not in free:
+    """InputError if the run began with other values of keys that a session may not change, or with other data."""
+    free = session_keys() | ({"train.steps"} if config.train.lr_schedule == "constant" else set())
+    now = _values(config)
+    # config.yaml can be edited, and is often the very file that the new values come from.
+    for stored in (run.config, load(run._begun) if run._begun.exists() else run.config):
+        before = _values(stored)
+        for key, value in now.items():
+            if value != before[key] and key not in free:
+                raise InputError(
+                    f"{run.path}: {key} was {before[key]!r} when this run began and is now {value!r}; "
+                    "keep it, or give another run.dir="
+                )
+    if not run._contents.exists():
+        return
+    begun = json_value(_content(run._contents), run._contents)
+    for key, digest in contents(config).items():
+        if isinstance(begun, dict) and begun.get(key, digest) != digest:
             raise InputError(
-                f"{run.path}: {key} was {before[key]!r} when this run began and is now {value!r}; "
-                "keep it, or give another run.dir="
+                f"{sources(config)[key]} ({key}): holds something else than when {run.path} began; restore it, or give "
+                "another run.dir="
             )
 
 
-def _verify(folder: Path, step: int, remedy: str) -> None:
-    manifest = folder / "manifest.json"
-    try:
-        content = json.loads(manifest.read_bytes())
-        files = {name: (entry["size"], entry["sha256"]) for name, entry in content["files"].items()}
-        intact = content["step"] == step and "state.pt" in files
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        intact = False
-    if not intact:
-        raise InputError(f"{manifest}: missing or damaged; {remedy}")
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise InputError(f"{path}: missing from the checkpoint; {remedy}")
-        if path.stat().st_size != size or _sha256(path) != digest:
-            raise InputError(f"{path}: damaged (not what manifest.json says was written); {remedy}")
+def _values(config: Config) -> dict[str, object]:
+    return {f"{section}.{key}": value for section, keys in config.model_dump().items() for key, value in keys.items()}
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Give ``path`` this content, unless it has it."""
+    if not path.is_file() or path.read_bytes() != content:
+        with atomic(path) as file:
+            file.write(content)
+
+
+def _content(path: Path) -> bytes:
+    with storage(path, "read"):
+        return path.read_bytes() if path.exists() else b""
+
+
+def _real(folder: Path) -> list[Path]:
+    """A folder's entries that are no links; none where it is a link itself, or no folder."""
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if not path.is_symlink()]
+
+
+def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
+    """ValueError for a state of other parameters, which would fail at the next update only."""
+    for parameter, state in optimizer.state.items():
+        if bad := [n for n, value in state.items() if value.ndim and value.shape != parameter.shape]:
+            raise ValueError(f"{bad[0]} has another shape than its parameter")
 
 
 def _rng_state() -> dict:
@@ -296,35 +398,16 @@ def _check_loadable(state: dict) -> None:
     torch.load(buffer, weights_only=True)
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _numbered(folder: Path, suffix: str, kind: str = "step") -> dict[int, Path]:
     """Step -> ``folder/KIND_NNN + suffix`` (a regular expression), in order."""
     matches = [(re.fullmatch(rf"{kind}_(\d+){suffix}", path.name), path) for path in folder.glob(f"{kind}_*")]
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
-def _step_of(line: bytes) -> float | None:
+def _step_of(line: bytes) -> int | None:
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        row = json_value(line, "row")
+    except InputError:
         return None
-    return step if isinstance(step, (int, float)) else None
-
-
-def _joined(lines: list[bytes]) -> bytes:
-    return b"".join(line + b"\n" for line in lines)
-
-
-def _plain(value):
-    """As JSON knows it: arrays and tensors as lists, numbers that are not finite as None."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None

@@ -140,6 +140,7 @@ def evaluate(
     settings, weights = _evaluated(target, config, overrides)
     from igpo_fast.evaluate import evaluate as run_evaluation
     from igpo_fast.evaluate import set_names
+    from igpo_fast.records import json_bytes
     from igpo_fast.setup import set_up
     from igpo_fast.tools.search import NoSearch
 
@@ -152,8 +153,7 @@ def evaluate(
         found = run_evaluation(agent, setup.data.eval, settings.algorithm.f1_normalisation, advance).metrics
     count = len(setup.data.eval)
     if as_json:
-        numbers = {key: value if math.isfinite(value) else None for key, value in found.items()}
-        typer.echo(json.dumps({"model": weights, "search": not no_search, "questions": count, **numbers}))
+        typer.echo(json_bytes({"model": weights, "search": not no_search, "questions": count, **found}).decode())
         return
     for name in set_names(found):
         f1, se, em, turns = (found[f"eval/{name}/{key}"] for key in ("f1", "f1_se", "em", "turns"))
@@ -264,8 +264,7 @@ def _evaluated(target: str, file: Path | None, overrides: list[str]) -> tuple[Co
     from igpo_fast.checkpoint import RunFolder
 
     run = RunFolder(target)
-    saved = run.saved()
-    if not saved:
+    if not run.saved():
         raise InputError(f"{run.checkpoints}: no checkpoint yet; train for longer")
     held_out = run.config.eval.questions
     if settings.data.source == "files" and settings.data.eval is None and settings.eval.questions > held_out:
@@ -273,7 +272,7 @@ def _evaluated(target: str, file: Path | None, overrides: list[str]) -> tuple[Co
             f"{target}: {settings.eval.questions} questions wanted, but this run held out {held_out} and "
             "trained on the others; ask for fewer, or give data.eval=FILE"
         )
-    return settings, str(list(saved.values())[-1])
+    return settings, str(run.newest())  # verified: a damaged one is refused
 
 
 def _quiet() -> None:

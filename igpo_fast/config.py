@@ -25,6 +25,9 @@ NonNegative = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+SESSION = Field(json_schema_extra={"session": True})
+"""Marks a key that a later session of a run may change: it alters neither what is trained on nor what is computed.
+Not eval.questions, which can decide what is held out of the training questions."""
 
 
 class Section(BaseModel):
@@ -39,11 +42,11 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    dir: str = "runs/quickstart"
+    dir: Annotated[str, SESSION] = "runs/quickstart"
     """The run folder: config, metrics, rollouts, checkpoints. An existing one is resumed."""
-    tracker: Literal["none", "tensorboard"] = "none"
+    tracker: Annotated[Literal["none", "tensorboard"], SESSION] = "none"
     """Where metrics go beside metrics.jsonl."""
-    cache: str = "runs/cache"
+    cache: Annotated[str, SESSION] = "runs/cache"
     """Where warm-started models are kept for the next run with the same settings."""
 
 
@@ -69,7 +72,7 @@ class Model(Section):
     """One matrix for its embeddings and its LM head."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What weights and activations are held in."""
-    device: str = "auto"
+    device: Annotated[str, SESSION] = "auto"
     """`auto` takes CUDA where there is one."""
     kernels: Literal["auto", "torch", "reference", "triton"] = "auto"
     """Which implementation of igpo_kernels runs; chosen once and logged."""
@@ -159,18 +162,18 @@ class Sft(Section):
 class Rollout(Section):
     engine: Literal["torch", "vllm"] = "torch"
     """What samples: `torch` runs the trainer's own model with a KV cache; `vllm` vLLM, in this process or `server`."""
-    server: tuple[str, ...] = ()
+    server: Annotated[tuple[str, ...], SESSION] = ()
     """URLs of replicas that `python -m igpo_fast.engines.vllm.serve` started; empty runs vLLM in this process."""
-    server_timeout: AboveZero = 300.0
+    server_timeout: Annotated[AboveZero, SESSION] = 300.0
     """Seconds a turn may take there, and a batch without any replica waits for one to come back."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What vLLM computes in; `auto` is the trainer's `model.dtype`. Weights are rounded to it on their way. With a
     lower precision than the trainer's, log-probabilities differ (`mismatch/*`): set `algorithm.importance`."""
-    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    gpu_memory: Annotated[float, Field(gt=0, lt=1), SESSION] = 0.5
     """Share of the GPU that vLLM in this process takes for weights and cache; while training it sleeps."""
-    mismatch_warn: AboveZero = 0.1
+    mismatch_warn: Annotated[AboveZero, SESSION] = 0.1
     """Warn when the engine's log-probabilities differ more from the trainer's, on average over a step's tokens."""
-    mismatch_stop: NonNegative = 0.0
+    mismatch_stop: Annotated[NonNegative, SESSION] = 0.0
     """Stop, before the update, when they differ more than this; 0 never stops."""
     group_size: Positive = 8
     """Rollouts of each question."""
@@ -223,7 +226,7 @@ class Rollout(Section):
 
 
 class Search(Section):
-    url: str | None = None
+    url: Annotated[str | None, SESSION] = None
     """Address of a server that speaks Search-R1's retrieval protocol, like `http://127.0.0.1:8000/retrieve`, with
     `user:password@` before the host if it wants them (config.yaml holds `***@` instead). Empty searches `data.corpus`
     in process."""
@@ -231,18 +234,18 @@ class Search(Section):
     """Passages a search returns."""
     max_passage_tokens: Positive = 128
     """Longer passages are cut."""
-    timeout: AboveZero = 30.0
+    timeout: Annotated[AboveZero, SESSION] = 30.0
     """Seconds that one attempt may take; a search takes at most `retries` + 1 of them and the back-offs."""
-    retries: Count = 5
+    retries: Annotated[Count, SESSION] = 5
     """Most attempts after the first, when one ends in a timeout, a lost connection, 408, 429 or 5xx."""
-    backoff: NonNegative = 0.5
+    backoff: Annotated[NonNegative, SESSION] = 0.5
     """Seconds before the first retry, doubled before each later one, plus a jitter of up to 50 % derived from the
     query. A server's Retry-After may ask for more. At most 30."""
-    concurrency: Positive = 64
+    concurrency: Annotated[Positive, SESSION] = 64
     """Most requests at a time; more searches wait their turn."""
-    max_response_mb: AboveZero = 4.0
+    max_response_mb: Annotated[AboveZero, SESSION] = 4.0
     """Larger answers (in 1e6 bytes) are refused."""
-    on_failure: Literal["text", "stop"] = "text"
+    on_failure: Annotated[Literal["text", "stop"], SESSION] = "text"
     """When all attempts of a search failed: `text` shows the policy `failure_text`, counts it (`tool/failures`) and
     warns, and the run stops only if every search of a step failed; `stop` ends the run at the first."""
     failure_text: Annotated[str, Field(min_length=1)] = "The search service did not answer."
@@ -380,16 +383,16 @@ class Train(Section):
     """AdamW's."""
     max_grad_norm: AboveZero = 1.0
     """Gradients are scaled down to this norm."""
-    checkpoint_every: Positive = 20
+    checkpoint_every: Annotated[Positive, SESSION] = 20
     """Steps between checkpoints; one more at the end."""
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Annotated[Positive, SESSION] = 2
     """Newest checkpoints that are kept."""
-    threads: Count = 0
+    threads: Annotated[Count, SESSION] = 0
     """CPU threads of torch; 0 leaves torch's own choice."""
 
 
 class Eval(Section):
-    every: Count = 20
+    every: Annotated[Count, SESSION] = 20
     """Steps between evaluations; 0 evaluates only at the start and the end."""
     questions: Positive = 128
     """Questions of an evaluation, of each set; of a larger one a fixed random part."""
@@ -458,6 +461,16 @@ class Config(Section):
     def dump(self) -> str:
         """As YAML, every default visible."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def session_keys() -> set[str]:
+    """``section.key`` of every key that is marked ``SESSION``."""
+    return {
+        f"{section}.{key}"
+        for section, sub in Config.model_fields.items()
+        for key, field in sub.annotation.model_fields.items()
+        if (field.json_schema_extra or {}).get("session")
+    }
 
 
 def _nearest(path: tuple[str, ...]) -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from igpo_fast.files import storage
+
 KEYS = (
     "step", "train/lr", "reward/outcome", "reward/f1", "reward/em", "reward/ig_mean", "reward/ig_abs", "reward/ig_zero",
     "reward/ig_gated", "reward/ig_cum_negative", "reward/ig_nan", "value/first", "value/last",
@@ -149,12 +151,18 @@ def tracker(name: str, folder: Path, step: int) -> Iterator[Callable[[Mapping], 
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder), purge_step=step + 1) as writer:
+    with storage(folder):
+        writer = SummaryWriter(str(folder), purge_step=step + 1)
 
-        def log(row: Mapping) -> None:
+    def log(row: Mapping) -> None:
+        with storage(folder):
             for key, value in row.items():
                 if key != "step" and value is not None and math.isfinite(value):
                     writer.add_scalar(key, value, int(row["step"]))
             writer.flush()
 
+    try:
         yield log
+    finally:
+        with storage(folder):
+            writer.close()

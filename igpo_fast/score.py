@@ -373,7 +373,9 @@ def score_file(
     Returns:
         How many were scored.
     Raises:
-        InputError: bad input, naming file and line; ``target`` exists and ``overwrite`` is not set.
+        InputError: bad input, naming file and line; ``target`` exists and ``overwrite`` is not set, or another process
+            is writing it.
+        StorageError: the operating system refuses to write it; before a model is loaded, where that is known.
     """
     if target.exists() and not (overwrite and target.is_file()):
         raise InputError(f"{target}: exists; give another --output, or --overwrite the file")

@@ -62,11 +62,18 @@ class Setup:
         )
 
 
-def set_up(config: Config, *, weights: str | None = None, sft_progress: Progress | None = None) -> Setup:
+def set_up(
+    config: Config,
+    *,
+    weights: str | None = None,
+    tokenizer: str | None = None,
+    sft_progress: Progress | None = None,
+) -> Setup:
     """Everything a command needs.
 
     Args:
         weights: a checkpoint or model directory to use in place of the configured (and warm-started) model.
+        tokenizer: a checkpoint whose tokenizer is taken, where that is not the one of ``weights``.
         sft_progress: told of the warm start, where there is one to train.
     Raises:
         InputError: bad input of any kind, in one line.
@@ -74,10 +81,10 @@ def set_up(config: Config, *, weights: str | None = None, sft_progress: Progress
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     data = load_data(config)
-    tokenizer = load_tokenizer(config, data)
+    words = load_tokenizer(config, data, tokenizer or weights)
     dialect = make_dialect(
         config.rollout.dialect,
-        tokenizer,
+        words,
         system=config.rollout.system,
         thinking=config.rollout.thinking,
         max_passage_tokens=config.search.max_passage_tokens,
@@ -95,9 +102,9 @@ def set_up(config: Config, *, weights: str | None = None, sft_progress: Progress
     answer_tokens = max(sum(len(branch.ids) for branch in some) for some in branches)
     longest_answer = max((len(branch.ids) for some in branches for branch in some), default=0)
     tool = make_search(config, data)
-    lm = _load_model(config, weights, tokenizer)
+    lm = _load_model(config, weights, words)
     if not weights:
-        lm = warm_start(config, lm, tokenizer, dialect, data, tool, sft_progress)
+        lm = warm_start(config, lm, words, dialect, data, tool, sft_progress)
     if config.model.gradient_checkpointing:
         model.recompute_layers(lm)
     warnings = (
@@ -106,7 +113,7 @@ def set_up(config: Config, *, weights: str | None = None, sft_progress: Progress
         model.precision_warning(config.model.dtype, config.train.lr),
     )
     agent = Agent(
-        engine=_make_engine(config, lm, tokenizer),
+        engine=_make_engine(config, lm, words),
         tool=tool,
         dialect=dialect,
         limits=limits,
@@ -114,7 +121,7 @@ def set_up(config: Config, *, weights: str | None = None, sft_progress: Progress
         seed=config.train.seed,
         concurrency=config.rollout.concurrency,
     )
-    return Setup(config, data, tokenizer, lm, agent, branches_of, answer_tokens, tuple(filter(None, warnings)))
+    return Setup(config, data, words, lm, agent, branches_of, answer_tokens, tuple(filter(None, warnings)))
 
 
 def _load_model(config: Config, weights: str | None, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import os
 import random
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,9 +19,11 @@ from transformers import PreTrainedModel
 
 from igpo_fast import __version__
 from igpo_fast.config import Config
+from igpo_fast.contents import contents, sources
 from igpo_fast.data import Data
 from igpo_fast.dialect import Dialect
 from igpo_fast.errors import ToolError
+from igpo_fast.files import atomic_folder, check_manifest, check_writable, write_manifest
 from igpo_fast.model import load
 from igpo_fast.tools.base import Tool, close
 from igpo_fast.tools.search import Bm25Search
@@ -49,33 +50,46 @@ def warm_start(
 
     Returns:
         ``lm``, trained, or the cached model.
+    Raises:
+        InputError: the cached model is damaged.
+        StorageError: run.cache cannot be written; known before the training, which would be lost.
     """
     if not steps_of(config):
         return lm
-    folder = Path(config.run.cache) / f"sft-{_fingerprint(config)}"
+    cache = Path(config.run.cache)
+    folder = cache / f"sft-{_fingerprint(config, tokenizer, data)}"
     if not folder.exists():
+        check_writable(cache)
         train(config, lm, dialect, data, tool, progress)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        lm.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        try:
-            os.replace(temporary, folder)
-        except OSError:  # another run finished the same warm start first
-            shutil.rmtree(temporary)
+        with atomic_folder(folder, owner=f".{os.getpid()}") as temporary:
+            lm.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            write_manifest(temporary)
+    check_manifest(folder, f"delete {folder}, and the warm start is trained again")
     # Read back also when just trained: the first run and the next start from the same bytes.
     dtype = getattr(torch, config.model.dtype)
-    return load(str(folder), dtype=dtype, device=str(lm.device), check=False)
+    source = f"the cached warm start {folder}; delete it"
+    return load(str(folder), dtype=dtype, device=str(lm.device), check=False, source=source)
 
 
-def _fingerprint(config: Config) -> str:
-    """Names everything that the warm start depends on."""
-    sections = {name: getattr(config, name).model_dump() for name in ("model", "data", "world", "sft")}
+def _fingerprint(config: Config, tokenizer, data: Data) -> str:
+    """Names everything that the warm start depends on; files by what they hold, wherever they are."""
+    paths = {"model": {"path", "tokenizer"}, "data": {"train", "eval", "corpus"}}
+    sections = {
+        name: getattr(config, name).model_dump(exclude=paths.get(name)) for name in ("model", "data", "world", "sft")
+    }
     # Demonstrations of the made-up world search in process, of other questions with the run's own search.
     url = {"url"} if config.data.source == "files" else set()
     sections["search"] = config.search.model_dump(include={"top_k", "max_passage_tokens"} | url)
     rollout = config.rollout.model_dump(include={"dialect", "system", "thinking", "max_turns", "max_tokens"})
-    text = repr((sections, rollout, config.train.seed, __version__))
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    words = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template)
+    held = {k: v for k, v in (sources(config) | contents(config)).items() if not k.startswith("data.eval")}
+    text = repr((sections, rollout, config.algorithm.wrapper, config.train.seed, __version__, words, held))
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=6)
+    if config.data.source == "files":  # which are trained on depends on eval.questions, too
+        for question in data.train:
+            digest.update(repr(question).encode(errors="surrogatepass"))
+    return digest.hexdigest()
 
 
 def train(

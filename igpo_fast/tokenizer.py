@@ -26,16 +26,19 @@ SAMPLE = (
 """Text in which tokenizers that split, normalise or join differently show it."""
 
 
-def load_tokenizer(config: Config, data: Data) -> PreTrainedTokenizerFast:
+def load_tokenizer(config: Config, data: Data, checkpoint: str | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer that ``model.path``, or else ``model.tokenizer``, names.
 
     It gives character offsets; texts are encoded without added tokens by ``add_special_tokens=False``.
 
     Args:
         data: what a ``bpe`` tokenizer is trained on; the same data, the same tokenizer.
+        checkpoint: a run's checkpoint, whose own tokenizer is taken: its weights know no other.
     Raises:
         InputError: no tokenizer there, or one without offsets, or a vocabulary too small for all bytes.
     """
+    if checkpoint is not None:
+        return _pretrained(checkpoint, "checkpoint")
     if config.model.path is not None:
         return _pretrained(config.model.path, "model.path")
     if config.model.tokenizer == "world":

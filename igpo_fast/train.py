@@ -41,7 +41,7 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
         Interrupted: the user asked to stop; a checkpoint was written first.
     """
     with Session(config, display or Display(config.train.steps)) as run:
-        trainer = Trainer(config, run.display)
+        trainer = Trainer(config, run.display, run.checkpoint)
         trainer.resume(run)
         for step in run.steps():
             with run.step(step) as metrics:
@@ -60,9 +60,11 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
 class Trainer:
     """The state of training, and one method for each arrow of the flow."""
 
-    def __init__(self, config: Config, display: Display):
+    def __init__(self, config: Config, display: Display, checkpoint: str | None = None):
         self.config, self.display = config, display
-        self.setup: Setup = set_up(config, sft_progress=display.warm_start)
+        # The reference is the model before training: where there is one, a resumed run makes it again.
+        weights = None if config.algorithm.kl else checkpoint
+        self.setup: Setup = set_up(config, weights=weights, tokenizer=checkpoint, sft_progress=display.warm_start)
         self.agent = self.setup.agent
         self.agent.tool.check(self.setup.data.train[0].question)
         self.recipe = recipe_of(config.algorithm)

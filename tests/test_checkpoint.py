@@ -1,12 +1,17 @@
+import hashlib
+import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +19,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from igpo_fast import config
 from igpo_fast.checkpoint import RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
-from igpo_fast.errors import InputError
+from igpo_fast.contents import contents
+from igpo_fast.errors import InputError, StorageError
+from igpo_fast.files import sha256
 
 
 class Tokenizer:
@@ -163,6 +170,70 @@ def test_the_only_checkpoint_damaged_says_from_the_start(run):
         load_checkpoint(run, *parts)
 
 
+def forge(folder, name, content):
+    """Put something else in the checkpoint, and into its manifest."""
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def torch_file(value):
+    torch.save(value, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+def of_another_model(state):
+    for entry in state["optimizer"]["state"].values():
+        entry["exp_avg"] = torch.zeros(3)
+    return state
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("state.pt", lambda state: torch_file({})),
+        ("state.pt", lambda state: torch_file([1])),
+        ("state.pt", lambda state: torch_file(state | {"optimizer": {"state": {}, "param_groups": []}})),
+        ("state.pt", lambda state: torch_file(of_another_model(state))),
+        ("state.pt", lambda state: torch_file(state | {"rng": {"cpu": torch.zeros(3), "cuda": []}})),
+        ("state.pt", lambda state: torch_file(state | {"extra": 3})),
+        ("state.pt", lambda state: b"no zip"),
+        ("state.pt", lambda state: b""),
+        ("model.safetensors", lambda state: b"x" * 64),
+        ("model.safetensors", lambda state: safetensors.torch.save({"a": torch.zeros(3)}, {"format": "pt"})),
+        ("config.json", lambda state: b"{"),
+        ("config.json", lambda state: b"[]"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_one_line(run, name, content):
+    parts = build()
+    update(*parts)
+    folder = save(run, 1, parts)
+    forge(folder, name, content(torch.load(folder / "state.pt")))
+    with pytest.raises(InputError) as error:
+        load_checkpoint(run, *parts)
+    assert str(error.value).startswith(f"{folder}: whole, but not a state of this run's model and optimiser (")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"[" * 5000, b"9" * 5000, b"[]", b'{"files": 3}', b'{"files": {"a": 1}}', b"\xff"])
+def test_a_manifest_of_something_else_is_damage(run, content):
+    folder = save(run, 1, build())
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"manifest\.json: missing or damaged; delete"):
+        run.newest()
+
+
+def test_files_of_a_checkpoint_have_the_modes_of_new_files(run):
+    before = os.umask(0o027)
+    try:
+        folder = save(run, 1, build())
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o640"}
+
+
 # --- the folder ---
 
 
@@ -195,17 +266,108 @@ def test_keys_of_a_session_may_change_and_are_stored(tmp_path):
     assert RunFolder(tmp_path).config == changed
 
 
+def test_an_edit_of_the_stored_configuration_is_refused(tmp_path):
+    """``train --config RUN/config.yaml`` reads the very file that was edited."""
+    begun(tmp_path, settings_for())
+    stored = tmp_path / "config.yaml"
+    stored.write_text(stored.read_text().replace("lr: 0.01\n", "lr: 0.02\n").replace("every: 20", "every: 5"))
+    edited = config.load(stored)
+    assert (edited.train.lr, edited.eval.every) == (0.02, 5)
+    with pytest.raises(InputError, match=r"train\.lr was 0\.01 when this run began and is now 0\.02; keep it"):
+        open_run(tmp_path, edited)
+    stored.write_text(stored.read_text().replace("lr: 0.02\n", "lr: 0.01\n"))
+    open_run(tmp_path, config.load(stored)).close()  # eval.every may change
+
+
+def file_settings(folder, *overrides):
+    """A run that reads a file of each kind; ``folder`` gets them."""
+    row = json.dumps({"id": "1", "question": "Who?", "answers": ["me"], "title": "T", "text": "me"})
+    for name in ("train.jsonl", "corpus.jsonl", "one.jsonl", "two.jsonl"):
+        (folder / name).write_text(row + "\n")
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    return settings_for(
+        "data.source=files", f"data.train={folder}/train.jsonl", f"data.corpus={folder}/corpus.jsonl",
+        f"data.eval=[one={folder}/one.jsonl, {folder}/two.jsonl]", f"model.tokenizer={folder}/tokenizer", *overrides,
+    )  # fmt: skip
+
+
+CONTENTS = {
+    "train.jsonl": "data.train", "corpus.jsonl": "data.corpus", "one.jsonl": "data.eval[0]",
+    "two.jsonl": "data.eval[1]", "tokenizer/tokenizer.json": "model.tokenizer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_data_edited_in_place_are_refused(tmp_path, name):
+    wanted = file_settings(tmp_path)
+    begun(tmp_path / "run", wanted)
+    begun(tmp_path / "run", wanted)
+    path, before = tmp_path / name, tree(tmp_path / "run")
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"e", b"E") + b" ")
+    with pytest.raises(InputError) as error:
+        open_run(tmp_path / "run", wanted)
+    source = path.parent if path.parent.name == "tokenizer" else path
+    assert str(error.value).startswith(f"{source} ({CONTENTS[name]}): holds something else than when ")
+    assert "\n" not in str(error.value) and tree(tmp_path / "run") == before
+    path.write_bytes(content)
+    os.utime(path, (1, 1))
+    open_run(tmp_path / "run", wanted).close()
+
+
+def test_names_of_the_hub_are_told_by_fingerprint_and_commit(monkeypatch):
+    loaded = lambda *name, split: SimpleNamespace(_fingerprint=f"{name} {split}")  # noqa: E731
+    monkeypatch.setattr("datasets.load_dataset", loaded)
+    found = lambda name, file: f"/hub/{name}/snapshots/c0ffee/{file}"  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", found)
+    overrides = [
+        "data.source=files",
+        "data.train=some/set:main:train",
+        "data.corpus=gone.jsonl",
+        "model.path=some/model",
+    ]
+    assert contents(settings_for(*overrides)) == {
+        "data.train": "('some/set', 'main') train",
+        "model.path": "c0ffee",
+    }
+
+
+def test_what_a_made_up_world_does_not_read_is_not_looked_at(tmp_path):
+    assert contents(file_settings(tmp_path, "data.source=world", "model.tokenizer=world")) == {}
+
+
+def test_the_digest_of_a_file_is_its_sha256_and_of_a_folder_that_of_its_files(tmp_path):
+    found = contents(file_settings(tmp_path))
+    assert found["data.train"] == hashlib.sha256((tmp_path / "train.jsonl").read_bytes()).hexdigest()
+    before = found["model.tokenizer"]
+    (tmp_path / "tokenizer" / ".cache").mkdir()
+    (tmp_path / "tokenizer" / ".cache" / "times").write_text("x")  # what downloads leave there
+    assert contents(file_settings(tmp_path))["model.tokenizer"] == before
+    (tmp_path / "tokenizer" / "tokenizer.json").rename(tmp_path / "tokenizer" / "other.json")
+    assert sha256(tmp_path / "tokenizer") != before
+
+
 def test_steps_may_not_change_where_the_learning_rate_follows_them(tmp_path):
     begun(tmp_path, settings_for("train.lr_schedule=linear"))
     with pytest.raises(InputError, match=r"train\.steps was 100"):
         open_run(tmp_path, settings_for("train.lr_schedule=linear", "train.steps=200"))
 
 
-def test_session_keys_exist():
-    from igpo_fast.checkpoint import SESSION_KEYS
-
-    dumped = settings_for().model_dump()
-    assert all(key in dumped[section] for section, key in (name.split(".") for name in SESSION_KEYS))
+def test_no_key_that_changes_the_training_is_a_session_s():
+    sections = {}
+    for section, key in (name.split(".") for name in sorted(config.session_keys())):
+        sections.setdefault(section, []).append(key)
+    assert sections == {
+        "eval": ["every"],
+        "model": ["device"],
+        "rollout": [
+            "gpu_memory", "mismatch_stop", "mismatch_warn", "server", "server_timeout", "tool_calls", "tool_timeout",
+        ],
+        "run": ["cache", "dir", "tracker"],
+        "search": ["backoff", "concurrency", "max_response_mb", "on_failure", "retries", "timeout", "url"],
+        "train": ["checkpoint_every", "keep_checkpoints", "threads"],
+    }  # fmt: skip
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
@@ -234,6 +396,48 @@ def test_opening_writes_nothing(tmp_path):
     assert not (tmp_path / ".metrics.jsonl.tmp").exists()
 
 
+def test_nothing_behind_a_link_is_deleted(tmp_path):
+    """Only temporaries of our own names go, and of links the link itself."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    begun(run, settings_for())
+    theirs = [".notes.tmp", ".step_000001.tmp", ".step_000001.jsonl.tmp", ".metrics.jsonl.tmp"]
+    for name in theirs:
+        (other / name).mkdir(parents=True)
+        (other / name / "thesis.tex").write_text("x")
+    (run / "notes").symlink_to(other)
+    (run / ".notes.tmp").mkdir()
+    (run / ".config.yaml.tmp").symlink_to(other)
+    (run / "checkpoints" / ".step_000009.tmp").symlink_to(other)
+    (run / "rollouts").rmdir()
+    (run / "rollouts").symlink_to(other)
+    (run / "discarded").mkdir()
+    (run / "discarded" / "1").symlink_to(other)
+    ours = run / "checkpoints" / ".step_000002.tmp"
+    ours.mkdir()
+    begun(run, settings_for())
+    assert sorted(path.name for path in other.iterdir()) == sorted(theirs)
+    assert all((other / name / "thesis.tex").exists() for name in theirs)
+    assert (run / ".notes.tmp").is_dir() and not ours.exists() and not (run / ".config.yaml.tmp").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["rollouts", "checkpoints", "discarded", "metrics.jsonl"])
+def test_something_else_of_the_name_of_a_part_is_one_line(tmp_path, name):
+    begun(tmp_path, settings_for())
+    path = tmp_path / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    path.mkdir() if name == "metrics.jsonl" else path.write_text("x")
+
+    def go_on():
+        with open_run(tmp_path, settings_for()) as run:
+            run.begin()
+            fill(run, 2)
+            rewind(run, 1)
+
+    with pytest.raises(StorageError) as error:
+        go_on()
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value) and "move it" in str(error.value)
+
+
 def test_one_process_at_a_time(run):
     with pytest.raises(InputError, match="another process trains here"):
         open_run(run.path, settings_for())
@@ -252,10 +456,10 @@ def test_one_process_at_a_time(run):
 
 def test_rows_are_json_whatever_the_numbers(run):
     run.append_metrics({"step": 1, "a": np.float32(0.5), "b": float("nan"), "c": torch.tensor(2.0), "d": np.inf})
-    assert run.metrics.read_text() == '{"step": 1, "a": 0.5, "b": null, "c": 2.0, "d": null}\n'
+    assert run.metrics.read_text() == '{"step":1,"a":0.5,"b":null,"c":2.0,"d":null}\n'
     path = run.write_rollouts(1, [{"gains": np.array([0.25, np.nan]), "text": "né\n"}])
     assert path.name == "step_000001.jsonl"
-    assert path.read_text() == '{"gains": [0.25, null], "text": "né\\n"}\n'
+    assert path.read_text() == '{"gains":[0.25,null],"text":"né\\n"}\n'
 
 
 def test_rollouts_that_fail_half_way_leave_no_file(run):
@@ -291,10 +495,64 @@ def test_rewind_keeps_up_to_the_step_and_loses_nothing(tmp_path_factory, last, s
         assert (folder is None) == (kept == last and not torn)
         if folder:
             late = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
-            assert late == [b'{"step": %d}' % s for s in range(kept + 1, last + 1)] + [torn] * bool(torn)
+            assert late == [b'{"step":%d}' % s for s in range(kept + 1, last + 1)] + [torn] * bool(torn)
             moved = [f"step_{s:06d}.jsonl" for s in range(kept + 1, last + 1)]
             assert sorted(p.name for p in (folder / "rollouts").iterdir()) == moved
         assert rewind(run, step) is None
+
+
+@pytest.mark.parametrize(
+    "kept, line",
+    [
+        ([0, 1, 2, 4, 5], "no rows of steps 3 to 3,"),
+        ([0, 1, 2], "no rows of steps 3 to 5,"),
+        ([2, 3, 4, 5], "no rows of steps 0 to 1,"),
+        ([], "no rows of steps 0 to 5,"),
+        ([0, 1, 2, 3, 3, 4, 5], "metrics.jsonl:5: a row of step 3 after one of step 3;"),
+        ([0, 1, 3, 2, 4, 5], "no rows of steps 2 to 2,"),
+        ([1, 0, 2, 3, 4, 5], "metrics.jsonl:2: a row of step 0 after one of step 1;"),
+    ],
+)
+def test_rows_that_are_not_those_of_the_checkpoint_are_refused(run, kept, line):
+    parts = build()
+    for step in range(6):
+        run.append_metrics({"step": step})
+        if step in (2, 5):
+            save(run, step, parts)
+    run.metrics.write_text("".join(f'{{"step": {step}}}\n' for step in kept))
+    before = tree(run.path)
+    with pytest.raises(InputError) as error:
+        rewind(run, 5)
+    assert line in str(error.value) and "\n" not in str(error.value) and tree(run.path) == before
+    if kept == [0, 1, 2]:
+        assert f"delete step_000005 in {run.checkpoints} to go on from step 2" in str(error.value)
+        shutil.rmtree(run.checkpoints / "step_000005")
+        rewind(run, 2)
+
+
+def test_a_checkpoint_older_than_its_row_asks_for_no_row(run):
+    """Where the evaluation after a step failed, the checkpoint holds the row, and who resumes appends it."""
+    run.append_metrics({"step": 0})
+    save(run, 1, build(), {"row": {"step": 1}})
+    assert rewind(run, 1) is None
+    run.append_metrics({"step": 1})
+    assert rewind(run, 1) is None
+
+
+def test_a_number_that_is_none_is_no_step(run):
+    for line in ('{"step": NaN}', '{"step": true}', '{"step": "1"}', '{"step": 1.5}', "[1]", "[" * 9999, "9" * 5000):
+        run.metrics.write_text(f'{line}\n{{"step": 1}}\n')
+        with pytest.raises(InputError, match=r"metrics\.jsonl:1: not a metrics row"):
+            rewind(run, 1)
+
+
+def test_rollouts_that_are_gone_are_told(run):
+    fill(run, 9)
+    assert run.missing_rollouts(9) is None
+    for step in (2, 3, 5, 8):
+        (run.rollouts / f"step_{step:06d}.jsonl").unlink()
+    told = f"{run.rollouts}: the rollouts of step 2, step 3, step 5 and 1 more are gone; training goes on without them"
+    assert run.missing_rollouts(9) == told
 
 
 def test_a_second_rewind_gets_its_own_folder(run):

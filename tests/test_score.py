@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from igpo_fast import config, model
 from igpo_fast.data import Data
-from igpo_fast.errors import InputError
+from igpo_fast.errors import InputError, RunError
 from igpo_fast.score import Scorer, load_scorer, read_records, score_file
 from igpo_fast.tokenizer import load_tokenizer
 from igpo_fast.tools.base import Passage
@@ -263,10 +263,10 @@ def test_files_that_cannot_be(tmp_path):
         (tmp_path / "none.jsonl", tmp_path / "out", "cannot read it"),
         (source, source, "exists; give another --output, or --overwrite"),
         (write(tmp_path / "empty.jsonl", []), tmp_path / "out", "no trajectories"),
-        (source, tmp_path / "nowhere" / "out", "cannot write there"),
+        (source, tmp_path / "nowhere" / "out", r"out: cannot write \(No such file or directory\)"),
     ]
     for given, target, fault in cases:
-        with pytest.raises(InputError, match=fault):
+        with pytest.raises(RunError, match=fault):
             score_file(given, target, never)
     assert not (tmp_path / "out").exists()
 

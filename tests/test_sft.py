@@ -1,7 +1,11 @@
 """The warm start: demonstrations written as rollouts, their loss, the cache."""
 
 import asyncio
+import json
 import random
+import shutil
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from igpo_fast import sft
 from igpo_fast.config import load
 from igpo_fast.data import load_data
 from igpo_fast.dialect import make_dialect
+from igpo_fast.errors import InputError, StorageError
 from igpo_fast.model import build
 from igpo_fast.tokenizer import load_tokenizer
 from igpo_fast.tools.search import Bm25Search
@@ -121,6 +126,75 @@ def test_a_warm_start_is_kept_for_the_same_settings_only(world, tmp_path):
     assert start("train.seed=1")[1] == 4
     assert start("sft.clean_steps=0", "sft.noisy_steps=0", "sft.hard_steps=0")[1] == 0
     assert not list(tmp_path.glob(".*"))  # nothing half written is left
+
+
+@pytest.fixture
+def start_on_files(tmp_path):
+    """Starts a warm start on the files that it writes; returns the steps that were trained, and its folder."""
+    rows = [{"id": str(i), "question": f"Who is {i}?", "answers": [f"Ann {i}"]} for i in range(6)]
+    passages = [{"id": str(i), "title": "T", "text": f"Ann {i} is {i}."} for i in range(6)]
+
+    def start(*overrides, rows=rows, passages=passages, folder="data", tokenizer=None):
+        for name, content in (("train", rows), ("corpus", passages)):
+            path = tmp_path / folder / f"{name}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in content))
+        config = load(None, [
+            *SMALL, f"run.cache={tmp_path / 'cache'}", "data.source=files", "model.tokenizer=bpe",
+            "model.vocab_size=300", "eval.questions=2", "rollout.max_tokens=512",
+            *(f"data.{name}={tmp_path / folder / name}.jsonl" for name in ("train", "corpus")), *overrides,
+        ])  # fmt: skip
+        data, steps = load_data(config), []
+        tokenizer = tokenizer or load_tokenizer(config, data)
+        dialect = make_dialect("tags", tokenizer, max_passage_tokens=64, max_answer_tokens=8, max_answers=1)
+        tool = Bm25Search(data.collections, 1)
+        lm = sft.warm_start(config, small_model(tokenizer), tokenizer, dialect, data, tool, lambda *a: steps.append(a))
+        return len(steps), Path(lm.name_or_path)
+
+    start.rows, start.passages = rows, passages
+    return start
+
+
+def test_a_warm_start_belongs_to_what_its_files_hold(start_on_files, world):
+    start = partial(start_on_files, tokenizer=load_tokenizer(*world[:2]))  # a bpe one would change with the files
+    rows, passages = start_on_files.rows, start_on_files.passages
+    answers = [row["answers"] for row in rows]
+    assert start()[0] == 4
+    assert start()[0] == 0 and start(folder="moved")[0] == 0
+    permuted = [row | {"answers": answer} for row, answer in zip(rows, answers[1:] + answers[:1], strict=True)]
+    assert start(rows=permuted)[0] == 4
+    assert start(passages=[passage | {"text": passage["text"].upper()} for passage in passages])[0] == 4
+    assert start("eval.questions=3")[0] == 4  # one question less to train on
+    assert start()[0] == 0
+
+
+def test_a_warm_start_belongs_to_its_tokenizer(start_on_files, world):
+    assert start_on_files()[0] == 4
+    other = load_tokenizer(*world[:2])
+    assert start_on_files(tokenizer=other)[0] == 4
+    other.chat_template = "{{ messages }}"
+    assert start_on_files(tokenizer=other)[0] == 4
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "manifest.json"])
+def test_a_damaged_warm_start_is_refused(start_on_files, name):
+    folder = start_on_files()[1]
+    content = bytearray((folder / name).read_bytes())
+    content[0] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        start_on_files()
+    assert str(error.value).startswith(f"{folder / name}: ") and "damaged" in str(error.value)
+    assert str(error.value).endswith(f"; delete {folder}, and the warm start is trained again")
+    shutil.rmtree(folder)
+    assert start_on_files() == (4, folder)
+
+
+def test_a_cache_that_cannot_be_written_is_found_before_the_training(start_on_files, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("x")
+    monkeypatch.setattr(sft, "train", lambda *a: pytest.fail("trained for nothing"))
+    with pytest.raises(StorageError, match=r"cache: cannot write \(File exists\)"):
+        start_on_files()
 
 
 MUSIQUE = Question(

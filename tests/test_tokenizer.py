@@ -193,3 +193,15 @@ def test_bpe_of_a_real_corpus_compresses_it():
     assert len(tokenizer) == 8192
     assert sum(map(len, texts)) / tokens > 3.5
     assert all(tokenizer.decode(encode(tokenizer, text).input_ids) == text for text in texts)
+
+
+def test_a_checkpoint_brings_its_own_tokenizer(tmp_path):
+    """Whatever the files hold by now that a bpe tokenizer was trained on."""
+    settings = config.load(None, ["data.source=files", "data.train=a", "data.corpus=b", "model.tokenizer=bpe"])
+    data = lambda text: Data((), (), {"": [Passage("1", text, text)]})  # noqa: E731
+    before = load_tokenizer(settings, data("abracadabra " * 20))
+    before.save_pretrained(tmp_path)
+    later = data("simsalabim " * 20)
+    text = "abracadabra simsalabim"
+    assert load_tokenizer(settings, later)(text).input_ids != before(text).input_ids
+    assert load_tokenizer(settings, later, str(tmp_path))(text).input_ids == before(text).input_ids

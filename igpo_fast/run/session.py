@@ -50,6 +50,9 @@ class Session:
         try:
             self._stack.enter_context(self.display)
             self.folder: RunFolder = self._stack.enter_context(open_run(self.config.run.dir, self.config))
+            newest = self.folder.newest()
+            self.checkpoint = None if newest is None else str(newest)
+            """The folder of the newest checkpoint, if there is one."""
         except BaseException:
             self._stack.close()
             raise
@@ -69,6 +72,8 @@ class Session:
         self.folder.begin()
         step, extra = loaded or (0, {})
         moved = rewind(self.folder, step)
+        if gone := self.folder.missing_rollouts(step):
+            self.display.warn(gone)
         if loaded:
             self.display.note(f"resumed after step {step}")
         if moved:

@@ -225,6 +225,25 @@ def test_metrics_that_somebody_edited(here):
     assert refused() == "run/metrics.jsonl:2: not a metrics row; delete or repair the line"
 
 
+def test_a_run_goes_on_with_the_data_that_it_began_with(here):
+    """Edited in place, under the same name: the stored configuration tells nothing."""
+    write("corpus.jsonl", [row | {"text": row["text"].upper()} for row in CORPUS])
+    assert refused("train.steps=4").startswith("corpus.jsonl (data.corpus): holds something else than when run began;")
+    write("corpus.jsonl", CORPUS)
+    stored = Path("run/config.yaml")
+    stored.write_text(stored.read_text().replace("gamma: 1.0", "gamma: 0.5"))
+    result = CliRunner().invoke(app, ["train", "--config", str(stored)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: run: algorithm.gamma was 1.0 when this run began and is now 0.5; keep it")
+
+
+def test_a_damaged_checkpoint_is_not_evaluated(here):
+    flip(Path("run/checkpoints/step_000002/model.safetensors"))
+    result = CliRunner().invoke(app, ["eval", "run"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: run/checkpoints/step_000002/model.safetensors: damaged")
+
+
 # --- models ---
 
 

@@ -1,0 +1,42 @@
+"""JSON as this package writes and reads it: compact UTF-8, and no number that JSON does not know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from igpo_fast.errors import InputError
+
+
+def json_bytes(value: Any, *, indent: bool = False) -> bytes:
+    """``value`` as JSON: arrays and tensors become lists, numbers that are not finite null.
+
+    Raises:
+        TypeError: a value that JSON cannot hold.
+    """
+    option = orjson.OPT_SERIALIZE_NUMPY | (orjson.OPT_INDENT_2 if indent else 0)
+    return orjson.dumps(value, default=_as_list, option=option)
+
+
+def json_line(value: Any) -> bytes:
+    """``value`` as one line of a JSON-lines file."""
+    return json_bytes(value) + b"\n"
+
+
+def json_value(content: bytes | str, where: object) -> Any:
+    """The value that ``content`` holds.
+
+    Raises:
+        InputError: no JSON (nested too deep, a number too large and NaN included), naming ``where``.
+    """
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg}); restore or correct it") from None
+
+
+def _as_list(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
