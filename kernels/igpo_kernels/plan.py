@@ -13,10 +13,10 @@ token that two rollouts share is two pairs, and rows repeat.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -95,8 +95,21 @@ class TreePlan:
     """Of a decision token its index in its rollout, of an answer token its index in the answer: [M]."""
     trunk_tokens: int
     """Tokens the rollouts would have unshared and without branches: the sum of their fed lengths."""
-    cache: dict = field(default_factory=dict, repr=False)
-    """Device copies and attention schedules, made once and shared by layers and passes."""
+    cache: dict = field(default_factory=dict, init=False, repr=False)
+    """Device copies and attention schedules, made once and shared by layers and passes. They belong to these arrays:
+    ``dataclasses.replace`` and pickle give a plan with an empty cache."""
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "cache": {}}
+
+    def cached(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """``cache[key]``, made by ``make`` the first time.
+
+        What is made under inference mode can be trained with all the same, and torch.compile does not trace it.
+        """
+        if key not in self.cache:
+            _fill(self.cache, key, make)
+        return self.cache[key]
 
     @property
     def n_tokens(self) -> int:
@@ -119,10 +132,13 @@ class TreePlan:
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """A field as a tensor on ``device``, copied once."""
-        key = (name, str(device))
-        if key not in self.cache:
-            self.cache[key] = torch.from_numpy(getattr(self, name)).to(device)
-        return self.cache[key]
+        return self.cached((name, str(device)), lambda: torch.tensor(getattr(self, name), device=device))
+
+
+@torch.compiler.disable
+def _fill(cache: dict, key: tuple, make: Callable[[], Any]) -> None:
+    with torch.inference_mode(False):
+        cache[key] = make()
 
 
 def pack(trees: Sequence[Tree], pad_to: int = 1) -> TreePlan:

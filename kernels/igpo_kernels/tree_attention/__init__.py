@@ -106,13 +106,15 @@ def automatic(device: torch.device, dtype: torch.dtype, head_dim: int, group: in
 def backend_for(plan: TreePlan, device: torch.device, dtype: torch.dtype, head_dim: int, group: int = 1) -> str:
     """``automatic`` for a plan: decided once and kept on it, so call it as soon as the plan is built; logged once a
     process. ``tree_attention`` asks it for every call with ``backend="auto"``."""
-    kind = ("backend", device, dtype, head_dim, group)
-    if kind not in plan.cache:
+
+    def decide() -> str:
         sequences = plan.is_sequences
-        plan.cache[kind] = name = automatic(device, dtype, head_dim, group, sequences)
+        name = automatic(device, dtype, head_dim, group, sequences)
         what = f"{'single sequences' if sequences else 'trees'}, {dtype} on {device}, heads of {head_dim} by {group}"
         _log_once(f"tree_attention: {name} for {what}")
-    return plan.cache[kind]
+        return name
+
+    return plan.cached(("backend", device, dtype, head_dim, group), decide)
 
 
 def _flash_attn_imports() -> bool:

@@ -28,6 +28,8 @@ def tree_attention(q, k, v, plan, scale, softcap, window):
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, plan, scale, softcap, window):
+        # ATen's flash attention takes numbers of a head to lie side by side, and does not ask.
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = []
         for heads in _pieces(plan, window, q, k, softcap):

@@ -118,10 +118,8 @@ class Launch:
         return (len(lists.order) * self.kv_heads,), (*mask, lists.order, lists.offset, lists.runs)
 
     def _int32(self, name: str) -> torch.Tensor:
-        key = (name, torch.int32, str(self.device))
-        if key not in self.plan.cache:
-            self.plan.cache[key] = torch.from_numpy(getattr(self.plan, name).astype(np.int32)).to(self.device)
-        return self.plan.cache[key]
+        make = lambda: torch.from_numpy(getattr(self.plan, name).astype(np.int32)).to(self.device)  # noqa: E731
+        return self.plan.cached((name, torch.int32, str(self.device)), make)
 
     def sources(self, tma: int, rows: int, *tensors: torch.Tensor) -> tuple[int, list]:
         """Tensors as descriptors of ``rows`` of one head; as pointers where the strides' alignment rules TMA out."""
