@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from igpo_kernels.autograd import first_order
 from igpo_kernels.tree_attention.schedule import Tile, mask, tiles
 from igpo_kernels.workspace import workspace_bytes
 
@@ -48,7 +48,7 @@ class _TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order("tree_attention")
     def backward(ctx, dout):
         q, k, v, out, *lse = ctx.saved_tensors
         plan, scale, softcap, window = ctx.plan, ctx.scale, ctx.softcap, ctx.window

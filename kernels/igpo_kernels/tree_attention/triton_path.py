@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import triton
-from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from igpo_kernels.autograd import first_order
 from igpo_kernels.plan import Branch, RolloutTokens, Tree, TreePlan, pack
 from igpo_kernels.tree_attention import LARGEST_GROUP, LARGEST_HEAD
 from igpo_kernels.tree_attention import triton_kernels as kernels
@@ -58,7 +58,7 @@ class _TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order("tree_attention")
     def backward(ctx, d_out):
         q, k, v, out, log_mass = ctx.saved_tensors
         launch = ctx.launch
