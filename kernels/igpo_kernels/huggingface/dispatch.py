@@ -62,6 +62,12 @@ def heads_of(model: PreTrainedModel) -> tuple[int, int]:
     return max(sizes), max(groups)
 
 
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The decoder, whose last hidden state the LM head reads."""
+    decoder = model.get_decoder()
+    return model.model if decoder is model and hasattr(model, "model") else decoder
+
+
 UNSAID: Any = object()
 """The window of a layer that hands none to its attention function."""
 

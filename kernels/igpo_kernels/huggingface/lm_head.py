@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from igpo_kernels.checks import number
+from igpo_kernels.huggingface.dispatch import decoder_of
 from igpo_kernels.linear_logprob import linear_logprob
 from igpo_kernels.plan import TreePlan
 
@@ -112,7 +113,7 @@ class _Given:
 
 @contextmanager
 def _decoder_gives(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]:
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     before = decoder.__dict__.get("forward")
     decoder.forward = lambda *_, **__: _Given(hidden)
     try:

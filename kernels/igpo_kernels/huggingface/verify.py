@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from igpo_kernels.huggingface.dispatch import ATTENTION, Attend, TreeAttend, model_inputs
+from igpo_kernels.huggingface.dispatch import ATTENTION, Attend, TreeAttend, decoder_of, model_inputs
 from igpo_kernels.plan import Branch, RolloutTokens, Tree, TreePlan, pack
 
 LARGE = 10.0
@@ -70,7 +70,7 @@ def _verify(model: PreTrainedModel) -> None:
 
 
 def _hidden(model: PreTrainedModel, plan: TreePlan, attend: Attend) -> torch.Tensor:
-    out = model.base_model(**{**model_inputs(plan, model.device), "plan": attend})
+    out = decoder_of(model)(**{**model_inputs(plan, model.device), "plan": attend})
     return out.last_hidden_state[0].float()
 
 
