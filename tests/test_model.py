@@ -96,7 +96,7 @@ def test_the_probe_sees_a_window_that_is_measured_in_packed_indices(monkeypatch)
     def by_packed_index(q, k, v, plan, scale, softcap, window, backend):
         from dataclasses import replace
 
-        wrong = replace(plan, position_ids=np.arange(plan.n_tokens), cache={})
+        wrong = replace(plan, position_ids=np.arange(plan.n_tokens))
         return original(q, k, v, wrong, scale, softcap, window, backend)
 
     monkeypatch.setattr(huggingface.dispatch, "tree_attention", by_packed_index)

@@ -97,8 +97,8 @@ def test_gspo_ratio_is_the_geometric_mean_by_hand():
 
 @pytest.mark.parametrize("mode", ["mask", "truncate"])
 def test_gspo_drops_masked_tokens_from_its_mean_by_hand(mode):
-    # The second token's weight, 3, is over the cap of 2. Masked, it is no part of the sequence: the ratio is the first's,
-    # 1.1; without gradient for the second. Truncated, both are in the mean, with weights 1 and 2.
+    # The second token's weight, 3, is over the cap of 2. Masked, it is no part of the sequence: the ratio is the
+    # first's, 1.1; without gradient for the second. Truncated, both are in the mean, with weights 1 and 2.
     settings_ = LossSettings(sequence_ratio=True, importance="token", importance_mode=mode)
     logp = [math.log(1.1), math.log(1.21)]
     loss, grad, _ = loss_of(

@@ -30,7 +30,8 @@ class LossSettings:
     """Coefficient of the entropy bonus."""
     sequence_ratio: bool = False
     """GSPO: one ratio per rollout, ``exp(mean(logp - old_logp))``. Its gradient reaches all tokens of the rollout
-    alike, also where advantages differ between them; verl's ``gspo`` (GSPO-token) keeps each token's own advantage there."""
+    alike, also where advantages differ between them; verl's ``gspo`` (GSPO-token) keeps each token's
+    own advantage there."""
     importance: str = "none"
     """``none``, ``token`` or ``sequence``: weigh by pi_train / pi_engine of the token, or of the whole rollout."""
     importance_mode: str = "truncate"

@@ -57,11 +57,10 @@ def pair_terms(logp, log_ratio, gap, correction, advantage, weight, ref_logp, en
     """
     ratio = tl.exp(log_ratio)
     surrogate, slope = surrogate_of(ratio, advantage, low, high, dual_clip)
-    # A pair that importance dropped: not even 0 * inf.
-    surrogate_share = tl.where(correction == 0, 0.0, correction * surrogate)
-    policy = weight * surrogate_share
+    factor = weight * correction  # 0 where importance drops the pair, also where its ratio overflows
+    policy = tl.where(factor == 0, 0.0, factor * surrogate)
     loss = policy
-    d_logp = weight * tl.where(correction == 0, 0.0, correction * slope)
+    d_logp = tl.where(factor == 0, 0.0, factor * slope)
     k3 = tl.zeros_like(logp)
     if ref_logp is not None:
         distance = ref_logp - logp
@@ -258,5 +257,6 @@ def policy_loss_sequence_kernel(
             ratio = tl.zeros([BLOCK], tl.float32) + tl.exp(log_ratio)
             _, slope = surrogate_of(ratio, load(advantage_ptr, pair, mask), low, high, dual_clip)
             weight = load(weight_ptr, pair, mask)
-            slopes += tl.where((weight != 0) & (correction != 0), weight * correction * slope, 0.0)
+            factor = weight * correction
+            slopes += tl.where(factor != 0, factor * slope, 0.0)
         tl.store(slope_ptr + s, tl.sum(slopes, 0) / count)
