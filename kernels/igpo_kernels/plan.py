@@ -148,8 +148,8 @@ def pack(trees: Sequence[Tree], pad_to: int = 1) -> TreePlan:
         trees: at least one, each with at least one rollout.
         pad_to: the pack's length is rounded up to a multiple of this with one-token trees that nothing scores.
     Raises:
-        ValueError: an empty rollout, a trained first token, a boundary outside its rollout, an empty answer, ids that are
-            no whole numbers. (Lists of whole numbers are taken as arrays are.)
+        ValueError: an empty rollout, a trained first token, a boundary outside its rollout, an empty answer, ids that
+            are no whole numbers. (Lists of whole numbers are taken as arrays are.)
     """
     return _join([_layout(tree) for tree in trees], pad_to)
 

@@ -19,7 +19,9 @@ def normal(*shape, seed=0, **options):
 
 
 def qkv(plan, d=8, dtypes=(torch.float32,) * 3):
-    return [normal(plan.n_tokens, h, d, seed=i, dtype=t) for i, (h, t) in enumerate(zip((4, 2, 2), dtypes, strict=True))]
+    return [
+        normal(plan.n_tokens, h, d, seed=i, dtype=t) for i, (h, t) in enumerate(zip((4, 2, 2), dtypes, strict=True))
+    ]
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
@@ -121,7 +123,9 @@ def test_a_second_derivative_is_refused_not_lost(op, backend, upstream):
     out = out.sum() if upstream == "constant" else out.square().sum()
     gradients = torch.autograd.grad(out, leaves, create_graph=True)
     for gradient in gradients:
-        with pytest.raises(RuntimeError, match=f"^{op}: its gradients were differentiated, .*; pass backend='reference'"):
+        with pytest.raises(
+            RuntimeError, match=f"^{op}: its gradients were differentiated, .*; pass backend='reference'"
+        ):
             gradient.sum().backward(retain_graph=True)
 
 

@@ -120,9 +120,8 @@ def attention(
             f"{ATTENTION}: {name} has keys of {key.shape[-1]} and values of {value.shape[-1]} numbers a head (MLA); "
             "packed attention takes one size: use another model"
         )
-    if sliding_window is UNSAID:
-        refuse_masked_window(module)
-        sliding_window = None
+    refuse_masked_limits(module, window=sliding_window is UNSAID)
+    sliding_window = None if sliding_window is UNSAID else sliding_window
     attend = TreeAttend(plan) if isinstance(plan, TreePlan) else plan
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
@@ -130,19 +129,24 @@ def attention(
     return out[None], None
 
 
-def refuse_masked_window(layer: torch.nn.Module) -> None:
-    """Refuse an attention layer whose window or chunk is in transformers' mask alone, which a plan replaces.
+def refuse_masked_limits(layer: torch.nn.Module, window: bool) -> None:
+    """Refuse an attention layer whose window or chunk is in transformers' mask alone, which a plan replaces; and one
+    that scales queries by their place in the row (Llama 4 without RoPE).
 
+    Args:
+        window: look for windows and chunks: the layer handed none over.
     Raises:
         ValueError: what the config states, and that it does not reach attention.
     """
     config = getattr(layer, "config", None)
-    stated = masked_limits(config.get_text_config()) if config is not None else {}
+    stated = masked_limits(config.get_text_config()) if window and config is not None else {}
+    if getattr(layer, "attn_temperature_tuning", None) and not getattr(layer, "use_rope", True):
+        stated["attn_temperature_tuning"] = layer.attn_temperature_tuning
     if stated:
         raise ValueError(
             f"{ATTENTION}: the config has {', '.join(f'{key}={x}' for key, x in stated.items())}, but "
-            f"{type(layer).__name__} does not hand it to its attention; packed it would be ignored: set it to None if "
-            "no sequence is that long, or use another model"
+            f"{type(layer).__name__} does not hand it to its attention, so a pack would get it wrong; set it to "
+            "None if no sequence is that long, or use another model"
         )
 
 
