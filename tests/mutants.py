@@ -96,7 +96,7 @@ ROLLOUT = "test_rollout.py::TestOneRollout::test_is_prompt_turns_and_responses_t
 # fmt: off
 MUTANTS = [
     *faults(f"{KERNELS}/plan.py",
-        ("decision row off by one", "path[token - 1], np", "path[np.maximum(token - 2, 0)], np", COMB),
+        ("decision row off by one", "path[token - 1], rollout", "path[np.maximum(token - 2, 0)], rollout", COMB),
         ("answer row off by one", "np.concatenate([[-1], path])[tokens]", "np.concatenate([[-1, -1], path])[tokens]",
          COMB),
         ("branch seen by the next rollout", "block.subtree_end + size))", "block.subtree_end + size + 1))", PATHS),
@@ -152,7 +152,7 @@ MUTANTS = [
          "plan.subtree_end[root:start] >= stop", TREES),
         ("a tile's window starts at its last query", "int(plan.position_ids[start:stop].min())",
          "int(plan.position_ids[start:stop].max())", TREES),
-        ("windows share a mask", '("masks", window, dtype', '("masks", dtype',
+        ("windows share a mask", '("mask", number, window, dtype', '("mask", number, dtype',
          f"{GAPS}::test_one_plan_serves_several_windows"),
         ("windows share tiles", '("tiles", window)', '("tiles",)', f"{GAPS}::test_one_plan_serves_several_windows"),
         ("keys stay that the tile before had elsewhere", "before[:shared] != keys[:shared]",
