@@ -91,7 +91,7 @@ def faulty(attend):
     """Attention that every later token of the pack sees: the plan's mask is made plainly causal."""
 
     def run(q, k, v, plan, *rest):
-        leaky = replace(plan, subtree_end=plan.subtree_end * 0 + plan.n_tokens, cache={})
+        leaky = replace(plan, subtree_end=plan.subtree_end * 0 + plan.n_tokens)
         return attend(q, k, v, leaky, *rest)
 
     return run

@@ -146,15 +146,15 @@ def test_refused_by_the_name_of_the_layer(name):
 
 def test_the_probe_sees_a_window_that_is_measured_in_packed_indices(monkeypatch):
     lm = make(MistralConfig, sliding_window=7)
-    original = huggingface.tree_attention
+    original = huggingface.dispatch.tree_attention
 
     def by_packed_index(q, k, v, plan, scale, softcap, window, backend):
         from dataclasses import replace
 
-        wrong = replace(plan, position_ids=np.arange(plan.n_tokens), cache={})
+        wrong = replace(plan, position_ids=np.arange(plan.n_tokens))
         return original(q, k, v, wrong, scale, softcap, window, backend)
 
-    monkeypatch.setattr(huggingface, "tree_attention", by_packed_index)
+    monkeypatch.setattr(huggingface.dispatch, "tree_attention", by_packed_index)
     with pytest.raises(InputError, match="MistralAttention gives hidden states that differ"):
         model.probe(lm)
 

@@ -8,6 +8,8 @@ from igpo_kernels.linear_logprob import linear_logprob
 from igpo_kernels.linear_policy_loss import linear_policy_loss
 from igpo_kernels.policy_loss.settings import LossSettings
 
+IGNORED = -100
+"""The label of tokens that verl leaves out."""
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
 
 
@@ -22,22 +24,26 @@ def linear_cross_entropy(
     """verl's ``linear_cross_entropy``: log-probabilities (not losses) and entropies of labels.
 
     Args:
-        hidden: [..., H]. weight: [V, H]. labels: int64 [...].
-        reduction: ``none``, ``mean`` or ``sum``, of the log-probabilities; entropies come one a label.
+        hidden: [..., H]. weight: [V, H]. labels: int64 [...], -100 where a token has none.
+        reduction: ``none``, ``mean`` or ``sum``, in any case, of the log-probabilities; entropies come one per token.
+        dist_process_group: None, or a group of one process.
     Returns:
-        log-probabilities [...] (a scalar unless ``none``), entropy [...]; both differentiable.
+        log-probabilities [tokens], flat as verl's (a scalar unless ``none``), and entropy [tokens]; both
+        differentiable. The log-probability of label -100 is 0, without gradient, and no part of the mean.
     Raises:
         ValueError: a vocabulary split over processes, or an unknown reduction.
     """
-    if dist_process_group is not None:
+    reduction = reduction.lower()
+    if dist_process_group is not None and getattr(dist_process_group, "size", lambda: None)() != 1:
         raise ValueError("linear_cross_entropy: a vocabulary split over processes is not supported; gather the weight")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"linear_cross_entropy: reduction={reduction!r}; choose none, mean or sum")
+    labels = labels.flatten()
+    kept = labels != IGNORED
     logp, entropy = linear_logprob(
-        hidden.flatten(0, -2), weight, labels.flatten(), temperature=temperature, entropy=True
+        hidden.flatten(0, -2), weight, labels.where(kept, 0), temperature=temperature, entropy=True
     )
-    logp, entropy = logp.view(labels.shape), entropy.view(labels.shape)
-    return (logp if reduction == "none" else getattr(logp, reduction)()), entropy
+    return (logp.where(kept, 0.0) if reduction == "none" else getattr(logp[kept], reduction)()), entropy
 
 
 def fused_linear_grpo(
@@ -61,14 +67,17 @@ def fused_linear_grpo(
     """The fused LM head and GRPO loss of TRL and Liger; unlike there, advantages may differ by token.
 
     Args:
-        hidden: [B, T, H], the states that predict ``ids`` [B, T]. weight: [V, H]. mask: [B, T], 1 where trained.
+        hidden: [B, T, H], the states that predict ``ids`` [B, T]. weight: [V, H]. mask: [B, T], 1 where trained; a
+            fraction weighs its token's loss, as in TRL.
         advantages: [B], the same for a sequence's tokens, or [B, T].
         old_logp, ref_logp: [B, T]; without old_logp the ratio is 1, without ref_logp ``beta`` must be 0.
-        beta: coefficient of the k3 KL. delta: dual clip, above 1.
+        beta: coefficient of the k3 KL.
+        delta: TRL's and Liger's upper bound of the unclipped ratio, ``-min(min(r, delta) A, clip(r) A)``; at least
+            ``1 - epsilon_low``. (verl's dual clip is ``LossSettings.dual_clip``: it bounds negative advantages alone.)
         loss_type: ``grpo`` means over each sequence's tokens, then over sequences; ``bnpo`` and ``dapo`` over all
             tokens; ``dr_grpo`` sums, divided by B * max_completion_length (default T).
     Returns:
-        The loss, and means over the trained tokens: ``kl``, ``clip_ratio``, ``entropy``, ``ratio``.
+        The loss, and means over the tokens whose mask is not 0: ``kl``, ``clip_ratio``, ``entropy``, ``ratio``.
     Raises:
         ValueError: shapes or options that do not fit; nothing is broadcast.
     """
@@ -90,21 +99,30 @@ def fused_linear_grpo(
             f"fused_linear_grpo: advantages {tuple(advantages.shape)}; give [{batch}] or [{batch}, {length}]"
         )
     per_token = advantages if advantages.ndim == 2 else advantages[:, None].expand(batch, length)
-    trained = mask.bool()
-    lengths = trained.sum(1, keepdim=True).clamp(min=1)
+    trained, share = mask != 0, mask.float()
     if loss_type == "grpo":
-        weights = 1 / (batch * lengths.expand(batch, length))
+        weights = share / (batch * share.sum(1, keepdim=True).clamp(min=1))
     elif loss_type == "dr_grpo":
-        weights = torch.full(ids.shape, 1 / (batch * (max_completion_length or length)), device=ids.device)
+        weights = share / max(1, batch * (max_completion_length or length))
     else:
-        weights = torch.full(ids.shape, 1 / max(1, int(trained.sum())), device=ids.device)
-    pick = lambda x: None if x is None else x[trained].float()  # noqa: E731
+        weights = share / share.sum().clamp(min=1)
+    pick = lambda x: None if x is None else x[trained].to(torch.promote_types(x.dtype, torch.float32))  # noqa: E731
     loss, sums = linear_policy_loss(
         hidden.flatten(0, 1), weight, ids[trained], trained.flatten().nonzero()[:, 0], pick(old_logp),
         pick(per_token), pick(weights),
-        LossSettings(clip_low=epsilon_low, clip_high=epsilon_high, dual_clip=delta, kl=beta),
+        _settings(epsilon_low, epsilon_high, delta, beta),
         bias=bias, temperature=temperature, ref_logp=pick(ref_logp),
     )  # fmt: skip
     tokens = sums["tokens"].clamp(min=1)
     names = {"kl": "kl", "clip_ratio": "clipped", "entropy": "entropy", "ratio": "ratio"}
     return loss, {name: sums[key] / tokens for name, key in names.items()}
+
+
+def _settings(low: float, high: float, delta: float | None, beta: float) -> LossSettings:
+    """A bound ``delta`` of the ratio is the upper clip where A > 0, if below it; and where A < 0 a dual clip, which
+    acts above the upper clip only."""
+    if delta is None:
+        return LossSettings(clip_low=low, clip_high=high, kl=beta)
+    if not delta >= 1 - low:
+        raise ValueError(f"fused_linear_grpo: delta is {delta}; give at least 1 - epsilon_low, {1 - low:g}")
+    return LossSettings(clip_low=low, clip_high=min(high, delta - 1), dual_clip=max(delta, 1 + high), kl=beta)

@@ -13,10 +13,10 @@ token that two rollouts share is two pairs, and rows repeat.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -95,8 +95,21 @@ class TreePlan:
     """Of a decision token its index in its rollout, of an answer token its index in the answer: [M]."""
     trunk_tokens: int
     """Tokens the rollouts would have unshared and without branches: the sum of their fed lengths."""
-    cache: dict = field(default_factory=dict, repr=False)
-    """Device copies and attention schedules, made once and shared by layers and passes."""
+    cache: dict = field(default_factory=dict, init=False, repr=False)
+    """Device copies and attention schedules, made once and shared by layers and passes. They belong to these arrays:
+    ``dataclasses.replace`` and pickle give a plan with an empty cache."""
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "cache": {}}
+
+    def cached(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """``cache[key]``, made by ``make`` the first time.
+
+        What is made under inference mode can be trained with all the same, and torch.compile does not trace it.
+        """
+        if key not in self.cache:
+            _fill(self.cache, key, make)
+        return self.cache[key]
 
     @property
     def n_tokens(self) -> int:
@@ -119,10 +132,13 @@ class TreePlan:
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """A field as a tensor on ``device``, copied once."""
-        key = (name, str(device))
-        if key not in self.cache:
-            self.cache[key] = torch.from_numpy(getattr(self, name)).to(device)
-        return self.cache[key]
+        return self.cached((name, str(device)), lambda: torch.tensor(getattr(self, name), device=device))
+
+
+@torch.compiler.disable
+def _fill(cache: dict, key: tuple, make: Callable[[], Any]) -> None:
+    with torch.inference_mode(False):
+        cache[key] = make()
 
 
 def pack(trees: Sequence[Tree], pad_to: int = 1) -> TreePlan:
@@ -132,7 +148,8 @@ def pack(trees: Sequence[Tree], pad_to: int = 1) -> TreePlan:
         trees: at least one, each with at least one rollout.
         pad_to: the pack's length is rounded up to a multiple of this with one-token trees that nothing scores.
     Raises:
-        ValueError: an empty rollout, a trained first token, a boundary outside its rollout, an empty answer.
+        ValueError: an empty rollout, a trained first token, a boundary outside its rollout, an empty answer, ids that
+            are no whole numbers. (Lists of whole numbers are taken as arrays are.)
     """
     return _join([_layout(tree) for tree in trees], pad_to)
 
@@ -214,6 +231,33 @@ def _paths(sequences: Sequence[np.ndarray]):
     yield from zip(order, [0, *shared], [*shared, -1], strict=True)
 
 
+def _whole_numbers(of: str, name: str, x: Any, least: int) -> np.ndarray:
+    """``x``, an array or a list, as int64 [n]; ValueError for other numbers than whole ones from ``least`` on."""
+    x = np.asarray(x)
+    if x.ndim != 1 or (len(x) and (x.dtype.kind not in "iu" or int(x.min()) < least)):
+        what = f"{x.dtype} {list(x.shape)}" + (f" from {x.min()}" if x.ndim == 1 and x.dtype.kind in "iuf" else "")
+        raise ValueError(f"{of}: {name} are {what}; give one row of whole numbers of at least {least}")
+    return x.astype(np.int64)
+
+
+def _checked(tree: Tree) -> Tree:
+    """Arrays in place of whatever lists the tree has."""
+    rollouts = [
+        RolloutTokens(
+            r.index,
+            _whole_numbers(f"rollout {r.index}", "ids", r.ids, 0),
+            _whole_numbers(f"rollout {r.index}", "turns", r.turn, -1),
+            _whole_numbers(f"rollout {r.index}", "boundaries", r.boundaries, 0),
+        )
+        for r in tree.rollouts
+    ]
+    branches = [
+        Branch(_whole_numbers(f"branch {number}", "ids", branch.ids, 0), branch.start, branch.stop)
+        for number, branch in enumerate(tree.branches)
+    ]
+    return Tree(rollouts, branches)
+
+
 def _branch_block(branches: Sequence[Branch]) -> _BranchBlock:
     for number, branch in enumerate(branches):
         if not 0 <= branch.start < branch.stop <= len(branch.ids):
@@ -221,7 +265,7 @@ def _branch_block(branches: Sequence[Branch]) -> _BranchBlock:
                 f"branch {number} scores tokens {branch.start}:{branch.stop} of {len(branch.ids)}; "
                 "an answer has at least one token, inside the branch"
             )
-    fed = [np.asarray(branch.ids[: branch.stop - 1], np.int64) for branch in branches]
+    fed = [branch.ids[: branch.stop - 1] for branch in branches]
     size = 0
     path = np.zeros(0, np.int64)
     ids, depths, ends, pairs = [], [], np.zeros(sum(map(len, fed)), np.int64), [None] * len(branches)
@@ -234,7 +278,7 @@ def _branch_block(branches: Sequence[Branch]) -> _BranchBlock:
         ends[path[max(after, 0) :]] = size
         tokens = np.arange(branches[a].start, branches[a].stop)
         rows = np.concatenate([[-1], path])[tokens]
-        labels = np.asarray(branches[a].ids, np.int64)[tokens]
+        labels = branches[a].ids[tokens]
         pairs[a] = np.stack([rows, labels, np.full(len(tokens), a), tokens - tokens[0]], axis=1)
     return _BranchBlock(np.concatenate(ids), np.concatenate(depths), ends[:size], np.concatenate(pairs))
 
@@ -249,7 +293,7 @@ def _fed_length(rollout: RolloutTokens, scored: bool) -> int:
     trained = np.flatnonzero(rollout.turn >= 0)
     last = int(trained[-1]) if len(trained) else 1
     if scored and len(rollout.boundaries):
-        b = np.asarray(rollout.boundaries)
+        b = rollout.boundaries
         if b[0] < 1 or b[-1] > n or (np.diff(b) <= 0).any():
             raise ValueError(f"rollout {rollout.index}: boundaries {b.tolist()} must increase within 1..{n}")
         last = max(last, int(b[-1]))
@@ -259,11 +303,12 @@ def _fed_length(rollout: RolloutTokens, scored: bool) -> int:
 def _layout(tree: Tree) -> _Layout:
     if not tree.rollouts:
         raise ValueError("a tree needs at least one rollout")
+    tree = _checked(tree)
     scored = len(tree.branches) > 0
     block = _branch_block(tree.branches) if scored else None
     width = len(block.input_ids) if block else 0
     rollouts = tree.rollouts
-    fed = [np.asarray(r.ids[: _fed_length(r, scored)], np.int64) for r in rollouts]
+    fed = [r.ids[: _fed_length(r, scored)] for r in rollouts]
 
     size = 0
     path = np.zeros(0, np.int64)
@@ -309,8 +354,8 @@ def _decision_pairs(rollout: RolloutTokens, path: np.ndarray) -> np.ndarray:
     token = np.flatnonzero(rollout.turn >= 0)
     m = len(token)
     columns = (
-        path[token - 1], np.asarray(rollout.ids)[token], np.full(m, DECISION), np.full(m, rollout.index),
-        np.asarray(rollout.turn)[token], np.full(m, -1), token,
+        path[token - 1], rollout.ids[token], np.full(m, DECISION), np.full(m, rollout.index),
+        rollout.turn[token], np.full(m, -1), token,
     )  # fmt: skip
     return np.stack(columns, axis=1).astype(np.int64)
 

@@ -221,3 +221,15 @@ def test_bad_arguments_are_refused(match, change):
 def test_options_are_given_by_name():
     with pytest.raises(TypeError):
         linear_logprob(torch.zeros(3, 4), torch.zeros(7, 4), torch.zeros(3, dtype=torch.long), None, None, 1.0, True)
+
+
+def test_numbers_of_other_kinds_are_taken_and_what_is_no_tensor_named():
+    hidden, weight, labels = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 6, 2])
+    expected = linear_logprob(hidden, weight, labels, temperature=0.7)
+    assert torch.equal(linear_logprob(hidden, weight, labels, temperature=torch.tensor(0.7), softcap=None), expected)
+    with pytest.raises(
+        ValueError, match=r"^linear_logprob: labels is a ndarray; give a tensor: torch.as_tensor\(labels\)$"
+    ):
+        linear_logprob(hidden, weight, labels.numpy())
+    with pytest.raises(ValueError, match=r"got temperature a tensor .*, with gradient; give a plain number"):
+        linear_logprob(hidden, weight, labels, temperature=torch.ones(1, requires_grad=True))

@@ -98,6 +98,24 @@ def test_what_cannot_be_packed_is_named(bad, message):
         pack([Tree([bad], [Branch(np.array([1]), 0, 1)])])
 
 
+def test_lists_are_packed_and_other_numbers_refused():
+    as_lists = RolloutTokens(4, [1, 2, 3, 4], [-1, 0, -1, 1], [1, 3])
+    plan = pack([Tree([as_lists], [Branch([9, 8], 1, 2)])])
+    arrays = pack([Tree([rollout(4, [1, 2, 3, 4], [-1, 0, -1, 1], [1, 3])], [Branch(np.array([9, 8]), 1, 2)])])
+    assert plan.input_ids.tolist() == arrays.input_ids.tolist() and plan.label.tolist() == arrays.label.tolist()
+    for bad, message in (
+        (RolloutTokens(4, [1.5, 2.0], [-1, 0]), r"^rollout 4: ids are float64 \[2\] from 1.5; give one row of whole"),
+        (RolloutTokens(4, [[1, 2]], [-1, 0]), r"rollout 4: ids are int64 \[1, 2\]"),
+        (RolloutTokens(4, [1, -100], [-1, 0]), r"rollout 4: ids are int64 \[2\] from -100; .* of at least 0"),
+        (RolloutTokens(4, [1, 2], [-1.0, 0.0]), "rollout 4: turns are float64"),
+        (RolloutTokens(4, [1, 2], [-1, 0], [1.0]), "rollout 4: boundaries are float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pack([Tree([bad])])
+    with pytest.raises(ValueError, match="branch 0: ids are float32"):
+        pack([Tree([as_lists], [Branch(np.ones(2, np.float32), 0, 2)])])
+
+
 def test_an_answer_without_tokens_is_refused():
     with pytest.raises(ValueError, match="at least one token"):
         pack([Tree([rollout(0, [1, 2], [-1, 0], [1])], [Branch(np.array([1]), 1, 1)])])

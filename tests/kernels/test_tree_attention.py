@@ -181,6 +181,9 @@ REFUSED = {
     "a cap that is none": ((Q, KV, KV), {"softcap": float("nan")}, "got softcap nan"),
     "no window": ((Q, KV, KV), {"window": 0}, "got window 0; expected a whole number of 1 or more, or None"),
     "a negative window": ((Q, KV, KV), {"window": -3}, "got window -3"),
+    "a window that is no number": ((Q, KV, KV), {"window": True}, "got window True"),
+    "numpy": ((Q.numpy(), KV, KV), {}, r"q is a ndarray; give a tensor: torch.as_tensor\(q\)"),
+    "a tensor of scales": ((Q, KV, KV), {"scale": torch.ones(2)}, r"got scale a tensor \(2,\); give a plain number"),
     "half a window": ((Q, KV, KV), {"window": 2.5}, r"got window 2\.5"),
     "a misspelt backend": ((Q, KV, KV), {"backend": "trition"}, "choose one of auto, reference, torch, triton, flash"),
     "no flash-attn": ((Q, KV, KV), {"backend": "flash"}, r"backend='flash' needs flash-attn \(.*\); pass 'auto'"),
@@ -196,13 +199,11 @@ def test_refused_in_one_line(what, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_a_second_derivative_is_refused(softcap):
-    q, k = Q.clone().requires_grad_(), KV.clone().requires_grad_()
-    out = tree_attention(q, k, k, comb(10, 2), softcap=softcap)
-    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dq.sum().backward()
+def test_numbers_of_other_kinds_are_taken():
+    q, k = torch.randn(N, 4, 8), torch.randn(N, 2, 8)
+    expected = tree_attention(q, k, k, comb(10, 2), 0.5, window=3)
+    given = dict(scale=torch.tensor(0.5), softcap=None, window=np.int64(3))
+    assert torch.equal(tree_attention(q, k, k, comb(10, 2), **given), expected)
 
 
 @pytest.fixture

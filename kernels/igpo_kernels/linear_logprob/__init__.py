@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from igpo_kernels.autograd import no_autocast
 from igpo_kernels.backend import choose, lazy
+from igpo_kernels.checks import check_tensors, number
 from igpo_kernels.linear_logprob import reference, torch_path
 
 IMPLEMENTATIONS = {
@@ -23,7 +25,7 @@ def linear_logprob(
     bias: torch.Tensor | None = None,
     *,
     temperature: float = 1.0,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     entropy: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -36,22 +38,32 @@ def linear_logprob(
         labels: integers [M], in 0 .. V-1; ignored tokens have no place in labels and rows.
         rows: integers [M], in 0 .. N-1, repeats allowed; None is row m for pair m.
         temperature: above 0.
-        softcap: ``c * tanh(z / c)`` where above 0 (Gemma-2's final logits).
+        softcap: ``c * tanh(z / c)`` where above 0 (Gemma-2's final logits); 0 or None is none.
         entropy: also return ``-sum p log p`` of each pair's row, in nats.
         backend: ``auto``, ``triton``, ``torch`` or ``reference``.
     Returns:
-        logp [M], in nats, float32 or wider; with ``entropy`` also entropy [M]. Differentiable in hidden, weight, bias.
+        logp [M], in nats, float32 or wider; with ``entropy`` also entropy [M]. Differentiable once in hidden,
+        weight, bias; a second time raises RuntimeError. ``torch.autocast`` changes nothing.
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit. On GPUs a label or row out of range fails a
             device-side assertion instead, without synchronising.
     """
-    labels, rows = check_pairs("linear_logprob", hidden, weight, labels, rows, temperature, softcap, bias)
+    labels, rows, temperature, softcap = head_arguments(
+        "linear_logprob", hidden, weight, labels, rows, temperature, softcap, bias
+    )
     run = choose("linear_logprob", backend, hidden.device, IMPLEMENTATIONS, (hidden.dtype, weight.dtype))
-    return run(hidden, weight, labels, rows, bias, temperature, softcap, entropy)
+    with no_autocast(hidden.device):
+        return run(hidden, weight, labels, rows, bias, temperature, softcap, entropy)
 
 
-def check_pairs(op, hidden, weight, labels, rows, temperature, softcap=0.0, bias=None) -> tuple[torch.Tensor, ...]:
-    """Validate what every LM-head op takes; returns ``labels`` and ``rows`` as int64, rows filled in if None."""
+def head_arguments(
+    op, hidden, weight, labels, rows, temperature, softcap, bias
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """Arguments of every LM-head op, checked: ``labels`` and ``rows`` as int64, rows filled in if None, then
+    ``temperature`` and ``softcap`` as floats."""
+    check_tensors(op, hidden=hidden, weight=weight, bias=bias, labels=labels, rows=rows)
+    temperature = number(op, "temperature", temperature)
+    softcap = 0.0 if softcap is None else number(op, "softcap", softcap)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -67,11 +79,12 @@ def check_pairs(op, hidden, weight, labels, rows, temperature, softcap=0.0, bias
     for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels), ("rows", rows)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{op}: {name} on {tensor.device}, hidden on {hidden.device}; move them to one device")
-    return check_range(op, "label", labels, len(weight)), check_range(op, "row", rows, len(hidden))
+    labels, rows = in_range(op, "label", labels, len(weight)), in_range(op, "row", rows, len(hidden))
+    return labels, rows, temperature, softcap
 
 
-def check_range(op: str, name: str, indices: torch.Tensor, stop: int) -> torch.Tensor:
-    """``indices`` as int64."""
+def in_range(op: str, name: str, indices: torch.Tensor, stop: int) -> torch.Tensor:
+    """``indices`` as int64; refused unless all are in 0 .. stop - 1."""
     if indices.dtype not in INTEGERS:
         raise ValueError(f"{op}: {name}s must be integers, got {indices.dtype}; convert them with .long()")
     indices = indices.long()

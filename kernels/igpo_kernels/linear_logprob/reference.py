@@ -6,7 +6,8 @@ import torch
 
 
 def logits(hidden, weight, rows, bias, temperature, softcap):
-    z = (hidden[rows] @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    common = torch.promote_types(hidden.dtype, weight.dtype)
+    z = (hidden[rows].to(common) @ weight.to(common).T).to(torch.promote_types(common, torch.float32))
     if bias is not None:
         z = z + bias
     if softcap:

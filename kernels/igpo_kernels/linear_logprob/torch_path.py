@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from igpo_kernels.autograd import first_order
 from igpo_kernels.workspace import workspace_bytes
 
 VOCAB_BLOCK = 2048
@@ -50,6 +51,7 @@ class _LinearLogprob(torch.autograd.Function):
         return target - top[pair_row] - log_mass[pair_row], row_entropy[pair_row]
 
     @staticmethod
+    @first_order("linear_logprob")
     def backward(ctx, d_logp, d_entropy):
         hidden, weight, bias, labels, distinct, pair_row, top, log_mass, row_entropy = ctx.saved_tensors
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]

@@ -16,6 +16,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from igpo_kernels.autograd import first_order
 from igpo_kernels.linear_logprob import triton_kernels as kernels
 from igpo_kernels.products import product
 from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Config, Tunable, Variant, arch_of, config_for, configs
@@ -73,6 +74,7 @@ class _LinearLogprob(torch.autograd.Function):
         return cell_logp[cells.of_pair], row_entropy[cells.row[cells.of_pair]] if entropy else None
 
     @staticmethod
+    @first_order("linear_logprob")
     def backward(ctx, d_logp, d_entropy):
         hidden, weight, bias, logit, top, log_mass, row_entropy = ctx.saved_tensors
         cells = ctx.cells

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from igpo_kernels.autograd import no_autocast
 from igpo_kernels.backend import choose, lazy
-from igpo_kernels.linear_logprob import check_pairs
+from igpo_kernels.linear_logprob import head_arguments
 from igpo_kernels.linear_policy_loss import reference, torch_path
 from igpo_kernels.policy_loss import check_inputs
 from igpo_kernels.policy_loss.settings import LossSettings
@@ -29,7 +30,7 @@ def linear_policy_loss(
     *,
     bias: torch.Tensor | None = None,
     temperature: float = 1.0,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     engine_logp: torch.Tensor | None = None,
     ref_logp: torch.Tensor | None = None,
     backend: str = "auto",
@@ -49,7 +50,7 @@ def linear_policy_loss(
     Raises:
         ValueError: shapes, dtypes or values that do not fit, and settings that need the whole sequence before the first
             gradient (sequence-level ratio or importance weights): use linear_logprob and policy_loss for those.
-        RuntimeError: a second backward.
+        RuntimeError: a second backward, or a second derivative.
     """
     settings = settings or LossSettings()
     if settings.sequence_ratio or settings.importance == "sequence":
@@ -57,7 +58,9 @@ def linear_policy_loss(
         raise ValueError(
             f"linear_policy_loss: {what} needs the whole sequence first; use linear_logprob and policy_loss"
         )
-    labels, rows = check_pairs("linear_policy_loss", hidden, weight, labels, rows, temperature, softcap, bias)
+    labels, rows, temperature, softcap = head_arguments(
+        "linear_policy_loss", hidden, weight, labels, rows, temperature, softcap, bias
+    )
     pair_inputs = dict(
         old_logp=old_logp, advantages=advantages, weights=weights, engine_logp=engine_logp, ref_logp=ref_logp
     )
@@ -65,4 +68,5 @@ def linear_policy_loss(
     if not torch.is_grad_enabled():  # an autograd.Function is not told
         hidden, weight, bias = (None if x is None else x.detach() for x in (hidden, weight, bias))
     run = choose("linear_policy_loss", backend, hidden.device, IMPLEMENTATIONS, (hidden.dtype, weight.dtype))
-    return run(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap)
+    with no_autocast(hidden.device):
+        return run(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap)

@@ -12,8 +12,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from igpo_kernels.autograd import first_order
 from igpo_kernels.linear_logprob.torch_path import Statistics, block_logits, slope_of, softmax_gradient_
 from igpo_kernels.policy_loss.gradients import hand_out
 from igpo_kernels.policy_loss.reference import policy_loss
@@ -123,7 +123,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return loss, logp_all, *sums.values()
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_policy_loss")
     def backward(ctx, d_loss, *_):
         gradients = hand_out(ctx, "linear_policy_loss")
         if d_loss.device.type != "cpu" or d_loss != 1:  # 1 is the usual case, and a pass over the weight's gradient

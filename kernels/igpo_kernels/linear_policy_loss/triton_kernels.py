@@ -26,7 +26,7 @@ def above_lowest(x):
 
 
 @triton.jit
-def capped(raw, softcap, inverse_temperature, CAPPED: tl.constexpr):
+def logit_and_slope(raw, softcap, inverse_temperature, CAPPED: tl.constexpr):
     """Raw logits to what the softmax sees, and the slope of it."""
     if CAPPED:
         t = 1 - 2 / (1 + tl.exp(raw * (2 / softcap)))
@@ -40,7 +40,7 @@ def logits_at(row_ptr, bias_ptr, at, mask, softcap, inverse_temperature, CAPPED:
     raw = load(row_ptr, at, mask)
     if bias_ptr is not None:
         raw += load(bias_ptr, at, mask)
-    return capped(raw, softcap, inverse_temperature, CAPPED)
+    return logit_and_slope(raw, softcap, inverse_temperature, CAPPED)
 
 
 @triton.jit

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from igpo_kernels.autograd import first_order
 from igpo_kernels.linear_policy_loss.triton_kernels import row_loss_kernel
 from igpo_kernels.policy_loss.gradients import hand_out
 from igpo_kernels.policy_loss.settings import LossSettings
@@ -97,7 +97,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return loss, logp, sums
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_policy_loss")
     def backward(ctx, d_loss, *_):
         gradients = hand_out(ctx, "linear_policy_loss")
         factor = d_loss if ctx.scale is None else d_loss / ctx.scale

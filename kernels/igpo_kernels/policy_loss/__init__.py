@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from igpo_kernels.autograd import no_autocast
 from igpo_kernels.backend import choose, lazy
+from igpo_kernels.checks import check_tensors
 from igpo_kernels.policy_loss import reference
 from igpo_kernels.policy_loss.settings import LossSettings
 
@@ -55,15 +57,18 @@ def policy_loss(
         old_logp=old_logp, advantages=advantages, weights=weights, engine_logp=engine_logp, ref_logp=ref_logp,
         entropy=entropy, sequence=sequence,
     )  # fmt: skip
+    check_tensors("policy_loss", logp=logp)
     check_inputs("policy_loss", logp.shape, settings, inputs)
     run = choose("policy_loss", backend, logp.device, IMPLEMENTATIONS, (logp.dtype,))
-    return run(logp, settings=settings, **inputs)
+    with no_autocast(logp.device):
+        return run(logp, settings=settings, **inputs)
 
 
 def check_inputs(op: str, shape: torch.Size, settings: LossSettings, inputs: dict, exempt: tuple = ()) -> None:
     """Every given input has one number a pair, and what the settings need is given."""
     if len(shape) != 1:
         raise ValueError(f"{op}: logp is {tuple(shape)}; give one dimension: flatten() it and every other input")
+    check_tensors(op, **inputs)
     for name, x in inputs.items():
         if x is not None and x.shape != shape:
             raise ValueError(f"{op}: {name} is {tuple(x.shape)}, the pairs {tuple(shape)}; give one number a pair")

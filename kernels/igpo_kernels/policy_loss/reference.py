@@ -30,31 +30,29 @@ def policy_loss(logp, *, old_logp, advantages, weights, settings, engine_logp, r
         for x in (logp, old_logp, advantages, engine_logp, ref_logp, entropy)
     )
     active = kept.to(logp.dtype)
-    log_ratio = logp - (logp.detach() if old_logp is None else old_logp)
-    if settings.sequence_ratio:
-        # Value and gradient of the sequence's mean: GSPO.
-        log_ratio = _per_sequence(log_ratio, active, sequence, "mean")
-    # A ratio so large is clipped, if anything clips it; overflowing, it would make 0 * inf of its gradient.
-    most = math.log(torch.finfo(logp.dtype).max) / 2
-    held = (log_ratio > most) & ((advantages >= 0) | (settings.dual_clip is not None))
-    ratio = torch.where(held, most, log_ratio).exp()
-    clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
-    surrogate = torch.maximum(-ratio * advantages, -clipped * advantages)
-    if settings.dual_clip is not None:
-        surrogate = torch.where(advantages < 0, torch.minimum(surrogate, -settings.dual_clip * advantages), surrogate)
-    correction = torch.ones_like(logp)
-    mismatch = torch.zeros_like(logp)
+    anchor = logp.detach() if old_logp is None else old_logp
+    correction, mismatch = torch.ones_like(logp), torch.zeros_like(logp)
+    dropped = torch.zeros_like(kept)
     if engine_logp is not None:
-        anchor = logp.detach() if old_logp is None else old_logp
         gap = anchor - engine_logp
         mismatch = gap.abs()
         if settings.importance != "none":
             gap = _per_sequence(gap, active, sequence, "sum") if settings.importance == "sequence" else gap
             correction = gap.exp()
-            if settings.importance_mode == "mask":
-                correction = torch.where(correction > settings.importance_cap, 0.0, correction)
-            else:
-                correction = correction.clamp(max=settings.importance_cap)
+            dropped = (correction > settings.importance_cap) & (settings.importance_mode == "mask")
+            correction = torch.where(dropped, 0.0, correction.clamp(max=settings.importance_cap))
+    log_ratio = logp - anchor
+    if settings.sequence_ratio:
+        # Value and gradient of the sequence's mean: GSPO.
+        log_ratio = _per_sequence(log_ratio.where(~dropped, 0.0), active * ~dropped, sequence, "mean")
+    # A ratio so large is clipped, if anything clips it; overflowing, it would make 0 * inf of its gradient.
+    most = math.log(torch.finfo(logp.dtype).max) / 2
+    held = (log_ratio > most) & ((advantages >= 0) | (settings.dual_clip is not None) | dropped)
+    ratio = torch.where(held, most, log_ratio).exp()
+    clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    surrogate = torch.maximum(-ratio * advantages, -clipped * advantages)
+    if settings.dual_clip is not None:
+        surrogate = torch.where(advantages < 0, torch.minimum(surrogate, -settings.dual_clip * advantages), surrogate)
     per_pair = correction * surrogate
     k3 = torch.zeros_like(logp)
     if ref_logp is not None:

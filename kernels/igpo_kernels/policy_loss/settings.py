@@ -21,7 +21,7 @@ class LossSettings:
 
     clip_low: float = 0.2
     clip_high: float = 0.2
-    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]; below 0, no lower than ``-clip_low``."""
     dual_clip: float | None = None
     """Where the advantage is negative, the surrogate loss is at most ``dual_clip * |advantage|``; above 1."""
     kl: float = 0.0
@@ -29,11 +29,14 @@ class LossSettings:
     entropy: float = 0.0
     """Coefficient of the entropy bonus."""
     sequence_ratio: bool = False
-    """GSPO: one ratio a rollout, ``exp(mean(logp - old_logp))``."""
+    """GSPO: one ratio per rollout, ``exp(mean(logp - old_logp))``. Its gradient reaches all tokens of the rollout
+    alike, also where advantages differ between them; verl's ``gspo`` (GSPO-token) keeps each token's
+    own advantage there."""
     importance: str = "none"
     """``none``, ``token`` or ``sequence``: weigh by pi_train / pi_engine of the token, or of the whole rollout."""
     importance_mode: str = "truncate"
-    """``truncate``: min(weight, cap). ``mask``: drop where the weight exceeds the cap."""
+    """``truncate``: min(weight, cap). ``mask``: drop where the weight exceeds the cap, from the mean of a sequence's
+    ratio too."""
     importance_cap: float = 2.0
 
     @property
@@ -45,9 +48,11 @@ class LossSettings:
         for name, choices in (("importance", IMPORTANCE), ("importance_mode", IMPORTANCE_MODES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"LossSettings: {name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
-        for name in ("clip_low", "clip_high", "kl", "entropy"):
+        for name in ("clip_low", "kl", "entropy"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"LossSettings: {name} must be at least 0, got {getattr(self, name)}")
+        if not self.clip_high >= -self.clip_low:
+            raise ValueError(f"LossSettings: clip_high must be at least -clip_low, got {self.clip_high}")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"LossSettings: dual_clip must exceed 1, got {self.dual_clip}")
         if not self.importance_cap > 0:

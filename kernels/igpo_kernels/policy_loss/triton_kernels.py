@@ -57,9 +57,10 @@ def pair_terms(logp, log_ratio, gap, correction, advantage, weight, ref_logp, en
     """
     ratio = tl.exp(log_ratio)
     surrogate, slope = surrogate_of(ratio, advantage, low, high, dual_clip)
-    policy = weight * correction * surrogate
+    factor = weight * correction  # 0 where importance drops the pair, also where its ratio overflows
+    policy = tl.where(factor == 0, 0.0, factor * surrogate)
     loss = policy
-    d_logp = weight * correction * slope
+    d_logp = tl.where(factor == 0, 0.0, factor * slope)
     k3 = tl.zeros_like(logp)
     if ref_logp is not None:
         distance = ref_logp - logp
@@ -137,6 +138,8 @@ def tile_terms(
         if sequence_slope_ptr is not None:
             # Every pair moves the whole sequence's ratio: its gradient is the sequence's mean slope.
             d_logp = load(sequence_slope_ptr, sequence, mask)
+            if MASKED:
+                d_logp = tl.where(correction == 0, 0.0, d_logp)
             if ref_logp is not None:
                 d_logp += weight * kl * (1 - tl.exp(ref_logp - logp))
             d_logp = tl.where(weight != 0, d_logp, 0.0)
@@ -214,7 +217,7 @@ def policy_loss_sequence_kernel(
 ):  # fmt: skip
     """Per sequence: mean log ratio, summed engine gap, mean slope; its pairs are order[offset[s] : offset[s + 1]].
 
-    Pairs of weight 0 are none of it.
+    Pairs of weight 0 are none of it, nor in ratio and slope those whose own importance is masked.
     """
     s = tl.program_id(0)
     begin, end = tl.load(offset_ptr + s), tl.load(offset_ptr + s + 1)
@@ -225,10 +228,13 @@ def policy_loss_sequence_kernel(
         mask = at < end
         pair = tl.load(order_ptr + at, mask=mask, other=0)
         active = load(weight_ptr, pair, mask) != 0
-        counts += active.to(tl.float32)
         logp = load(logp_ptr, pair, active)
         old = load(old_ptr, pair, active) if old_ptr is not None else logp
-        log_ratios += logp - old
+        in_mean = active
+        if TOKEN_IMPORTANCE and MASKED:
+            in_mean = active & (importance_weight(old - load(engine_ptr, pair, active), cap, MASKED) != 0)
+        counts += in_mean.to(tl.float32)
+        log_ratios += tl.where(in_mean, logp - old, 0.0)
         if gap_ptr is not None:
             gaps += old - load(engine_ptr, pair, active)
     count = tl.maximum(tl.sum(counts, 0), 1.0)
@@ -251,5 +257,6 @@ def policy_loss_sequence_kernel(
             ratio = tl.zeros([BLOCK], tl.float32) + tl.exp(log_ratio)
             _, slope = surrogate_of(ratio, load(advantage_ptr, pair, mask), low, high, dual_clip)
             weight = load(weight_ptr, pair, mask)
-            slopes += tl.where(weight != 0, weight * correction * slope, 0.0)
+            factor = weight * correction
+            slopes += tl.where(factor != 0, factor * slope, 0.0)
         tl.store(slope_ptr + s, tl.sum(slopes, 0) / count)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 import triton
-from torch.autograd.function import once_differentiable
 
+from igpo_kernels.autograd import first_order
 from igpo_kernels.policy_loss.gradients import hand_out
 from igpo_kernels.policy_loss.reference import sequence_count
 from igpo_kernels.policy_loss.settings import LossSettings
@@ -68,7 +68,7 @@ class _PolicyLoss(torch.autograd.Function):
         return loss, sums
 
     @staticmethod
-    @once_differentiable
+    @first_order("policy_loss")
     def backward(ctx, d_loss, _):
         (d_logp,), (weights,) = hand_out(ctx, "policy_loss"), ctx.saved_tensors
         d_entropy = None if weights is None else (weights * (d_loss * -ctx.bonus)).to(ctx.entropy_dtype)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import numbers
 
 import torch
 
+from igpo_kernels.autograd import autocast_dtype, no_autocast
 from igpo_kernels.backend import choose, lazy, resolve
+from igpo_kernels.checks import check_tensors, number
 from igpo_kernels.plan import TreePlan
 from igpo_kernels.tree_attention import reference, torch_path
 
@@ -32,7 +35,7 @@ def tree_attention(
     v: torch.Tensor,
     plan: TreePlan,
     scale: float | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     window: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -41,25 +44,40 @@ def tree_attention(
     Args:
         q: floating point [N, Hq, D].
         k, v: [N, Hkv, D], Hkv dividing Hq (grouped queries: head h reads key head h // (Hq / Hkv)); of q's dtype, on
-            q's device. Any strides.
+            q's device. Any strides. Under ``torch.autocast`` all three are cast to its dtype first, as torch's
+            scaled_dot_product_attention does; float64 is not.
         plan: of N tokens.
         scale: above 0; default ``D ** -0.5``.
-        softcap: ``c * tanh(score / c)`` where above 0 (Gemma-2).
+        softcap: ``c * tanh(score / c)`` where above 0 (Gemma-2); 0 or None is none.
         window: keys at least this many *positions* back are hidden (Mistral); 1 or more.
         backend: ``auto`` (see ``automatic``), ``triton``, ``torch``, ``reference``, or ``flash`` (flash-attn, for plans
             whose trees are single sequences).
     Returns:
-        [N, Hq, D], in q's dtype. Differentiable once in q, k, v.
+        [N, Hq, D], in q's dtype. Differentiable once in q, k, v; a second time raises RuntimeError.
     Raises:
         ValueError: shapes, dtypes, devices or numbers other than these; a backend that there is not, or that does not
             take the plan, the heads, the dtype or the device.
     """
+    op = "tree_attention"
+    check_tensors(op, q=q, k=k, v=v)
+    q, k, v = _autocast(q, k, v)
+    scale = None if scale is None else number(op, "scale", scale)
+    softcap = 0.0 if softcap is None else number(op, "softcap", softcap)
     _check(q, k, v, plan, scale, softcap, window)
+    window = None if window is None else int(window)
     d = q.shape[2]
     if backend == "auto":
         backend = backend_for(plan, q.device, q.dtype, d, q.shape[1] // k.shape[1])
     attend = choose("tree_attention", backend, q.device, IMPLEMENTATIONS)
-    return attend(q, k, v, plan, d**-0.5 if scale is None else scale, softcap, window)
+    with no_autocast(q.device):
+        return attend(q, k, v, plan, d**-0.5 if scale is None else scale, softcap, window)
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None:
+        return tensors
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
 def _check(q, k, v, plan, scale, softcap, window) -> None:
@@ -80,7 +98,7 @@ def _check(q, k, v, plan, scale, softcap, window) -> None:
         raise ValueError(f"tree_attention: got scale {scale}; expected a number above 0")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"tree_attention: got softcap {softcap}; expected a number above 0, or 0 for none")
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if window is not None and (isinstance(window, bool) or not isinstance(window, numbers.Integral) or window < 1):
         raise ValueError(f"tree_attention: got window {window}; expected a whole number of 1 or more, or None for none")
 
 
@@ -106,13 +124,15 @@ def automatic(device: torch.device, dtype: torch.dtype, head_dim: int, group: in
 def backend_for(plan: TreePlan, device: torch.device, dtype: torch.dtype, head_dim: int, group: int = 1) -> str:
     """``automatic`` for a plan: decided once and kept on it, so call it as soon as the plan is built; logged once a
     process. ``tree_attention`` asks it for every call with ``backend="auto"``."""
-    kind = ("backend", device, dtype, head_dim, group)
-    if kind not in plan.cache:
+
+    def decide() -> str:
         sequences = plan.is_sequences
-        plan.cache[kind] = name = automatic(device, dtype, head_dim, group, sequences)
+        name = automatic(device, dtype, head_dim, group, sequences)
         what = f"{'single sequences' if sequences else 'trees'}, {dtype} on {device}, heads of {head_dim} by {group}"
         _log_once(f"tree_attention: {name} for {what}")
-    return plan.cache[kind]
+        return name
+
+    return plan.cached(("backend", device, dtype, head_dim, group), decide)
 
 
 def _flash_attn_imports() -> bool:

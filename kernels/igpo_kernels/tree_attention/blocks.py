@@ -40,20 +40,22 @@ def block_lists(
 ) -> BlockLists:
     """The runs for tiles of ``queries`` and blocks of ``keys`` tokens, both counted from the pack's start, as tensors
     on ``device``: one row a tile, or with ``by_key`` one row a block."""
-    made_for = ("blocks", window, queries, keys, by_key, str(device))
-    if made_for not in plan.cache:
-        rows = -(-plan.n_tokens // (keys if by_key else queries))
-        bounds = _bounds(plan, queries, keys)
-        if window is not None:
-            place, runs = _runs_within(plan, window, bounds, queries, keys, by_key)
-        else:
-            place, runs = (_runs_of_blocks if by_key else _runs_of_tiles)(bounds)
-        offset = np.concatenate([[0], np.cumsum(np.bincount(place, minlength=2 * rows))])
-        visits = np.bincount(place // 2, runs[:, 1] - runs[:, 0], rows)
-        arrays = np.argsort(-visits, kind="stable"), offset, runs
-        tensors = (torch.from_numpy(array.astype(np.int32)).to(device) for array in arrays)
-        plan.cache[made_for] = BlockLists(*tensors, int(visits.sum()))
-    return plan.cache[made_for]
+    key = ("blocks", window, queries, keys, by_key, str(device))
+    return plan.cached(key, lambda: _block_lists(plan, window, queries, keys, by_key, device))
+
+
+def _block_lists(plan: TreePlan, window: int | None, queries: int, keys: int, by_key: bool, device) -> BlockLists:
+    rows = -(-plan.n_tokens // (keys if by_key else queries))
+    bounds = _bounds(plan, queries, keys)
+    if window is not None:
+        place, runs = _runs_within(plan, window, bounds, queries, keys, by_key)
+    else:
+        place, runs = (_runs_of_blocks if by_key else _runs_of_tiles)(bounds)
+    offset = np.concatenate([[0], np.cumsum(np.bincount(place, minlength=2 * rows))])
+    visits = np.bincount(place // 2, runs[:, 1] - runs[:, 0], rows)
+    arrays = np.argsort(-visits, kind="stable"), offset, runs
+    tensors = (torch.from_numpy(array.astype(np.int32)).to(device) for array in arrays)
+    return BlockLists(*tensors, int(visits.sum()))
 
 
 def visible_area(plan: TreePlan, window: int | None = None) -> int:

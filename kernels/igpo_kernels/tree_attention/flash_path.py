@@ -23,10 +23,11 @@ def tree_attention(q, k, v, plan, scale, softcap, window):
 
 def _sequences(plan: TreePlan, device: torch.device) -> tuple[torch.Tensor, int]:
     """Where each tree starts and the last one ends, int32 [trees + 1], and the longest tree's length."""
-    key = ("sequences", str(device))
-    if key not in plan.cache:
+
+    def make():
         if not plan.is_sequences:
             raise ValueError("tree_attention: backend='flash' takes plans without branches or sharing; pass 'auto'")
         starts = np.append(np.unique(plan.tree_start), plan.n_tokens).astype(np.int32)
-        plan.cache[key] = torch.from_numpy(starts).to(device), int(np.diff(starts).max())
-    return plan.cache[key]
+        return torch.from_numpy(starts).to(device), int(np.diff(starts).max())
+
+    return plan.cached(("sequences", str(device)), make)

@@ -47,19 +47,20 @@ def tiles(plan: TreePlan, window: int | None) -> list[Tile]:
     For a query q >= start, any visible key k < start has ``k < start <= q < subtree_end[k]``: it lies on the path
     to ``start``. So a tile's keys are that path and the tile itself.
     """
-    key = ("tiles", window)
-    if key not in plan.cache:
-        made, keys = [], np.empty(0, np.int64)
-        for start, stop in _cuts(plan, window):
-            before, keys = keys, _keys(plan, window, start, stop)
-            shared = min(len(before), len(keys))
-            differs = np.flatnonzero(before[:shared] != keys[:shared])
-            shared = int(differs[0]) if len(differs) else shared
-            length = plan.position_ids[stop - 1] - plan.position_ids[keys[0]] + 1
-            is_path = (plan.subtree_end[keys] >= stop).all() and (window is None or length <= window)
-            made.append(Tile(start, stop, _runs(keys), len(keys), _runs(keys[shared:]), bool(is_path)))
-        plan.cache[key] = made
-    return plan.cache[key]
+    return plan.cached(("tiles", window), lambda: _tiles(plan, window))
+
+
+def _tiles(plan: TreePlan, window: int | None) -> list[Tile]:
+    made, keys = [], np.empty(0, np.int64)
+    for start, stop in _cuts(plan, window):
+        before, keys = keys, _keys(plan, window, start, stop)
+        shared = min(len(before), len(keys))
+        differs = np.flatnonzero(before[:shared] != keys[:shared])
+        shared = int(differs[0]) if len(differs) else shared
+        length = plan.position_ids[stop - 1] - plan.position_ids[keys[0]] + 1
+        is_path = (plan.subtree_end[keys] >= stop).all() and (window is None or length <= window)
+        made.append(Tile(start, stop, _runs(keys), len(keys), _runs(keys[shared:]), bool(is_path)))
+    return made
 
 
 def mask(plan: TreePlan, number: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -67,13 +68,20 @@ def mask(plan: TreePlan, number: int, window: int | None, dtype: torch.dtype, de
     tile = tiles(plan, window)[number]
     if _shares(tile):
         return _path_mask(plan, tile, window, dtype, device)
-    key = ("masks", window, dtype, str(device))
-    if key not in plan.cache:
-        cells = sum((t.stop - t.start) * t.n_keys for t in tiles(plan, window) if not _shares(t))
-        plan.cache[key] = {} if cells <= CACHED_CELLS else None
-    made = plan.cache[key]
-    if made is not None and number in made:
-        return made[number]
+    if not _keeps_masks(plan, window):
+        return _fork_mask(plan, tile, window, dtype, device)
+    key = ("mask", number, window, dtype, str(device))
+    return plan.cached(key, lambda: _fork_mask(plan, tile, window, dtype, device))
+
+
+def _keeps_masks(plan: TreePlan, window: int | None) -> bool:
+    """Whether the masks of all tiles that fork have at most ``CACHED_CELLS`` cells."""
+    forks = lambda: (t for t in tiles(plan, window) if not _shares(t))  # noqa: E731
+    cells = lambda: sum((t.stop - t.start) * t.n_keys for t in forks())  # noqa: E731
+    return plan.cached(("mask cells", window), cells) <= CACHED_CELLS
+
+
+def _fork_mask(plan: TreePlan, tile: Tile, window: int | None, dtype: torch.dtype, device: torch.device):
     result = torch.zeros(tile.stop - tile.start, tile.n_keys, dtype=dtype, device=device)
     query = torch.arange(tile.start, tile.stop, device=device)[:, None]
     index = tile.keys_of(torch.arange(plan.n_tokens, device=device))
@@ -86,8 +94,6 @@ def mask(plan: TreePlan, number: int, window: int | None, dtype: torch.dtype, de
         position = plan.tensor("position_ids", device)
         hidden |= position[tile.start : tile.stop, None] - tile.keys_of(position) >= window
     result[:, first:].masked_fill_(hidden, float("-inf"))
-    if made is not None:
-        made[number] = result
     return result
 
 
@@ -97,15 +103,17 @@ def _shares(tile: Tile) -> bool:
 
 def _path_mask(plan: TreePlan, tile: Tile, window: int | None, dtype: torch.dtype, device: torch.device):
     """Paths differ in how many keys lie before the tile: each takes its part of one mask that has the most."""
-    key = ("path mask", window, dtype, str(device))
-    if key not in plan.cache:
+
+    def make() -> torch.Tensor:
         sharing = [t for t in tiles(plan, window) if _shares(t)]
         most = max(t.n_keys - (t.stop - t.start) for t in sharing)
         rows = max(t.stop - t.start for t in sharing)
-        plan.cache[key] = torch.full((rows, most + rows), float("-inf"), dtype=dtype, device=device).triu_(most + 1)
+        return torch.full((rows, most + rows), float("-inf"), dtype=dtype, device=device).triu_(most + 1)
+
+    shared = plan.cached(("path mask", window, dtype, str(device)), make)
     rows = tile.stop - tile.start
-    most = plan.cache[key].shape[1] - plan.cache[key].shape[0]
-    return plan.cache[key][:rows, most + rows - tile.n_keys : most + rows]
+    most = shared.shape[1] - shared.shape[0]
+    return shared[:rows, most + rows - tile.n_keys : most + rows]
 
 
 def _cuts(plan: TreePlan, window: int | None) -> list[tuple[int, int]]:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from igpo_kernels.autograd import first_order
 from igpo_kernels.tree_attention.schedule import Tile, mask, tiles
 from igpo_kernels.workspace import workspace_bytes
 
@@ -28,6 +28,8 @@ def tree_attention(q, k, v, plan, scale, softcap, window):
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, plan, scale, softcap, window):
+        # ATen's flash attention takes numbers of a head to lie side by side, and does not ask.
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = []
         for heads in _pieces(plan, window, q, k, softcap):
@@ -46,7 +48,7 @@ class _TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order("tree_attention")
     def backward(ctx, dout):
         q, k, v, out, *lse = ctx.saved_tensors
         plan, scale, softcap, window = ctx.plan, ctx.scale, ctx.softcap, ctx.window

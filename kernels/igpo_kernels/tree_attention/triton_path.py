@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import triton
-from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from igpo_kernels.autograd import first_order
 from igpo_kernels.plan import Branch, RolloutTokens, Tree, TreePlan, pack
 from igpo_kernels.tree_attention import LARGEST_GROUP, LARGEST_HEAD
 from igpo_kernels.tree_attention import triton_kernels as kernels
@@ -58,7 +58,7 @@ class _TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order("tree_attention")
     def backward(ctx, d_out):
         q, k, v, out, log_mass = ctx.saved_tensors
         launch = ctx.launch
@@ -118,10 +118,8 @@ class Launch:
         return (len(lists.order) * self.kv_heads,), (*mask, lists.order, lists.offset, lists.runs)
 
     def _int32(self, name: str) -> torch.Tensor:
-        key = (name, torch.int32, str(self.device))
-        if key not in self.plan.cache:
-            self.plan.cache[key] = torch.from_numpy(getattr(self.plan, name).astype(np.int32)).to(self.device)
-        return self.plan.cache[key]
+        make = lambda: torch.from_numpy(getattr(self.plan, name).astype(np.int32)).to(self.device)  # noqa: E731
+        return self.plan.cached((name, torch.int32, str(self.device)), make)
 
     def sources(self, tma: int, rows: int, *tensors: torch.Tensor) -> tuple[int, list]:
         """Tensors as descriptors of ``rows`` of one head; as pointers where the strides' alignment rules TMA out."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from igpo_kernels.backend import choose, lazy
+from igpo_kernels.checks import check_tensors
 from igpo_kernels.turn_advantages.reference import GAIN, OUTCOME, Normaliser, turn_advantages_reference
 from igpo_kernels.turn_advantages.torch_path import turn_advantages_torch
 
@@ -51,6 +52,10 @@ def turn_advantages(
             a non-finite reward leaves no advantage of its pool finite (others of its group may stay so; with
             ``scope="group"`` those of other groups do), and the rest is the caller's promise.
     """
+    check_tensors(
+        "turn_advantages", rewards=rewards, kinds=kinds, rollout_offsets=rollout_offsets, group_offsets=group_offsets,
+        token_offsets=token_offsets,
+    )  # fmt: skip
     _check(rewards, kinds, rollout_offsets, group_offsets, gamma, token_offsets)
     if token_offsets is not None and n_tokens is None:
         n_tokens = int(token_offsets[-1])

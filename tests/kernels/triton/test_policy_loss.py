@@ -23,6 +23,9 @@ SETTINGS = {
     "sequence mask": LossSettings(importance="sequence", importance_mode="mask", importance_cap=1.1),
     "gspo": LossSettings(sequence_ratio=True, clip_low=0.03, clip_high=0.04, kl=0.2, entropy=0.1, dual_clip=1.2),
     "gspo and token weights": LossSettings(sequence_ratio=True, clip_low=0.05, importance="token"),
+    "gspo and token mask": LossSettings(
+        sequence_ratio=True, importance="token", importance_mode="mask", importance_cap=1.1
+    ),
     "gspo and sequence weights": LossSettings(sequence_ratio=True, importance="sequence"),
 }
 

@@ -1,0 +1,42 @@
+"""``igpo_tree``: tree attention as an attention implementation of transformers.
+
+Importing this module registers it. A causal LM that is set to it reads a pack in one forward:
+
+    use_tree_attention(model)
+    hidden = model.base_model(**model_inputs(plan, model.device)).last_hidden_state
+    logp = logprobs(model, hidden, plan)
+
+The plan travels as a forward argument to every layer, so nothing is patched and a model may serve many plans. Gradient
+checkpointing recomputes the attention with the plan's schedules as they are. Under ``torch.compile`` the attention is
+left out, because a plan is no tensor: one graph break a layer, and what lies between is compiled for any length.
+
+Right only for models whose every layer is softmax attention that depends on the visible path alone.
+``use_tree_attention`` tells; without it recurrent layers, ALiBi, RoPE that depends on the longest path, and layers that
+do not go through transformers' AttentionInterface raise nothing.
+"""
+
+from igpo_kernels.huggingface.dispatch import (
+    ATTENTION,
+    Attend,
+    TreeAttend,
+    attention,
+    heads_of,
+    masked_limits,
+    model_inputs,
+)
+from igpo_kernels.huggingface.lm_head import Head, head_of, logprobs
+from igpo_kernels.huggingface.verify import use_tree_attention
+
+__all__ = [
+    "ATTENTION",
+    "Attend",
+    "Head",
+    "TreeAttend",
+    "attention",
+    "head_of",
+    "heads_of",
+    "logprobs",
+    "masked_limits",
+    "model_inputs",
+    "use_tree_attention",
+]

@@ -1,0 +1,157 @@
+"""The LM head as a model of transformers defines it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from igpo_kernels.checks import number
+from igpo_kernels.huggingface.dispatch import decoder_of
+from igpo_kernels.linear_logprob import linear_logprob
+from igpo_kernels.plan import TreePlan
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: ``softcap(scale * (hidden @ weight.T + bias))``."""
+
+    weight: torch.Tensor
+    """[V, H]"""
+    bias: torch.Tensor | None
+    """[V]"""
+    scale: float
+    """Granite's 1 / logits_scaling, Cohere's logit_scale, ..."""
+    softcap: float
+    """``c * tanh(z / c)``; 0: none."""
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The LM head as ``model`` defines it, tried once a model on a few hidden states of its own forward's making.
+
+    Raises:
+        ValueError: a head that does more than ``Head`` says.
+    """
+    name = type(model).__name__
+    module = model.get_output_embeddings()
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"{name}: its LM head has no floating-point weight [V, H] to read; take the model's own logits"
+        )
+    if model not in _measured:
+        _measured[model] = _measure(model, weight, bias)
+    return Head(weight, bias, *_measured[model])
+
+
+_measured: weakref.WeakKeyDictionary[PreTrainedModel, tuple[float, float]] = weakref.WeakKeyDictionary()
+"""Scale and soft cap of each model's head."""
+
+
+@torch.no_grad()
+def _measure(model: PreTrainedModel, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[float, float]:
+    config = model.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, weight.shape[1], generator=generator).to(weight.device)
+    hidden *= LOGITS / (hidden @ weight.float().T).std()  # of real size: a soft cap shows
+    hidden = hidden.to(weight.dtype)
+    plain = hidden.float() @ weight.float().T + (0 if bias is None else bias.float())
+    with _decoder_gives(model, hidden[None]):
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=weight.device)
+        logits = model(input_ids=ids, use_cache=False, plan=None).logits[0].float()
+    tolerance = 1e-4 if weight.dtype == torch.float32 else 2e-2
+    for softcap, scale in product(_stated(config, SOFTCAPS), _scales(config)):
+        expected = scale * plain
+        expected = softcap * (expected / softcap).tanh() if softcap else expected
+        if expected.shape == logits.shape and (expected - logits).abs().max() <= tolerance * logits.abs().max():
+            return scale, softcap
+    raise ValueError(
+        f"{type(model).__name__}: its logits are not softcap(scale * (hidden @ weight.T + bias)) of anything that its "
+        "config states; take the model's own logits"
+    )
+
+
+LOGITS = 10.0
+"""Standard deviation of the logits that a head is tried on."""
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Names in configs."""
+
+
+def _stated(config: Any, names: tuple[str, ...]) -> list[float]:
+    """The numbers that a config has under ``names``, then 0."""
+    return [float(x) for x in (getattr(config, name, None) for name in names) if x] + [0.0]
+
+
+def _scales(config: Any) -> list[float]:
+    found = [1.0]
+    for x in _stated(config, SCALES)[:-1]:
+        found += [x, 1 / x]
+    if getattr(config, "dim_model_base", None):  # MiniCPM
+        found.append(config.dim_model_base / config.hidden_size)
+    return found
+
+
+class _Given:
+    """A decoder's output of which only the last hidden state is there."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, at):
+        return (self.last_hidden_state,)[at]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def _decoder_gives(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]:
+    decoder = decoder_of(model)
+    before = decoder.__dict__.get("forward")
+    decoder.forward = lambda *_, **__: _Given(hidden)
+    try:
+        yield
+    finally:
+        del decoder.forward
+        if before is not None:
+            decoder.forward = before
+
+
+def logprobs(
+    model: PreTrainedModel, hidden: torch.Tensor, plan: TreePlan, temperature: float = 1.0, *, entropy: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Log-probabilities of a pack's labels under the model's head, without logits [N, V].
+
+    Args:
+        model: a causal LM; its head's weight, bias, scale and soft cap are read as it defines them (``head_of``).
+        hidden: the decoder's last hidden states of ``plan``, [N, H] or [1, N, H].
+        temperature: divides the model's logits.
+        entropy, backend: as in ``linear_logprob``.
+    Returns:
+        logp [M] of ``plan.row``, ``plan.label``, in nats; with ``entropy`` also entropies [M]. Differentiable once in
+        ``hidden`` and the head.
+    Raises:
+        ValueError: hidden states of another shape, a head that cannot be read; what ``linear_logprob`` raises.
+    """
+    if hidden.ndim == 3 and len(hidden) == 1:
+        hidden = hidden[0]
+    if hidden.ndim != 2 or len(hidden) != plan.n_tokens:
+        raise ValueError(
+            f"logprobs: hidden {tuple(hidden.shape)} for a plan of {plan.n_tokens} tokens; give the decoder's last "
+            f"hidden states of model_inputs(plan), [{plan.n_tokens}, H]"
+        )
+    head = head_of(model)
+    temperature = number("logprobs", "temperature", temperature) / head.scale
+    label, row = (plan.tensor(name, hidden.device) for name in ("label", "row"))
+    return linear_logprob(
+        hidden, head.weight, label, row, head.bias, temperature=temperature, softcap=head.softcap / head.scale,
+        entropy=entropy, backend=backend,
+    )  # fmt: skip
