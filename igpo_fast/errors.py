@@ -1,8 +1,28 @@
 """What ends a command in one line. The CLI prints it and exits with code 2; whatever else is raised is our bug."""
 
+from __future__ import annotations
+
+import re
+
+_CREDENTIALS = re.compile(r"(//)[^/?#\s]*@|((?:^|[\s='\"])(?!//))[^/?#\s=:'\"]+:[^/?#\s]*@(?=[\w.\[-]+[:/])")
+_SECRETS = re.compile(r"(?i)([?&][^=&#\s]*(?:key|token|secret|passw|auth|sig)[^=&#\s]*=)[^&#\s'\"]+")
+
+
+def masked(text: str) -> str:
+    """``text`` with ``***`` for the secrets of every URL in it: what stands before ``@``, and the values of query
+    parameters that are named like a key, token, secret, password or signature."""
+    text = _CREDENTIALS.sub(lambda found: f"{found[1] or found[2]}***@", text)
+    return _SECRETS.sub(r"\1***", text)
+
 
 class RunError(Exception):
-    """Ends the command in one line: what was wrong, where, what to do. A run keeps every finished step."""
+    """Ends the command in one line: what was wrong, where, what to do. A run keeps every finished step.
+
+    Secrets of URLs are masked.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__(masked(str(message)))
 
 
 class InputError(RunError, ValueError):
