@@ -61,7 +61,7 @@ def _url(url: str) -> str:
 
 
 def _device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", name):
         raise ValueError(f"{name!r} is no device to train on; give auto, cpu, cuda or cuda:1")
     return name
 

@@ -1,4 +1,4 @@
-"""What this machine runs, and whether it computes the same packed as apart."""
+"""What this machine runs, and whether packed and separate passes agree."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def diagnose(config: Config, *, configured: bool) -> Iterator[Check]:
         configured: also assemble what it configures (data, tokenizer, model; no warm start), and check that.
     """
     yield from _versions()
-    device = torch.device(device_of(config.model.device))
+    device = _device_of(config)
     yield _vllm()
     yield from _device(device)
     if not _there(device):
@@ -134,6 +134,12 @@ def _device(device: torch.device) -> Iterator[Check]:
     yield Check("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")
 
 
+def _device_of(config: Config) -> torch.device:
+    """The device that is asked for, there or not."""
+    name = config.model.device
+    return torch.device(device_of(name) if name == "auto" else name)
+
+
 def _there(device: torch.device) -> bool:
     return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
 
@@ -155,7 +161,7 @@ def _parity(name: str, load, backend: str) -> Check:
     try:
         lm = load()
         error = packed_error(lm, backend)
-    except ValueError as refusal:
+    except (RunError, ValueError) as refusal:
         return Check(name, f"FAILED: {refusal}", ok=False)
     bound = 1e-4 if lm.dtype == torch.float32 else 5e-2
     ok = error <= bound
@@ -168,14 +174,14 @@ def _memory(config: Config) -> Iterator[Check]:
     if config.model.path is None:
         return
     try:
-        lm = AutoConfig.from_pretrained(config.model.path).get_text_config()
-    except (OSError, ValueError):  # loading the model says it better
+        lm = AutoConfig.from_pretrained(config.model.path, trust_remote_code=False).get_text_config()
+        parts = training_bytes(config, lm)
+    except Exception:  # of whatever kind: loading the model, which follows, says it better
         return
-    parts = training_bytes(config, lm)
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     engine_dtype = config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
     kv = kv_bytes_per_token(lm, getattr(torch, engine_dtype)) / 1e6
-    on_gpu = device_of(config.model.device) == "cuda" and torch.cuda.is_available()
+    on_gpu = _device_of(config).type == "cuda" and torch.cuda.is_available()
     total, there = sum(parts.values()), torch.cuda.mem_get_info()[1] if on_gpu else math.inf
     of = f" of {there / 1e9:.1f}" if on_gpu else ""
     found = f"{total / 1e9:.1f}{of} GB: {listed}; rollouts take {kv:.2g} GB for 1,000 tokens"

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIGHT = ("model", "scoring", "rewards", "advantages", "losses", "types", "errors")
 ORDER = [
-    {"types", "errors", "config", "config_types", "yaml12", "interrupt", "files"},
+    {"types", "errors", "config", "config_types", "yaml12", "crash", "interrupt", "files"},
     {"world", "data", "dialect", "rewards", "advantages", "losses", "tokenizer"},
     {"engines", "tools", "rollout", "model", "scoring", "checkpoint", "metrics", "display", "memory"},
     {"evaluate", "packs", "passes", "sft", "parts", "distributed"},
