@@ -370,7 +370,7 @@ def test_commands_are_shown_as_a_shell_can_run_them(monkeypatch):
     assert cli._program() == own
 
 
-@pytest.mark.parametrize("missing", ["typer", "pydantic"])
+@pytest.mark.parametrize("missing", ["typer", "yaml"])
 def test_without_the_extra_it_says_what_to_install(missing):
     code = f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['x', 'doctor']\n"
     code += "from igpo_fast.__main__ import main; main()"
