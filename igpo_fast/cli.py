@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -77,6 +78,8 @@ def main() -> None:
     except Exception as error:
         typer.echo(f"error: {report(error)}", err=True)
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while Python shuts down prints no traceback
 
 
 def _program() -> str:

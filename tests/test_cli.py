@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import signal
 import subprocess
 import sys
 import tempfile
@@ -296,8 +297,10 @@ def test_a_bug_is_one_line_and_its_traceback_is_kept(monkeypatch, tmp_path, caps
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["igpo-fast", "train", *tiny(tmp_path)])
     raising(monkeypatch, KeyError("http://me:secret@h"))
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as ended:
         cli.main()
+    signal.signal(signal.SIGINT, handler)
     (kept,) = tmp_path.glob("igpo-fast-*.log")
     line = capsys.readouterr().err
     assert ended.value.code == 1 and line.count("\n") == 1
