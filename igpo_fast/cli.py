@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shlex
 import shutil
+import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,8 @@ import typer
 from typer.core import TyperGroup
 
 from igpo_fast import __version__
-from igpo_fast.errors import InputError, RunError
+from igpo_fast.crash import line_of, report
+from igpo_fast.errors import InputError, StorageError, masked
 
 # torch and transformers are imported inside the commands: --help must not wait for them.
 if TYPE_CHECKING:
@@ -26,18 +29,19 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 INDICES = Path("runs/cache/search")
-LOG_SECONDS = 10.0
-"""Between lines of a log that tell of progress."""
 
 
 class Commands(TyperGroup):
-    """Turns a user's error into one line and exit code 2."""
+    """Turns what ends a command into one line and exit code 2; our own bugs are for ``main``."""
 
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except RunError as error:
-            typer.echo(f"error: {error}", err=True)
+        except Exception as error:
+            line = line_of(error)
+            if line is None:
+                raise
+            typer.echo(f"error: {masked(' '.join(line.split()))}", err=True)
             raise typer.Exit(2) from None
 
 
@@ -52,7 +56,15 @@ app = typer.Typer(
 search = typer.Typer(no_args_is_help=True, help="Search servers.")
 app.add_typer(search, name="search")
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A YAML configuration.")]
+
+def _path(text: str) -> Path:
+    """Shells leave the ``~`` of ``--option=~/file`` as it is."""
+    return Path(os.path.expanduser(text))
+
+
+path_option = partial(typer.Option, parser=_path)
+
+ConfigFile = Annotated[Path | None, path_option("--config", metavar="FILE", help="A YAML configuration.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="section.key=value", help="Laid over the configuration; docs/config.md has all."),
@@ -60,7 +72,26 @@ Overrides = Annotated[
 
 
 def main() -> None:
-    app()
+    """Run the command line. A bug is one line, too, and its traceback is kept for a report."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # no locale may end a run that is done
+    try:
+        app(prog_name=_program())
+    except Exception as error:
+        typer.echo(f"error: {report(error)}", err=True)
+        sys.exit(1)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while Python shuts down prints no traceback
+
+
+def _program() -> str:
+    """How to call this command line again: as it was called, if a shell finds that."""
+    called = shutil.which(sys.argv[0])
+    if called and Path(called).stem != "__main__":
+        found = shutil.which(Path(called).name)
+        return Path(called).name if found and os.path.samefile(found, called) else shlex.quote(called)
+    python = shutil.which("python")
+    same = python and os.path.samefile(python, sys.executable)
+    return f"{'python' if same else shlex.quote(sys.executable)} -m igpo_fast"
 
 
 def _show_version(wanted: bool) -> None:
@@ -87,30 +118,29 @@ def train(overrides: Overrides = None, config: ConfigFile = None) -> None:
     from igpo_fast.train import train as run_training
 
     try:
-        run = run_training(settings)
+        with _nothing_empty_left(Path(settings.run.dir)):
+            run = run_training(settings)
     except Interrupted as stop:
         typer.echo(f"interrupted: {stop}; the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    program = "igpo-fast" if shutil.which("igpo-fast") else sys.argv[0]
-    typer.echo(run_summary(run.read_metrics(), run.path, settings, program))
+    typer.echo(run_summary(run.read_metrics(), run.path, settings, _program()))
 
 
 @app.command()
 def sft(
     overrides: Overrides = None,
     config: ConfigFile = None,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the model here too.")] = None,
+    output: Annotated[Path | None, path_option(metavar="DIR", help="Save the model here too.")] = None,
 ) -> None:
     """Train the warm-started model, or find it in run.cache, and say where it is."""
     settings = _load(config, overrides)
+    from igpo_fast.display import bar
     from igpo_fast.setup import set_up
     from igpo_fast.sft import steps_of
 
     if not steps_of(settings):
         raise InputError("sft: no steps are configured; give sft.clean_steps, noisy_steps or hard_steps")
-    if output and output.exists():
-        raise InputError(f"{output}: exists; give another --output")
-    with _bar("warm start") as advance:
+    with _new_folder(output), bar("warm start", log=False) as advance:
 
         def progress(done: int, total: int, loss: float) -> None:
             advance(done, total)
@@ -118,11 +148,11 @@ def sft(
                 typer.echo(f"warm start {done}/{total}  loss {loss:.3f}", err=True)
 
         setup = set_up(settings, sft_progress=progress)
-    folder = setup.lm.name_or_path  # it was read back from the cache
-    if output:
-        setup.lm.save_pretrained(output)
-        setup.tokenizer.save_pretrained(output)
-        folder = output
+        folder = setup.lm.name_or_path  # it was read back from the cache
+        if output:
+            setup.lm.save_pretrained(output)
+            setup.tokenizer.save_pretrained(output)
+            folder = output
     typer.echo(f"the warm-started model is in {folder}")
 
 
@@ -138,6 +168,7 @@ def evaluate(
     """Sampled F1 on held-out questions: of a run's newest checkpoint, or of a model with --config."""
     overrides = [*(overrides or ()), *([f"eval.questions={questions}"] if questions else ())]
     settings, weights = _evaluated(target, config, overrides)
+    from igpo_fast.display import bar
     from igpo_fast.evaluate import evaluate as run_evaluation
     from igpo_fast.evaluate import set_names
     from igpo_fast.records import json_bytes
@@ -149,7 +180,7 @@ def evaluate(
     for warning in setup.warnings:
         typer.echo(f"warning: {warning}", err=True)
     agent.engine.load_weights(setup.lm.state_dict().items())
-    with _bar("evaluation") as advance:
+    with bar("evaluation") as advance:
         found = run_evaluation(agent, setup.data.eval, settings.algorithm.f1_normalisation, advance).metrics
     count = len(setup.data.eval)
     if as_json:
@@ -169,10 +200,10 @@ def evaluate(
 @app.command()
 def score(
     model: Annotated[str, typer.Option(metavar="DIR", help="A Hugging Face causal LM.")],
-    source: Annotated[Path, typer.Option("--input", metavar="FILE", help="Trajectories, JSON lines.")],
-    target: Annotated[Path, typer.Option("--output", metavar="FILE", help="With values and info_gain.")],
+    source: Annotated[Path, path_option("--input", metavar="FILE", help="Trajectories, JSON lines.")],
+    target: Annotated[Path, path_option("--output", metavar="FILE", help="With values and info_gain.")],
     dialect: Annotated[Literal["tags", "chat"], typer.Option(help="How the policy writes turns.")] = "tags",
-    temperature: Annotated[float, typer.Option(min=1e-6, help="Divides the logits.")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=1e-3, max=1e3, help="Divides the logits.")] = 1.0,
     basis: Annotated[
         Literal["log_prob", "prob"], typer.Option(help="The answer's mean log-probability, or its exp.")
     ] = "log_prob",
@@ -188,26 +219,29 @@ def score(
 
     A line of the input is {"question", "answers", "messages": [{"role", "content"}, ...]}.
     """
+    from igpo_fast.display import bar
     from igpo_fast.score import load_scorer, score_file
 
+    if math.isnan(temperature):
+        raise InputError("--temperature nan: is no number; give one between 0.001 and 1000")
     _quiet()
     make_scorer = partial(
         load_scorer, model, device=device, dtype=dtype, dialect=dialect, temperature=temperature, basis=basis,
         answers=answers, token_budget=token_budget,
     )  # fmt: skip
-    with _bar("score") as advance:
+    with bar("score") as advance:
         count = score_file(source, target, make_scorer, overwrite=overwrite, progress=advance)
     typer.echo(f"scored {count:,} trajectories into {target}")
 
 
 @search.command("serve")
 def search_serve(
-    corpus: Annotated[Path, typer.Option(metavar="FILE", help="Passages, JSON lines of id, title, text.")],
+    corpus: Annotated[Path, path_option(metavar="FILE", help="Passages, JSON lines of id, title, text.")],
     host: Annotated[str, typer.Option(help="0.0.0.0 for other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    index: Annotated[Path, typer.Option(metavar="DIR", help="Where built indices are kept.")] = INDICES,
+    index: Annotated[Path, path_option(metavar="DIR", help="Where built indices are kept.")] = INDICES,
     topk: Annotated[int, typer.Option(min=1, help="Passages a query gets where a request names no number.")] = 3,
-    dense: Annotated[Path | None, typer.Option(metavar="DIR", help="A sentence-transformer; BM25 without one.")] = None,
+    dense: Annotated[Path | None, path_option(metavar="DIR", help="A sentence-transformer; BM25 without one.")] = None,
     query_prompt: Annotated[str | None, typer.Option(help="Precedes queries, as 'query: ' for E5.")] = None,
     passage_prompt: Annotated[str | None, typer.Option(help="Precedes passages, as 'passage: ' for E5.")] = None,
 ) -> None:
@@ -216,6 +250,7 @@ def search_serve(
         from igpo_fast.tools.server import bind, serve
     except ImportError as error:
         raise InputError(f"search serve: {error}; pip install 'igpo-fast[search]'") from None
+    from igpo_fast.display import bar
     from igpo_fast.tools.dense import Dense, SentenceEncoder
     from igpo_fast.tools.index import Bm25, open_index
 
@@ -225,7 +260,7 @@ def search_serve(
         _quiet()
     with bind(host, port) as listener:
         retriever = Dense(SentenceEncoder(dense, (query_prompt, passage_prompt))) if dense else Bm25()
-        found = open_index(corpus, retriever, index, partial(_bar, log=True))
+        found = open_index(corpus, retriever, index, bar)
         about = f"{len(found.documents):,} passages ({retriever.kind}, {found.folder})"
         serve(found, listener, topk, lambda url: typer.echo(f"serving {about} at {url}", err=True))
 
@@ -275,37 +310,40 @@ def _evaluated(target: str, file: Path | None, overrides: list[str]) -> tuple[Co
     return settings, str(run.newest())  # verified: a damaged one is refused
 
 
+@contextmanager
+def _new_folder(path: Path | None) -> Iterator[None]:
+    """Make the folder before the long work whose result goes there."""
+    if path is None:
+        yield
+        return
+    with _nothing_empty_left(path):
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            raise InputError(f"{path}: exists; give another --output") from None
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be made ({error.strerror}); give another --output") from None
+        yield
+
+
+@contextmanager
+def _nothing_empty_left(path: Path) -> Iterator[None]:
+    """Where the block fails, the folders up to ``path`` that it made and left empty go again."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if new and [entry.name for entry in path.iterdir()] == [".lock"]:
+                (path / ".lock").unlink()
+            for folder in new:
+                folder.rmdir()
+        raise
+
+
 def _quiet() -> None:
     """transformers' bars and advice are not for our users."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-@contextmanager
-def _bar(name: str, log: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr that takes (done, total); where that is no terminal nothing, or with ``log`` a line at times."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    if log and not console.is_terminal:
-        yield _log_line(name)
-        return
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def _log_line(name: str) -> Callable[[int, int], None]:
-    """Prints the first, the last, and every tenth second's progress."""
-    last = -math.inf
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last >= LOG_SECONDS:
-            last = time.monotonic()
-            typer.echo(f"{name} {done / total:.0%}", err=True)
-
-    return show

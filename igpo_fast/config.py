@@ -1,30 +1,54 @@
 """Every setting of a run: sections of plain values, two levels deep, checked at birth.
 
 ``load(file, overrides)`` reads a YAML file, lays ``section.key=value`` overrides over it, fills what the
-chosen ``algorithm.preset`` sets and the user did not, and refuses unknown keys with the nearest known name.
+chosen ``algorithm.preset`` sets and the user did not, and refuses unknown keys with the nearest known name. A rule
+among the keys of one section stands in that section, a rule among sections in ``Config``.
 """
 
 from __future__ import annotations
 
 import difflib
+import reprlib
+import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
+from igpo_fast import yaml12
+from igpo_fast.config_types import (
+    Beta,
+    Concurrency,
+    Count,
+    Device,
+    Difference,
+    EmptyIsNone,
+    FilePath,
+    Fraction,
+    Hops,
+    LearningRate,
+    Megabytes,
+    NonEmpty,
+    NonNegative,
+    Norm,
+    Pause,
+    PlainText,
+    Positive,
+    Retries,
+    Seconds,
+    Seed,
+    Share,
+    Size,
+    Temperature,
+    Threads,
+    Tokens,
+    Url,
+)  # fmt: skip
 from igpo_fast.errors import InputError, masked
 from igpo_fast.net import fault
 from igpo_fast.types import Aggregation, Answers, Basis, Normalisation, Outcome, Pool
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-AboveZero = Annotated[float, Field(gt=0)]
-TopP = Annotated[float, Field(gt=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 SESSION = Field(json_schema_extra={"session": True})
 """Marks a key that a later session of a run may change: it alters neither what is trained on nor what is computed.
 Not eval.questions, which can decide what is held out of the training questions."""
@@ -42,38 +66,38 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    dir: Annotated[str, SESSION] = "runs/quickstart"
+    dir: Annotated[FilePath, SESSION] = "runs/quickstart"
     """The run folder: config, metrics, rollouts, checkpoints. An existing one is resumed."""
     tracker: Annotated[Literal["none", "tensorboard"], SESSION] = "none"
     """Where metrics go beside metrics.jsonl."""
-    cache: Annotated[str, SESSION] = "runs/cache"
+    cache: Annotated[FilePath, SESSION] = "runs/cache"
     """Where warm-started models are kept for the next run with the same settings."""
 
 
 class Model(Section):
-    path: str | None = None
+    path: Annotated[FilePath | None, EmptyIsNone] = None
     """A Hugging Face model directory or name. Empty builds a small random Qwen2 of the sizes below."""
-    tokenizer: str = "world"
+    tokenizer: FilePath = "world"
     """`world` (words of the made-up world), `bpe` (byte-level BPE trained on the corpus), or a tokenizer
     directory. Ignored with `path`, which brings its own."""
-    vocab_size: Positive = 8192
+    vocab_size: Annotated[int, Field(ge=1, le=2**22)] = 8192
     """Size of a `bpe` tokenizer's vocabulary."""
-    hidden_size: Positive = 128
+    hidden_size: Size = 128
     """Width of the built model."""
-    layers: Positive = 2
+    layers: Size = 2
     """Its decoder layers."""
-    heads: Positive = 4
+    heads: Size = 4
     """Its attention heads."""
-    kv_heads: Positive = 4
+    kv_heads: Size = 4
     """Its key and value heads; divides `heads`."""
-    ffn_size: Positive = 320
+    ffn_size: Size = 320
     """Width of its feed-forward layers."""
     tie_embeddings: bool = True
     """One matrix for its embeddings and its LM head."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What weights and activations are held in."""
-    device: Annotated[str, SESSION] = "auto"
-    """`auto` takes CUDA where there is one."""
+    device: Annotated[Device, SESSION] = "auto"
+    """`auto` takes CUDA where there is one; else `cpu`, `cuda` or `cuda:N`."""
     kernels: Literal["auto", "torch", "reference", "triton"] = "auto"
     """Which implementation of igpo_kernels runs; chosen once and logged."""
     gradient_checkpointing: bool = False
@@ -81,24 +105,35 @@ class Model(Section):
     probe: bool = True
     """Check at load that the architecture gives the same results in a packed tree as in separate passes."""
 
+    @model_validator(mode="after")
+    def _check_heads(self):
+        if self.heads % self.kv_heads or self.hidden_size % self.heads:
+            raise ValueError("model.kv_heads must divide model.heads, and model.heads model.hidden_size")
+        if self.hidden_size // self.heads % 2:
+            raise ValueError(
+                f"model.hidden_size={self.hidden_size} over model.heads={self.heads} gives heads of "
+                f"{self.hidden_size // self.heads} numbers; rotary positions need an even number"
+            )
+        return self
+
 
 class Data(Section):
     source: Literal["world", "files"] = "world"
     """`world` makes up a knowledge world (section `world`); `files` reads the paths below."""
-    train: str | None = None
+    train: Annotated[FilePath | None, EmptyIsNone] = None
     """Training questions: .jsonl, .json (either with .gz) or .parquet (own, verl's, TRL's or the usual QA sets'
     columns), patterns (`train-*.parquet`) or a list of these, or a datasets-hub name with `:split` or
     `:config:split`."""
-    eval: str | list[str] | None = None
+    eval: Annotated[FilePath | list[FilePath] | None, EmptyIsNone] = None
     """Evaluation questions, in the same forms; a list of `NAME=SOURCE` evaluates several sets. Empty holds out the last
     `eval.questions` of `train`."""
-    corpus: str | None = None
+    corpus: Annotated[FilePath | None, EmptyIsNone] = None
     """Passages for search, in files of the same kinds with id, title, text; `contexts` takes the paragraphs that come
     with the questions (MuSiQue, HotpotQA, 2WikiMultiHopQA, SQuAD)."""
     skip_long: bool = False
     """Leave out questions that leave no room for a turn in `rollout.max_tokens`, with a warning, instead of refusing
     the set."""
-    max_answer_tokens: Positive = 64
+    max_answer_tokens: Tokens = 64
     """Accepted answers longer than this are cut to it for scoring."""
     max_answers: Positive = 4
     """Accepted answers that are scored, the first ones; all count for F1."""
@@ -109,13 +144,20 @@ class Data(Section):
         """A list of files is one source."""
         return ",".join(value) if isinstance(value, list) and value and set(map(type, value)) == {str} else value
 
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _check_sets(cls, value):
+        if value == []:
+            raise ValueError("an empty list evaluates nothing; name a set, or leave data.eval empty to hold some out")
+        return value
+
     @model_validator(mode="after")
-    def _check(self):
+    def _check_source(self):
         given = [key for key in ("train", "eval", "corpus") if getattr(self, key) is not None]
         if self.source == "world" and given:
             raise ValueError(f"data.{given[0]} is not read with data.source=world; set data.source=files")
-        if self.eval == []:
-            raise ValueError("data.eval is an empty list; name sources, or leave it out to hold out some of data.train")
+        if self.source == "files" and self.train is None:
+            raise ValueError("data.train is needed with data.source=files; give data.train=FILE")
         return self
 
 
@@ -128,11 +170,11 @@ class World(Section):
     """Cities in a world."""
     countries: Positive = 8
     """Countries in a world."""
-    min_hops: Annotated[int, Field(ge=1, le=4)] = 3
+    min_hops: Hops = 3
     """Fewest facts a question rests on."""
-    max_hops: Annotated[int, Field(ge=1, le=4)] = 4
+    max_hops: Hops = 4
     """Most facts a question rests on."""
-    seed: int = 7
+    seed: Seed = 7
     """Worlds are drawn from it: the same seed, the same worlds."""
     sft_worlds: Positive = 300
     """Worlds of the warm start."""
@@ -141,9 +183,16 @@ class World(Section):
     eval_worlds: Positive = 4
     """Held-out worlds."""
 
+    @model_validator(mode="after")
+    def _check_hops(self):
+        if self.min_hops > self.max_hops:
+            raise ValueError(f"world.min_hops={self.min_hops} exceeds world.max_hops={self.max_hops}")
+        return self
+
 
 class Sft(Section):
-    """Warm start on imperfect demonstrations. 0 steps everywhere: none."""
+    """Warm start on imperfect demonstrations. Set all three steps to 0 to skip it. With `model.path` it is off unless
+    asked for: the steps that are not given are 0, and `lr` is 1e-5 unless given."""
 
     clean_steps: Count = 600
     """Steps on nearly clean demonstrations."""
@@ -153,7 +202,7 @@ class Sft(Section):
     """Steps on noisier ones still: a start from which outcome-only training often stalls."""
     batch_size: Positive = 32
     """Demonstrations a step."""
-    lr: AboveZero = 3e-3
+    lr: LearningRate = 3e-3
     """Falls linearly to 0."""
     response_weight: NonNegative = 0.2
     """Loss weight of the tokens that tools wrote."""
@@ -162,49 +211,43 @@ class Sft(Section):
 class Rollout(Section):
     engine: Literal["torch", "vllm"] = "torch"
     """What samples: `torch` runs the trainer's own model with a KV cache; `vllm` vLLM, in this process or `server`."""
-    server: Annotated[tuple[str, ...], SESSION] = ()
+    server: Annotated[tuple[Url, ...], SESSION] = ()
     """URLs of replicas that `python -m igpo_fast.engines.vllm.serve` started; empty runs vLLM in this process."""
-    server_timeout: Annotated[AboveZero, SESSION] = 300.0
+    server_timeout: Annotated[Seconds, SESSION] = 300.0
     """Seconds a turn may take there, and a batch without any replica waits for one to come back."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What vLLM computes in; `auto` is the trainer's `model.dtype`. Weights are rounded to it on their way. With a
     lower precision than the trainer's, log-probabilities differ (`mismatch/*`): set `algorithm.importance`."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1), SESSION] = 0.5
     """Share of the GPU that vLLM in this process takes for weights and cache; while training it sleeps."""
-    mismatch_warn: Annotated[AboveZero, SESSION] = 0.1
+    mismatch_warn: Annotated[float, Field(gt=0, le=1e6), SESSION] = 0.1
     """Warn when the engine's log-probabilities differ more from the trainer's, on average over a step's tokens."""
-    mismatch_stop: Annotated[NonNegative, SESSION] = 0.0
+    mismatch_stop: Annotated[Difference, SESSION] = 0.0
     """Stop, before the update, when they differ more than this; 0 never stops."""
     group_size: Positive = 8
     """Rollouts of each question."""
     max_turns: Positive = 6
     """Turns after which a rollout ends, answered or not."""
-    max_turn_tokens: Positive = 24
+    max_turn_tokens: Tokens = 24
     """Tokens the policy may sample in a turn."""
-    max_tokens: Positive = 512
+    max_tokens: Tokens = 512
     """Tokens of a whole rollout, prompt and responses included."""
-    temperature: AboveZero = 1.0
+    temperature: Temperature = 1.0
     """Divides the logits, in sampling and in every log-probability of the step."""
-    top_p: TopP = 1.0
-    """Must stay 1 in training."""
-    top_k: Count = 0
-    """Must stay 0 in training."""
-    repetition_penalty: AboveZero = 1.0
-    """Must stay 1 in training."""
     dialect: Literal["tags", "chat"] = "tags"
     """How a turn is written: Search-R1 tags, or the model's own chat template and tool calls."""
-    system: str | None = None
-    """Instructions before the question; null takes the dialect's own, "" has none."""
+    system: PlainText | None = None
+    """Instructions before the question; null takes the dialect's own, an empty text (`rollout.system=`) has none."""
     thinking: bool | None = None
     """Given to a chat template that has `enable_thinking` (Qwen3's: `false` opens each turn with an empty thought);
     null leaves the template's own choice."""
-    concurrency: Positive = 256
-    """Rollouts that the engine samples at a time. `torch` keeps their keys and values between turns: with it, those
-    that wait for a tool count, too."""
+    concurrency: Concurrency = 256
+    """Rollouts that the engine samples at a time. With `engine=torch` a rollout keeps its slot while it waits for a
+    tool, so waiting rollouts count."""
     overlap: bool = True
     """With two passes: score finished groups while the others wait for their tools (and while replicas of `server`
-    sample); no deadline runs meanwhile, and a vLLM on the same device stays awake. `false` scores all at the end, in
-    fuller packs: the same numbers but for rounding."""
+    sample). Deadlines are paused while scoring runs; a vLLM in this process stays loaded. `false` scores once at the
+    end, in fuller packs; results differ by rounding only."""
     oversample: Count = 0
     """Questions sampled beyond `train.questions`. The first ones whose groups are complete and, with `skip_collapsed`,
     not collapsed are trained on."""
@@ -214,11 +257,34 @@ class Rollout(Section):
     skip_collapsed: bool = False
     """Prefer groups with an advantage other than 0 (dynamic sampling); collapsed ones only fill up. Gains count: groups
     of equal outcomes are kept where they differ."""
-    straggler_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    straggler_share: Share = 1.0
     """Once this share of a step's rollouts is done, the rest have limited time; one that exceeds it is left out of its
     group. 1 waits for all. Below 1 the run does not repeat: it depends on the clock."""
-    straggler_factor: Annotated[float, Field(ge=1)] = 3.0
-    """That time, as a multiple of the median duration of the rollouts that are done."""
+    straggler_factor: Annotated[float, Field(ge=1, le=1e6)] = 3.0
+    """Time limit of stragglers: this factor times the median duration of finished rollouts."""
+
+    @model_validator(mode="after")
+    def _check_engine(self):
+        if self.server and self.engine != "vllm":
+            raise ValueError("rollout.server is for rollout.engine=vllm; set that, or leave the servers out")
+        if self.dtype != "auto" and self.engine != "vllm":
+            raise ValueError("rollout.dtype is for rollout.engine=vllm; set that, or leave it at auto")
+        if bad := [url for url in self.server if "***" not in url and fault(url)]:
+            raise ValueError(f"rollout.server: {bad[0]!r} is no URL ({fault(bad[0])}); give [http://host:8000, ...]")
+        return self
+
+    @model_validator(mode="after")
+    def _check_choice(self):
+        if self.oversample and not (self.skip_collapsed or self.straggler_share < 1 or self.keep == "arrival"):
+            raise ValueError(
+                "rollout.oversample needs something to choose by; set rollout.skip_collapsed, rollout.straggler_share "
+                "or rollout.keep=arrival"
+            )
+        if not self.oversample and (self.skip_collapsed or self.keep == "arrival"):
+            raise ValueError("rollout.skip_collapsed and keep=arrival choose among spare groups; set oversample, too")
+        if self.skip_collapsed and self.keep == "arrival":
+            raise ValueError("rollout.keep=arrival ends a step before gains are known; leave skip_collapsed out")
+        return self
 
     @field_serializer("server", when_used="json")
     def _masked(self, server: tuple[str, ...]) -> list[str]:
@@ -226,29 +292,29 @@ class Rollout(Section):
 
 
 class Search(Section):
-    url: Annotated[str | None, SESSION] = None
+    url: Annotated[Url | None, EmptyIsNone, SESSION] = None
     """Address of a server that speaks Search-R1's retrieval protocol, like `http://127.0.0.1:8000/retrieve`, with
     `user:password@` before the host if it wants them (config.yaml holds `***@` instead). Empty searches `data.corpus`
     in process."""
     top_k: Positive = 2
     """Passages a search returns."""
-    max_passage_tokens: Positive = 128
+    max_passage_tokens: Tokens = 128
     """Longer passages are cut."""
-    timeout: Annotated[AboveZero, SESSION] = 30.0
+    timeout: Annotated[Seconds, SESSION] = 30.0
     """Seconds that one attempt may take; a search takes at most `retries` + 1 of them and the back-offs."""
-    retries: Annotated[Count, SESSION] = 5
+    retries: Annotated[Retries, SESSION] = 5
     """Most attempts after the first, when one ends in a timeout, a lost connection, 408, 429 or 5xx."""
-    backoff: Annotated[NonNegative, SESSION] = 0.5
+    backoff: Annotated[Pause, SESSION] = 0.5
     """Seconds before the first retry, doubled before each later one, plus a jitter of up to 50 % derived from the
     query. A server's Retry-After may ask for more. At most 30."""
-    concurrency: Annotated[Positive, SESSION] = 64
+    concurrency: Annotated[Concurrency, SESSION] = 64
     """Most requests at a time; more searches wait their turn."""
-    max_response_mb: Annotated[AboveZero, SESSION] = 4.0
+    max_response_mb: Annotated[Megabytes, SESSION] = 4.0
     """Larger answers (in 1e6 bytes) are refused."""
     on_failure: Annotated[Literal["text", "stop"], SESSION] = "text"
     """When all attempts of a search failed: `text` shows the policy `failure_text`, counts it (`tool/failures`) and
     warns, and the run stops only if every search of a step failed; `stop` ends the run at the first."""
-    failure_text: Annotated[str, Field(min_length=1)] = "The search service did not answer."
+    failure_text: NonEmpty = "The search service did not answer."
     """What the policy reads in place of passages then."""
 
     @field_validator("url")
@@ -283,7 +349,7 @@ class Algorithm(Section):
     """Added to the outcomes' standard deviation; not used with `pool=joint`."""
     min_var: NonNegative = 1e-8
     """Added to the variance of gains, of outcomes and of a joint pool, before its square root is taken."""
-    format_penalty: float = -2.0
+    format_penalty: Annotated[float, Field(ge=-100, le=100)] = -2.0
     """Outcome of a rollout without a well-formed answer."""
     kl: NonNegative = 0.001
     """Coefficient of the k3 KL to the reference; 0 removes the reference model and its forward."""
@@ -305,12 +371,12 @@ class Algorithm(Section):
     """Discount of later turns' rewards; outcome-only algorithms use 1."""
     passes: Literal["auto", "one", "two"] = "auto"
     """Passes over a rollout's tokens per update."""
-    clip_low: NonNegative = 0.2
+    clip_low: Fraction = 0.2
     """Ratios below 1 - clip_low are clipped. With `name=gspo` 0.0003 unless given."""
     clip_high: NonNegative = 0.2
     """Ratios above 1 + clip_high are clipped. With `name=gspo` 0.0004 unless given."""
-    dual_clip: float | None = None
-    """Bound on the loss of tokens with negative advantage (usually 3.0); must exceed 1."""
+    dual_clip: Annotated[float, Field(gt=1, le=1e6)] | None = None
+    """Bound on the loss of tokens with negative advantage (usually 3.0)."""
     aggregation: Aggregation = "seq_mean_token_mean"
     """How token losses become one number. `seq_mean_token_sum_norm` divides a rollout's sum by the most tokens that any
     may have; `name=dr_grpo` takes it unless another is given."""
@@ -318,7 +384,7 @@ class Algorithm(Section):
     """Correct for an engine whose probabilities differ from the trainer's."""
     importance_mode: Literal["truncate", "mask"] = "truncate"
     """What happens to importance weights above the cap."""
-    importance_cap: AboveZero = 2.0
+    importance_cap: Annotated[float, Field(ge=1, le=1e6)] = 2.0
     """Largest importance weight; beyond it a token or sequence is truncated to it or masked."""
 
     @model_validator(mode="before")
@@ -332,9 +398,12 @@ class Algorithm(Section):
         return {**(PRESETS[preset] if known else {}), **own, **values}
 
     @model_validator(mode="after")
-    def _check(self):
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip must exceed 1, got {self.dual_clip}")
+    def _check_cap(self):
+        if self.importance_mode == "mask" and self.importance_cap == 1:
+            raise ValueError(
+                "algorithm.importance_cap=1 with importance_mode=mask drops tokens whose weight rounds above 1; "
+                "raise the cap (2 is usual)"
+            )
         return self
 
 
@@ -363,15 +432,15 @@ OWN_LOSS: dict[str, dict] = {
 class Train(Section):
     steps: Positive = 100
     """Steps of the whole run."""
-    seed: int = 0
+    seed: Seed = 0
     """Keys sampling, question order and initial weights."""
     questions: Positive = 16
     """Questions a step; times `rollout.group_size` rollouts."""
     updates: Positive = 1
     """Optimiser updates per batch, each on its share of the questions."""
-    token_budget: Positive = 16384
+    token_budget: Tokens = 16384
     """Most packed tokens a forward reads."""
-    lr: AboveZero = 1e-6
+    lr: LearningRate = 1e-6
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: `constant`, or down towards 0, which the update after the last would have."""
@@ -381,14 +450,25 @@ class Train(Section):
     """AdamW's."""
     weight_decay: NonNegative = 0.0
     """AdamW's."""
-    max_grad_norm: AboveZero = 1.0
+    max_grad_norm: Norm = 1.0
     """Gradients are scaled down to this norm."""
     checkpoint_every: Annotated[Positive, SESSION] = 20
     """Steps between checkpoints; one more at the end."""
     keep_checkpoints: Annotated[Positive, SESSION] = 2
     """Newest checkpoints that are kept."""
-    threads: Annotated[Count, SESSION] = 0
+    threads: Annotated[Threads, SESSION] = 0
     """CPU threads of torch; 0 leaves torch's own choice."""
+
+    @model_validator(mode="after")
+    def _check_steps(self):
+        if self.questions % self.updates:
+            raise ValueError(f"train.updates={self.updates} must divide train.questions={self.questions}")
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"train.warmup_steps={self.warmup_steps} exceeds train.steps={self.steps}, so train.lr is never "
+                "reached; lower it"
+            )
+        return self
 
 
 class Eval(Section):
@@ -396,14 +476,27 @@ class Eval(Section):
     """Steps between evaluations; 0 evaluates only at the start and the end."""
     questions: Positive = 128
     """Questions of an evaluation, of each set; of a larger one a fixed random part."""
-    temperature: NonNegative = 1.0
+    temperature: Annotated[float, Field(ge=0, le=1e3)] = 1.0
     """0 is greedy."""
-    top_p: TopP = 1.0
+    top_p: Share = 1.0
     """Sample from the smallest set of tokens with this probability."""
     top_k: Count = 0
     """Sample from the k likeliest tokens; 0 keeps all."""
-    repetition_penalty: AboveZero = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = 1.0
     """Divides the score of tokens already present; 1 is none."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _check_temperature(cls, value):
+        if 0 < value < 1e-3:
+            raise ValueError("below 0.001 is as good as greedy; give 0 for that")
+        return value
+
+
+GROUP_NORMALISED = ("igpo", "grpo", "dr_grpo", "rloo", "gspo")
+"""Algorithms whose advantages compare a rollout with the others of its group."""
+LOADED_MODEL_SFT = dict(clean_steps=0, noisy_steps=0, hard_steps=0, lr=1e-5)
+"""Defaults of section ``sft`` with ``model.path``: the demonstrations are too plain for a model that can talk."""
 
 
 class Config(Section):
@@ -418,49 +511,48 @@ class Config(Section):
     train: Train = Train()
     eval: Eval = Eval()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_warm_start_of_a_loaded_model(cls, values):
+        model, sft = (values.get(key, {}) for key in ("model", "sft")) if isinstance(values, dict) else ({}, {})
+        model, sft = (s.model_dump(exclude_unset=True) if isinstance(s, Section) else s for s in (model, sft))
+        if not (isinstance(model, dict) and isinstance(sft, dict) and model.get("path")):
+            return values
+        return values | {"sft": LOADED_MODEL_SFT | sft}
+
     @model_validator(mode="after")
-    def _check(self):
-        if self.data.source == "files":
-            for key in ("train", "corpus"):
-                if getattr(self.data, key) is None and not (key == "corpus" and self.search.url):
-                    own = ", or data.corpus=contexts for the questions' own paragraphs" if key == "corpus" else ""
-                    raise ValueError(f"data.{key} is needed with data.source=files; give data.{key}=FILE{own}")
+    def _check_data(self):
+        if self.data.source == "files" and self.data.corpus is None and not self.search.url:
+            own = "or data.corpus=contexts for the questions' own paragraphs"
+            raise ValueError(f"data.corpus is needed with data.source=files; give data.corpus=FILE, {own}")
         if self.model.path is None and self.model.tokenizer == "world" and self.data.source != "world":
             raise ValueError(
                 "model.tokenizer=world only knows the made-up world; use model.tokenizer=bpe or model.path="
             )
-        r = self.rollout
-        if (r.top_p, r.top_k, r.repetition_penalty) != (1, 0, 1):
+        return self
+
+    @model_validator(mode="after")
+    def _check_group(self):
+        name = self.algorithm.name
+        if self.rollout.group_size == 1 and name in GROUP_NORMALISED:
             raise ValueError(
-                "rollout.top_p, top_k and repetition_penalty change the distribution that is trained; "
-                "leave them at 1, 0, 1 (eval.* has its own)"
+                f"rollout.group_size=1 with algorithm.name={name} leaves nothing to compare a rollout with; "
+                "give 2 or more, or algorithm.name=reinforce_pp"
             )
-        if r.server and r.engine != "vllm":
-            raise ValueError("rollout.server is for rollout.engine=vllm; set that, or leave the servers out")
-        if r.dtype != "auto" and r.engine != "vllm":
-            raise ValueError("rollout.dtype is for rollout.engine=vllm; set that, or leave it at auto")
-        if bad := [url for url in r.server if "***" not in url and fault(url)]:
-            raise ValueError(f"rollout.server: {bad[0]!r} is no URL ({fault(bad[0])}); give [http://host:8000, ...]")
-        if r.oversample and not (r.skip_collapsed or r.straggler_share < 1 or r.keep == "arrival"):
+        if self.rollout.max_turns == 1 and name == "ig_only":
             raise ValueError(
-                "rollout.oversample needs something to choose by; set rollout.skip_collapsed, rollout.straggler_share "
-                "or rollout.keep=arrival"
+                "rollout.max_turns=1 with algorithm.name=ig_only leaves nothing to reward, for only turns before the "
+                "last have gains; give 2 or more"
             )
-        if not r.oversample and (r.skip_collapsed or r.keep == "arrival"):
-            raise ValueError("rollout.skip_collapsed and keep=arrival choose among spare groups; set oversample, too")
-        if r.skip_collapsed and r.keep == "arrival":
-            raise ValueError("rollout.keep=arrival ends a step before gains are known; leave skip_collapsed out")
-        if self.train.questions % self.train.updates:
-            raise ValueError(f"train.updates={self.train.updates} must divide train.questions={self.train.questions}")
-        if self.world.min_hops > self.world.max_hops:
-            raise ValueError(f"world.min_hops={self.world.min_hops} exceeds world.max_hops={self.world.max_hops}")
-        if self.model.heads % self.model.kv_heads or self.model.hidden_size % self.model.heads:
-            raise ValueError("model.kv_heads must divide model.heads, and model.heads model.hidden_size")
         return self
 
     def dump(self) -> str:
-        """As YAML, every default visible."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """As YAML, every default visible, credentials in URLs masked."""
+        values = self.model_dump(mode="json")
+        if self.search.url:
+            values["search"]["url"] = masked(self.search.url)
+        values["rollout"]["server"] = [masked(url) for url in values["rollout"]["server"]]
+        return yaml12.write(values)
 
 
 def session_keys() -> set[str]:
@@ -479,19 +571,29 @@ def _nearest(path: tuple[str, ...]) -> str:
     known |= {section: section for section in Config.model_fields}
     wanted = ".".join(path)
     elsewhere = [full for full, key in known.items() if key == path[-1] and len(path) > 1]
-    near = elsewhere[:1] or difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else "see docs/config.md for the known keys"
+    near = elsewhere or difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else "see docs/config.md for the known keys"
 
 
 def _explain(error: ValidationError, where: str) -> InputError:
     first = error.errors()[0]
     path = tuple(str(part) for part in first["loc"])
-    name = ".".join(path)
+    name = ".".join(path[:2])
     if first["type"] == "extra_forbidden":
-        return InputError(f"{where}: unknown key {name}; {_nearest(path)}")
+        return InputError(f"{where}: unknown key {reprlib.repr(name)[1:-1]}; {_nearest(path)}")
     message = first["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(first["input"], (dict, BaseModel)) else f", got {first['input']!r}"
-    return InputError(f"{where}: {name + ': ' if name else ''}{message}{got}")
+    own = first["type"] == "value_error"  # it says what it got
+    got = "" if own or isinstance(first["input"], (dict, BaseModel)) else f", got {_short(first['input'])}"
+    prefix = "" if not name or message.startswith(f"{name}.") else f"{name}: "
+    return InputError(masked(f"{where}: {prefix}{message}{got}"))
+
+
+def _short(value: Any) -> str:
+    """As Python writes it, long ones cut, on one line."""
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    short.maxstring = short.maxlong = short.maxother = 60
+    return " ".join(short.repr(value).split())
 
 
 def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -499,38 +601,64 @@ def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
     Args:
         file: a YAML file of sections; None takes the defaults.
-        overrides: ``section.key=value`` strings, values in YAML; later ones win.
+        overrides: ``section.key=value`` strings; later ones win. A text is taken as it is written, unless quoted;
+            other values are YAML.
     Raises:
         InputError: missing or malformed file, unknown key, wrong type or value.
     """
-    values: dict = {}
-    if file is not None:
-        try:
-            values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise InputError(
-                f"{file}: cannot read the configuration ({error.strerror}); give an existing file"
-            ) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{file}: not valid YAML ({reason}); correct the file") from None
-        if isinstance(values, dict):
-            values = {section: {} if keys is None else keys for section, keys in values.items()}
-        if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
-            raise InputError(f"{file}: a configuration is sections of key: value, like 'train: {{steps: 10}}'")
-    where = str(file or "configuration")
+    values = {} if file is None else _sections(file)
+    where = f"{file or 'configuration'} with overrides" if overrides else str(file or "configuration")
     for override in overrides:
-        name, equals, value = override.partition("=")
-        section, dot, key = name.partition(".")
-        if not equals or not dot:
-            raise InputError(f"{override!r}: overrides are written section.key=value, like train.steps=10")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(f"{override!r}: {value!r} is not a YAML value; quote it") from None
-        values.setdefault(section, {})[key] = parsed
-        where = f"{file or 'configuration'} with overrides"
+        section, key, value = _override(override)
+        values.setdefault(section, {})[key] = value
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise _explain(error, where) from None
+
+
+def _sections(file: str | Path) -> dict[str, dict]:
+    """The sections that a file gives, each with its keys."""
+    try:
+        values = yaml12.read(Path(file).read_text(encoding="utf-8-sig")) or {}
+    except OSError as error:
+        raise InputError(f"{file}: cannot read the configuration ({error.strerror}); give an existing file") from None
+    except ValueError as error:
+        raise InputError(f"{file}: not valid YAML ({error}); correct the file") from None
+    if isinstance(values, dict):
+        values = {section: {} if keys is None else keys for section, keys in values.items()}
+    if not isinstance(values, dict) or not all(isinstance(keys, dict) for keys in values.values()):
+        raise InputError(f"{file}: a configuration is sections of key: value, like 'train: {{steps: 10}}'")
+    return values
+
+
+def _override(override: str) -> tuple[str, str, Any]:
+    """Section, key and value of ``section.key=value``."""
+    name, equals, value = override.partition("=")
+    section, dot, key = name.partition(".")
+    shown = _short(masked(override))
+    if not equals or not dot:
+        raise InputError(f"{shown}: overrides are written section.key=value, like train.steps=10")
+    kinds = _kinds(section, key)
+    if value.strip() in ("null", "~") and type(None) in kinds:
+        return section, key, None
+    is_list = value.lstrip().startswith("[") and not kinds.isdisjoint((list, tuple))
+    try:
+        return section, key, yaml12.read_argument(value, is_text=str in kinds and not is_list)
+    except ValueError as error:
+        raise InputError(f"{shown}: not a YAML value ({error}); quote it") from None
+
+
+def _kinds(section: str, key: str) -> set[type]:
+    """The plain types that a key may have; none for an unknown key."""
+    outer = Config.model_fields.get(section)
+    field = outer and outer.annotation.model_fields.get(key)
+    return _plain_types(field.annotation) if field else set()
+
+
+def _plain_types(annotation: Any) -> set[type]:
+    origin = typing.get_origin(annotation)
+    if origin is None or origin in (list, tuple, Literal):
+        return {origin or annotation}
+    inner = typing.get_args(annotation)[:1] if origin is Annotated else typing.get_args(annotation)
+    return set().union(*map(_plain_types, inner))

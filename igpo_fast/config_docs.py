@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from igpo_fast.config import PRESETS, Config
+from igpo_fast.config_types import LARGEST
 
 HEADER = """# Configuration
 
@@ -36,7 +37,7 @@ def _type(schema: dict) -> str:
     if choices:
         return ", ".join(f"`{choice}`" for choice in choices)
     bounds = [("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<")]
-    limits = [f"{sign} {schema[key]}" for key, sign in bounds if key in schema]
+    limits = [f"{sign} {schema[key]:g}" for key, sign in bounds if key in schema and abs(schema[key]) < LARGEST]
     return " ".join([schema["type"], ", ".join(limits)]).strip()
 
 
@@ -54,7 +55,7 @@ def render() -> str:
             [f"`{key}`", _type(schema), _value(schema["default"]), " ".join(schema["description"].split())]
             for key, schema in cls.model_json_schema()["properties"].items()
         ]
-        about = f"{cls.__doc__}\n\n" if cls.__doc__ else ""
+        about = f"{' '.join(cls.__doc__.split())}\n\n" if cls.__doc__ else ""
         parts.append(f"## {section}\n\n{about}{_table(['key', 'type', 'default', 'meaning'], rows)}\n")
     keys = list(PRESETS["paper"])
     rows = [[f"`{name}`", *(_value(values[key]) for key in keys)] for name, values in PRESETS.items()]

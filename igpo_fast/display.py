@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
+
+from igpo_fast.errors import masked
 
 LONG_PHASE = 10.0
 """Seconds from which a phase is worth a line of a log."""
+QUIET_SECONDS = 60.0
+"""Longest silence of a log while a phase advances."""
+LOG_SECONDS = 10.0
+"""Between lines of a log that tell of progress."""
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -20,8 +35,8 @@ class Display:
     """Progress of a run.
 
     In a terminal two bars are redrawn in place, the run's and the current phase's, above the last step's numbers, and
-    a line stays for each step that was evaluated. Elsewhere each step is a line, and so is a phase of ``LONG_PHASE``
-    or more.
+    a line stays for each step that was evaluated. Elsewhere each step is a line; so are its phases of ``LONG_PHASE``
+    or more, as the row has them, and a phase's progress after ``QUIET_SECONDS``.
 
     Args:
         steps: of the whole run.
@@ -40,9 +55,10 @@ class Display:
         self._done = done
         self._clock = clock
         self._seconds: list[float] = []
-        self._last_step = self._phase_start = clock()
+        self._last_step = self._phase_start = self._last_line = clock()
+        self._phases: dict[str, float] = {}  # seconds of those that ended since the last step
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             console=self.console,
@@ -52,7 +68,7 @@ class Display:
         # Not a column of the bars: a narrow terminal would squeeze those to nothing.
         self._info = Text(no_wrap=True, overflow="ellipsis")
         self._live = Live(Group(self._progress, self._info), console=self.console, transient=True)
-        self._phase_name = ""
+        self._phase_name, self._phase_total, self._phase_done = "", None, 0
 
     def __enter__(self) -> Display:
         self._last_step = self._clock()
@@ -67,7 +83,7 @@ class Display:
     def phase(self, name: str, total: int | None = None) -> None:
         """Begin a phase of ``total`` units; the one before ends."""
         self._end_phase()
-        self._phase_name = name
+        self._phase_name, self._phase_total, self._phase_done = name, total, 0
         self._phase_start = self._clock()
         # reset() keeps an old total where the new one is None.
         self._progress.remove_task(self._phase)
@@ -76,6 +92,9 @@ class Display:
     def advance(self, done: int = 1) -> None:
         """``done`` more units of the phase are finished."""
         self._progress.advance(self._phase, done)
+        self._phase_done += done
+        if not self.console.is_terminal and self._clock() - self._last_line >= QUIET_SECONDS:
+            self._print(Text(f"{self._phase_name} {self._phase_done}/{self._phase_total or '?'}"))
 
     def step(self, row: Mapping) -> None:
         """A step is finished; ``row`` is its line of metrics.jsonl (step 0: evaluation before training)."""
@@ -85,6 +104,7 @@ class Display:
             self._seconds.append(now - self._last_step)
         self._last_step = now
         self._done = int(row["step"])
+        self._print_phases(row)
         line = f"{summary(row)}  eta {_duration(self._eta())}"
         self._progress.update(self._run, completed=self._done)
         self._info.plain = line
@@ -101,21 +121,30 @@ class Display:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self._print(Text(text))
+        self._print(Text(masked(text)))
 
     def warn(self, text: str) -> None:
         """A line that stays and stands out."""
-        self._print(Text(f"warning: {text}", style="yellow"))
+        self._print(Text(f"warning: {masked(text)}", style="yellow"))
 
     def _print(self, text: Text) -> None:
         # soft_wrap: a log's line is a line, however narrow the console is taken to be.
         self.console.print(text, soft_wrap=True)
+        self._last_line = self._clock()
+
+    def _print_phases(self, row: Mapping) -> None:
+        """The step's long phases: the row's ``time/*``, and by our clock what has no such key (the warm start)."""
+        timed = {key.removeprefix("time/"): _number(row, key) for key in row if key.startswith("time/")}
+        seconds = {name: s for name, s in (self._phases | timed).items() if name != "step" and s is not None}
+        long = [f"{name} {_duration(s)}" for name, s in seconds.items() if s >= LONG_PHASE]
+        if long and not self.console.is_terminal:
+            self._print(Text(f"step {self._done}/{self.steps}  {'  '.join(long)}"))
+        self._phases = {}
 
     def _end_phase(self) -> None:
-        seconds = self._clock() - self._phase_start
-        step = min(self._done + 1, self.steps)
-        if self._phase_name and seconds >= LONG_PHASE and not self.console.is_terminal:
-            self._print(Text(f"step {step}/{self.steps}  {self._phase_name} {_duration(seconds)}"))
+        if self._phase_name:
+            before = self._phases.get(self._phase_name, 0.0)
+            self._phases[self._phase_name] = before + self._clock() - self._phase_start
         self._phase_name = ""
         self._progress.update(self._phase, visible=False)
 
@@ -181,3 +210,31 @@ def _duration(seconds: float) -> str:
         return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextmanager
+def bar(name: str, log: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """What shows progress on stderr and takes (done, total): a bar, or where that is no terminal a line at times, or
+    nothing without ``log``."""
+    console = Console(stderr=True)
+    if log and not console.is_terminal:
+        yield _log_line(name)
+        return
+    name_column = TextColumn("{task.description}", markup=False)  # a file's name may hold what looks like markup
+    columns = (name_column, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _log_line(name: str) -> Callable[[int, int], None]:
+    """Prints the first, the last, and every tenth second's progress."""
+    last = -math.inf
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= LOG_SECONDS:
+            last = time.monotonic()
+            print(f"{name} {done / total:.0%}", file=sys.stderr, flush=True)
+
+    return show

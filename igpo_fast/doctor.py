@@ -1,4 +1,4 @@
-"""What this machine runs, and whether it computes the same packed as apart."""
+"""What this machine runs, and whether packed and separate passes agree."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _parity(name: str, load, backend: str) -> Check:
     try:
         lm = load()
         error = packed_error(lm, backend)
-    except ValueError as refusal:
+    except (RunError, ValueError) as refusal:
         return Check(name, f"FAILED: {refusal}", ok=False)
     bound = 1e-4 if lm.dtype == torch.float32 else 5e-2
     ok = error <= bound
@@ -169,9 +169,9 @@ def _memory(config: Config) -> Iterator[Check]:
         return
     try:
         lm = read_config(config.model.path).get_text_config()
-    except InputError:  # loading the model says it better
+        parts = training_bytes(config, lm)
+    except Exception:  # of whatever kind: loading the model, which follows, says it better
         return
-    parts = training_bytes(config, lm)
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     engine_dtype = config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
     kv = kv_bytes_per_token(lm, getattr(torch, engine_dtype)) / 1e6

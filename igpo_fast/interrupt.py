@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class Interrupted(Exception):
@@ -14,7 +16,10 @@ class Interrupted(Exception):
 
 @contextmanager
 def stop_requested() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets, so that the step ends and is saved; the second ends at once."""
+    """An event that the first SIGINT or SIGTERM sets, so that the step ends and is saved; the second ends at once.
+
+    The first is answered at once by a line on stderr.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -24,6 +29,8 @@ def stop_requested() -> Iterator[threading.Event]:
     def ask(number, frame):
         event.set()
         signal.signal(number, before[number])
+        again = "press Ctrl-C again" if number == signal.SIGINT else "send SIGTERM again"
+        _say(f"finishing this step, which is then saved; {again} to stop now")
 
     for number in before:
         signal.signal(number, ask)
@@ -32,3 +39,10 @@ def stop_requested() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _say(line: str) -> None:
+    """Write to stderr from a signal handler: not through Python's buffers, which the signal may have found in use."""
+    clear = "\r\x1b[2K" if sys.stderr.isatty() else ""
+    with suppress(OSError):
+        os.write(2, f"{clear}{line}\n".encode())

@@ -7,11 +7,13 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from igpo_fast.config import Config
+from igpo_fast.config import Config, load
 from igpo_fast.display import sparkline
+from igpo_fast.errors import InputError, masked
 
 SPAN = 5
-"""Training numbers are noisy from step to step: first and last are means over so many steps."""
+"""Training numbers are noisy from step to step: first and last are means over so many steps, or half of a short run."""
+REAL_QUESTIONS = Path("configs/musique.yaml")
 TRAINING = (
     ("reward/f1", "training f1", ".3f"),
     ("turns/mean", "turns", ".1f"),
@@ -52,20 +54,37 @@ def _training(rows: Sequence[Mapping]) -> str:
     parts = []
     for key, name, form in TRAINING:
         values = [row[key] for row in rows if _known(row, key)]
-        if values:
-            parts.append(f"{name} {_mean(values[:SPAN]):{form}} -> {_mean(values[-SPAN:]):{form}}")
+        span = min(SPAN, len(values) // 2)
+        if span:
+            parts.append(f"{name} {_mean(values[:span]):{form}} -> {_mean(values[-span:]):{form}}")
+        elif values:
+            parts.append(f"{name} {values[0]:{form}}")
     return "  ".join(parts)
 
 
 def _commands(folder: Path, config: Config, program: str) -> Iterable[str]:
     run = shlex.quote(str(folder))
+    servers = (config.search.url or "", *config.rollout.server)
+    if any(masked(url) != url for url in servers):
+        yield f"tail {run}/metrics.jsonl  # to go on, repeat the command: config.yaml keeps no credentials"
+        return
     yield f"{program} eval {run} --no-search  # the same policy, search finds nothing"
     if config.train.lr_schedule == "constant":  # else the learning rate depends on the number of steps
         yield f"{program} train --config {run}/config.yaml train.steps={2 * config.train.steps}  # go on"
-    if config.data.source == "world":
-        yield f"{program} train --config configs/musique.yaml  # real questions"
+    if config.data.source == "world" and _can_run(REAL_QUESTIONS):
+        yield f"{program} train --config {REAL_QUESTIONS}  # real questions"
     if config.run.tracker == "tensorboard":
         yield f"tensorboard --logdir {run}/tensorboard"
+
+
+def _can_run(file: Path) -> bool:
+    """Whether a configuration and the files that it names are there; sets of the datasets hub count as there."""
+    try:
+        data = load(file).data
+    except InputError:
+        return False
+    named = [path for path in (data.train, data.corpus) if path and path != "contexts" and ":" not in path]
+    return all(Path(path).exists() for path in named)
 
 
 def _with_error(row: Mapping) -> str:

@@ -1,20 +1,24 @@
 """cli.py and summary.py: what a user types, reads, and gets as exit code."""
 
+import errno
 import json
 import math
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import igpo_fast.evaluate
 import igpo_fast.train
-from igpo_fast import __version__, config
+from igpo_fast import __version__, cli, config
 from igpo_fast.checkpoint import RunFolder
 from igpo_fast.cli import app
-from igpo_fast.errors import ToolError
+from igpo_fast.errors import InputError, ToolError
 from igpo_fast.interrupt import Interrupted
 from igpo_fast.summary import run_summary
 from igpo_fast.tools.search import Bm25Search, NoSearch
@@ -204,11 +208,23 @@ ROWS = [
 ]
 
 
-def test_summary_hand_worked():
+def questions_at_hand(folder, monkeypatch):
+    """The working directory has configs/musique.yaml and what it names."""
+    monkeypatch.chdir(folder)
+    (folder / "configs").mkdir()
+    (folder / "configs" / "musique.yaml").write_text(
+        "data: {source: files, train: q.jsonl, corpus: c.jsonl}\nmodel: {tokenizer: bpe}"
+    )
+    for name in ("q.jsonl", "c.jsonl"):
+        (folder / name).touch()
+
+
+def test_summary_hand_worked(tmp_path, monkeypatch):
+    questions_at_hand(tmp_path, monkeypatch)
     settings = config.load(None, ["train.steps=8", "train.lr_schedule=constant"])
     assert run_summary(ROWS, Path("runs/a b"), settings).splitlines() == [
         "learned     eval f1 0.020 ± 0.005 -> 0.420  ▁▂█  steps 0 to 8",
-        "            training f1 0.300 -> 0.600  turns 2.0 -> 2.8  collapsed groups 30% -> 30%",
+        "            training f1 0.250 -> 0.650  turns 2.0 -> 3.0  collapsed groups 25% -> 35%",
         "run folder  runs/a b (config.yaml, metrics.jsonl, rollouts/, checkpoints/)",
         "try next    igpo-fast eval 'runs/a b' --no-search  # the same policy, search finds nothing",
         "            igpo-fast train --config 'runs/a b'/config.yaml train.steps=16  # go on",
@@ -229,3 +245,139 @@ def test_summary_offers_only_what_works():
         "            tensorboard --logdir r/tensorboard",
     ]
     assert "learned" not in run_summary([], Path("r"), settings)
+
+
+def test_a_single_step_has_no_first_and_last():
+    assert "training f1 0.100  turns 2.0\n" in run_summary(ROWS[1:2], Path("r"), config.load())
+    assert "training f1 0.100 -> 0.300  " in run_summary(ROWS[1:4], Path("r"), config.load())
+
+
+def test_real_questions_are_offered_only_where_they_are(tmp_path, monkeypatch):
+    questions_at_hand(tmp_path, monkeypatch)
+    assert "musique" in run_summary([], Path("r"), config.load())
+    (tmp_path / "c.jsonl").unlink()
+    assert "musique" not in run_summary([], Path("r"), config.load())
+    monkeypatch.chdir("/")
+    assert "musique" not in run_summary([], Path("r"), config.load())
+
+
+def test_no_command_is_offered_that_lacks_credentials():
+    settings = config.load(None, ["search.url=http://me:secret@h/retrieve"])
+    summary = run_summary([], Path("r"), settings)
+    assert "secret" not in summary and "igpo-fast" not in summary
+
+
+# --- what ends a command ---
+
+
+def raising(monkeypatch, error):
+    def fail(settings):
+        raise error
+
+    monkeypatch.setattr(igpo_fast.train, "train", fail)
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "r/x"), "error: r/x: No space left on device; check that"),
+        (PermissionError(errno.EACCES, "Permission denied"), "error: Permission denied; check that"),
+        (ModuleNotFoundError("No module named 'bm25s'", name="bm25s"), "'bm25s'; pip install 'igpo-fast[train]'"),
+        (MemoryError(), "error: out of memory (no details); lower train.token_budget"),
+        (torch.OutOfMemoryError("CUDA out of\nmemory"), "error: out of memory (CUDA out of memory); lower"),
+        (ToolError("http://me:secret@h: gone"), "error: http://***@h: gone"),
+        (InputError("two\nlines"), "error: two lines\n"),
+    ],
+)
+def test_what_is_no_bug_is_one_line(monkeypatch, tmp_path, error, line):
+    raising(monkeypatch, error)
+    assert line in refused("train", *tiny(tmp_path))
+
+
+def test_a_bug_is_one_line_and_its_traceback_is_kept(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["igpo-fast", "train", *tiny(tmp_path)])
+    raising(monkeypatch, KeyError("http://me:secret@h"))
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    signal.signal(signal.SIGINT, handler)
+    (kept,) = tmp_path.glob("igpo-fast-*.log")
+    line = capsys.readouterr().err
+    assert ended.value.code == 1 and line.count("\n") == 1
+    assert line.startswith("error: internal: KeyError: 'http://***@h'; this is a bug: please report it with")
+    assert str(kept) in line and "raise error" in kept.read_text() and "secret" not in kept.read_text()
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    line = refused("train", *tiny(tmp_path), f"run.dir={tmp_path}/new/run", "train.token_budget=5")
+    assert "train.token_budget=5" in line and not (tmp_path / "new").exists()
+
+
+def test_a_refused_run_leaves_a_folder_that_was_there(tmp_path):
+    (tmp_path / "new").mkdir()
+    refused("train", *tiny(tmp_path), f"run.dir={tmp_path}/new", "train.token_budget=5")
+    assert (tmp_path / "new").exists()
+
+
+def test_sft_checks_its_output_before_the_work(tmp_path, monkeypatch):
+    def never(*args, **options):
+        raise AssertionError("began to work")
+
+    monkeypatch.setattr(igpo_fast.parts, "assemble", never)
+    (tmp_path / "file").touch()
+    line = refused("sft", *tiny(tmp_path), "sft.clean_steps=2", "--output", tmp_path / "file" / "out")
+    assert line == f"error: {tmp_path}/file/out: cannot be made (Not a directory); give another --output\n"
+
+
+def test_a_refused_sft_leaves_no_output(tmp_path):
+    line = refused("sft", *tiny(tmp_path), "sft.clean_steps=2", "model.path=/none", "--output", tmp_path / "a" / "out")
+    assert "model.path=/none" in line and not (tmp_path / "a").exists()
+
+
+def test_progress_is_logged_off_a_terminal(run):
+    result = igpo_fast_("eval", run[0], "--json")
+    assert "evaluation 100%\n" in result.stderr and len(result.stdout.splitlines()) == 1
+
+
+def test_tilde_in_an_option_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"{tmp_path}/x.yaml: cannot read" in refused("train", "--config=~/x.yaml")
+
+
+def test_data_that_evaluates_nothing_is_refused_at_once(tmp_path, monkeypatch):
+    raising(monkeypatch, AssertionError("began to work"))
+    assert "data.eval: an empty list" in refused("train", *tiny(tmp_path), "data.eval=[]")
+
+
+@pytest.mark.parametrize("temperature", ["nan", "inf", "0", "1e-320", "1e30"])
+def test_a_temperature_out_of_sense(tmp_path, temperature):
+    arguments = ["--model", "m", "--input", tmp_path / "i", "--output", tmp_path / "o", "--temperature", temperature]
+    result = igpo_fast_("score", *arguments)
+    assert result.exit_code == 2 and "temperature" in result.stderr
+
+
+# --- how it is called ---
+
+
+def test_commands_are_shown_as_a_shell_can_run_them(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/x/igpo_fast/__main__.py"])
+    monkeypatch.setattr(cli.shutil, "which", lambda name: None)
+    assert cli._program() == f"{sys.executable} -m igpo_fast"
+    monkeypatch.setattr(cli.shutil, "which", {"python": sys.executable}.get)
+    assert cli._program() == "python -m igpo_fast"
+    own = sys.executable  # any program that is there
+    monkeypatch.setattr(sys, "argv", [own])
+    monkeypatch.setattr(cli.shutil, "which", {own: own, Path(own).name: own}.get)
+    assert cli._program() == Path(own).name
+    monkeypatch.setattr(cli.shutil, "which", {own: own}.get)
+    assert cli._program() == own
+
+
+@pytest.mark.parametrize("missing", ["typer", "yaml"])
+def test_without_the_extra_it_says_what_to_install(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['x', 'doctor']\n"
+    code += "from igpo_fast.__main__ import main; main()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stderr.endswith("; pip install 'igpo-fast[train]'\n") and missing in ended.stderr

@@ -52,16 +52,51 @@ def test_only_long_phases_are_worth_a_line():
     clock = Clock()
     display, out = make(False, clock, steps=5, done=2)
     with display:
+        display.phase("warm start")
+        clock.now += 12
         display.phase("rollout", total=8)
-        clock.now += 75
+        clock.now += 80
         display.phase("train")
         clock.now += 9
-        display.step(ROW)
-        display.phase("evaluate")
+        display.step({**ROW, "time/rollout": 75.0, "time/score": 0.0, "time/train": 9.0, "time/sync": 30.0})
         clock.now += 10
+        display.step({"step": 4})
     lines = out.getvalue().splitlines()
-    assert [lines[0], lines[2]] == ["step 3/5  rollout 1:15", "step 4/5  evaluate 10 s"]
-    assert len(lines) == 3 and lines[1].startswith("step 3/5  f1")
+    assert lines[0] == "step 3/5  warm start 12 s  rollout 1:15  sync 30 s"  # the row's times, where it has them
+    assert lines[1].startswith("step 3/5  f1") and lines[2].startswith("step 4/5  ") and len(lines) == 3
+
+
+def test_phases_after_a_resume_are_those_of_the_rows_step():
+    clock = Clock()
+    display, out = make(False, clock, steps=12)  # which does not know yet that steps 1 to 6 are done
+    with display:
+        display.phase("rollout", total=8)
+        clock.now += 20
+        display.step({"step": 7, "time/rollout": 20.0})
+    assert out.getvalue().splitlines()[0] == "step 7/12  rollout 20 s"
+
+
+def test_a_log_is_not_silent_for_long():
+    clock = Clock()
+    display, out = make(False, clock, steps=5)
+    with display:
+        display.phase("rollout", total=8)
+        for _ in range(8):
+            clock.now += 25
+            display.advance()
+    assert out.getvalue().splitlines() == ["rollout 3/8", "rollout 6/8"]
+
+
+def test_markup_and_credentials():
+    display, out = make(True, steps=1)
+    with display:
+        display.phase("[bold]x[/bold]", total=2)
+        display.note("in [red]runs[/red] at http://me:secret@h/")
+        display.warn("[bold]http://me:secret@h/")
+        display._live.refresh()
+    shown = out.getvalue()
+    assert "secret" not in shown and "http://***@h/" in shown
+    assert "[bold]x[/bold]" in shown and "in [red]runs[/red]" in shown and "[bold]http" in shown
 
 
 def test_time_left_follows_this_session_not_earlier_ones():

@@ -12,6 +12,7 @@ from rich.console import Console
 import igpo_fast.doctor as doctor
 from igpo_fast import config, model
 from igpo_fast.doctor import diagnose, packed_error, table
+from igpo_fast.errors import InputError
 from igpo_fast.model import use_attend
 from igpo_kernels import triton_variants
 from igpo_kernels.tree_attention import IMPLEMENTATIONS
@@ -75,6 +76,19 @@ def test_a_device_that_is_not_there_is_the_last_line_but_the_threads(configured)
     )
 
 
+@pytest.mark.skipif(torch.cuda.device_count() > 3, reason="there is such a device")
+def test_the_fourth_gpu_is_a_line_where_there_are_fewer():
+    for configured in (False, True):
+        assert not checks(["model.device=cuda:3"], configured)["device"].ok
+
+
+@pytest.mark.parametrize("content", ["{", ""])
+def test_a_damaged_model_folder_is_a_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    found = checks([f"model.path={tmp_path}"], configured=True)
+    assert not found["configuration"].ok and found["configuration"].found.startswith("FAILED: ")
+
+
 def test_a_kernel_that_does_not_exist_is_named(monkeypatch):
     monkeypatch.delitem(IMPLEMENTATIONS, "reference")
     found = checks(["model.kernels=reference"])
@@ -110,7 +124,7 @@ def test_a_wrong_mask_is_found(monkeypatch):
 
 def test_what_the_probe_refuses_is_a_line(monkeypatch):
     def refuse(lm):
-        raise doctor.InputError("X cannot run packed")
+        raise InputError("X cannot run packed")
 
     monkeypatch.setattr(doctor, "probe", refuse)
     assert checks()["parity, a tiny Qwen2"] == doctor.Check(
@@ -133,6 +147,6 @@ def test_a_missing_package(monkeypatch, name, ok):
 
 def test_the_table_has_a_line_for_each():
     out = io.StringIO()
-    found = [doctor.Check("torch", "2.[13]"), doctor.Check("op x", "no triton", ok=False)]
+    found = [doctor.Check("torch", "2.[13]"), doctor.Check("op x", "no [bold]triton[/bold] :smile:", ok=False)]
     Console(file=out, width=80).print(table(found))
-    assert "torch │ 2.[13]" in out.getvalue() and "op x  │ no triton" in out.getvalue()
+    assert "torch │ 2.[13]" in out.getvalue() and "op x  │ no [bold]triton[/bold] :smile:" in out.getvalue()

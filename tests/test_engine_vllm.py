@@ -174,7 +174,7 @@ def test_what_the_user_set_in_the_environment_stays(monkeypatch):
         (["rollout.server=[http://h:1]"], "rollout.server is for rollout.engine=vllm"),
         (["rollout.engine=vllm", "rollout.server=[h:1]"], "'h:1' is no URL"),
         (["rollout.dtype=bfloat16"], "rollout.dtype is for rollout.engine=vllm"),
-        (["rollout.engine=vllm", "rollout.top_p=0.9"], "change the distribution that is trained"),
+        (["rollout.engine=vllm", "rollout.top_p=0.9"], r"unknown key rollout\.top_p; did you mean eval\.top_p\?"),
     ],
 )
 def test_refused_settings(overrides, words):

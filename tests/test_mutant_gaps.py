@@ -110,8 +110,8 @@ class Updates:
             summary=lambda passes: "",
         )
         monkeypatch.setattr(train, "set_up", lambda config, **_: setup)
-        settings = [f"rollout.temperature={TEMPERATURE}", "train.lr=1e-30", "train.max_grad_norm=1e9"]
-        settings += ["rollout.group_size=1", "rollout.max_turns=1", "rollout.max_tokens=8"]
+        settings = [f"rollout.temperature={TEMPERATURE}", "train.lr=1e-12", "train.max_grad_norm=1e9"]
+        settings += ["rollout.group_size=2", "rollout.max_turns=2", "rollout.max_tokens=2"]
         settings += ["algorithm.preset=robust", "algorithm.answers=max", *overrides]
         self.trainer = train.Trainer(config.load(None, settings), Display(1))
         self.gradients = []

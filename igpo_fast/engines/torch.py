@@ -254,6 +254,8 @@ class TorchEngine:
         if self._waiting and (self._pump is None or self._pump.done()):
             loop = next(iter(self._waiting.values())).future.get_loop()
             self._pump = loop.create_task(self._run())
+            # A Ctrl-C that the task met ends the loop, which raises it itself; asyncio would log it a second time.
+            self._pump.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _run(self) -> None:
         training = self._lm.training

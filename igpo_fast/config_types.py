@@ -1,0 +1,74 @@
+"""Types of configuration values, named by what they mean, with the bounds outside of which a value makes no sense."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from igpo_fast.errors import masked
+
+LARGEST = 2**31 - 1
+
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Size = Annotated[int, Field(ge=1, le=65536)]
+Concurrency = Annotated[int, Field(ge=1, le=65536)]
+Tokens = Annotated[int, Field(ge=1, le=2**24)]
+Hops = Annotated[int, Field(ge=1, le=4)]
+Threads = Annotated[int, Field(ge=0, le=1024)]
+Retries = Annotated[int, Field(ge=0, le=100)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, le=1000)]
+Difference = Annotated[float, Field(ge=0, le=1e6)]
+LearningRate = Annotated[float, Field(ge=1e-12, le=1e36)]
+Norm = Annotated[float, Field(ge=1e-9, le=1e9)]
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
+Seconds = Annotated[float, Field(ge=1e-3, le=1e6)]
+Pause = Annotated[float, Field(ge=0, le=3600)]
+Megabytes = Annotated[float, Field(gt=0, le=1e5)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _plain_text(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("the character NUL cannot be in it")
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise ValueError("it is not valid UTF-8 text")
+    return text
+
+
+def _at_home(paths: str) -> str:
+    """``~`` is the home folder, also after a comma or NAME= in front of a path: shells expand none in key=value."""
+    return re.sub(r"(?:(?<=^)|(?<=,)|(?<=\w=))~[^/,]*", lambda home: os.path.expanduser(home[0]), paths)
+
+
+def _url(url: str) -> str:
+    remedy = "give one like http://127.0.0.1:8000"
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError as error:  # a port that is none, brackets
+        raise ValueError(f"{masked(repr(url))} is no URL ({error}); {remedy}") from None
+    if not usable or re.search(r"[\s\x00-\x1f\x7f]", url):
+        raise ValueError(f"{masked(repr(url))} is no URL; {remedy}")
+    return url
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", name):
+        raise ValueError(f"{name!r} is no device to train on; give auto, cpu, cuda or cuda:1")
+    return name
+
+
+PlainText = Annotated[str, AfterValidator(_plain_text)]
+NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_plain_text)]
+FilePath = Annotated[NonEmpty, AfterValidator(_at_home)]
+Url = Annotated[NonEmpty, AfterValidator(_url)]
+Device = Annotated[str, AfterValidator(_device)]
+EmptyIsNone = BeforeValidator(lambda value: None if value == "" else value)

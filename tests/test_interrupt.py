@@ -1,0 +1,49 @@
+"""interrupt.py: the first signal is answered at once, the second ends the run without a word of asyncio's."""
+
+import asyncio
+import gc
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from igpo_fast.engines.base import Request, Sampling
+from igpo_fast.engines.torch import TorchEngine
+from igpo_fast.interrupt import stop_requested
+from igpo_fast.model import build
+
+
+@pytest.mark.parametrize(
+    ("number", "again"), [(signal.SIGINT, "press Ctrl-C again"), (signal.SIGTERM, "send SIGTERM again")]
+)
+def test_the_first_signal_is_answered_at_once(capfd, number, again):
+    ended = []
+    before = signal.signal(number, lambda *_: ended.append(True))
+    try:
+        with stop_requested() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.is_set() and not ended
+            assert capfd.readouterr().err == f"finishing this step, which is then saved; {again} to stop now\n"
+            os.kill(os.getpid(), number)
+            assert ended and not capfd.readouterr().err
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_second_one_that_meets_the_engine_is_not_logged_by_asyncio(monkeypatch, caplog):
+    lm = build(17, hidden_size=8, layers=1, heads=2, kv_heads=2, ffn_size=8, max_tokens=16, tie_embeddings=True, seed=0)
+    engine = TorchEngine(lm, max_slots=1, max_tokens=16)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "_step", interrupted)
+    request = Request(
+        key=(0,), ids=np.array([1, 2], np.int32), max_tokens=2, stop_ids=(), stop_strings=(), sampling=Sampling()
+    )
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(engine.generate(request))
+    engine._pump = None
+    gc.collect()
+    assert "never retrieved" not in caplog.text
