@@ -11,7 +11,7 @@ from igpo_fast import config, model
 from igpo_fast.data import Data
 from igpo_fast.dialect import SEARCH_TOOL, make_dialect
 from igpo_fast.errors import InputError
-from igpo_fast.rollout import rollout_record
+from igpo_fast.run.records import record_of
 from igpo_fast.score import Scorer, load_scorer, read_records, score_file
 from igpo_fast.tokenizer import load_tokenizer
 from igpo_fast.types import ANSWER, INVALID, SEARCH, Question, Rollout, Turn
@@ -183,7 +183,7 @@ def test_a_runs_own_rollouts_are_scored_by_their_tokens(tokens, name):
     """The same prefixes as in training."""
     dialect = make_dialect(name, tokenizer_of("qwen3"), **BUDGETS)
     rollout = rollout_of(dialect, dialect.write(SEARCH, "Faust"), dialect.write(ANSWER, "Goethe"))
-    trajectory, _ = tokens(json.loads(json.dumps(rollout_record(rollout))), dialect=name)
+    trajectory, _ = tokens(json.loads(json.dumps(record_of(rollout))), dialect=name)
     np.testing.assert_array_equal(trajectory.ids, rollout.ids[: rollout.boundaries[-1]])
     np.testing.assert_array_equal(trajectory.boundaries, rollout.boundaries)
     assert [b.ids.tolist() for b in trajectory.branches] == [dialect.branches(rollout.question)[0].ids.tolist()]
@@ -204,7 +204,7 @@ def test_a_runs_own_rollouts_are_scored_by_their_tokens(tokens, name):
 def test_rollouts_of_another_model_or_shape_are_refused(refused, change, fault):
     turn = Turn(np.array([5], np.int32), np.zeros(1), tokenizer_of("qwen3").decode([5]), INVALID, "", np.array([6]))
     rollout = Rollout(Question("q", "Who?", ("Goethe",)), 0, np.array([7], np.int32), (turn, turn))
-    assert fault in refused(json.loads(json.dumps(rollout_record(rollout) | change)))
+    assert fault in refused(json.loads(json.dumps(record_of(rollout) | change)))
 
 
 # --- models, words, numbers, files ---
