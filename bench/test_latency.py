@@ -13,8 +13,7 @@ pytest.importorskip("pydantic")
 from igpo_fast.batch import rollout_groups
 from igpo_fast.config import load
 from igpo_fast.setup import set_up
-from igpo_fast.tools.base import ToolResult
-from igpo_fast.types import SEARCH
+from igpo_fast.types import SEARCH, ToolResult
 
 QUESTIONS, GROUP = 16, 8
 SLOWEST = 2.0

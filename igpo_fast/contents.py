@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
+import os
+import re
 from pathlib import Path
 
 from igpo_fast.config import Config
-from igpo_fast.data import NAMED_SOURCE
+from igpo_fast.errors import InputError
 from igpo_fast.files import sha256, storage
+
+NAMED_SOURCE = re.compile(r"(?:([\w.+-]+)=)?(.*)", re.DOTALL)
+"""A source of evaluation questions and the name that may stand before it."""
+OWN_PARAGRAPHS = "contexts"
+"""``data.corpus`` for what the rows of the questions bring."""
+
+
+def parts_of(source: str | Path) -> list[str]:
+    """The files of a source, patterns and commas resolved; a hub's name as it is.
+
+    Raises:
+        InputError: no name, or a pattern that matches nothing.
+    """
+    source = str(source)
+    if "\0" in source:
+        raise InputError(f"{source!r}: not a file name; give an existing file")
+    if os.path.isfile(source):
+        return [source]
+    found = []
+    for part in filter(None, map(str.strip, source.split(","))):
+        if part.endswith(".parquet") and os.path.isdir(part):  # as Spark writes a table
+            part = f"{glob.escape(part)}/**/*.parquet"
+        if not glob.has_magic(part) or os.path.isfile(part):
+            found.append(part)
+            continue
+        matches = sorted(glob.glob(part, recursive=True))
+        if not matches:
+            raise InputError(f"{part}: no file matches; give an existing file or another pattern")
+        found += matches
+    if not found:
+        raise InputError(f"{source!r}: no file named; give an existing file")
+    return found
 
 
 def sources(config: Config) -> dict[str, str]:
@@ -19,7 +55,7 @@ def sources(config: Config) -> dict[str, str]:
         named |= {"data.train": config.data.train, "data.corpus": config.data.corpus}
         for number, entry in enumerate([sets] if isinstance(sets, str) else sets):
             named[f"data.eval[{number}]"] = NAMED_SOURCE.fullmatch(entry)[2]
-    return {key: source for key, source in named.items() if source}
+    return {key: source for key, source in named.items() if source and source != OWN_PARAGRAPHS}
 
 
 def contents(config: Config) -> dict[str, str]:
@@ -34,13 +70,26 @@ def contents(config: Config) -> dict[str, str]:
 
 
 def _content(key: str, source: str) -> str | None:
-    path = Path(source)
-    if not path.exists():
-        path = Path(source.partition(":")[0])  # a folder of the datasets library, with :split
-    if path.exists():
-        with storage(path, "read"):
-            return sha256(path)
-    return _model_on_hub(source) if key.startswith("model.") else _data_on_hub(source)
+    if key.startswith("model."):
+        return _digest(Path(source)) if Path(source).exists() else _model_on_hub(source)
+    try:
+        parts = parts_of(source)
+    except InputError:
+        return None
+    digests = [_digest(path) if (path := _local(part)) else _data_on_hub(part) for part in parts]
+    if None in digests:
+        return None
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _local(source: str) -> Path | None:
+    """The file, or the folder of the datasets library that stands before ``:split``."""
+    return next((path for path in map(Path, (source, source.partition(":")[0])) if path.exists()), None)
+
+
+def _digest(path: Path) -> str:
+    with storage(path, "read"):
+        return sha256(path)
 
 
 def _model_on_hub(name: str) -> str | None:

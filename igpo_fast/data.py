@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from igpo_fast.config import Config
+from igpo_fast.contents import NAMED_SOURCE, OWN_PARAGRAPHS
 from igpo_fast.errors import InputError
 from igpo_fast.passages import load_corpus
 from igpo_fast.questions import load_questions
 from igpo_fast.rows import stem_of
-from igpo_fast.tools.base import Passage
-from igpo_fast.types import Question
+from igpo_fast.types import Passage, Question
 from igpo_fast.world import make_worlds
-
-NAMED_SOURCE = re.compile(r"(?:([\w.+-]+)=)?(.*)", re.DOTALL)
-"""A source of evaluation questions and the name that may stand before it."""
-OWN_PARAGRAPHS = "contexts"
-"""``data.corpus`` for what the rows of the questions bring."""
 
 
 @dataclass(frozen=True)

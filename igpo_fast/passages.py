@@ -10,7 +10,7 @@ from typing import Any
 from igpo_fast.errors import InputError
 from igpo_fast.fields import BadField, encodable, objects, plain, text
 from igpo_fast.rows import rows_of
-from igpo_fast.tools.base import Passage
+from igpo_fast.types import Passage
 
 _ID_KEYS = ("id", "_id", "wikipedia_id")
 """Columns that may hold a passage's id (BEIR's is ``_id``, KILT's one of the last two); the first filled counts."""

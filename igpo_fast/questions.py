@@ -12,8 +12,7 @@ from igpo_fast.errors import InputError
 from igpo_fast.fields import BadField, objects, said, text, texts, whole_number
 from igpo_fast.passages import own_passages
 from igpo_fast.rows import Row, rows_of
-from igpo_fast.tools.base import Passage
-from igpo_fast.types import Question
+from igpo_fast.types import Passage, Question
 
 QUESTION_KEYS = ("question", "Question")
 """Columns that may hold the question (Bamboogle's is upper case); the first present counts."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import gzip
 import json
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +12,7 @@ from json.decoder import WHITESPACE
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from igpo_fast.contents import parts_of
 from igpo_fast.errors import InputError
 from igpo_fast.fields import encodable, kind_of
 
@@ -45,33 +44,6 @@ def rows_of(source: str | Path) -> Iterator[Row]:
     """
     for part in parts_of(source):
         yield from _rows_of_part(part)
-
-
-def parts_of(source: str | Path) -> list[str]:
-    """The files of a source, patterns and commas resolved; a hub's name as it is.
-
-    Raises:
-        InputError: no name, or a pattern that matches nothing.
-    """
-    source = str(source)
-    if "\0" in source:
-        raise InputError(f"{source!r}: not a file name; give an existing file")
-    if os.path.isfile(source):
-        return [source]
-    found = []
-    for part in filter(None, map(str.strip, source.split(","))):
-        if part.endswith(".parquet") and os.path.isdir(part):  # as Spark writes a table
-            part = f"{glob.escape(part)}/**/*.parquet"
-        if not glob.has_magic(part) or os.path.isfile(part):
-            found.append(part)
-            continue
-        matches = sorted(glob.glob(part, recursive=True))
-        if not matches:
-            raise InputError(f"{part}: no file matches; give an existing file or another pattern")
-        found += matches
-    if not found:
-        raise InputError(f"{source!r}: no file named; give an existing file")
-    return found
 
 
 def stem_of(source: str | Path) -> str:

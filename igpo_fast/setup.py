@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from igpo_fast import model
-from igpo_fast.advantages import recipe_of
-from igpo_fast.config import Config
+from igpo_fast.advantages import ALGORITHMS, recipe_of
+from igpo_fast.config import PRESETS, Config
 from igpo_fast.data import Data, load_data, question_order, without_long
 from igpo_fast.dialect import Dialect, make_dialect
 from igpo_fast.engines import vllm
@@ -108,6 +108,7 @@ def set_up(
     if config.model.gradient_checkpointing:
         model.recompute_layers(lm)
     warnings = (
+        *settings_warnings(config),
         *data.warnings,
         model.check_positions(lm, config.rollout.max_tokens, longest_answer),
         model.precision_warning(config.model.dtype, config.train.lr),
@@ -163,6 +164,23 @@ def _kernels(config: Config, lm: PreTrainedModel) -> str:
     if len(set(names.values())) == 1:
         return next(iter(names.values()))
     return ", ".join(f"{op} {name}" for op, name in names.items())
+
+
+def settings_warnings(config: Config) -> list[str]:
+    """What a configuration says that will not happen as it reads, a line each."""
+    a, warnings = config.algorithm, []
+    if ALGORITHMS[a.name].sequence_ratio and config.train.updates == 1:
+        warnings.append(
+            f"algorithm.name={a.name} with train.updates=1 equals grpo: all ratios are 1, so that algorithm.clip_low "
+            "and clip_high never act; raise train.updates"
+        )
+    preset = PRESETS[a.preset]
+    if a.ig_gate and a.basis != preset["basis"] and a.ig_gate == preset["ig_gate"]:
+        warnings.append(
+            f"algorithm.ig_gate={a.ig_gate:g} is preset {a.preset}'s, for basis={preset['basis']}; gains of "
+            f"basis={a.basis} are in another unit: set algorithm.ig_gate, too (0 for none)"
+        )
+    return warnings
 
 
 def _branches(config: Config, dialect: Dialect, question: Question) -> Sequence[Branch]:

@@ -7,9 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from igpo_fast.advantages import ALGORITHMS
-from igpo_fast.config import PRESETS, Config
-
 PATIENCE = 3
 """Rows in a row past the limit before a warning."""
 
@@ -151,20 +148,3 @@ def _level(row: Mapping, signature: Signature) -> float | None:
     if value is not None and math.isfinite(value):
         return value
     return math.inf if signature.infinite and signature.key in row else None
-
-
-def settings_warnings(config: Config) -> list[str]:
-    """What a configuration says that will not happen as it reads, a line each."""
-    a, warnings = config.algorithm, []
-    if ALGORITHMS[a.name].sequence_ratio and config.train.updates == 1:
-        warnings.append(
-            f"algorithm.name={a.name} with train.updates=1 equals grpo: all ratios are 1, so that algorithm.clip_low "
-            "and clip_high never act; raise train.updates"
-        )
-    preset = PRESETS[a.preset]
-    if a.ig_gate and a.basis != preset["basis"] and a.ig_gate == preset["ig_gate"]:
-        warnings.append(
-            f"algorithm.ig_gate={a.ig_gate:g} is preset {a.preset}'s, for basis={preset['basis']}; gains of "
-            f"basis={a.basis} are in another unit: set algorithm.ig_gate, too (0 for none)"
-        )
-    return warnings

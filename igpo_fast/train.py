@@ -25,7 +25,6 @@ from igpo_fast.passes import choose_passes, groups_a_pack, most_decision_tokens
 from igpo_fast.run.session import Session
 from igpo_fast.schedule import schedule_factor
 from igpo_fast.setup import Setup, set_up
-from igpo_fast.signatures import settings_warnings
 from igpo_fast.tools.base import settle
 from igpo_fast.types import Batch, Evaluation, Group, Question
 from igpo_fast.update.learner import Learner
@@ -89,7 +88,7 @@ class Trainer:
             progress=self.display,
         )  # fmt: skip
         self.display.note(self.setup.summary(self.passes))
-        for warning in (*settings_warnings(config), *self.setup.warnings):
+        for warning in self.setup.warnings:
             display.warn(warning)
 
     def resume(self, run: Session) -> None:

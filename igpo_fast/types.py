@@ -55,6 +55,25 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Passage:
+    """A retrievable piece of text."""
+
+    id: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """The result of a tool call."""
+
+    passages: tuple[Passage, ...]
+    """Best first; empty when nothing was found."""
+    failure: str = ""
+    """Text that the policy reads in place of passages, when the call failed for good; empty if it did not."""
+
+
+@dataclass(frozen=True)
 class Turn:
     """One turn of the policy and what the environment answered.
 

@@ -19,8 +19,7 @@ from typing import Literal
 
 from igpo_fast.config import World as WorldConfig
 from igpo_fast.errors import InputError
-from igpo_fast.tools.base import Passage
-from igpo_fast.types import ANSWER, SEARCH, Question
+from igpo_fast.types import ANSWER, SEARCH, Passage, Question
 
 Kind = Literal["eval", "train", "sft"]
 Fact = tuple[str, str, str]

@@ -14,8 +14,7 @@ from igpo_fast.data import load_data, question_order
 from igpo_fast.errors import InputError
 from igpo_fast.passages import load_corpus, passage_of
 from igpo_fast.questions import load_questions
-from igpo_fast.tools.base import Passage
-from igpo_fast.types import Question
+from igpo_fast.types import Passage, Question
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

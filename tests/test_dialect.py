@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from igpo_fast.dialect import BARE, FULL, SEARCH_TOOL, TagsDialect, Wording, make_dialect
 from igpo_fast.errors import InputError
-from igpo_fast.tools.base import Passage, ToolResult
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Question
+from igpo_fast.types import ANSWER, INVALID, SEARCH, Passage, Question, ToolResult
 from tests.scripted import ids_of, words_tokenizer
 
 BUDGETS = dict(max_passage_tokens=8, max_answer_tokens=4, max_answers=2)

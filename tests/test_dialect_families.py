@@ -21,8 +21,7 @@ from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.errors import InputError
 from igpo_fast.rollout import Agent, Limits, run_rollout
 from igpo_fast.tokenizer import load_tokenizer
-from igpo_fast.tools.base import Passage, ToolResult
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Question
+from igpo_fast.types import ANSWER, INVALID, SEARCH, Passage, Question, ToolResult
 from tests.families import FAMILIES, LLAMA31, QWEN3, QWEN25, tokenizer_of
 
 BUDGETS = dict(max_passage_tokens=99, max_answer_tokens=16, max_answers=2)

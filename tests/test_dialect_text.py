@@ -15,8 +15,7 @@ from igpo_fast.data import Data
 from igpo_fast.dialect import SEARCH_TOOL, make_dialect
 from igpo_fast.errors import InputError
 from igpo_fast.tokenizer import load_tokenizer
-from igpo_fast.tools.base import Passage, ToolResult
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Question
+from igpo_fast.types import ANSWER, INVALID, SEARCH, Passage, Question, ToolResult
 from tests.families import FAMILIES, tokenizer_of
 from tests.scripted import ids_of, words_tokenizer
 

@@ -13,8 +13,7 @@ from igpo_fast.data import load_data, without_long
 from igpo_fast.errors import InputError
 from igpo_fast.passages import load_corpus
 from igpo_fast.questions import load_questions
-from igpo_fast.tools.base import Passage
-from igpo_fast.types import Question
+from igpo_fast.types import Passage, Question
 from tests.test_data import refusal, write_lines, write_parquet
 
 ROW = {"question": "who?", "answer": "Ann"}

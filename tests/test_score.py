@@ -14,8 +14,7 @@ from igpo_fast.data import Data
 from igpo_fast.errors import InputError, RunError
 from igpo_fast.score import Scorer, load_scorer, read_records, score_file
 from igpo_fast.tokenizer import load_tokenizer
-from igpo_fast.tools.base import Passage
-from igpo_fast.types import Question
+from igpo_fast.types import Passage, Question
 from tests.parity import naive
 
 CHATML = (

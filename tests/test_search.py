@@ -16,8 +16,9 @@ from igpo_fast.dialect import make_dialect
 from igpo_fast.errors import InputError, RunError, ToolError, masked
 from igpo_fast.passages import load_corpus
 from igpo_fast.questions import load_questions
-from igpo_fast.tools.base import COUNTS, Passage, ToolResult, settle
+from igpo_fast.tools.base import COUNTS, settle
 from igpo_fast.tools.search import Bm25Search, HttpSearch, NoSearch, make_search
+from igpo_fast.types import Passage, ToolResult
 from tests.clock import JumpingLoop
 from tests.scripted import words_tokenizer
 from tests.search_server import Server, Slow

@@ -10,8 +10,7 @@ from igpo_fast import config
 from igpo_fast.data import Data, load_data
 from igpo_fast.errors import InputError
 from igpo_fast.tokenizer import check_known, load_tokenizer
-from igpo_fast.tools.base import Passage
-from igpo_fast.types import Question
+from igpo_fast.types import Passage, Question
 from igpo_fast.world import TAGS, make_worlds, vocabulary
 from tests.families import tokenizer_of
 

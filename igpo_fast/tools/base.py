@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from dataclasses import dataclass
 
 from igpo_fast.errors import ToolError
+from igpo_fast.types import ToolResult
 
 FOUND = ("calls", "passages", "empty")
 """Counters of every tool: calls, passages they brought, calls that brought none."""
@@ -14,25 +14,6 @@ CAUSES = ("timeouts", "unreachable", "rate_limited", "server_errors", "refused",
 """Why an attempt failed."""
 COUNTS = (*FOUND, "failures", "retries", *CAUSES)
 """Counters of a tool that can fail: also calls that failed for good, and attempts after the first."""
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A retrievable piece of text."""
-
-    id: str
-    title: str
-    text: str
-
-
-@dataclass(frozen=True)
-class ToolResult:
-    """The result of a tool call."""
-
-    passages: tuple[Passage, ...]
-    """Best first; empty when nothing was found."""
-    failure: str = ""
-    """Text that the policy reads in place of passages, when the call failed for good; empty if it did not."""
 
 
 class Tool(ABC):

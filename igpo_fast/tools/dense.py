@@ -10,8 +10,9 @@ from typing import Protocol
 
 import numpy as np
 
+from igpo_fast.bm25 import Hits
 from igpo_fast.errors import InputError
-from igpo_fast.tools.index import Bar, Documents, Hits, digest_of_file
+from igpo_fast.tools.index import Bar, Documents, digest_of_file
 
 
 class Encoder(Protocol):

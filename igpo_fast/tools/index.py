@@ -26,40 +26,19 @@ import bm25s
 import numpy as np
 from bm25s.tokenization import Tokenized
 
+from igpo_fast.bm25 import Hits, best, indexed_words
 from igpo_fast.errors import InputError
 from igpo_fast.fields import BadField
 from igpo_fast.files import atomic, sync
 from igpo_fast.passages import passage_of
 from igpo_fast.rows import json_lines
-from igpo_fast.tools.base import Passage
-from igpo_fast.words import search_words
+from igpo_fast.types import Passage
 
 FORMAT = 2
 """Version of the files; raised when they, or how texts become words, change."""
 
-Hits = list[tuple[int, float]]
-"""A query's passages by number, with scores, best first."""
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """``with bar("reading") as progress: progress(done, total)``."""
-
-
-def indexed_words(passage: Passage) -> list[str]:
-    """A passage as BM25 reads it, its title twice: what is about something comes before what mentions it."""
-    return search_words(f"{passage.title} {passage.title} {passage.text}")
-
-
-def best(index: bm25s.BM25, query: str, k: int) -> Hits:
-    """The ``k`` best passages that share a word with ``query``; equal scores keep the passages' order."""
-    ids = index.get_tokens_ids(search_words(query))
-    if not ids:
-        return []
-    scores = index.get_scores_from_ids(ids)
-    # The k-th best score first: sorting only what reaches it keeps large collections quick.
-    k = min(k, len(scores))
-    threshold = np.partition(scores, -k)[-k]
-    reach = np.flatnonzero((scores >= threshold) & (scores > 0))
-    first = reach[np.argsort(-scores[reach], kind="stable")][:k]
-    return list(zip(first.tolist(), scores[first].tolist(), strict=True))
 
 
 class Documents:

@@ -14,9 +14,10 @@ import pytest
 from igpo_fast import config
 from igpo_fast.checkpoint import RunFolder
 from igpo_fast.errors import ToolError
-from igpo_fast.tools.base import COUNTS, Passage
+from igpo_fast.tools.base import COUNTS
 from igpo_fast.tools.search import Bm25Search
 from igpo_fast.train import train
+from igpo_fast.types import Passage
 from igpo_fast.world import make_worlds
 from tests.search_server import Server, Serving
 from tests.tiny import Recorder, settings
