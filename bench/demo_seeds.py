@@ -23,7 +23,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from igpo_fast.display import sparkline
+from igpo_fast.run.display import sparkline
 
 ROOT = Path(__file__).parents[1]
 START, END, WITHOUT_SEARCH = 0.15, 0.50, 0.10

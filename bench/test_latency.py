@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("pydantic")
 
-from igpo_fast.batch import rollout_groups
 from igpo_fast.config import load
+from igpo_fast.rollouts.batch import rollout_groups
 from igpo_fast.setup import set_up
 from igpo_fast.types import SEARCH, ToolResult
 

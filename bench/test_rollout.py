@@ -24,10 +24,10 @@ pytest.importorskip("pydantic")
 from bench.peers import imported
 from bench.timing import DEVICE
 from igpo_fast import config
-from igpo_fast.batch import rollout_groups
 from igpo_fast.engines import vllm
 from igpo_fast.engines.base import Generation, Request, others
 from igpo_fast.engines.torch import TorchEngine
+from igpo_fast.rollouts.batch import rollout_groups
 from igpo_fast.setup import set_up
 
 SMALL = ("sft.clean_steps=120", "sft.noisy_steps=0", "sft.hard_steps=0")

@@ -35,8 +35,8 @@ def questions():
 
 
 def test_queries_a_second(compare, server, questions, capsys):
-    from igpo_fast.passages import load_corpus
-    from igpo_fast.tools.search import Bm25Search, HttpSearch
+    from igpo_fast.data.passages import load_corpus
+    from igpo_fast.rollouts.tools.search import Bm25Search, HttpSearch
 
     own = [(question["question"], step["passage_id"]) for question in questions for step in question["steps"]]
     hops = [hop for question in questions for hop in decomposed(question)]

@@ -20,8 +20,8 @@ import typer
 from typer.core import TyperGroup
 
 from igpo_fast import __version__
-from igpo_fast.crash import line_of, report
 from igpo_fast.errors import InputError, StorageError, masked
+from igpo_fast.run.crash import line_of, report
 
 # torch and transformers are imported inside the commands: --help must not wait for them.
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ def _options(
 def train(overrides: Overrides = None, config: ConfigFile = None) -> None:
     """Train in run.dir, or go on training there."""
     settings = _load(config, overrides)
-    from igpo_fast.interrupt import Interrupted
-    from igpo_fast.summary import run_summary
+    from igpo_fast.run.interrupt import Interrupted
+    from igpo_fast.run.summary import run_summary
     from igpo_fast.train import train as run_training
 
     try:
@@ -134,7 +134,7 @@ def sft(
 ) -> None:
     """Train the warm-started model, or find it in run.cache, and say where it is."""
     settings = _load(config, overrides)
-    from igpo_fast.display import bar
+    from igpo_fast.run.display import bar
     from igpo_fast.setup import set_up
     from igpo_fast.sft import steps_of
 
@@ -168,12 +168,12 @@ def evaluate(
     """Sampled F1 on held-out questions: of a run's newest checkpoint, or of a model with --config."""
     overrides = [*(overrides or ()), *([f"eval.questions={questions}"] if questions else ())]
     settings, weights = _evaluated(target, config, overrides)
-    from igpo_fast.display import bar
     from igpo_fast.evaluate import evaluate as run_evaluation
     from igpo_fast.evaluate import set_names
-    from igpo_fast.records import json_bytes
+    from igpo_fast.jsonl import json_bytes
+    from igpo_fast.rollouts.tools.search import NoSearch
+    from igpo_fast.run.display import bar
     from igpo_fast.setup import set_up
-    from igpo_fast.tools.search import NoSearch
 
     setup = set_up(settings, weights=weights)
     agent = replace(setup.eval_agent, tool=NoSearch()) if no_search else setup.eval_agent
@@ -219,7 +219,7 @@ def score(
 
     A line of the input is {"question", "answers", "messages": [{"role", "content"}, ...]}.
     """
-    from igpo_fast.display import bar
+    from igpo_fast.run.display import bar
     from igpo_fast.score import load_scorer, score_file
 
     if math.isnan(temperature):
@@ -247,12 +247,12 @@ def search_serve(
 ) -> None:
     """Serve a corpus over HTTP, speaking Search-R1's protocol; its index is built once and kept."""
     try:
-        from igpo_fast.tools.server import bind, serve
+        from igpo_fast.search_server.server import bind, serve
     except ImportError as error:
         raise InputError(f"search serve: {error}; pip install 'igpo-fast[search]'") from None
-    from igpo_fast.display import bar
-    from igpo_fast.tools.dense import Dense, SentenceEncoder
-    from igpo_fast.tools.index import Bm25, open_index
+    from igpo_fast.run.display import bar
+    from igpo_fast.search_server.dense import Dense, SentenceEncoder
+    from igpo_fast.search_server.index import Bm25, open_index
 
     if dense is None and (query_prompt, passage_prompt) != (None, None):
         raise InputError("--query-prompt, --passage-prompt: BM25 takes none; give --dense DIR")
@@ -296,7 +296,7 @@ def _evaluated(target: str, file: Path | None, overrides: list[str]) -> tuple[Co
     if file is not None:
         raise InputError(f"{target}: a run folder brings its configuration; leave --config out")
     settings = _load(Path(target) / "config.yaml", overrides)
-    from igpo_fast.checkpoint import RunFolder
+    from igpo_fast.run.checkpoint import RunFolder
 
     run = RunFolder(target)
     if not run.saved():

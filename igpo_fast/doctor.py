@@ -20,9 +20,9 @@ from igpo_fast import __version__
 from igpo_fast.config import Config, Sft
 from igpo_fast.engines import vllm
 from igpo_fast.errors import InputError, RunError
-from igpo_fast.memory import kv_bytes_per_token, training_bytes
 from igpo_fast.model import build, device_of, kernels_of, probe, use_attend
 from igpo_fast.pretrained import read_config
+from igpo_fast.run.memory import kv_bytes_per_token, training_bytes
 from igpo_fast.setup import set_up
 from igpo_fast.update.scoring import Policy
 from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack, triton_variants

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from igpo_fast.batch import rollout_groups
 from igpo_fast.errors import InputError
-from igpo_fast.rewards import exact_match, f1_score
-from igpo_fast.rollout import Agent
-from igpo_fast.tools.base import settle
+from igpo_fast.rollouts.batch import rollout_groups
+from igpo_fast.rollouts.rollout import Agent
+from igpo_fast.rollouts.tools.base import settle
 from igpo_fast.types import Evaluation, Question, Rollout
+from igpo_fast.update.rewards import exact_match, f1_score
 
 EVAL_STEP = -1
 """Stands for the step in sampling keys: evaluation has its own noise, the same whenever it runs."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from igpo_fast.errors import InputError, RunError, StorageError
-from igpo_fast.records import json_bytes, json_value
+from igpo_fast.jsonl import json_bytes, json_value
 
 AGAIN = "and the same command goes on"
 REMEDIES = {

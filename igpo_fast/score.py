@@ -26,17 +26,17 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from igpo_fast.checkpoint import RunFolder
 from igpo_fast.config import Config
-from igpo_fast.data import Data
-from igpo_fast.dialect import CHAT_SYSTEM, SEARCH_TOOL, TODAY, Dialect, TagsDialect, make_dialect, unquote
+from igpo_fast.data.load import Data
+from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.errors import InputError
 from igpo_fast.files import atomic
 from igpo_fast.model import device_of, load
-from igpo_fast.rewards import Answers, Basis, information_gain, values_of
-from igpo_fast.tokenizer import load_tokenizer
+from igpo_fast.rollouts.dialect import CHAT_SYSTEM, SEARCH_TOOL, TODAY, Dialect, TagsDialect, make_dialect, unquote
+from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.trajectories import Message, Record, read_records
 from igpo_fast.update.packs import answer_means
+from igpo_fast.update.rewards import Answers, Basis, information_gain, values_of
 from igpo_fast.update.scoring import Policy
 from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack
 

@@ -10,19 +10,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from igpo_fast import model
-from igpo_fast.advantages import ALGORITHMS, recipe_of
 from igpo_fast.config import PRESETS, Config
-from igpo_fast.data import Data, load_data, question_order, without_long
-from igpo_fast.dialect import Dialect, make_dialect
+from igpo_fast.data.load import Data, load_data, question_order, without_long
+from igpo_fast.data.tokenizer import check_known, load_tokenizer
 from igpo_fast.engines import vllm
 from igpo_fast.engines.base import Engine, Sampling
 from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.errors import InputError
-from igpo_fast.rollout import Agent, Limits, opening
+from igpo_fast.rollouts.dialect import Dialect, make_dialect
+from igpo_fast.rollouts.rollout import Agent, Limits, opening
+from igpo_fast.rollouts.tools.search import make_search
 from igpo_fast.sft import Progress, warm_start
-from igpo_fast.tokenizer import check_known, load_tokenizer
-from igpo_fast.tools.search import make_search
 from igpo_fast.types import Question
+from igpo_fast.update.advantages import ALGORITHMS, recipe_of
 from igpo_kernels import Branch, triton_variants
 from igpo_kernels.huggingface import heads_of
 from igpo_kernels.tree_attention import automatic

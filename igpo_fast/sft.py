@@ -20,17 +20,17 @@ from transformers import PreTrainedModel
 from igpo_fast import __version__
 from igpo_fast.config import Config
 from igpo_fast.contents import contents, sources
-from igpo_fast.data import Data
-from igpo_fast.dialect import Dialect
+from igpo_fast.data.load import Data
+from igpo_fast.data.world import CLEAN, HARD, NOISY, Demonstration, Noise, World, demonstrate, make_worlds
 from igpo_fast.errors import ToolError
 from igpo_fast.files import atomic_folder, check_manifest, check_writable, write_manifest
 from igpo_fast.model import load
-from igpo_fast.tools.base import Tool, close
-from igpo_fast.tools.search import Bm25Search
+from igpo_fast.rollouts.dialect import Dialect
+from igpo_fast.rollouts.tools.base import Tool, close
+from igpo_fast.rollouts.tools.search import Bm25Search
 from igpo_fast.types import ANSWER, SEARCH, Question
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.scoring import SupervisedInputs
-from igpo_fast.world import CLEAN, HARD, NOISY, Demonstration, Noise, World, demonstrate, make_worlds
 from igpo_kernels import RolloutTokens, Tree, pack
 
 Progress = Callable[[int, int, float], None]

@@ -11,24 +11,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 
-from igpo_fast.advantages import recipe_of
-from igpo_fast.batch import Stragglers, finished_groups, in_ranges
-from igpo_fast.checkpoint import RunFolder
 from igpo_fast.config import Config
-from igpo_fast.data import question_order
-from igpo_fast.display import Display
+from igpo_fast.data.load import question_order
 from igpo_fast.errors import RunError
 from igpo_fast.evaluate import evaluate
-from igpo_fast.losses import loss_settings_of
-from igpo_fast.metrics import StepMetrics
-from igpo_fast.passes import choose_passes, groups_a_pack, most_decision_tokens
+from igpo_fast.rollouts.batch import Stragglers, finished_groups, in_ranges
+from igpo_fast.rollouts.tools.base import settle
+from igpo_fast.run.checkpoint import RunFolder
+from igpo_fast.run.display import Display
+from igpo_fast.run.metrics import StepMetrics
 from igpo_fast.run.session import Session
-from igpo_fast.schedule import schedule_factor
 from igpo_fast.setup import Setup, set_up
-from igpo_fast.tools.base import settle
 from igpo_fast.types import Batch, Evaluation, Group, Question
+from igpo_fast.update.advantages import recipe_of
 from igpo_fast.update.learner import Learner
+from igpo_fast.update.losses import loss_settings_of
 from igpo_fast.update.packs import Packer, Scored
+from igpo_fast.update.passes import choose_passes, groups_a_pack, most_decision_tokens
+from igpo_fast.update.schedule import schedule_factor
 from igpo_fast.update.update import Updater
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from igpo_fast.data.rows import json_object
 from igpo_fast.errors import InputError
-from igpo_fast.rows import json_object
 from igpo_fast.types import INVALID, Question, Rollout, Turn
 
 PROMPT_ROLES = ("system", "user")

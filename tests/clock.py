@@ -6,7 +6,7 @@ import asyncio
 import heapq
 import itertools
 
-from igpo_fast.batch import RolloutLoop
+from igpo_fast.rollouts.batch import RolloutLoop
 
 
 class JumpingLoop(RolloutLoop):

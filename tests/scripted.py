@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from igpo_fast.engines.base import Generation, Request
-from igpo_fast.tools.base import Tool
+from igpo_fast.rollouts.tools.base import Tool
 from igpo_fast.types import Passage, ToolResult
 
 TAGS = ["<search>", "</search>", "<information>", "</information>", "<answer>", "</answer>"]

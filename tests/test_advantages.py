@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from igpo_fast.advantages import (
+from igpo_fast.config import Algorithm
+from igpo_fast.types import ANSWER, INVALID, SEARCH, Group, Question, Rollout, Turn, truncation
+from igpo_fast.update.advantages import (
     ALGORITHMS,
     Recipe,
     collapsed,
@@ -14,8 +16,6 @@ from igpo_fast.advantages import (
     reward_metrics,
     score_rollouts,
 )
-from igpo_fast.config import Algorithm
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Group, Question, Rollout, Turn, truncation
 
 QUESTION = Question("q", "Where?", ("new york city",))
 
@@ -107,7 +107,7 @@ DEAD = [np.array([0.1, 0.10001, 0.10004]), np.array([0.1, 0.1]), np.array([0.1])
 
 def test_what_hardly_differs_is_not_brought_to_unit_size(monkeypatch):
     outcomes = iter([6e-4, 3e-4, 0.0] * 2)
-    monkeypatch.setattr("igpo_fast.advantages.outcome", lambda *_: next(outcomes))
+    monkeypatch.setattr("igpo_fast.update.advantages.outcome", lambda *_: next(outcomes))
     # Gains: var 10e-10/3 - 16e-10/9 = 14e-10/9, sqrt(that + 1e-8) = 1.0077478e-4, divisor 1.0177478e-4: -.0327521,
     # .1637603, -.1310082; with 1e-6 alone these would be 7.6 times as large. Outcomes: var 6e-8, sqrt(7e-8) =
     # 2.6457513e-4, divisor 2.6557513e-4: +-3e-4 / that = +-1.1296238.

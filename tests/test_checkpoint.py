@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from igpo_fast import config
-from igpo_fast.checkpoint import RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
 from igpo_fast.contents import contents
 from igpo_fast.errors import InputError, StorageError
 from igpo_fast.files import sha256
+from igpo_fast.run.checkpoint import RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
 
 
 class Tokenizer:
@@ -442,7 +442,7 @@ def test_one_process_at_a_time(run):
     with pytest.raises(InputError, match="another process trains here"):
         open_run(run.path, settings_for())
     child = (
-        "import sys; from igpo_fast import config; from igpo_fast.checkpoint import open_run;"
+        "import sys; from igpo_fast import config; from igpo_fast.run.checkpoint import open_run;"
         "open_run(sys.argv[1], config.load(None, ['train.lr=0.01']))"
     )
     ended = subprocess.run([sys.executable, "-c", child, run.path], capture_output=True, text=True)

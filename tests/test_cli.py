@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 import igpo_fast.evaluate
 import igpo_fast.train
 from igpo_fast import __version__, cli, config
-from igpo_fast.checkpoint import RunFolder
 from igpo_fast.cli import app
 from igpo_fast.errors import InputError, ToolError
-from igpo_fast.interrupt import Interrupted
-from igpo_fast.summary import run_summary
-from igpo_fast.tools.search import Bm25Search, NoSearch
+from igpo_fast.rollouts.tools.search import Bm25Search, NoSearch
+from igpo_fast.run.checkpoint import RunFolder
+from igpo_fast.run.interrupt import Interrupted
+from igpo_fast.run.summary import run_summary
 from igpo_kernels import triton_variants
 
 TINY = [

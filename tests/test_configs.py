@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from igpo_fast.config import load
-from igpo_fast.data import NAMED_SOURCE
+from igpo_fast.data.load import NAMED_SOURCE
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

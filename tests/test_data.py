@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from igpo_fast import config
-from igpo_fast.data import load_data, question_order
+from igpo_fast.data.load import load_data, question_order
+from igpo_fast.data.passages import load_corpus, passage_of
+from igpo_fast.data.questions import load_questions
 from igpo_fast.errors import InputError
-from igpo_fast.passages import load_corpus, passage_of
-from igpo_fast.questions import load_questions
 from igpo_fast.types import Passage, Question
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from igpo_fast.dialect import BARE, FULL, SEARCH_TOOL, TagsDialect, Wording, make_dialect
 from igpo_fast.errors import InputError
+from igpo_fast.rollouts.dialect import BARE, FULL, SEARCH_TOOL, TagsDialect, Wording, make_dialect
 from igpo_fast.types import ANSWER, INVALID, SEARCH, Passage, Question, ToolResult
 from tests.scripted import ids_of, words_tokenizer
 

@@ -13,14 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from igpo_fast import config, model
-from igpo_fast.batch import rollout_groups
-from igpo_fast.data import Data
-from igpo_fast.dialect import SEARCH_TOOL, make_dialect
+from igpo_fast.data.load import Data
+from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.engines.base import Generation, Sampling
 from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.errors import InputError
-from igpo_fast.rollout import Agent, Limits, run_rollout
-from igpo_fast.tokenizer import load_tokenizer
+from igpo_fast.rollouts.batch import rollout_groups
+from igpo_fast.rollouts.dialect import SEARCH_TOOL, make_dialect
+from igpo_fast.rollouts.rollout import Agent, Limits, run_rollout
 from igpo_fast.types import ANSWER, INVALID, SEARCH, Passage, Question, ToolResult
 from tests.families import FAMILIES, LLAMA31, QWEN3, QWEN25, tokenizer_of
 

@@ -11,10 +11,10 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from igpo_fast import config
-from igpo_fast.data import Data
-from igpo_fast.dialect import SEARCH_TOOL, make_dialect
+from igpo_fast.data.load import Data
+from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.errors import InputError
-from igpo_fast.tokenizer import load_tokenizer
+from igpo_fast.rollouts.dialect import SEARCH_TOOL, make_dialect
 from igpo_fast.types import ANSWER, INVALID, SEARCH, Passage, Question, ToolResult
 from tests.families import FAMILIES, tokenizer_of
 from tests.scripted import ids_of, words_tokenizer

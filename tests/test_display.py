@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-import igpo_fast.display as display_module
-from igpo_fast.display import BARS, Display, sparkline
+import igpo_fast.run.display as display_module
+from igpo_fast.run.display import BARS, Display, sparkline
 
 ROW = {
     "step": 3, "reward/f1": 0.3125, "reward/ig_mean": 0.0241, "group/collapsed": 0.25, "turns/mean": 3.14,

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from igpo_fast.dialect import make_dialect
 from igpo_fast.engines.base import Sampling
 from igpo_fast.errors import InputError
 from igpo_fast.evaluate import EVAL_STEP, evaluate, set_names
-from igpo_fast.rollout import Agent, Limits, question_key
+from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.rollout import Agent, Limits, question_key
 from igpo_fast.types import Question
 from tests.scripted import ScriptedEngine, ScriptedTool, words_tokenizer
 

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from igpo_fast import config
-from igpo_fast.data import load_data, without_long
+from igpo_fast.data.load import load_data, without_long
+from igpo_fast.data.passages import load_corpus
+from igpo_fast.data.questions import load_questions
 from igpo_fast.errors import InputError
-from igpo_fast.passages import load_corpus
-from igpo_fast.questions import load_questions
 from igpo_fast.types import Passage, Question
 from tests.test_data import refusal, write_lines, write_parquet
 

@@ -10,8 +10,8 @@ import pytest
 
 from igpo_fast.engines.base import Request, Sampling
 from igpo_fast.engines.torch import TorchEngine
-from igpo_fast.interrupt import stop_requested
 from igpo_fast.model import build
+from igpo_fast.run.interrupt import stop_requested
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from igpo_fast import config, doctor
-from igpo_fast.memory import kv_bytes_per_token, training_bytes
+from igpo_fast.run.memory import kv_bytes_per_token, training_bytes
 
 RECIPES = Path(__file__).parents[1] / "docs" / "recipes.md"
 TINY = dict(

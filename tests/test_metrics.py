@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import igpo_fast.metrics as metrics_module
-from igpo_fast.metrics import KEYS, StepMetrics, ordered, tracker
+import igpo_fast.run.metrics as metrics_module
+from igpo_fast.run.metrics import KEYS, StepMetrics, ordered, tracker
 
 
 class Clock:

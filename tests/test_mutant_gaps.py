@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from igpo_fast import config, train
-from igpo_fast.advantages import score_rollouts
-from igpo_fast.display import Display
-from igpo_fast.metrics import StepMetrics
+from igpo_fast.run.display import Display
+from igpo_fast.run.metrics import StepMetrics
 from igpo_fast.types import Batch
+from igpo_fast.update.advantages import score_rollouts
 from igpo_fast.update.scoring import Policy
 from igpo_kernels import LossSettings, Tree, linear_logprob, linear_policy_loss, pack, pack_within, tree_attention
 from igpo_kernels.workspace import CPU_BYTES

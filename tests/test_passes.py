@@ -2,10 +2,10 @@
 
 import pytest
 
-from igpo_fast.advantages import Recipe
 from igpo_fast.config import load
 from igpo_fast.errors import InputError
-from igpo_fast.passes import choose_passes, groups_a_pack, most_decision_tokens
+from igpo_fast.update.advantages import Recipe
+from igpo_fast.update.passes import choose_passes, groups_a_pack, most_decision_tokens
 
 SMALL = ("rollout.group_size=4", "rollout.max_tokens=90", "rollout.max_turns=2", "train.token_budget=1000")
 DYNAMIC = ("rollout.oversample=4", "rollout.skip_collapsed=true")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_fast.rewards import exact_match, f1_score, information_gain, normalise_answer, outcome, values_of
 from igpo_fast.types import Question, Rollout, Turn
+from igpo_fast.update.rewards import exact_match, f1_score, information_gain, normalise_answer, outcome, values_of
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from igpo_fast.batch import rollout_groups
-from igpo_fast.dialect import make_dialect
 from igpo_fast.engines.base import Sampling
 from igpo_fast.errors import InputError
-from igpo_fast.rollout import Agent, Limits, question_key, run_rollout
+from igpo_fast.rollouts.batch import rollout_groups
+from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.rollout import Agent, Limits, question_key, run_rollout
 from igpo_fast.run.records import record_of
 from igpo_fast.types import ANSWER, INVALID, SEARCH, Question, TurnScores
 from tests.scripted import ScriptedEngine, ScriptedTool, ids_of, words_tokenizer

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from igpo_fast.batch import Stragglers, finished_groups, in_ranges, rollout_groups
 from igpo_fast.engines.base import Sampling
-from igpo_fast.rollout import Agent, question_key
+from igpo_fast.rollouts.batch import Stragglers, finished_groups, in_ranges, rollout_groups
+from igpo_fast.rollouts.rollout import Agent, question_key
 from igpo_fast.types import Passage, Question, ToolResult
 from tests.clock import JumpingLoop, arrival
 from tests.scripted import ScriptedEngine, ScriptedTool

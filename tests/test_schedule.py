@@ -5,8 +5,8 @@ import doctest
 import pytest
 import torch
 
-import igpo_fast.schedule as schedule_module
-from igpo_fast.schedule import make_scheduler, schedule_factor
+import igpo_fast.update.schedule as schedule_module
+from igpo_fast.update.schedule import make_scheduler, schedule_factor
 
 TABLE = {
     # A warm-up of 4: quarters. Then 4 updates from the peak down: 4/4, 3/4, 2/4, 1/4.

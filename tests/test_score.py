@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from igpo_fast import config, model
-from igpo_fast.data import Data
+from igpo_fast.data.load import Data
+from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.errors import InputError, RunError
 from igpo_fast.score import Scorer, load_scorer, read_records, score_file
-from igpo_fast.tokenizer import load_tokenizer
 from igpo_fast.types import Passage, Question
 from tests.parity import naive
 

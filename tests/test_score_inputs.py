@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from igpo_fast import config, model
-from igpo_fast.data import Data
-from igpo_fast.dialect import SEARCH_TOOL, make_dialect
+from igpo_fast.data.load import Data
+from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.errors import InputError
+from igpo_fast.rollouts.dialect import SEARCH_TOOL, make_dialect
 from igpo_fast.run.records import record_of
 from igpo_fast.score import Scorer, load_scorer, read_records, score_file
-from igpo_fast.tokenizer import load_tokenizer
 from igpo_fast.types import ANSWER, INVALID, SEARCH, Question, Rollout, Turn
 from tests.families import FAMILIES, tokenizer_of
 from tests.test_dialect_families import BUDGETS, rollout_of

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-from igpo_fast.metrics import StepMetrics
+from igpo_fast.run.metrics import StepMetrics
 from igpo_fast.train import Trainer
 from tests.tiny import Recorder, settings
 

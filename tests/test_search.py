@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from igpo_fast import config
-from igpo_fast.data import Data
-from igpo_fast.dialect import make_dialect
+from igpo_fast.data.load import Data
+from igpo_fast.data.passages import load_corpus
+from igpo_fast.data.questions import load_questions
 from igpo_fast.errors import InputError, RunError, ToolError, masked
-from igpo_fast.passages import load_corpus
-from igpo_fast.questions import load_questions
-from igpo_fast.tools.base import COUNTS, settle
-from igpo_fast.tools.search import Bm25Search, HttpSearch, NoSearch, make_search
+from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.tools.base import COUNTS, settle
+from igpo_fast.rollouts.tools.search import Bm25Search, HttpSearch, NoSearch, make_search
 from igpo_fast.types import Passage, ToolResult
 from tests.clock import JumpingLoop
 from tests.scripted import words_tokenizer
@@ -343,7 +343,7 @@ def test_http_waits_until_the_date_the_server_names(monkeypatch):
         def now(cls, zone):
             return datetime(2026, 1, 1, 12, tzinfo=zone)
 
-    monkeypatch.setattr("igpo_fast.tools.search.datetime", Noon)
+    monkeypatch.setattr("igpo_fast.rollouts.tools.search.datetime", Noon)
     later = "Thu, 01 Jan 2026 12:00:20 GMT"
     assert waits(monkeypatch, [(503, {}, {"Retry-After": later}), (200, GOOD)], backoff=0.5) == [pytest.approx(20 * X)]
 
@@ -357,7 +357,7 @@ def waits(monkeypatch, answers, query="x", **options):
         await real(0)
 
     with Server(*answers) as server, monkeypatch.context() as patch:
-        patch.setattr("igpo_fast.tools.search.asyncio.sleep", sleep)
+        patch.setattr("igpo_fast.rollouts.tools.search.asyncio.sleep", sleep)
         assert ids(HttpSearch(server.url, 2, **options), query) == ["7", "8"]
     return slept
 

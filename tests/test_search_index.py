@@ -14,11 +14,11 @@ from string import ascii_lowercase
 import numpy as np
 import pytest
 
+from igpo_fast.data.passages import load_corpus
 from igpo_fast.errors import InputError
-from igpo_fast.passages import load_corpus
-from igpo_fast.tools.dense import Dense, SentenceEncoder
-from igpo_fast.tools.index import Bm25, open_index
-from igpo_fast.tools.search import Bm25Search
+from igpo_fast.rollouts.tools.search import Bm25Search
+from igpo_fast.search_server.dense import Dense, SentenceEncoder
+from igpo_fast.search_server.index import Bm25, open_index
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ROWS = [
@@ -217,7 +217,7 @@ def test_an_index_of_other_words_is_not_taken(corpus, tmp_path, monkeypatch):
     """How texts become words belongs to what an index is known by."""
     folder = open_index(corpus, Bm25(), tmp_path / "index").folder
     assert json.loads((folder / "manifest.json").read_text())["settings"]["format"] == 2
-    monkeypatch.setattr("igpo_fast.tools.index.FORMAT", 3)
+    monkeypatch.setattr("igpo_fast.search_server.index.FORMAT", 3)
     assert open_index(corpus, Bm25(), tmp_path / "index").folder != folder
 
 

@@ -17,8 +17,8 @@ import pytest
 from typer.testing import CliRunner
 
 from igpo_fast.cli import app
-from igpo_fast.passages import load_corpus
-from igpo_fast.tools.search import Bm25Search, HttpSearch
+from igpo_fast.data.passages import load_corpus
+from igpo_fast.rollouts.tools.search import Bm25Search, HttpSearch
 from tests.search_server import ROOT, Serving, serving
 
 uvicorn = pytest.importorskip("uvicorn")
@@ -137,8 +137,8 @@ def test_a_bodys_bytes_are_limited(server):
 )
 def test_a_request_that_does_not_arrive_ends_its_connection(corpus, tmp_path, monkeypatch, half, request):
     """The server's own application and protocol, with a short patience; a quick client is not cut off."""
-    from igpo_fast.tools import server as module
-    from igpo_fast.tools.index import Bm25, open_index
+    from igpo_fast.rollouts.tools import server as module
+    from igpo_fast.search_server.index import Bm25, open_index
 
     monkeypatch.setattr(module, "RECEIVE_WITHIN", 0.2)
     listener = module.bind("127.0.0.1", 0)
@@ -244,7 +244,7 @@ def test_a_taken_port_is_found_before_anything_is_built(corpus, tmp_path, server
 def test_a_port_that_is_taken_meanwhile(corpus, tmp_path):
     """Between binding and listening another process may begin to listen."""
     from igpo_fast.errors import InputError
-    from igpo_fast.tools.server import bind, serve
+    from igpo_fast.search_server.server import bind, serve
 
     with bind("127.0.0.1", 0) as ours, socket.socket() as theirs:
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -257,7 +257,7 @@ def test_a_port_that_is_taken_meanwhile(corpus, tmp_path):
 @pytest.mark.parametrize(("host", "port"), [("a" * 70, 8000), ("a..b", 8000)])
 def test_an_address_that_cannot_be(host, port):
     from igpo_fast.errors import InputError
-    from igpo_fast.tools.server import bind
+    from igpo_fast.search_server.server import bind
 
     with pytest.raises(InputError, match=r"cannot listen there \(.*\); give another --port or --host$"):
         bind(host, port)

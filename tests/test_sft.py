@@ -13,15 +13,15 @@ import torch
 
 from igpo_fast import sft
 from igpo_fast.config import load
-from igpo_fast.data import load_data
-from igpo_fast.dialect import make_dialect
+from igpo_fast.data.load import load_data
+from igpo_fast.data.tokenizer import load_tokenizer
+from igpo_fast.data.world import CLEAN, HARD, Demonstration, Noise, make_worlds
 from igpo_fast.errors import InputError, StorageError
 from igpo_fast.model import build
-from igpo_fast.tokenizer import load_tokenizer
-from igpo_fast.tools.search import Bm25Search
+from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.tools.search import Bm25Search
 from igpo_fast.types import ANSWER, SEARCH, Question
 from igpo_fast.update.learner import Learner
-from igpo_fast.world import CLEAN, HARD, Demonstration, Noise, make_worlds
 from tests.parity import naive
 
 SMALL = [

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from igpo_fast.config import Config, load
-from igpo_fast.metrics import KEYS
+from igpo_fast.run.metrics import KEYS
+from igpo_fast.run.signatures import EARLY, PATIENCE, SIGNATURES, warnings_for
 from igpo_fast.setup import settings_warnings
-from igpo_fast.signatures import EARLY, PATIENCE, SIGNATURES, warnings_for
 
 
 def rows_of(key, values):

@@ -7,11 +7,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from igpo_fast import config
-from igpo_fast.data import Data, load_data
+from igpo_fast.data.load import Data, load_data
+from igpo_fast.data.tokenizer import check_known, load_tokenizer
+from igpo_fast.data.world import TAGS, make_worlds, vocabulary
 from igpo_fast.errors import InputError
-from igpo_fast.tokenizer import check_known, load_tokenizer
 from igpo_fast.types import Passage, Question
-from igpo_fast.world import TAGS, make_worlds, vocabulary
 from tests.families import tokenizer_of
 
 MUSIQUE = Path(__file__).parents[2] / "shared" / "data" / "musique"

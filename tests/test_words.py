@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_fast.tools.index import Bm25, open_index
-from igpo_fast.tools.search import Bm25Search
+from igpo_fast.rollouts.tools.search import Bm25Search
+from igpo_fast.search_server.index import Bm25, open_index
 from igpo_fast.types import Passage
 from igpo_fast.words import _SPECIAL, _WESTERN, search_words
 from tests.test_data import write_lines

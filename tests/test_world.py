@@ -3,10 +3,11 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from igpo_fast import config, world
+from igpo_fast import config
+from igpo_fast.data import world
+from igpo_fast.data.world import CLEAN, HARD, NOISY, Noise, demonstrate, make_worlds, vocabulary
 from igpo_fast.errors import InputError
-from igpo_fast.tools.search import Bm25Search
-from igpo_fast.world import CLEAN, HARD, NOISY, Noise, demonstrate, make_worlds, vocabulary
+from igpo_fast.rollouts.tools.search import Bm25Search
 
 SETTINGS = config.World(sft_worlds=12)
 KINDS = ("eval", "train", "sft")

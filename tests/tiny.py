@@ -10,7 +10,7 @@ from rich.console import Console
 
 from igpo_fast import config
 from igpo_fast.config import Config
-from igpo_fast.display import Display
+from igpo_fast.run.display import Display
 
 STEPS = 6
 SETTINGS = (

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from igpo_fast.checkpoint import RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
 from igpo_fast.config import Config
-from igpo_fast.display import Display
 from igpo_fast.errors import RunError
-from igpo_fast.interrupt import Interrupted, stop_requested
-from igpo_fast.metrics import StepMetrics, ordered, tracker
+from igpo_fast.run.checkpoint import RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
+from igpo_fast.run.display import Display
+from igpo_fast.run.interrupt import Interrupted, stop_requested
+from igpo_fast.run.metrics import StepMetrics, ordered, tracker
 from igpo_fast.run.records import record_of
-from igpo_fast.signatures import warnings_for
+from igpo_fast.run.signatures import warnings_for
 from igpo_fast.types import Batch, Evaluation
 
 

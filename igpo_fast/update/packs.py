@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from igpo_fast.advantages import Recipe, collapsed, score_rollouts
-from igpo_fast.rewards import values_of
 from igpo_fast.types import Batch, Group, Question, Rollout, TurnScores
+from igpo_fast.update.advantages import Recipe, collapsed, score_rollouts
+from igpo_fast.update.rewards import values_of
 from igpo_fast.update.scoring import Policy, make_trees
 from igpo_kernels import Branch, TreePlan, pack_within
 

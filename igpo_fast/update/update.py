@@ -13,11 +13,11 @@ from typing import Protocol
 
 import numpy as np
 
-from igpo_fast.advantages import Recipe, reward_metrics, score_rollouts
 from igpo_fast.errors import DivergedError
-from igpo_fast.losses import Aggregation, importance_counts, measured, token_weights
 from igpo_fast.types import Batch, TurnScores
+from igpo_fast.update.advantages import Recipe, reward_metrics, score_rollouts
 from igpo_fast.update.learner import Learner
+from igpo_fast.update.losses import Aggregation, importance_counts, measured, token_weights
 from igpo_fast.update.packs import Pack, Packer, Scored, advantages_of_pairs, of_pairs, rollout_key
 from igpo_fast.update.scoring import LossInputs
 

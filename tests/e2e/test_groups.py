@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from igpo_fast import batch, setup
+from igpo_fast import setup
 from igpo_fast.errors import RunError
-from igpo_fast.metrics import StepMetrics
-from igpo_fast.rewards import f1_score
+from igpo_fast.rollouts import batch
+from igpo_fast.run.metrics import StepMetrics
 from igpo_fast.train import Trainer, train
+from igpo_fast.update.rewards import f1_score
 from igpo_fast.update.scoring import Policy
 from tests.clock import JumpingLoop
 from tests.tiny import Recorder, rows, settings

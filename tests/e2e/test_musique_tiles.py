@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from igpo_fast.config import load
-from igpo_fast.data import load_data
-from igpo_fast.dialect import make_dialect
+from igpo_fast.data.load import load_data
+from igpo_fast.data.tokenizer import load_tokenizer
+from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.tools.search import make_search
 from igpo_fast.run.records import record_of
 from igpo_fast.sft import NOISY, WRITTEN, _from_steps, write
-from igpo_fast.tokenizer import load_tokenizer
-from igpo_fast.tools.search import make_search
 from igpo_fast.types import Group, Question, Rollout, Turn
 from igpo_fast.update.scoring import make_trees
 from igpo_kernels import RolloutTokens, Tree, pack

@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from igpo_fast.advantages import ALGORITHMS
-from igpo_fast.checkpoint import RunFolder
-from igpo_fast.metrics import KEYS
+from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.model import hidden_states, lm_head
 from igpo_fast.model import load as load_model
-from igpo_fast.tokenizer import load_tokenizer
-from igpo_fast.tools.base import FOUND
+from igpo_fast.rollouts.tools.base import FOUND
+from igpo_fast.run.checkpoint import RunFolder
+from igpo_fast.run.metrics import KEYS
 from igpo_fast.train import train
+from igpo_fast.update.advantages import ALGORITHMS
 from tests.tiny import STEPS, Recorder, rows, settings
 
 GAIN_KEYS = {

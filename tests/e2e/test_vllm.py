@@ -13,8 +13,6 @@ import pytest
 import torch
 
 from igpo_fast import config
-from igpo_fast.batch import rollout_groups
-from igpo_fast.dialect import make_dialect
 from igpo_fast.engines.base import Request, Sampling
 from igpo_fast.engines.fingerprint import fingerprint
 from igpo_fast.engines.torch import TorchEngine
@@ -22,9 +20,11 @@ from igpo_fast.engines.vllm import colocated, weights
 from igpo_fast.engines.vllm.colocated import VllmEngine
 from igpo_fast.errors import InputError
 from igpo_fast.model import build, load
-from igpo_fast.rollout import Agent, Limits
+from igpo_fast.rollouts.batch import rollout_groups
+from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.rollout import Agent, Limits
+from igpo_fast.rollouts.tools.search import NoSearch
 from igpo_fast.setup import Setup, set_up
-from igpo_fast.tools.search import NoSearch
 from igpo_fast.train import train
 from tests.families import tokenizer_of
 from tests.tiny import Recorder, files, rows

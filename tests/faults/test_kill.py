@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from igpo_fast.checkpoint import RunFolder
 from igpo_fast.engines.torch import TorchEngine
-from igpo_fast.interrupt import Interrupted
+from igpo_fast.run.checkpoint import RunFolder
+from igpo_fast.run.interrupt import Interrupted
 from igpo_fast.train import train
 from tests.tiny import STEPS, Recorder, files, rows, settings
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from igpo_fast.checkpoint import RunFolder
 from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.errors import DivergedError, EngineError, InputError, RunError
+from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.train import train
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.update import Updater

@@ -12,13 +12,13 @@ import time
 import pytest
 
 from igpo_fast import config
-from igpo_fast.checkpoint import RunFolder
+from igpo_fast.data.world import make_worlds
 from igpo_fast.errors import ToolError
-from igpo_fast.tools.base import COUNTS
-from igpo_fast.tools.search import Bm25Search
+from igpo_fast.rollouts.tools.base import COUNTS
+from igpo_fast.rollouts.tools.search import Bm25Search
+from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.train import train
 from igpo_fast.types import Passage
-from igpo_fast.world import make_worlds
 from tests.search_server import Server, Serving
 from tests.tiny import Recorder, settings
 

@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
-from igpo_fast.checkpoint import load_checkpoint, open_run, rewind
 from igpo_fast.cli import app
 from igpo_fast.errors import InputError, StorageError
 from igpo_fast.files import append, atomic, atomic_folder, check_writable, storage
-from igpo_fast.metrics import tracker
+from igpo_fast.run.checkpoint import load_checkpoint, open_run, rewind
+from igpo_fast.run.metrics import tracker
 from tests.test_checkpoint import build, save, settings_for, update
 from tests.tiny import SETTINGS, WORLD
 

@@ -8,13 +8,13 @@ import gc
 import httpx
 import pytest
 
-from igpo_fast.batch import finished_groups
-from igpo_fast.dialect import make_dialect
 from igpo_fast.engines.base import Sampling
 from igpo_fast.errors import ToolError
-from igpo_fast.rollout import Agent, Limits
+from igpo_fast.rollouts.batch import finished_groups
+from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.rollout import Agent, Limits
+from igpo_fast.rollouts.tools.search import Bm25Search, HttpSearch
 from igpo_fast.setup import set_up
-from igpo_fast.tools.search import Bm25Search, HttpSearch
 from igpo_fast.types import Question
 from tests.clock import JumpingLoop
 from tests.scripted import ScriptedEngine, words_tokenizer

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from igpo_fast.advantages import Recipe, score_rollouts
-from igpo_fast.losses import token_weights
 from igpo_fast.model import use_attend
-from igpo_fast.rewards import values_of
+from igpo_fast.update.advantages import Recipe, score_rollouts
+from igpo_fast.update.losses import token_weights
 from igpo_fast.update.packs import answer_means
+from igpo_fast.update.rewards import values_of
 from igpo_fast.update.scoring import LossInputs, Policy, make_trees
 from igpo_kernels import LossSettings, Tree, pack
 from tests.parity import naive

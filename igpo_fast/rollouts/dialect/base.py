@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from igpo_fast.dialect.encoding import Encoder, unquote
-from igpo_fast.dialect.parsing import ANSWERS, CLOSE, OPEN
 from igpo_fast.errors import InputError
+from igpo_fast.rollouts.dialect.encoding import Encoder, unquote
+from igpo_fast.rollouts.dialect.parsing import ANSWERS, CLOSE, OPEN
 from igpo_fast.types import Question
 from igpo_kernels import Branch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from igpo_fast.tools.base import Passage, ToolResult
+    from igpo_fast.rollouts.tools.base import Passage, ToolResult
 
 
 class Dialect(ABC):

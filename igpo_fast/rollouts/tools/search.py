@@ -15,13 +15,13 @@ from itertools import islice
 import bm25s
 import httpx
 
-from igpo_fast.bm25 import best, indexed_words
 from igpo_fast.config import Config
-from igpo_fast.data import Data
+from igpo_fast.data.bm25 import best, indexed_words
+from igpo_fast.data.load import Data
+from igpo_fast.data.passages import title_and_text
 from igpo_fast.errors import ToolError, masked
 from igpo_fast.net import direct, fault, without_credentials
-from igpo_fast.passages import title_and_text
-from igpo_fast.tools.base import COUNTS, Tool
+from igpo_fast.rollouts.tools.base import COUNTS, Tool
 from igpo_fast.types import Passage, ToolResult
 
 LONGEST_WAIT = 30.0

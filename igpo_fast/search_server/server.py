@@ -23,9 +23,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, model_validator
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from igpo_fast.bm25 import Hits
+from igpo_fast.data.bm25 import Hits
 from igpo_fast.errors import InputError
-from igpo_fast.tools.index import Index
+from igpo_fast.search_server.index import Index
 
 MOST_BYTES = 4_000_000
 """Bytes of a request's body."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from igpo_fast.advantages import Recipe
 from igpo_fast.config import Config
 from igpo_fast.errors import InputError
+from igpo_fast.update.advantages import Recipe
 
 
 def longest_rollout(config: Config, recipe: Recipe, answer_tokens: int) -> int:

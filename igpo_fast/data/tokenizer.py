@@ -12,11 +12,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from igpo_fast.config import Config
+from igpo_fast.data.world import vocabulary
 from igpo_fast.errors import InputError, reason_of
-from igpo_fast.world import vocabulary
 
 if TYPE_CHECKING:
-    from igpo_fast.data import Data
+    from igpo_fast.data.load import Data
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 SAMPLE = (

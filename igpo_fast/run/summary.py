@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from igpo_fast.config import Config, load
-from igpo_fast.display import sparkline
 from igpo_fast.errors import InputError, masked
+from igpo_fast.run.display import sparkline
 
 SPAN = 5
 """Training numbers are noisy from step to step: first and last are means over so many steps, or half of a short run."""

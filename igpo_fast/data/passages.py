@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from igpo_fast.data.fields import BadField, encodable, objects, plain, text
+from igpo_fast.data.rows import rows_of
 from igpo_fast.errors import InputError
-from igpo_fast.fields import BadField, encodable, objects, plain, text
-from igpo_fast.rows import rows_of
 from igpo_fast.types import Passage
 
 _ID_KEYS = ("id", "_id", "wikipedia_id")

@@ -39,7 +39,7 @@ from igpo_fast.files import (
     temporary_of,
     write_manifest,
 )  # fmt: skip
-from igpo_fast.records import json_bytes, json_line, json_value
+from igpo_fast.jsonl import json_bytes, json_line, json_value
 
 
 class RunFolder:

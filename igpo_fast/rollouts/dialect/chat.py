@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import TemplateError
 
-from igpo_fast.dialect.base import Dialect
-from igpo_fast.dialect.encoding import unquote
-from igpo_fast.dialect.parsing import (
+from igpo_fast.rollouts.dialect.base import Dialect
+from igpo_fast.rollouts.dialect.encoding import unquote
+from igpo_fast.rollouts.dialect.parsing import (
     ANSWERS,
     CALLS,
     CLOSE,
@@ -26,13 +26,13 @@ from igpo_fast.dialect.parsing import (
     tagged,
     well_formed,
 )
-from igpo_fast.dialect.tags import ANSWERED, REASONED
+from igpo_fast.rollouts.dialect.tags import ANSWERED, REASONED
 from igpo_fast.types import ANSWER, SEARCH, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from igpo_fast.tools.base import ToolResult
+    from igpo_fast.rollouts.tools.base import ToolResult
 
 SEARCH_TOOL = {
     "type": "function",

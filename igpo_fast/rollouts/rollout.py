@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from igpo_fast.dialect import Dialect
 from igpo_fast.engines.base import Engine, Request, Sampling
 from igpo_fast.errors import InputError
-from igpo_fast.tools.base import Tool
+from igpo_fast.rollouts.dialect import Dialect
+from igpo_fast.rollouts.tools.base import Tool
 from igpo_fast.types import ANSWER, SEARCH, Question, Rollout, Turn, truncation
 
 NOTHING = np.zeros(0, dtype=np.int32)

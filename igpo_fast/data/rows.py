@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from igpo_fast.contents import parts_of
+from igpo_fast.data.fields import encodable, kind_of
 from igpo_fast.errors import InputError
-from igpo_fast.fields import encodable, kind_of
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _HALF_PAIR = re.compile(r"\\ud[89a-f]", re.IGNORECASE)

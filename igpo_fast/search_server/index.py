@@ -26,12 +26,12 @@ import bm25s
 import numpy as np
 from bm25s.tokenization import Tokenized
 
-from igpo_fast.bm25 import Hits, best, indexed_words
+from igpo_fast.data.bm25 import Hits, best, indexed_words
+from igpo_fast.data.fields import BadField
+from igpo_fast.data.passages import passage_of
+from igpo_fast.data.rows import json_lines
 from igpo_fast.errors import InputError
-from igpo_fast.fields import BadField
 from igpo_fast.files import atomic, sync
-from igpo_fast.passages import passage_of
-from igpo_fast.rows import json_lines
 from igpo_fast.types import Passage
 
 FORMAT = 2

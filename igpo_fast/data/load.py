@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 from igpo_fast.config import Config
 from igpo_fast.contents import NAMED_SOURCE, OWN_PARAGRAPHS
+from igpo_fast.data.passages import load_corpus
+from igpo_fast.data.questions import load_questions
+from igpo_fast.data.rows import stem_of
+from igpo_fast.data.world import make_worlds
 from igpo_fast.errors import InputError
-from igpo_fast.passages import load_corpus
-from igpo_fast.questions import load_questions
-from igpo_fast.rows import stem_of
 from igpo_fast.types import Passage, Question
-from igpo_fast.world import make_worlds
 
 
 @dataclass(frozen=True)

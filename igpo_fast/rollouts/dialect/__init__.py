@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from igpo_fast.dialect.base import Dialect
-from igpo_fast.dialect.chat import CHAT_SYSTEM, SEARCH_TOOL, TODAY, ChatDialect
-from igpo_fast.dialect.encoding import unquote
-from igpo_fast.dialect.tags import BARE, FULL, TagsDialect, Wording
+from igpo_fast.rollouts.dialect.base import Dialect
+from igpo_fast.rollouts.dialect.chat import CHAT_SYSTEM, SEARCH_TOOL, TODAY, ChatDialect
+from igpo_fast.rollouts.dialect.encoding import unquote
+from igpo_fast.rollouts.dialect.tags import BARE, FULL, TagsDialect, Wording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

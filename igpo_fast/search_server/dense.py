@@ -10,9 +10,9 @@ from typing import Protocol
 
 import numpy as np
 
-from igpo_fast.bm25 import Hits
+from igpo_fast.data.bm25 import Hits
 from igpo_fast.errors import InputError
-from igpo_fast.tools.index import Bar, Documents, digest_of_file
+from igpo_fast.search_server.index import Bar, Documents, digest_of_file
 
 
 class Encoder(Protocol):

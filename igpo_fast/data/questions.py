@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from igpo_fast.data.fields import BadField, objects, said, text, texts, whole_number
+from igpo_fast.data.passages import own_passages
+from igpo_fast.data.rows import Row, rows_of
 from igpo_fast.errors import InputError
-from igpo_fast.fields import BadField, objects, said, text, texts, whole_number
-from igpo_fast.passages import own_passages
-from igpo_fast.rows import Row, rows_of
 from igpo_fast.types import Passage, Question
 
 QUESTION_KEYS = ("question", "Question")

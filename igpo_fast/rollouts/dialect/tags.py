@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from igpo_fast.dialect.base import Dialect
-from igpo_fast.dialect.encoding import unquote
-from igpo_fast.dialect.parsing import ANSWERS, SEARCHES, first_action, tagged
+from igpo_fast.rollouts.dialect.base import Dialect
+from igpo_fast.rollouts.dialect.encoding import unquote
+from igpo_fast.rollouts.dialect.parsing import ANSWERS, SEARCHES, first_action, tagged
 from igpo_fast.types import ANSWER, SEARCH, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from igpo_fast.tools.base import ToolResult
+    from igpo_fast.rollouts.tools.base import ToolResult
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from igpo_fast.rewards import exact_match, f1_score, information_gain, outcome
 from igpo_fast.types import Answers, Basis, Group, Normalisation, Outcome, Pool, TurnScores
+from igpo_fast.update.rewards import exact_match, f1_score, information_gain, outcome
 from igpo_kernels.turn_advantages import GAIN, OUTCOME, Normaliser, turn_advantages
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from functools import partial
 
 from igpo_fast.engines.base import others
 from igpo_fast.errors import InputError
-from igpo_fast.rollout import Agent, run_rollout
-from igpo_fast.tools.base import close
+from igpo_fast.rollouts.rollout import Agent, run_rollout
+from igpo_fast.rollouts.tools.base import close
 from igpo_fast.types import Group, Question, Rollout
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from igpo_fast.advantages import ALGORITHMS
 from igpo_fast.types import Aggregation
+from igpo_fast.update.advantages import ALGORITHMS
 from igpo_kernels import LossSettings
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""A search server: an index kept on disk, served over HTTP."""
