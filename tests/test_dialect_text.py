@@ -180,13 +180,13 @@ def test_the_released_codes_wrapper(family, name, before, after):
     assert dialect.write(ANSWER, "Goethe") == before + "Goethe" + after
 
 
-def test_the_made_up_worlds_wrapper_is_the_released_codes():
+def test_the_made_up_worlds_wrapper_is_its_tags_alone():
+    """Its tokenizer knows no other words: the released code's would all be unknown."""
     tokenizer = load_tokenizer(config.load(), Data((), (), {}))
     dialect = make_dialect("tags", tokenizer, **BUDGETS)
     (branch,) = dialect.branches(Question("q", "?", ("buga tiza",)))
-    words = ["<think>", "Now", "there's", "enough", "information", "to", "answer", "</think>", "<answer>"]
-    assert tokenizer.convert_ids_to_tokens(branch.ids.tolist()) == [*words, "buga", "tiza"]
-    assert (branch.start, branch.stop) == (9, 11)
+    assert tokenizer.convert_ids_to_tokens(branch.ids.tolist()) == ["<answer>", "buga", "tiza"]
+    assert (branch.start, branch.stop) == (1, 3)
     assert dialect.prompt(Question("q", "buga ?", ("tiza",))).tolist() == tokenizer("buga ?").input_ids
 
 

@@ -56,8 +56,7 @@ def test_a_demonstration_is_written_as_the_rollout_it_stands_for(world):
     ids, writer = asyncio.run(sft.write(demonstration, dialect, tool, 160))
     found = f"{query} {question.answers[0]} ."
     searched = f"<search> {query} </search> <information> {found} </information>"
-    reasoned = "<think> Now there's enough information to answer </think>"
-    text = f"{question.question} {searched} {reasoned} <answer> {question.answers[0]} </answer>"
+    text = f"{question.question} {searched} <answer> {question.answers[0]} </answer>"
     assert tokenizer.decode(ids) == text
     words = text.split()
     who = {sft.PROMPT: [], sft.RESPONSE: [], sft.WRITTEN: []}

@@ -39,8 +39,6 @@ RELATIONS = {
 """Each relation's types of subject and object."""
 
 TAGS = ("<search>", "</search>", "<information>", "</information>", "<answer>", "</answer>")
-REASONING = ("<think>", "</think>", "Now", "there's", "enough", "information", "to", "answer")
-"""The words before a forced answer, as the dialect tags writes them."""
 
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aiou"]
 WORDS = tuple(random.Random("words").sample(sorted(a + b for a, b in combinations(_SYLLABLES, 2) if a[0] != b[0]), 120))
@@ -52,8 +50,8 @@ _KINDS = ("eval", "train", "sft")
 
 
 def vocabulary() -> list[str]:
-    """Every word of the language: tags, punctuation, relations, the words of names, and those before an answer."""
-    return [*TAGS, ".", "?", *RELATIONS, *WORDS, *REASONING]
+    """Every word of the language: tags, punctuation, relations, and the words of names."""
+    return [*TAGS, ".", "?", *RELATIONS, *WORDS]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -51,8 +51,7 @@ FULL = Wording(
     after=ANSWERED,
 )
 BARE = Wording(system="", question="{}", hint="<information> </information>", before="<answer> ", after=" </answer>")
-WORLD = replace(BARE, before=FULL.before, after=FULL.after)
-"""For the made-up world, whose tokenizer knows tags, names and the words before a forced answer."""
+"""For tokenizers that do not know the words of ``FULL``: the made-up world's knows tags and names alone."""
 
 
 class TagsDialect(Dialect):
@@ -68,7 +67,7 @@ class TagsDialect(Dialect):
 
     Args:
         system: instructions before the question; None takes the wording's own, "" has none.
-        wording: None takes the first of ``FULL``, ``WORLD``, ``BARE`` of which the tokenizer knows all words.
+        wording: None takes ``FULL`` where the tokenizer knows all its words, else ``BARE``.
     """
 
     tags = (*Dialect.tags, *SEARCHES, "<information>", "</information>")
@@ -86,7 +85,7 @@ class TagsDialect(Dialect):
         **budgets: int,
     ):
         super().__init__(tokenizer, **budgets)
-        self.wording = wording or next(words for words in (FULL, WORLD, BARE) if words is BARE or self._knows(words))
+        self.wording = wording or (FULL if self._knows(FULL) else BARE)
         self._system = self.wording.system if system is None else f"{system}\n\n" if system else ""
         closing = [self.encode(tag).tolist() for tag in (SEARCHES[1], ANSWERS[1])]
         single = all(len(ids) == 1 for ids in closing)
