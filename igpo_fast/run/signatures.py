@@ -46,8 +46,8 @@ SIGNATURES = (
         "reward/ig_gated",
         "the gate drops most gains",
         "algorithm.ig_gate is in the unit of algorithm.basis and may be too large for this model's gains: lower it",
-        limit=0.5,
-        patience=10,
+        limit=0.98,  # of a policy that has hardly learnt to search most gains are noise, and rightly gated
+        patience=20,
     ),
     Signature(
         "reward/ig_cum_negative",
