@@ -23,7 +23,7 @@ def warned_at(key, values):
 
 BAD = [
     ("reward/ig_zero", 0.5, 0.97),
-    ("reward/ig_gated", 0.3, 0.6),
+    ("reward/ig_gated", 0.3, 0.99),
     ("turns/format_error", 0.5, 1.0),
     ("reward/ig_cum_negative", 0.4, 0.8),
     ("group/collapsed", 0.5, 0.95),
