@@ -112,8 +112,16 @@ REFUSED = {
     ),
     "granite": (GraniteConfig, {"logits_scaling": 4.0}, "LM head Linear does more"),
     "cohere": (CohereConfig, {}, "LM head Linear does more"),
-    "window-in-the-mask": (Qwen2MoeConfig, dict(MOE, **WINDOWED, max_window_layers=4), "sliding_window=40, but Qwen2MoeAttention does not hand"),
-    "window-in-the-mask-2": (PhimoeConfig, dict(MOE, sliding_window=40), "sliding_window=40, but PhimoeAttention does not hand"),
+    "window-in-the-mask": (
+        Qwen2MoeConfig,
+        dict(MOE, **WINDOWED, max_window_layers=4),
+        "sliding_window=40, but Qwen2MoeAttention does not hand",
+    ),
+    "window-in-the-mask-2": (
+        PhimoeConfig,
+        dict(MOE, sliding_window=40),
+        "sliding_window=40, but PhimoeAttention does not hand",
+    ),
     "chunks": (
         Llama4TextConfig,
         dict(LLAMA4, attention_chunk_size=40, attn_temperature_tuning=False),
@@ -157,7 +165,7 @@ def test_the_probe_sees_a_window_that_is_measured_in_packed_indices(monkeypatch,
         return original(q, k, v, wrong, scale, softcap, window, backend)
 
     monkeypatch.setattr(huggingface.dispatch, "tree_attention", by_packed_index)
-    with pytest.raises(InputError, match="MistralAttention .*gives hidden states that differ"):
+    with pytest.raises(InputError, match=r"MistralAttention .*gives hidden states that differ"):
         model.probe(lm)
 
 
