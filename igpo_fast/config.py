@@ -7,16 +7,13 @@ among the keys of one section stands in that section, a rule among sections in `
 
 from __future__ import annotations
 
-import difflib
-import reprlib
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
-from igpo_fast import yaml12
+from igpo_fast import config_load, yaml12
 from igpo_fast.config_types import (
     Beta,
     Concurrency,
@@ -36,6 +33,7 @@ from igpo_fast.config_types import (
     PlainText,
     Positive,
     Retries,
+    SearchUrl,
     Seconds,
     Seed,
     Share,
@@ -45,8 +43,7 @@ from igpo_fast.config_types import (
     Tokens,
     Url,
 )  # fmt: skip
-from igpo_fast.errors import InputError, masked
-from igpo_fast.net import fault
+from igpo_fast.errors import masked
 from igpo_fast.types import Aggregation, Answers, Basis, Normalisation, Outcome, Pool
 
 SESSION = Field(json_schema_extra={"session": True})
@@ -120,14 +117,14 @@ class Model(Section):
 class Data(Section):
     source: Literal["world", "files"] = "world"
     """`world` makes up a knowledge world (section `world`); `files` reads the paths below."""
-    train: Annotated[FilePath | None, EmptyIsNone] = None
+    train: Annotated[FilePath | list[FilePath] | None, EmptyIsNone] = None
     """Training questions: .jsonl, .json (either with .gz) or .parquet (own, verl's, TRL's or the usual QA sets'
     columns), patterns (`train-*.parquet`) or a list of these, or a datasets-hub name with `:split` or
     `:config:split`."""
     eval: Annotated[FilePath | list[FilePath] | None, EmptyIsNone] = None
     """Evaluation questions, in the same forms; a list of `NAME=SOURCE` evaluates several sets. Empty holds out the last
     `eval.questions` of `train`."""
-    corpus: Annotated[FilePath | None, EmptyIsNone] = None
+    corpus: Annotated[FilePath | list[FilePath] | None, EmptyIsNone] = None
     """Passages for search, in files of the same kinds with id, title, text; `contexts` takes the paragraphs that come
     with the questions (MuSiQue, HotpotQA, 2WikiMultiHopQA, SQuAD)."""
     skip_long: bool = False
@@ -138,11 +135,13 @@ class Data(Section):
     max_answers: Positive = 4
     """Accepted answers that are scored, the first ones; all count for F1."""
 
-    @field_validator("train", "corpus", mode="before")
+    @field_validator("train", "corpus")
     @classmethod
-    def _joined(cls, value):
+    def _joined(cls, value: str | list[str] | None) -> str | None:
         """A list of files is one source."""
-        return ",".join(value) if isinstance(value, list) and value and set(map(type, value)) == {str} else value
+        if value == []:
+            raise ValueError("an empty list names no file; name one, or leave the key empty")
+        return ",".join(value) if isinstance(value, list) else value
 
     @field_validator("eval", mode="before")
     @classmethod
@@ -269,8 +268,6 @@ class Rollout(Section):
             raise ValueError("rollout.server is for rollout.engine=vllm; set that, or leave the servers out")
         if self.dtype != "auto" and self.engine != "vllm":
             raise ValueError("rollout.dtype is for rollout.engine=vllm; set that, or leave it at auto")
-        if bad := [url for url in self.server if "***" not in url and fault(url)]:
-            raise ValueError(f"rollout.server: {bad[0]!r} is no URL ({fault(bad[0])}); give [http://host:8000, ...]")
         return self
 
     @model_validator(mode="after")
@@ -292,7 +289,7 @@ class Rollout(Section):
 
 
 class Search(Section):
-    url: Annotated[Url | None, EmptyIsNone, SESSION] = None
+    url: Annotated[SearchUrl | None, EmptyIsNone, SESSION] = None
     """Address of a server that speaks Search-R1's retrieval protocol, like `http://127.0.0.1:8000/retrieve`, with
     `user:password@` before the host if it wants them (config.yaml holds `***@` instead). Empty searches `data.corpus`
     in process."""
@@ -316,13 +313,6 @@ class Search(Section):
     warns, and the run stops only if every search of a step failed; `stop` ends the run at the first."""
     failure_text: NonEmpty = "The search service did not answer."
     """What the policy reads in place of passages then."""
-
-    @field_validator("url")
-    @classmethod
-    def _can_be_asked(cls, url: str | None) -> str | None:
-        if url and "***" not in url and (why := fault(url)):
-            raise ValueError(f"{why}; give a URL like http://127.0.0.1:8000/retrieve")
-        return url
 
     @field_serializer("url", when_used="json")
     def _masked(self, url: str | None) -> str | None:
@@ -548,11 +538,7 @@ class Config(Section):
 
     def dump(self) -> str:
         """As YAML, every default visible, credentials in URLs masked."""
-        values = self.model_dump(mode="json")
-        if self.search.url:
-            values["search"]["url"] = masked(self.search.url)
-        values["rollout"]["server"] = [masked(url) for url in values["rollout"]["server"]]
-        return yaml12.write(values)
+        return yaml12.write(self.model_dump(mode="json"))
 
 
 def session_keys() -> set[str]:
@@ -565,37 +551,6 @@ def session_keys() -> set[str]:
     }
 
 
-def _nearest(path: tuple[str, ...]) -> str:
-    """The known key most like an unknown one, as a remedy."""
-    known = {f"{s}.{k}": k for s, f in Config.model_fields.items() for k in f.annotation.model_fields}
-    known |= {section: section for section in Config.model_fields}
-    wanted = ".".join(path)
-    elsewhere = [full for full, key in known.items() if key == path[-1] and len(path) > 1]
-    near = elsewhere or difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else "see docs/config.md for the known keys"
-
-
-def _explain(error: ValidationError, where: str) -> InputError:
-    first = error.errors()[0]
-    path = tuple(str(part) for part in first["loc"])
-    name = ".".join(path[:2])
-    if first["type"] == "extra_forbidden":
-        return InputError(f"{where}: unknown key {reprlib.repr(name)[1:-1]}; {_nearest(path)}")
-    message = first["msg"].removeprefix("Value error, ")
-    own = first["type"] == "value_error"  # it says what it got
-    got = "" if own or isinstance(first["input"], (dict, BaseModel)) else f", got {_short(first['input'])}"
-    prefix = "" if not name or message.startswith(f"{name}.") else f"{name}: "
-    return InputError(masked(f"{where}: {prefix}{message}{got}"))
-
-
-def _short(value: Any) -> str:
-    """As Python writes it, long ones cut, on one line."""
-    short = reprlib.Repr()
-    short.maxlevel = 2
-    short.maxstring = short.maxlong = short.maxother = 60
-    return " ".join(short.repr(value).split())
-
-
 def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration.
 
@@ -606,59 +561,4 @@ def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         InputError: missing or malformed file, unknown key, wrong type or value.
     """
-    values = {} if file is None else _sections(file)
-    where = f"{file or 'configuration'} with overrides" if overrides else str(file or "configuration")
-    for override in overrides:
-        section, key, value = _override(override)
-        values.setdefault(section, {})[key] = value
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise _explain(error, where) from None
-
-
-def _sections(file: str | Path) -> dict[str, dict]:
-    """The sections that a file gives, each with its keys."""
-    try:
-        values = yaml12.read(Path(file).read_text(encoding="utf-8-sig")) or {}
-    except OSError as error:
-        raise InputError(f"{file}: cannot read the configuration ({error.strerror}); give an existing file") from None
-    except ValueError as error:
-        raise InputError(f"{file}: not valid YAML ({error}); correct the file") from None
-    if isinstance(values, dict):
-        values = {section: {} if keys is None else keys for section, keys in values.items()}
-    if not isinstance(values, dict) or not all(isinstance(keys, dict) for keys in values.values()):
-        raise InputError(f"{file}: a configuration is sections of key: value, like 'train: {{steps: 10}}'")
-    return values
-
-
-def _override(override: str) -> tuple[str, str, Any]:
-    """Section, key and value of ``section.key=value``."""
-    name, equals, value = override.partition("=")
-    section, dot, key = name.partition(".")
-    shown = _short(masked(override))
-    if not equals or not dot:
-        raise InputError(f"{shown}: overrides are written section.key=value, like train.steps=10")
-    kinds = _kinds(section, key)
-    if value.strip() in ("null", "~") and type(None) in kinds:
-        return section, key, None
-    is_list = value.lstrip().startswith("[") and not kinds.isdisjoint((list, tuple))
-    try:
-        return section, key, yaml12.read_argument(value, is_text=str in kinds and not is_list)
-    except ValueError as error:
-        raise InputError(f"{shown}: not a YAML value ({error}); quote it") from None
-
-
-def _kinds(section: str, key: str) -> set[type]:
-    """The plain types that a key may have; none for an unknown key."""
-    outer = Config.model_fields.get(section)
-    field = outer and outer.annotation.model_fields.get(key)
-    return _plain_types(field.annotation) if field else set()
-
-
-def _plain_types(annotation: Any) -> set[type]:
-    origin = typing.get_origin(annotation)
-    if origin is None or origin in (list, tuple, Literal):
-        return {origin or annotation}
-    inner = typing.get_args(annotation)[:1] if origin is Annotated else typing.get_args(annotation)
-    return set().union(*map(_plain_types, inner))
+    return config_load.load(Config, file, overrides)

@@ -52,10 +52,11 @@ def sources(config: Config) -> dict[str, str]:
         named["model.tokenizer"] = config.model.tokenizer
     if config.data.source == "files":
         sets = config.data.eval or []
-        named |= {"data.train": config.data.train, "data.corpus": config.data.corpus}
+        corpus = None if config.data.corpus == OWN_PARAGRAPHS else config.data.corpus
+        named |= {"data.train": config.data.train, "data.corpus": corpus}
         for number, entry in enumerate([sets] if isinstance(sets, str) else sets):
             named[f"data.eval[{number}]"] = NAMED_SOURCE.fullmatch(entry)[2]
-    return {key: source for key, source in named.items() if source and source != OWN_PARAGRAPHS}
+    return {key: source for key, source in named.items() if source}
 
 
 def contents(config: Config) -> dict[str, str]:

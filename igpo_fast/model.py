@@ -44,10 +44,17 @@ def hidden_states(
         [S, H], in the model's dtype.
     Raises:
         ValueError: ``lm`` is not set to run under ``attend``, which any other attention would silently ignore.
+        InputError: a layer asks of its attention what packed attention refuses (windows in a mask alone, unknown
+            keywords, values of another head size).
     """
     if lm.config._attn_implementation != ATTENTION:
         raise ValueError(f"hidden_states: attention is {lm.config._attn_implementation!r}; call use_attend(lm) first")
-    out = _decoder(lm)(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, plan=attend)
+    try:
+        out = _decoder(lm)(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, plan=attend)
+    except ValueError as error:
+        if not str(error).startswith(f"{ATTENTION}: "):
+            raise
+        raise InputError(f"{type(lm).__name__} cannot run packed: {error}") from error
     return out.last_hidden_state[0]
 
 

@@ -324,7 +324,7 @@ def test_sft_checks_its_output_before_the_work(tmp_path, monkeypatch):
     def never(*args, **options):
         raise AssertionError("began to work")
 
-    monkeypatch.setattr(igpo_fast.parts, "assemble", never)
+    monkeypatch.setattr("igpo_fast.setup.set_up", never)
     (tmp_path / "file").touch()
     line = refused("sft", *tiny(tmp_path), "sft.clean_steps=2", "--output", tmp_path / "file" / "out")
     assert line == f"error: {tmp_path}/file/out: cannot be made (Not a directory); give another --output\n"

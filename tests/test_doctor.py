@@ -82,11 +82,17 @@ def test_the_fourth_gpu_is_a_line_where_there_are_fewer():
         assert not checks(["model.device=cuda:3"], configured)["device"].ok
 
 
-@pytest.mark.parametrize("content", ["{", ""])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "", "[]", '{"model_type": "qwen2", "hidden_size": "wide"}', '{"model_type": "qwen2", "auto_map": 3}',
+     '{"hidden_size": "wide"}', '{"auto_map": 3}', "3", "null", "\0"],
+)  # fmt: skip
 def test_a_damaged_model_folder_is_a_line(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     found = checks([f"model.path={tmp_path}"], configured=True)
-    assert not found["configuration"].ok and found["configuration"].found.startswith("FAILED: ")
+    line = found["configuration"]
+    assert not line.ok and line.found.startswith("FAILED: ") and "\n" not in line.found
+    assert str(tmp_path) in line.found
 
 
 def test_a_kernel_that_does_not_exist_is_named(monkeypatch):

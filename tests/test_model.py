@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -112,19 +114,35 @@ REFUSED = {
     ),
     "granite": (GraniteConfig, {"logits_scaling": 4.0}, "LM head Linear does more"),
     "cohere": (CohereConfig, {}, "LM head Linear does more"),
-    "window-in-the-mask": (Qwen2MoeConfig, dict(MOE, **WINDOWED, max_window_layers=4), "sliding_window=40 .*differ"),
-    "window-in-the-mask-2": (PhimoeConfig, dict(MOE, sliding_window=40), "with sliding_window=40 .*differ"),
+    "window-in-the-mask": (
+        Qwen2MoeConfig,
+        dict(MOE, **WINDOWED, max_window_layers=4),
+        "sliding_window=40, but Qwen2MoeAttention does not hand",
+    ),
+    "window-in-the-mask-2": (
+        PhimoeConfig,
+        dict(MOE, sliding_window=40),
+        "sliding_window=40, but PhimoeAttention does not hand",
+    ),
     "chunks": (
         Llama4TextConfig,
         dict(LLAMA4, attention_chunk_size=40, attn_temperature_tuning=False),
-        "with attention_chunk_size=40 .*differ",
+        "attention_chunk_size=40, but Llama4TextAttention does not hand",
     ),
     "temperature-by-index": (
         Llama4TextConfig,
         dict(LLAMA4, layer_types=["full_attention"] * 4, no_rope_layers=[0] * 4, floor_scale=60),
-        "with floor_scale=60 .*differ",
+        "attn_temperature_tuning=True, but Llama4TextAttention does not hand",
     ),
-    "no-plan": (StableLmConfig, {}, "StableLmForCausalLM cannot run packed: ValueError in the probe .*got no plan"),
+    "keys-and-values-of-two-sizes": (
+        DeepseekV3Config,
+        dict(
+            q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, n_group=1,
+            n_routed_experts=4, topk_group=1, moe_intermediate_size=16, num_key_value_heads=4, first_k_dense_replace=4,
+        ),
+        "DeepseekV3ForCausalLM cannot run packed: .* keys of 24 and values of 16 numbers",
+    ),
+    "no-plan": (StableLmConfig, {}, "StableLmForCausalLM cannot run packed: .*got no plan; .*use another model"),
 }  # fmt: skip
 
 
@@ -144,8 +162,23 @@ def test_refused_by_the_name_of_the_layer(name):
     assert "\n" not in str(error.value)
 
 
-def test_the_probe_sees_a_window_that_is_measured_in_packed_indices(monkeypatch):
-    lm = make(MistralConfig, sliding_window=7)
+def test_what_packed_attention_refuses_is_one_line_without_the_probe_too():
+    ids = torch.arange(5)
+    attend = huggingface.TreeAttend(pack([Tree([RolloutTokens(0, np.arange(6), np.arange(6) // 5 - 1)])]))
+    lm = model.use_attend(make(Qwen2MoeConfig, **MOE, **WINDOWED, max_window_layers=4))
+    with pytest.raises(InputError, match=r"^Qwen2MoeForCausalLM cannot run packed: .*sliding_window=40") as error:
+        model.hidden_states(lm, ids, ids, attend)
+    assert "\n" not in str(error.value)
+    lm = model.use_attend(make(LlamaConfig))
+    lm.model.forward = partial(lm.model.forward, block_table=3)
+    with pytest.raises(InputError, match=r"^LlamaForCausalLM cannot run packed: .*LlamaAttention got block_table"):
+        model.hidden_states(lm, ids, ids, attend)
+
+
+@pytest.mark.parametrize("window", [7, 40])
+def test_the_probe_sees_a_window_that_is_measured_in_packed_indices(monkeypatch, window):
+    """Also one that is longer than the probe's paths."""
+    lm = make(MistralConfig, sliding_window=window)
     original = huggingface.dispatch.tree_attention
 
     def by_packed_index(q, k, v, plan, scale, softcap, window, backend):
@@ -155,7 +188,7 @@ def test_the_probe_sees_a_window_that_is_measured_in_packed_indices(monkeypatch)
         return original(q, k, v, wrong, scale, softcap, window, backend)
 
     monkeypatch.setattr(huggingface.dispatch, "tree_attention", by_packed_index)
-    with pytest.raises(InputError, match="MistralAttention gives hidden states that differ"):
+    with pytest.raises(InputError, match=r"MistralAttention .*gives hidden states that differ"):
         model.probe(lm)
 
 

@@ -262,7 +262,7 @@ def test_files_that_cannot_be(tmp_path):
         (tmp_path / "none.jsonl", tmp_path / "out", "cannot read it"),
         (source, source, "exists; give another --output, or --overwrite"),
         (write(tmp_path / "empty.jsonl", []), tmp_path / "out", "no trajectories"),
-        (source, tmp_path / "nowhere" / "out", r"out: cannot write \(No such file or directory\)"),
+        (source, tmp_path / "nowhere" / "out", r"out: cannot write there \(no such folder\); give another --output"),
     ]
     for given, target, fault in cases:
         with pytest.raises(RunError, match=fault):

@@ -137,7 +137,7 @@ def test_a_bodys_bytes_are_limited(server):
 )
 def test_a_request_that_does_not_arrive_ends_its_connection(corpus, tmp_path, monkeypatch, half, request):
     """The server's own application and protocol, with a short patience; a quick client is not cut off."""
-    from igpo_fast.rollouts.tools import server as module
+    from igpo_fast.search_server import server as module
     from igpo_fast.search_server.index import Bm25, open_index
 
     monkeypatch.setattr(module, "RECEIVE_WITHIN", 0.2)

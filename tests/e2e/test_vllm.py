@@ -254,9 +254,9 @@ def test_a_cancelled_request_leaves_no_trace(setup, engine):
 
 
 def test_misuse_is_refused(setup, engine):
-    (prompt,) = prompts(setup, 1)
-    with pytest.raises(ValueError, match="exceed the engine's max_tokens=224"):
-        ask(engine, request(1, prompt, 224))
+    (prompt,), most = prompts(setup, 1), setup.config.rollout.max_tokens
+    with pytest.raises(ValueError, match=f"exceed the engine's max_tokens={most}"):
+        ask(engine, request(1, prompt, most))
     with pytest.raises(ValueError, match="still running"):
         ask(engine, request(1, prompt), request(1, prompt))
     with pytest.raises(RuntimeError, match="call load_weights first"):

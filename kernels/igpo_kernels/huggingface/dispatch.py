@@ -96,7 +96,10 @@ def attention(
     """
     name = type(module).__name__
     if plan is None:
-        raise ValueError(f"{ATTENTION}: {name} got no plan; run the model as model(**model_inputs(plan, device))")
+        raise ValueError(
+            f"{ATTENTION}: {name} got no plan; run the model as model(**model_inputs(plan, device)), or use another "
+            "model if its layers keep keywords from their attention"
+        )
     if len(query) != 1:
         raise ValueError(f"{ATTENTION}: {name} got a batch of {len(query)}; a pack is one row, input_ids [1, N]")
     if dropout:

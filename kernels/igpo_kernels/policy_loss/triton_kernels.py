@@ -251,12 +251,13 @@ def policy_loss_sequence_kernel(
             at = start + tl.arange(0, BLOCK)
             mask = at < end
             pair = tl.load(order_ptr + at, mask=mask, other=0)
-            if TOKEN_IMPORTANCE:
-                anchor = load(old_ptr if old_ptr is not None else logp_ptr, pair, mask)
-                correction = importance_weight(anchor - load(engine_ptr, pair, mask), cap, MASKED)
-            ratio = tl.zeros([BLOCK], tl.float32) + tl.exp(log_ratio)
-            _, slope = surrogate_of(ratio, load(advantage_ptr, pair, mask), low, high, dual_clip)
             weight = load(weight_ptr, pair, mask)
+            active = weight != 0
+            if TOKEN_IMPORTANCE:
+                anchor = load(old_ptr if old_ptr is not None else logp_ptr, pair, active)
+                correction = importance_weight(anchor - load(engine_ptr, pair, active), cap, MASKED)
+            ratio = tl.zeros([BLOCK], tl.float32) + tl.exp(log_ratio)
+            _, slope = surrogate_of(ratio, load(advantage_ptr, pair, active), low, high, dual_clip)
             factor = weight * correction
             slopes += tl.where(factor != 0, factor * slope, 0.0)
         tl.store(slope_ptr + s, tl.sum(slopes, 0) / count)
