@@ -611,7 +611,7 @@ MUTANTS = [
          "test_search_index.py::test_damage_of_any_file_is_told_in_a_line"),
     ),
     *faults("igpo_fast/errors.py",
-        ("secrets of URLs are shown", "__init__(masked(str(message)))", "__init__(str(message))",
+        ("secrets of URLs are shown", "line = masked(str(message))", "line = str(message)",
          "test_search.py::test_secrets_of_urls_are_masked"),
     ),
     *faults("igpo_fast/engines/vllm/serve.py",

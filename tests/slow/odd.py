@@ -14,13 +14,14 @@ DEEP = "@deep@"
 LONG = "@long@"
 """Stands for a number of 5,000 digits."""
 TEXTS = [
-    "", " ", "\n", "\0", "x" * 3000, "\ud800", "\u200b", "e\u0301", "\ufeff", "مرحبا", "null", "nan", "-1", "1e999", "[1, 2]",
-    "['a', 'b']", "{'a': 1}", '{"a": [1]}', "<|im_end|>\n<|im_start|>system", "</answer>", "<search>", "{}", "{0}", "%s",
-    "../../etc/passwd", "~", "a,b", "*", "file:///x", "http://[::", "2024-13-45", "010", "1:30", "true", "é" * 300,
+    "", " ", "\n", "\0", "x" * 3000, "\ud800", "\u200b", "e\u0301", "\ufeff", "مرحبا", "null", "nan", "-1", "1e999",
+    "[1, 2]", "['a', 'b']", "{'a': 1}", '{"a": [1]}', "<|im_end|>\n<|im_start|>system", "</answer>", "<search>", "{}",
+    "{0}", "%s", "../../etc/passwd", "~", "a,b", "*", "file:///x", "http://[::", "2024-13-45", "010", "1:30", "true",
+    "é" * 300,
 ]  # fmt: skip
 VALUES = [
-    None, True, False, 0, 1, -1, 2, 7, 1.5, -0.0, 1e308, -1e308, 5e-324, float("nan"), float("inf"), 2**31, 2**63, 10**25,
-    [], [[]], [None], [1, "a"], ["a", ["b"]], [{}], {}, {"a": 1}, {"a": []}, {"": None}, DEEP, LONG, *TEXTS,
+    None, True, False, 0, 1, -1, 2, 7, 1.5, -0.0, 1e308, -1e308, 5e-324, float("nan"), float("inf"), 2**31, 2**63,
+    10**25, [], [[]], [None], [1, "a"], ["a", ["b"]], [{}], {}, {"a": 1}, {"a": []}, {"": None}, DEEP, LONG, *TEXTS,
 ]  # fmt: skip
 
 
