@@ -221,8 +221,8 @@ ANSWER = {
 }
 HEADERS = [
     {}, {}, {"Retry-After": "0"}, {"Retry-After": "Wed, 21 Oct 99999 07:28:00 GMT"}, {"Retry-After": "1e5"},
-    {"Retry-After": "٣"}, {"Retry-After": "Wed, 21 Oct 0000 07:28:00 +9999"}, {"Location": "http://[::"}, {"Location": "/x"},
-    {"Content-Encoding": "gzip"}, {"Content-Encoding": "nope"}, {"Content-Length": "3"},
+    {"Retry-After": "٣"}, {"Retry-After": "Wed, 21 Oct 0000 07:28:00 +9999"}, {"Location": "http://[::"},
+    {"Location": "/x"}, {"Content-Encoding": "gzip"}, {"Content-Encoding": "nope"}, {"Content-Length": "3"},
     {"Content-Type": "text/html; charset=nope"}, {"Set-Cookie": "a=\x7f"},
 ]  # fmt: skip
 STATUSES = [200] * 12 + [204, 206, 301, 302, 400, 401, 404, 405, 407, 408, 418, 422, 429, 500, 502, 503, 999]

@@ -23,7 +23,7 @@ from igpo_fast.run.crash import line_of
 SECONDS = 20
 """Most that a case may take."""
 Case = Callable[[Random], None]
-"""Makes an input and hands it to what reads it. Raises what that raises, or AssertionError where the result is wrong."""
+"""Makes an input and hands it to what reads it; raises what that raises, or AssertionError for a wrong result."""
 
 
 class TimedOut(BaseException):
