@@ -639,7 +639,7 @@ MUTANTS = [
          f"{VLLM}::test_generations_have_finite_log_probabilities"),
     ),
     *faults("igpo_fast/engines/vllm/colocated.py",
-        ("what vLLM raises is a bug of ours", "except (RunError, MemoryError, torch.OutOfMemoryError)", "except Exception",
+        ("what vLLM raises is a bug", "except (RunError, MemoryError, torch.OutOfMemoryError)", "except Exception",
          f"{VLLM}::test_what_vllm_itself_raises_ends_the_run_in_a_line"),
         ("the cache wakes before the weights", 'wake_up(["weights"])', 'wake_up(["kv_cache"])',
          f"{VLLM}::test_a_sleeping_engine_wakes_for_weights_before_its_cache"),
