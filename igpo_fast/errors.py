@@ -15,6 +15,10 @@ def masked(text: str) -> str:
     return _SECRETS.sub(r"\1***", text)
 
 
+LONGEST = 1000
+"""Characters of a message. Longer ones quote input that may be of any length; their middle is left out."""
+
+
 class RunError(Exception):
     """Ends the command in one line: what was wrong, where, what to do. A run keeps every finished step.
 
@@ -22,7 +26,8 @@ class RunError(Exception):
     """
 
     def __init__(self, message: str = ""):
-        super().__init__(masked(str(message)))
+        line = masked(str(message))
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
 
 
 class InputError(RunError, ValueError):

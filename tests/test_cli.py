@@ -381,3 +381,8 @@ def test_without_the_extra_it_says_what_to_install(missing):
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
     assert ended.stderr.endswith("; pip install 'igpo-fast[train]'\n") and missing in ended.stderr
+
+
+def test_a_message_stays_short_whatever_it_quotes():
+    line = str(InputError(f"model.device: {'x' * 5000!r} is no device; give cpu"))
+    assert len(line) < 1100 and line.startswith("model.device: 'xx") and line.endswith("xx' is no device; give cpu")

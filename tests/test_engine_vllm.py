@@ -799,6 +799,17 @@ def forgetful(inner):
     return call
 
 
+def test_what_vllm_itself_raises_ends_the_run_in_a_line(sleepy, monkeypatch):
+    def step():
+        raise RuntimeError("Unsupported CPU attention\nconfiguration: head_dim=16")
+
+    engine, inner = sleepy()
+    inner.step, inner.abort_request = step, lambda names: None
+    monkeypatch.setattr(engine, "_add", lambda name, request: None)
+    with pytest.raises(EngineError, match=r"vLLM failed \(Unsupported CPU attention configuration: head_dim=16\); see"):
+        asyncio.run(engine.generate(request()))
+
+
 def test_a_prefix_cache_of_old_weights_is_refused(sleepy):
     engine, inner = sleepy()
     inner.resets = False

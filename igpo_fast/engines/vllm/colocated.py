@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 
@@ -16,6 +17,7 @@ from igpo_fast.engines.base import Generation, Request, others
 from igpo_fast.engines.stops import StopStrings
 from igpo_fast.engines.vllm import TRANSFER, prepare, settings, sync_method, weights
 from igpo_fast.engines.vllm.requests import check, generation, sampling_parameters
+from igpo_fast.errors import EngineError, RunError, reason_of
 
 PREFILL_TOKENS = 8192
 """Most tokens of a step; where prompts are not cut, a longer one has a step of its own."""
@@ -181,7 +183,8 @@ class VllmEngine:
             )
             if _live is not None:
                 _live.engine_core.shutdown()
-            self._llm = _live = LLMEngine.from_engine_args(arguments)
+            with _vllms_own_errors():
+                self._llm = _live = LLMEngine.from_engine_args(arguments)
         (about,) = self._llm.collective_rpc("igpo_about")
         weights.check_layout(about, "rollout.engine=vllm")
 
@@ -198,7 +201,9 @@ class VllmEngine:
         try:
             await others()
             while self._jobs:
-                ended = [self._take(output) for output in self._llm.step() if output.request_id in self._jobs]
+                with _vllms_own_errors():
+                    outputs = self._llm.step()
+                ended = [self._take(output) for output in outputs if output.request_id in self._jobs]
                 await (others() if any(ended) else asyncio.sleep(0))
         except BaseException as error:
             for name, job in self._jobs.items():
@@ -227,6 +232,20 @@ class VllmEngine:
         if not job.future.done():
             job.future.set_result(completed or new.finish_reason == "stop")
         return True
+
+
+@contextmanager
+def _vllms_own_errors() -> Iterator[None]:
+    """What vLLM raises, which may be anything, becomes an EngineError; memory's errors have a remedy of their own."""
+    try:
+        yield
+    except (RunError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise EngineError(
+            f"rollout.engine=vllm: vLLM failed ({reason_of(error)}); see whether it runs this model here, or take "
+            "rollout.engine=torch"
+        ) from error
 
 
 def _name_of(dtype: torch.dtype) -> str:
