@@ -25,7 +25,7 @@ from bench.peers import imported
 from bench.timing import DEVICE
 from igpo_fast import config
 from igpo_fast.engines import vllm
-from igpo_fast.engines.base import Generation, Request, others
+from igpo_fast.engines.base import Generation, Request, let_others_run
 from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.rollouts.batch import rollout_groups
 from igpo_fast.setup import set_up
@@ -55,12 +55,12 @@ class GenerateEngine:
         return await future
 
     async def _run(self):
-        await others()
+        await let_others_run()
         while self._waiting:
             jobs, self._waiting = self._waiting, []
             for (_, future), generation in zip(jobs, self._batch([request for request, _ in jobs]), strict=True):
                 future.set_result(generation)
-            await others()
+            await let_others_run()
 
     def _batch(self, requests: list[Request]) -> list[Generation]:
         width = max(len(request.ids) for request in requests)

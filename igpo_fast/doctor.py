@@ -20,7 +20,7 @@ from igpo_fast import __version__
 from igpo_fast.config import Config, Sft
 from igpo_fast.engines import vllm
 from igpo_fast.errors import InputError, RunError
-from igpo_fast.model import build, device_of, kernels_of, probe, use_attend
+from igpo_fast.model import build, device_of, kernels_of, probe, separate_passes
 from igpo_fast.pretrained import read_config
 from igpo_fast.run.memory import kv_bytes_per_token, training_bytes
 from igpo_fast.setup import set_up
@@ -71,11 +71,12 @@ def table(checks: list[Check]) -> Table:
     return out
 
 
+@torch.no_grad()
 def packed_error(lm: PreTrainedModel, backend: str) -> float:
-    """How far log-probabilities of a pack are from those of separate passes, relative to the largest.
+    """Largest difference between the log-probabilities of a pack and of separate passes, relative to the largest.
 
-    Two rollouts of one prompt, and an answer after two prefixes of each, against one forward a sequence by
-    the model's own eager attention.
+    The pack has two rollouts of one prompt, and an answer after two prefixes of each; each of its sequences then has a
+    forward of its own under the model's eager attention.
     """
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(0, lm.config.get_text_config().vocab_size, n)  # noqa: E731
@@ -84,26 +85,14 @@ def packed_error(lm: PreTrainedModel, backend: str) -> float:
     for index, length in enumerate((9, 13)):
         turn = np.repeat([-1, 0], [len(prompt), length])
         rollouts.append(RolloutTokens(index, np.concatenate([prompt, draw(length)]), turn, np.array([6, 10])))
-    found = Policy(lm, 1.0, LossSettings(), backend)(pack([Tree(rollouts, [branch])]))
-    lm.set_attn_implementation("eager")
-    decisions = [_separate(lm, r.ids, range(len(prompt), len(r.ids))) for r in rollouts]
-    answers = [
-        _separate(lm, np.concatenate([r.ids[:b], branch.ids]), range(b + branch.start, b + branch.stop))
-        for r in rollouts
-        for b in r.boundaries
-    ]
-    use_attend(lm)
-    separate = np.concatenate([*decisions, *answers])
-    packed = np.concatenate([found.decision_logp, found.answer_logp])
+    trees = [Tree(rollouts, [branch])]
+    plan = pack(trees)
+    scored = Policy(lm, 1.0, LossSettings(), backend)(plan)
+    packed = np.concatenate([scored.decision_logp, scored.answer_logp])
+    _, logits = separate_passes(lm, trees)
+    logp = logits.float().log_softmax(-1)
+    separate = logp.gather(1, plan.tensor("label", lm.device)[:, None])[:, 0].cpu().numpy()
     return float(np.abs(packed - separate).max() / np.abs(separate).max())
-
-
-@torch.no_grad()
-def _separate(lm: PreTrainedModel, ids: np.ndarray, at: range) -> np.ndarray:
-    """log pi of the tokens ``at``, by a plain forward."""
-    tokens = torch.as_tensor(ids, dtype=torch.long, device=lm.device)
-    logp = lm(input_ids=tokens[None], use_cache=False).logits[0].float().log_softmax(-1)
-    return logp[at.start - 1 : at.stop - 1].gather(1, tokens[at.start : at.stop, None])[:, 0].cpu().numpy()
 
 
 def _versions() -> Iterator[Check]:

@@ -9,7 +9,7 @@ import numpy as np
 from igpo_fast.errors import InputError
 from igpo_fast.rollouts.batch import rollout_groups
 from igpo_fast.rollouts.rollout import Agent
-from igpo_fast.rollouts.tools.base import settle
+from igpo_fast.rollouts.tools.base import take_counts
 from igpo_fast.types import Evaluation, Question, Rollout
 from igpo_fast.update.rewards import exact_match, f1_score
 
@@ -38,7 +38,7 @@ def evaluate(
         raise InputError("evaluation: there are no questions; give data.eval, or raise eval.questions")
     groups = rollout_groups(agent, questions, 1, EVAL_STEP, progress=progress)
     rollouts = tuple(group.rollouts[0] for group in groups)
-    counts, _ = settle(agent.tool, "evaluation")
+    counts, _ = take_counts(agent.tool, "evaluation")
     sets: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
         sets.setdefault(rollout.question.dataset, []).append(rollout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import orjson
@@ -34,6 +35,11 @@ def json_value(content: bytes | str, where: object) -> Any:
         return orjson.loads(content)
     except orjson.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg}); restore or correct it") from None
+
+
+def finite(number: float | None) -> float | None:
+    """``number``, or None where it is missing or not finite: what JSON and rows have in place of it."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _as_list(value: Any) -> Any:

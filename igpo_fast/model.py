@@ -234,7 +234,7 @@ def _probe(lm: PreTrainedModel) -> None:
         )
     with _scaled_logits(lm, recorder.largest), _short_windows(lm) as windows:
         packed = hidden_states(lm, tensors[0], tensors[1], TreeAttend(plan))[tensors[2]]
-        separate, logits = _separate(lm, trees, offset)
+        separate, logits = separate_passes(lm, trees, offset)
     head = lm_head(lm)
     ours = packed @ head.weight.T + (0 if head.bias is None else head.bias)
     ours = head.softcap * torch.tanh(ours / head.softcap) if head.softcap else ours
@@ -328,8 +328,9 @@ def _probe_trees(vocab: int) -> list[Tree]:
     return trees
 
 
-def _separate(lm: PreTrainedModel, trees: list[Tree], offset: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``pack(trees)``'s pairs predict from, one unpadded sequence a forward: hidden [M, H], logits [M, V]."""
+def separate_passes(lm: PreTrainedModel, trees: list[Tree], offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [M, H] and logits [M, V] of the pairs of ``pack(trees)``, each of its sequences in a forward of its
+    own under the model's eager attention. Positions of all trees but the first begin at ``offset``."""
     lm.set_attn_implementation("eager")
     decisions, answers = [], []
 

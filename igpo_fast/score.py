@@ -31,6 +31,7 @@ from igpo_fast.data.load import Data
 from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.errors import InputError
 from igpo_fast.files import atomic
+from igpo_fast.jsonl import finite
 from igpo_fast.model import device_of, load
 from igpo_fast.rollouts.dialect import CHAT_SYSTEM, SEARCH_TOOL, TODAY, Dialect, TagsDialect, make_dialect, unquote
 from igpo_fast.run.checkpoint import RunFolder
@@ -387,13 +388,8 @@ def score_file(
     with atomic(target) as out:
         scored = make_scorer().score(read_records(source))
         for done, (record, values, gains) in enumerate(scored, start=1):
-            row = record.row | {"values": _numbers(values), "info_gain": gains.tolist()}
+            row = record.row | {"values": [finite(value) for value in values.tolist()], "info_gain": gains.tolist()}
             out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             if progress:
                 progress(done, total)
     return total
-
-
-def _numbers(values: np.ndarray) -> list[float | None]:
-    """JSON knows no NaN: null stands for it."""
-    return [value if math.isfinite(value) else None for value in values.tolist()]

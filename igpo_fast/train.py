@@ -16,7 +16,7 @@ from igpo_fast.data.load import question_order
 from igpo_fast.errors import RunError
 from igpo_fast.evaluate import evaluate
 from igpo_fast.rollouts.batch import Stragglers, finished_groups, in_ranges
-from igpo_fast.rollouts.tools.base import settle
+from igpo_fast.rollouts.tools.base import take_counts
 from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.run.display import Display
 from igpo_fast.run.metrics import StepMetrics
@@ -51,7 +51,7 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
                 run.write_rollouts(batch)
                 trainer.sync(metrics)
                 if trainer.evaluation_due(step):
-                    with metrics.phase("eval"):
+                    with metrics.timed("eval"):
                         metrics.set(run.write_evaluation(step, trainer.evaluate()))
     return run.folder
 
@@ -117,14 +117,14 @@ class Trainer:
         )  # fmt: skip
         with closing(groups):
             while True:
-                with metrics.phase("rollout"):
+                with metrics.timed("rollout"):
                     group = next(groups, None)
                 if group is None:
                     break
                 yield group
         self.agent.engine.sleep()
         metrics.set(counts if limited else {})
-        counts, warning = settle(self.agent.tool, f"step {step}")
+        counts, warning = take_counts(self.agent.tool, f"step {step}")
         metrics.set(counts)
         if warning:
             self.display.warn(warning)
@@ -167,7 +167,7 @@ class Trainer:
             EngineError: they did not arrive.
         """
         try:
-            with metrics.phase("sync"):
+            with metrics.timed("sync"):
                 self.agent.engine.load_weights(self.learner.weights())
         finally:
             metrics.set(self.agent.engine.counts())

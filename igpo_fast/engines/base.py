@@ -23,11 +23,6 @@ class Sampling:
     """0 keeps all."""
     repetition_penalty: float = 1.0
 
-    @property
-    def is_policy(self) -> bool:
-        """Whether tokens come from the policy's own distribution at its temperature."""
-        return self.temperature > 0 and self.top_p == 1 and self.top_k == 0 and self.repetition_penalty == 1
-
 
 @dataclass(frozen=True)
 class Request:
@@ -97,7 +92,17 @@ class Engine(Protocol):
         ...
 
 
-async def others() -> None:
-    """Let rollouts do what they can without waiting, so that their next turns join an engine's next step."""
+def check_lengths(request: Request, max_tokens: int) -> None:
+    """Raises ValueError for a request that is empty, or longer than ``max_tokens`` with what it may sample."""
+    where, length = f"request {request.key}", len(request.ids)
+    if not length or request.max_tokens < 1:
+        raise ValueError(f"{where}: needs a token to continue and max_tokens >= 1")
+    if length + request.max_tokens > max_tokens:
+        wanted = f"{length} tokens and {request.max_tokens} to sample"
+        raise ValueError(f"{where}: {wanted} exceed the engine's max_tokens={max_tokens}")
+
+
+async def let_others_run() -> None:
+    """Let other tasks do what they can without waiting, so that their next turns join the engine's next step."""
     for _ in range(4):
         await asyncio.sleep(0)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from igpo_fast.engines import noise
-from igpo_fast.engines.base import Generation, Request, others
+from igpo_fast.engines.base import Generation, Request, check_lengths, let_others_run
 from igpo_fast.engines.stops import StopStrings
 from igpo_fast.model import hidden_states, lm_head
 
@@ -233,13 +233,8 @@ class TorchEngine:
         self._free = list(range(self.max_slots))  # a heap: low slots first keeps the busy ones together
 
     def _check(self, request: Request) -> None:
+        check_lengths(request, self.max_tokens)
         where = f"request {request.key}"
-        length = len(request.ids)
-        if not length or request.max_tokens < 1:
-            raise ValueError(f"{where}: needs a token to continue and max_tokens >= 1")
-        if length + request.max_tokens > self.max_tokens:
-            wanted = f"{length} tokens and {request.max_tokens} to sample"
-            raise ValueError(f"{where}: {wanted} exceed the engine's max_tokens={self.max_tokens}")
         if request.stop_strings and self._stops is None:
             raise ValueError(f"{where}: stop strings need an engine with decode")
         slot = self._slot.get(request.key)
@@ -261,14 +256,14 @@ class TorchEngine:
         training = self._lm.training
         self._lm.eval()
         try:
-            await others()
+            await let_others_run()
             while self._admit():
                 finished = self._step()
                 for slot, generation in finished:
                     future = self._running.pop(slot).future
                     if not future.done():  # cancelled while the step ran
                         future.set_result(generation)
-                await (others() if finished else asyncio.sleep(0))
+                await (let_others_run() if finished else asyncio.sleep(0))
         except BaseException as error:
             self._fail(error)
             if not isinstance(error, Exception):

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
-from igpo_fast.engines.base import others
+from igpo_fast.engines.base import let_others_run
 from igpo_fast.errors import InputError
 from igpo_fast.rollouts.rollout import Agent, run_rollout
 from igpo_fast.rollouts.tools.base import close
@@ -97,7 +97,7 @@ class _Flight:
             self._all = asyncio.gather(*self._tasks)
             self._all.add_done_callback(self._over)
         while self._groups < self._enough:
-            await others()  # what has arrived meanwhile goes first
+            await let_others_run()  # what has arrived meanwhile goes first
             if self._all.done():
                 self._all.result()  # raises the first fault
                 break

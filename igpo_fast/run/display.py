@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.text import Text
 
 from igpo_fast.errors import masked
+from igpo_fast.jsonl import finite
 
 LONG_PHASE = 10.0
 """Seconds from which a phase is worth a line of a log."""
@@ -108,7 +109,7 @@ class Display:
         line = f"{summary(row)}  eta {_duration(self._eta())}"
         self._progress.update(self._run, completed=self._done)
         self._info.plain = line
-        if not self.console.is_terminal or _number(row, "eval/f1") is not None:
+        if not self.console.is_terminal or finite(row.get("eval/f1")) is not None:
             self._print(Text(f"step {self._done}/{self.steps}  {line}"))
 
     def warm_start(self, done: int, total: int, loss: float) -> None:
@@ -134,7 +135,7 @@ class Display:
 
     def _print_phases(self, row: Mapping) -> None:
         """The step's long phases: the row's ``time/*``, and by our clock what has no such key (the warm start)."""
-        timed = {key.removeprefix("time/"): _number(row, key) for key in row if key.startswith("time/")}
+        timed = {key.removeprefix("time/"): finite(row.get(key)) for key in row if key.startswith("time/")}
         seconds = {name: s for name, s in (self._phases | timed).items() if name != "step" and s is not None}
         long = [f"{name} {_duration(s)}" for name, s in seconds.items() if s >= LONG_PHASE]
         if long and not self.console.is_terminal:
@@ -164,15 +165,15 @@ def summary(row: Mapping) -> str:
             ("group/collapsed", "collapsed {:.2f}"),
             ("turns/mean", "turns {:.1f}"),
         )
-        if (value := _number(row, key)) is not None
+        if (value := finite(row.get(key))) is not None
     ]
-    tokens, seconds = _number(row, "tokens/rollout"), _number(row, "time/step")
+    tokens, seconds = finite(row.get("tokens/rollout")), finite(row.get("time/step"))
     if tokens is not None and seconds:
         parts.append(f"{tokens / seconds:,.0f} tokens/s")
     if seconds is not None:
         parts.append(f"{seconds:.1f} s")
-    if (f1 := _number(row, "eval/f1")) is not None:
-        error = _number(row, "eval/f1_se")
+    if (f1 := finite(row.get("eval/f1"))) is not None:
+        error = finite(row.get("eval/f1_se"))
         parts.append(f"eval f1 {f1:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
     return "  ".join(parts)
 
@@ -183,7 +184,7 @@ def sparkline(values: Sequence[float | None], low: float | None = None, high: fl
     >>> sparkline([0.0, 0.5, None, 1.0])
     '▁▅ █'
     """
-    numbers = [value for value in values if value is not None and math.isfinite(value)]
+    numbers = [value for value in values if finite(value) is not None]
     if not numbers:
         return " " * len(values)
     low = min(numbers) if low is None else low
@@ -193,12 +194,7 @@ def sparkline(values: Sequence[float | None], low: float | None = None, high: fl
         share = (value - low) / (high - low) if high > low else 0.0
         return BARS[min(int(max(share, 0.0) * len(BARS)), len(BARS) - 1)]
 
-    return "".join(bar(value) if value is not None and math.isfinite(value) else " " for value in values)
-
-
-def _number(row: Mapping, key: str) -> float | None:
-    value = row.get(key)
-    return value if value is not None and math.isfinite(value) else None
+    return "".join(" " if finite(value) is None else bar(value) for value in values)
 
 
 def _duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from igpo_fast.files import storage
+from igpo_fast.jsonl import finite
 
 KEYS = (
     "step", "train/lr", "reward/outcome", "reward/f1", "reward/em", "reward/ig_mean", "reward/ig_abs", "reward/ig_zero",
@@ -63,15 +64,15 @@ class StepMetrics:
         return self._values[key]
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside to ``time/NAME``; work queued on a GPU counts."""
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds spent inside to ``time/PHASE``; work queued on a GPU counts."""
         start = self._clock()
         try:
             yield
         finally:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
-            self._times[f"time/{name}"] = self._times.get(f"time/{name}", 0.0) + self._clock() - start
+            self._times[f"time/{phase}"] = self._times.get(f"time/{phase}", 0.0) + self._clock() - start
 
     def set(self, values: Mapping[str, float]) -> None:
         """Put finished numbers into the row; a key set twice takes the later one."""
@@ -157,7 +158,7 @@ def tracker(name: str, folder: Path, step: int) -> Iterator[Callable[[Mapping], 
     def log(row: Mapping) -> None:
         with storage(folder):
             for key, value in row.items():
-                if key != "step" and value is not None and math.isfinite(value):
+                if key != "step" and finite(value) is not None:
                     writer.add_scalar(key, value, int(row["step"]))
             writer.flush()
 

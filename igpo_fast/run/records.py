@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from igpo_fast.jsonl import finite
 from igpo_fast.types import Question, Rollout, Turn, TurnScores
 
 VERSION = 1
@@ -110,8 +111,8 @@ def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, TurnScores | None]:
 
 
 def _numbers(values: Sequence[float] | np.ndarray) -> list[float | None]:
-    """JSON knows no NaN: null stands for it."""
-    return [float(value) if math.isfinite(value) else None for value in values]
+    """JSON has null in place of NaN."""
+    return [finite(float(value)) for value in values]
 
 
 def _array(values: Sequence[float | None], dtype: type) -> np.ndarray:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from igpo_fast.jsonl import finite
+
 PATIENCE = 3
 """Rows in a row past the limit before a warning."""
 
@@ -144,7 +146,7 @@ def _unchanged(rows: Sequence[Mapping]) -> int:
 
 def _level(row: Mapping, signature: Signature) -> float | None:
     """A row's value as it is judged; None if it is not."""
-    value = row.get(signature.key)
-    if value is not None and math.isfinite(value):
+    value = finite(row.get(signature.key))
+    if value is not None:
         return value
     return math.inf if signature.infinite and signature.key in row else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from igpo_fast.config import Config, load
 from igpo_fast.errors import InputError, masked
+from igpo_fast.jsonl import finite
 from igpo_fast.run.display import sparkline
 
 SPAN = 5
@@ -93,8 +93,7 @@ def _with_error(row: Mapping) -> str:
 
 
 def _known(row: Mapping, key: str) -> bool:
-    value = row.get(key)
-    return value is not None and math.isfinite(value)
+    return finite(row.get(key)) is not None
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from igpo_fast import config
     from igpo_fast.update.scoring import LossInputs
 
-__all__ = ["Aggregation", "LossSettings", "importance_counts", "loss_settings_of", "measured", "token_weights"]
-
 
 def loss_settings_of(algorithm: config.Algorithm) -> LossSettings:
     """The settings that the configuration's section ``algorithm`` describes."""

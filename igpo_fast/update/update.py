@@ -14,10 +14,10 @@ from typing import Protocol
 import numpy as np
 
 from igpo_fast.errors import DivergedError
-from igpo_fast.types import Batch, TurnScores
+from igpo_fast.types import Aggregation, Batch, TurnScores
 from igpo_fast.update.advantages import Recipe, reward_metrics, score_rollouts
 from igpo_fast.update.learner import Learner
-from igpo_fast.update.losses import Aggregation, importance_counts, measured, token_weights
+from igpo_fast.update.losses import importance_counts, measured, token_weights
 from igpo_fast.update.packs import Pack, Packer, Scored, advantages_of_pairs, of_pairs, rollout_key
 from igpo_fast.update.scoring import LossInputs
 
@@ -29,7 +29,7 @@ class Row(Protocol):
     """Where an update writes its numbers (run/metrics.StepMetrics)."""
 
     def __getitem__(self, key: str) -> float: ...
-    def phase(self, name: str) -> AbstractContextManager: ...
+    def timed(self, phase: str) -> AbstractContextManager: ...
     def set(self, values: Mapping[str, float]) -> None: ...
     def add(self, values: Mapping[str, float]) -> None: ...
     def largest(self, values: Mapping[str, float]) -> None: ...
@@ -88,7 +88,7 @@ class Updater:
         self._progress.phase("train")
         row.set({"time/score": 0.0})
         everything = range(len(batch.groups))
-        with row.phase("train"):
+        with row.timed("train"):
             packs = self._packer.packs(batch, everything, scored=True)
             weights = self._weights(batch, everything)
             if not self._recipe.needs_values:  # known beforehand, from the whole batch
@@ -118,7 +118,7 @@ class Updater:
         self._check_mismatch(batch.step, float(np.concatenate(differences).mean()))
         scores = self._packer.scores(batch.groups, found)
         self._progress.phase("train", total=updates)
-        with row.phase("train"):
+        with row.timed("train"):
             for share in np.array_split(np.arange(len(batch.groups)), updates):
                 packs = self._packer.packs(batch, share, scored=False)
                 weights = self._weights(batch, share)
@@ -128,7 +128,7 @@ class Updater:
 
     def score(self, batch: Batch, found: Scored, row: Row) -> None:
         """The first of two passes, over those groups that are not ``found`` yet."""
-        with row.phase("score"):
+        with row.timed("score"):
             for pack in self._packer.score(batch, found):
                 row.add(pack.tokens)
 

@@ -93,8 +93,6 @@ class TreePlan:
     """Index of the accepted answer, -1 for decision tokens: [M]."""
     token: np.ndarray
     """Of a decision token its index in its rollout, of an answer token its index in the answer: [M]."""
-    trunk_tokens: int
-    """Tokens the rollouts would have unshared and without branches: the sum of their fed lengths."""
     cache: dict = field(default_factory=dict, init=False, repr=False)
     """Device copies and attention schedules, made once and shared by layers and passes. They belong to these arrays:
     ``dataclasses.replace`` and pickle give a plan with an empty cache."""
@@ -141,20 +139,19 @@ def _fill(cache: dict, key: tuple, make: Callable[[], Any]) -> None:
         cache[key] = make()
 
 
-def pack(trees: Sequence[Tree], pad_to: int = 1) -> TreePlan:
+def pack(trees: Sequence[Tree]) -> TreePlan:
     """Lay out trees one after another in a single pack.
 
     Args:
         trees: at least one, each with at least one rollout.
-        pad_to: the pack's length is rounded up to a multiple of this with one-token trees that nothing scores.
     Raises:
         ValueError: an empty rollout, a trained first token, a boundary outside its rollout, an empty answer, ids that
             are no whole numbers. (Lists of whole numbers are taken as arrays are.)
     """
-    return _join([_layout(tree) for tree in trees], pad_to)
+    return _join([_layout(tree) for tree in trees])
 
 
-def pack_within(trees: Sequence[Tree], token_budget: int, *, split: bool = False, pad_to: int = 1) -> list[TreePlan]:
+def pack_within(trees: Sequence[Tree], token_budget: int, *, split: bool = False) -> list[TreePlan]:
     """Lay out trees in as few packs of at most ``token_budget`` tokens as first-fit-decreasing finds.
 
     Args:
@@ -191,7 +188,7 @@ def pack_within(trees: Sequence[Tree], token_budget: int, *, split: bool = False
         else:
             packs.append([i])
             room.append(token_budget - size)
-    return [_join([layouts[i] for i in sorted(members)], pad_to) for members in packs]
+    return [_join([layouts[i] for i in sorted(members)]) for members in packs]
 
 
 class _Layout(NamedTuple):
@@ -202,7 +199,6 @@ class _Layout(NamedTuple):
     subtree_end: np.ndarray
     pairs: np.ndarray
     """int64 [M, 7]: row, label, kind, rollout, turn, answer, token."""
-    trunk_tokens: int
 
 
 class _BranchBlock(NamedTuple):
@@ -347,7 +343,7 @@ def _layout(tree: Tree) -> _Layout:
         answers = np.concatenate(answer_pairs)
         answers = answers[np.lexsort((answers[:, 6], answers[:, 5], answers[:, 4], answers[:, 3]))]
         pairs = np.concatenate([pairs, answers])
-    return _Layout(np.concatenate(ids), np.concatenate(positions), subtree_end, pairs, sum(len(f) for f in fed))
+    return _Layout(np.concatenate(ids), np.concatenate(positions), subtree_end, pairs)
 
 
 def _decision_pairs(rollout: RolloutTokens, path: np.ndarray) -> np.ndarray:
@@ -370,30 +366,24 @@ def _answer_pairs(block: _BranchBlock, start: int, boundary_row: int, owners: li
     ]
 
 
-def _join(layouts: Sequence[_Layout], pad_to: int) -> TreePlan:
+def _join(layouts: Sequence[_Layout]) -> TreePlan:
     if not layouts:
         raise ValueError("nothing to pack: give at least one tree")
     sizes = np.array([len(layout.input_ids) for layout in layouts])
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    padding = -starts[-1] % pad_to
-    pad = np.arange(starts[-1], starts[-1] + padding)
+    starts = np.cumsum(sizes) - sizes
     pairs = []
-    for layout, start in zip(layouts, starts, strict=False):
+    for layout, start in zip(layouts, starts, strict=True):
         moved = layout.pairs.copy()
         moved[:, 0] += start
         pairs.append(moved)
     pairs = np.concatenate(pairs)
     pairs = pairs[np.argsort(pairs[:, 2], kind="stable")]
-    zeros = np.zeros(padding, np.int64)
     columns = dict(zip(_PAIR_COLUMNS, np.ascontiguousarray(pairs.T), strict=True))
     return TreePlan(
-        input_ids=np.concatenate([*(layout.input_ids for layout in layouts), zeros]),
-        position_ids=np.concatenate([*(layout.position_ids for layout in layouts), zeros]),
-        subtree_end=np.concatenate(
-            [*(layout.subtree_end + start for layout, start in zip(layouts, starts, strict=False)), pad + 1]
-        ),
-        tree_start=np.concatenate([np.repeat(starts[:-1], sizes), pad]),
-        trunk_tokens=sum(layout.trunk_tokens for layout in layouts),
+        input_ids=np.concatenate([layout.input_ids for layout in layouts]),
+        position_ids=np.concatenate([layout.position_ids for layout in layouts]),
+        subtree_end=np.concatenate([layout.subtree_end + start for layout, start in zip(layouts, starts, strict=True)]),
+        tree_start=np.repeat(starts, sizes),
         **columns,
     )
 

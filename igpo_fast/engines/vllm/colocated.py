@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import PreTrainedModel
 
-from igpo_fast.engines.base import Generation, Request, others
+from igpo_fast.engines.base import Generation, Request, check_lengths, let_others_run
 from igpo_fast.engines.stops import StopStrings
 from igpo_fast.engines.vllm import TRANSFER, prepare, settings, sync_method, weights
-from igpo_fast.engines.vllm.requests import check, generation, sampling_parameters
+from igpo_fast.engines.vllm.requests import generation, sampling_parameters
 
 PREFILL_TOKENS = 8192
 """Most tokens of a step; where prompts are not cut, a longer one has a step of its own."""
@@ -85,7 +85,7 @@ class VllmEngine:
             RuntimeError: no weights have been loaded since the start, or since ``sleep``.
             DivergedError: the model's logits are not finite.
         """
-        check(request, self.max_tokens)
+        check_lengths(request, self.max_tokens)
         if self._llm is None or self._asleep or self._llm is not _live:
             raise RuntimeError("generate: no weights, or another engine has replaced this one; call load_weights first")
         name = _name(request.key)
@@ -196,10 +196,10 @@ class VllmEngine:
 
     async def _run(self) -> None:
         try:
-            await others()
+            await let_others_run()
             while self._jobs:
                 ended = [self._take(output) for output in self._llm.step() if output.request_id in self._jobs]
-                await (others() if any(ended) else asyncio.sleep(0))
+                await (let_others_run() if any(ended) else asyncio.sleep(0))
         except BaseException as error:
             for name, job in self._jobs.items():
                 if isinstance(error, Exception) and not job.future.done():

@@ -13,16 +13,6 @@ NOT_FINITE = -9999.0
 """Log-probability that vLLM's server answers in place of NaN; smaller ones are not numbers either."""
 
 
-def check(request: Request, max_tokens: int) -> None:
-    """Raises ValueError for a request that is empty, or longer than ``max_tokens`` with what it may sample."""
-    where, length = f"request {request.key}", len(request.ids)
-    if not length or request.max_tokens < 1:
-        raise ValueError(f"{where}: needs a token to continue and max_tokens >= 1")
-    if length + request.max_tokens > max_tokens:
-        wanted = f"{length} tokens and {request.max_tokens} to sample"
-        raise ValueError(f"{where}: {wanted} exceed the engine's max_tokens={max_tokens}")
-
-
 def seed_of(request: Request) -> int:
     """The seed of a turn's draws, from its rollout's key and how many tokens precede it: 0 .. 2**63 - 1."""
     return int(noise.stream((*request.key, len(request.ids)))) >> 1

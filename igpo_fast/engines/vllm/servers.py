@@ -18,10 +18,10 @@ from typing import Any
 import httpx
 import torch
 
-from igpo_fast.engines.base import Generation, Request
+from igpo_fast.engines.base import Generation, Request, check_lengths
 from igpo_fast.engines.stops import StopStrings
 from igpo_fast.engines.vllm import KEY, TRANSFER, weights
-from igpo_fast.engines.vllm.requests import check, generation, sampling_parameters
+from igpo_fast.engines.vllm.requests import generation, sampling_parameters
 from igpo_fast.errors import EngineError, InputError
 from igpo_fast.net import direct, fault
 
@@ -113,7 +113,7 @@ class VllmServers:
             InputError: one refuses the request, or has other weights after a sync.
             DivergedError: the model's logits are not finite.
         """
-        check(request, self._max_tokens)
+        check_lengths(request, self._max_tokens)
         client = await self._client()
         body = {"token_ids": request.ids.tolist(), "sampling_params": sampling_parameters(request)}
         if request.stop_strings:

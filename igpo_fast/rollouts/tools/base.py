@@ -68,7 +68,7 @@ async def close(*parts: object) -> None:
             await part.aclose()
 
 
-def settle(tool: Tool, what: str) -> tuple[dict[str, float], str]:
+def take_counts(tool: Tool, what: str) -> tuple[dict[str, float], str]:
     """Take a tool's counts of ``what`` ("step 3") and set them back to 0.
 
     Returns:

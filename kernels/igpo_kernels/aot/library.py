@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 ABI = 1
 """IGPO_KERNELS_ABI of igpo_kernels.h."""
 PACKAGE = Path(__file__).parents[1]
-SOURCES = ("triton_variants.py", "*/triton_*.py", "configs/*.json")
+SOURCES = ("triton_*.py", "*/triton_*.py", "configs/*.json")
 """What decides which kernels there are, and what they compute."""
 _lock = threading.Lock()
 _loaded: dict[Path, Library] = {}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from igpo_kernels.triton_math import soft_capped
+
 LENGTHS = ("n_rows", "first_row", "n_vocab", "first_vocab", "n_cells", "n_tiles")
 """Never specialised on: a kernel compiles once whatever a batch holds. A model's own sizes (n_hidden, strides) are."""
 
@@ -20,14 +22,6 @@ def tile_of(index, row_tiles, vocab_tiles, GROUP_ROWS: tl.constexpr):
     height = tl.minimum(row_tiles - band * GROUP_ROWS, GROUP_ROWS)
     within = index % (GROUP_ROWS * vocab_tiles)
     return band * GROUP_ROWS + within % height, within // height
-
-
-@triton.jit
-def capped(z, softcap, CAPPED: tl.constexpr):
-    """``softcap * tanh(z / softcap)``, from one exponential that may overflow to inf without harm."""
-    if CAPPED:
-        z = softcap * (1 - 2 / (1 + tl.exp(z * (2 / softcap))))
-    return z
 
 
 @triton.jit
@@ -80,7 +74,7 @@ def scaled(z, bias_ptr, columns, n_vocab, inverse_temperature, softcap, CAPPED: 
     """Raw logits to what the softmax sees."""
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=columns < n_vocab, other=0.0).to(tl.float32)[None, :]
-    return capped(z, softcap, CAPPED) * inverse_temperature
+    return soft_capped(z, softcap, CAPPED) * inverse_temperature
 
 
 @triton.jit
@@ -183,7 +177,7 @@ def cell_logits(
     z = tl.sum(acc, axis=1)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + label, mask=mine, other=0.0).to(tl.float32)
-    tl.store(logit_ptr + cells, capped(z, softcap, CAPPED) * inverse_temperature, mask=mine)
+    tl.store(logit_ptr + cells, soft_capped(z, softcap, CAPPED) * inverse_temperature, mask=mine)
 
 
 @triton.jit

@@ -13,9 +13,10 @@ import torch
 from igpo_kernels.autograd import first_order
 from igpo_kernels.linear_policy_loss.triton_kernels import row_loss_kernel
 from igpo_kernels.policy_loss.gradients import hand_out
+from igpo_kernels.policy_loss.reference import METRICS
 from igpo_kernels.policy_loss.settings import LossSettings
 from igpo_kernels.policy_loss.triton_kernels import SUMS
-from igpo_kernels.policy_loss.triton_path import METRICS, bounds, finish, scale_
+from igpo_kernels.policy_loss.triton_path import bounds, finish, scale_
 from igpo_kernels.products import product
 from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Tunable, Variant, arch_of, config_for, configs
 from igpo_kernels.workspace import workspace_bytes

@@ -6,6 +6,9 @@ import math
 
 import torch
 
+METRICS = ("policy", "tokens", "clipped", "ratio", "ratio_max", "kl", "mismatch", "entropy")
+"""What every implementation returns beside the loss, in this order."""
+
 
 def sequence_count(lowest: int, highest: int) -> int:
     if lowest < 0:

@@ -15,7 +15,7 @@ import triton
 
 from igpo_kernels.autograd import first_order
 from igpo_kernels.policy_loss.gradients import hand_out
-from igpo_kernels.policy_loss.reference import sequence_count
+from igpo_kernels.policy_loss.reference import METRICS, sequence_count
 from igpo_kernels.policy_loss.settings import LossSettings
 from igpo_kernels.policy_loss.triton_kernels import (
     SUMS,
@@ -25,8 +25,6 @@ from igpo_kernels.policy_loss.triton_kernels import (
     policy_loss_sequence_kernel,
 )
 from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Config, Tunable, Variant, arch_of, config_for, configs
-
-METRICS = ("policy", "tokens", "clipped", "ratio", "ratio_max", "kl", "mismatch", "entropy")
 
 
 def policy_loss(logp, *, old_logp, advantages, weights, settings, engine_logp, ref_logp, entropy, sequence):

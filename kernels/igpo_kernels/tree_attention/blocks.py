@@ -25,8 +25,6 @@ class BlockLists:
     ``offset[2 * r + 2]`` [2 * rows + 1]."""
     runs: torch.Tensor
     """First column and the one past the last, rising within a row's kind [R, 2]."""
-    visits: int
-    """(tile, block) pairs in all runs."""
 
     def columns(self, row: int, masked: bool) -> list[int]:
         """What a row visits with a mask, or without."""
@@ -55,7 +53,7 @@ def _block_lists(plan: TreePlan, window: int | None, queries: int, keys: int, by
     visits = np.bincount(place // 2, runs[:, 1] - runs[:, 0], rows)
     arrays = np.argsort(-visits, kind="stable"), offset, runs
     tensors = (torch.from_numpy(array.astype(np.int32)).to(device) for array in arrays)
-    return BlockLists(*tensors, int(visits.sum()))
+    return BlockLists(*tensors)
 
 
 def visible_area(plan: TreePlan, window: int | None = None) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from igpo_kernels.linear_logprob.triton_kernels import capped
+from igpo_kernels.triton_math import soft_capped
 
 LENGTHS = ("n_tokens", "window", "heads", "kv_heads", "group")
 """Never specialised on: a kernel compiles once whatever a pack holds, and for any grouping of heads."""
@@ -100,7 +100,7 @@ def load_keys(
 def softcapped(products, scale, softcap, CAPPED: tl.constexpr):
     """Products of queries and keys to what ``unit`` times is the score in units of log 2."""
     if CAPPED:
-        products = capped(products * scale, softcap, CAPPED)
+        products = soft_capped(products * scale, softcap, CAPPED)
     return products
 
 

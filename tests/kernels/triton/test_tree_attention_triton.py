@@ -88,7 +88,7 @@ TREES = {
 
 @pytest.mark.parametrize("trees", TREES.values(), ids=TREES.keys())
 def test_trees(trees):
-    check(pack(trees, pad_to=4))
+    check(pack(trees))
 
 
 @settings(max_examples=8, deadline=None)
