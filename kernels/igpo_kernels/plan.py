@@ -7,8 +7,8 @@ A pack is one token row: trees laid out depth-first, a trunk's continuation befo
 
 is the whole attention mask: causal, shared prompts, answer branches, sequence packing, any depth.
 
-The last token of a prefix predicts several next tokens, so what is scored are (row, label) pairs, one per owner: a
-token that two rollouts share is two pairs, and rows repeat.
+The last token of a prefix predicts several next tokens, so log-probabilities are of (row, label) pairs, one per owner:
+a token that two rollouts share is two pairs, and rows repeat.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DECISION, ANSWER = 0, 1
 @dataclass(frozen=True)
 class Branch:
     """An answer in its wrapper, forced after every prefix: ``ids[start:stop]`` are the answer's own tokens, which
-    are scored; ``ids[:start]`` the wrapper's opening; what follows ``stop`` is context only and never read."""
+    are scored; ``ids[:start]`` are the wrapper's opening; tokens from ``stop`` on are never read."""
 
     ids: np.ndarray
     """int32 [b]."""
@@ -88,11 +88,11 @@ class TreePlan:
     rollout: np.ndarray
     """``RolloutTokens.index`` of the owner: [M]."""
     turn: np.ndarray
-    """Of a decision token its turn, of an answer token the boundary (prefix) it follows: [M]."""
+    """A decision token's turn; the boundary (prefix) that an answer token follows: [M]."""
     answer: np.ndarray
     """Index of the accepted answer, -1 for decision tokens: [M]."""
     token: np.ndarray
-    """Of a decision token its index in its rollout, of an answer token its index in the answer: [M]."""
+    """A decision token's index in its rollout; an answer token's index in the answer: [M]."""
     cache: dict = field(default_factory=dict, init=False, repr=False)
     """Device copies and attention schedules, made once and shared by layers and passes. They belong to these arrays:
     ``dataclasses.replace`` and pickle give a plan with an empty cache."""
@@ -103,7 +103,7 @@ class TreePlan:
     def cached(self, key: tuple, make: Callable[[], Any]) -> Any:
         """``cache[key]``, made by ``make`` the first time.
 
-        What is made under inference mode can be trained with all the same, and torch.compile does not trace it.
+        Values made under inference mode can be used in training, and torch.compile does not trace ``make``.
         """
         if key not in self.cache:
             _fill(self.cache, key, make)
@@ -146,17 +146,17 @@ def pack(trees: Sequence[Tree]) -> TreePlan:
         trees: at least one, each with at least one rollout.
     Raises:
         ValueError: an empty rollout, a trained first token, a boundary outside its rollout, an empty answer, ids that
-            are no whole numbers. (Lists of whole numbers are taken as arrays are.)
+            are no whole numbers. (Lists of whole numbers are accepted like arrays.)
     """
     return _join([_layout(tree) for tree in trees])
 
 
 def pack_within(trees: Sequence[Tree], token_budget: int, *, split: bool = False) -> list[TreePlan]:
-    """Lay out trees in as few packs of at most ``token_budget`` tokens as first-fit-decreasing finds.
+    """Lay out trees in packs of at most ``token_budget`` tokens, as few as first-fit-decreasing finds.
 
     Args:
-        split: a tree over the budget is split into trees of fewer rollouts, which then share less; without it, it
-            raises. Per-group statistics that are computed inside one pass need whole groups.
+        split: whether a tree over the budget is split into trees of fewer rollouts, which then share less, or is
+            refused. Per-group statistics that are computed inside one pass need whole groups.
     Raises:
         ValueError: a tree (with ``split``: a single rollout) over the budget; and what ``pack`` raises.
     """
@@ -228,7 +228,7 @@ def _paths(sequences: Sequence[np.ndarray]):
 
 
 def _whole_numbers(of: str, name: str, x: Any, least: int) -> np.ndarray:
-    """``x``, an array or a list, as int64 [n]; ValueError for other numbers than whole ones from ``least`` on."""
+    """``x``, an array or a list, as int64 [n]; ValueError unless all are whole numbers of at least ``least``."""
     x = np.asarray(x)
     if x.ndim != 1 or (len(x) and (x.dtype.kind not in "iu" or int(x.min()) < least)):
         what = f"{x.dtype} {list(x.shape)}" + (f" from {x.min()}" if x.ndim == 1 and x.dtype.kind in "iuf" else "")
@@ -237,7 +237,7 @@ def _whole_numbers(of: str, name: str, x: Any, least: int) -> np.ndarray:
 
 
 def _checked(tree: Tree) -> Tree:
-    """Arrays in place of whatever lists the tree has."""
+    """The tree with arrays in place of lists."""
     rollouts = [
         RolloutTokens(
             r.index,
@@ -280,7 +280,7 @@ def _branch_block(branches: Sequence[Branch]) -> _BranchBlock:
 
 
 def _fed_length(rollout: RolloutTokens, scored: bool) -> int:
-    """How many of its tokens the model must read: those before the last label, and every scored prefix."""
+    """Number of tokens that the model must read: all before the last label, and every scored prefix."""
     n = len(rollout.ids)
     if n == 0 or len(rollout.turn) != n:
         raise ValueError(f"rollout {rollout.index} has {n} tokens and {len(rollout.turn)} turn numbers")
@@ -322,7 +322,7 @@ def _layout(tree: Tree) -> _Layout:
         if scored:
             for t, boundary in enumerate(rollout.boundaries):
                 open_boundaries.setdefault(int(boundary), []).append((rollout.index, t))
-        # What the next rollout does not share is complete: close it from its end, laying the branches of each
+        # The part that the next rollout does not share is complete: close it from its end, laying the branches of each
         # boundary behind everything that continues the trunk.
         top = length
         for boundary in sorted((b for b in open_boundaries if b > after), reverse=True):

@@ -2,9 +2,9 @@
 
 For a chunk of distinct rows: logits and their statistics, the loss and its slope in each log-probability and entropy,
 the logits' gradient in their place, and two products into dhidden and dweight: 6 * U * H * V FLOPs for loss and
-gradients. Both sweeps go panel by panel of the vocabulary, so that what is done to a panel finds it in the caches.
+gradients. Both sweeps go through the vocabulary panel by panel, so that a panel is still in the caches when it is used.
 Unless something else needs the logits themselves (an entropy, soft-capping), the first sweep leaves exp(z - base) in
-their place, base being the row's largest logit up to that panel: the second then only multiplies.
+their place, base being the row's largest logit up to that panel, and the second sweep only multiplies.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from igpo_kernels.policy_loss.settings import LossSettings
 from igpo_kernels.workspace import workspace_bytes
 
 PANEL = 1024
-"""Columns that are worked on at a time: with a chunk's hundred rows they fit a core's own cache."""
+"""Columns per panel: with a chunk's hundred rows they fit a core's own cache."""
 TEMPORARIES = 4
-"""Panels that live beside a chunk's logits."""
+"""Temporaries of a panel's size beside a chunk's logits."""
 PAIR_BYTES, CHUNK_PAIR_BYTES = 32, 320
-"""What a pair takes: its place in the order of rows and its row's; and, while its chunk is at work, its loss."""
+"""Bytes per pair: its place in the order of rows and its row's; and, while its chunk is in work, its loss."""
 
 
 def linear_policy_loss(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap):
@@ -220,9 +220,9 @@ def second_sweep(
 def chunk_shape(
     hidden: torch.Tensor, weight: torch.Tensor, pairs: int, rows: int, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """Rows whose logits fill the workspace, with a panel's temporaries and the rows themselves; columns of a panel.
+    """Rows per chunk, whose logits, temporaries and states fill the workspace, and columns per panel.
 
-    Pairs are taken to be spread evenly over rows. However many they are, half of the workspace is left for logits.
+    Assumes pairs spread evenly over rows. Half of the workspace is left for logits, however many pairs there are.
     """
     (vocab, size), workspace = weight.shape, workspace_bytes(hidden.device)
     panel, fixed = min(vocab, PANEL), PAIR_BYTES * pairs

@@ -12,12 +12,12 @@ METRICS = ("policy", "tokens", "clipped", "ratio", "ratio_max", "kl", "mismatch"
 
 def sequence_count(lowest: int, highest: int) -> int:
     if lowest < 0:
-        raise ValueError(f"policy_loss: sequence holds {lowest}; count sequences from 0, leave out what has none")
+        raise ValueError(f"policy_loss: sequence holds {lowest}; number sequences from 0, leave out pairs without one")
     return highest + 1
 
 
 def _per_sequence(x, active, sequence, reduce):
-    """Each pair's sum or mean of x, 0 where not active, over its sequence."""
+    """Sum or mean of x over each pair's sequence; x is 0 where not active."""
     n = sequence_count(*torch.stack(sequence.aminmax()).tolist()) if len(sequence) else 0
     total = x.new_zeros(n).index_add(0, sequence, x)
     if reduce == "mean":
@@ -48,7 +48,7 @@ def policy_loss(logp, *, old_logp, advantages, weights, settings, engine_logp, r
     if settings.sequence_ratio:
         # Value and gradient of the sequence's mean: GSPO.
         log_ratio = _per_sequence(log_ratio.where(~dropped, 0.0), active * ~dropped, sequence, "mean")
-    # A ratio so large is clipped, if anything clips it; overflowing, it would make 0 * inf of its gradient.
+    # Larger ratios are held where a clip applies anyway: overflowing, they would make the gradient 0 * inf.
     most = math.log(torch.finfo(logp.dtype).max) / 2
     held = (log_ratio > most) & ((advantages >= 0) | (settings.dual_clip is not None) | dropped)
     ratio = torch.where(held, most, log_ratio).exp()
