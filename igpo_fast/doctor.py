@@ -1,4 +1,4 @@
-"""What this machine runs, and whether packed and separate passes agree."""
+"""A report on this machine: versions, device, kernels, and whether packed and separate passes agree."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def diagnose(config: Config, *, configured: bool) -> Iterator[Check]:
 
     Args:
         config: names the device and the kernels.
-        configured: also assemble what it configures (data, tokenizer, model; no warm start), and check that.
+        configured: also set up its data, tokenizer and model (without warm start), and check them.
     """
     yield from _versions()
     yield _vllm()
@@ -64,7 +64,7 @@ def diagnose(config: Config, *, configured: bool) -> Iterator[Check]:
 
 
 def table(checks: list[Check]) -> Table:
-    """The report, for people."""
+    """The report as a table for people."""
     out = Table("", "found", show_edge=False)
     for check in checks:
         out.add_row(Text(check.name), Text(check.found, style="" if check.ok else "bold red"))
@@ -106,7 +106,7 @@ def _versions() -> Iterator[Check]:
 
 
 def _vllm() -> Check:
-    """Its version, and how it would get the trainer's weights."""
+    """vLLM's version, and how it would get the trainer's weights."""
     if find_spec("vllm") is None:
         return Check("vllm", "not installed; rollout.engine=torch needs none")
     vllm.prepare()
@@ -128,11 +128,11 @@ def _device(name: str) -> Iterator[Check]:
 
 
 def _kernels(names: dict[str, str], device: torch.device) -> Iterator[Check]:
-    """Which implementation of each op runs."""
+    """The implementation of each op."""
     for op, name in names.items():
         implementations = importlib.import_module(f"igpo_kernels.{op}").IMPLEMENTATIONS
         if name not in implementations:
-            yield Check(f"op {op}", f"no {name}; choose of {', '.join(implementations)}", ok=False)
+            yield Check(f"op {op}", f"no {name}; choose one of {', '.join(implementations)}", ok=False)
         elif name == "triton" and device.type == "cpu" and not triton_variants.runs_on_cpu():
             yield Check(f"op {op}", "triton needs a GPU; use model.kernels=auto", ok=False)
         else:
@@ -140,7 +140,7 @@ def _kernels(names: dict[str, str], device: torch.device) -> Iterator[Check]:
 
 
 def _parity(name: str, load, backend: str) -> Check:
-    """``load`` gives a model, probed."""
+    """Whether packed and separate passes agree for the probed model that ``load`` gives."""
     try:
         lm = load()
         error = packed_error(lm, backend)
@@ -153,13 +153,13 @@ def _parity(name: str, load, backend: str) -> Check:
 
 
 def _memory(config: Config) -> Iterator[Check]:
-    """What training will hold, said before anything of that size is loaded; nothing for a small built model."""
+    """Memory in training, reported before the model is loaded; nothing for a small built model."""
     if config.model.path is None:
         return
     try:
         lm = read_config(config.model.path).get_text_config()
         parts = training_bytes(config, lm)
-    except Exception:  # of whatever kind: loading the model, which follows, says it better
+    except Exception:  # loading the model comes next and gives a better message
         return
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     engine_dtype = config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype

@@ -1,4 +1,4 @@
-"""JSON as this package writes and reads it: compact UTF-8, and no number that JSON does not know."""
+"""JSON reading and writing: compact UTF-8, with null for numbers that JSON does not have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from igpo_fast.errors import InputError
 
 
 def json_bytes(value: Any, *, indent: bool = False) -> bytes:
-    """``value`` as JSON: arrays and tensors become lists, numbers that are not finite null.
+    """``value`` as JSON: arrays and tensors become lists, non-finite numbers null.
 
     Raises:
         TypeError: a value that JSON cannot hold.
@@ -29,7 +29,7 @@ def json_value(content: bytes | str, where: object) -> Any:
     """The value that ``content`` holds.
 
     Raises:
-        InputError: no JSON (nested too deep, a number too large and NaN included), naming ``where``.
+        InputError: not JSON (also if nested too deep, or with a number too large or NaN), naming ``where``.
     """
     try:
         return orjson.loads(content)
