@@ -449,7 +449,7 @@ def test_a_configuration_without_a_url(url):
         ("/", (405, {}), "a POST gave status 405; add the path: search.url={place}/retrieve"),
         ("/", (200, {"status": "ok"}), "its answer is not Search-R1's (KeyError: 'result'); add the path: search.url="),
         ("/retreive", (404, {}), "a POST gave status 404; is its path right? A search server's address is like http"),
-        ("/retrieve", (401, {}), "a POST gave status 401; give the credentials that it wants"),
+        ("/retrieve", (401, {}), "a POST gave status 401; give the credentials that it needs"),
         ("/a", (308, {}, {"Location": "/b"}), "a POST gave status 308; give the address that it redirects to: /b"),
         ("/retrieve", (422, {}), "a POST gave status 422; expected "),
         ("/retrieve", (200, b"<html>"), "its answer is not Search-R1's (JSONDecodeError: "),

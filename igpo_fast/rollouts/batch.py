@@ -114,7 +114,7 @@ class _Flight:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _over(self, everything: asyncio.Future) -> None:
-        everything.cancelled() or everything.exception()  # else asyncio complains about exceptions that nobody retrieved
+        everything.cancelled() or everything.exception()  # else asyncio complains about unretrieved exceptions
         self._changed.set()
 
     async def _one(self, place: int, index: int) -> None:

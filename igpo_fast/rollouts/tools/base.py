@@ -83,7 +83,7 @@ def take_counts(tool: Tool, what: str) -> tuple[dict[str, float], str]:
     why = ", ".join(f"{name.replace('_', ' ')} {counts[name]}" for name in CAUSES if counts[name])
     if failures and failures == calls:
         raise ToolError(
-            f"{what}: every search failed ({calls:,} calls; {why}); check that the server at {tool.where} answers"
+            f"{what}: every search failed ({calls:,} calls; {why}); see that the server at {tool.where} answers"
         )
     warnings = []
     if failures:

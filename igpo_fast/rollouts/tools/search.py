@@ -224,7 +224,7 @@ class HttpSearch(Tool):
         """Advice about an answer outside the protocol; ``response`` is None if its status was 200."""
         status = response.status_code if response else 200
         if status in (401, 403, 407):
-            return "give its credentials: search.url=http://user:password@host/..."
+            return "give the credentials that it needs: search.url=http://user:password@host/..."
         if response and response.has_redirect_location:
             return f"give the address that it redirects to: {response.headers['Location']}"
         if status in (200, 404, 405) and not httpx.URL(self._url).path.strip("/"):
