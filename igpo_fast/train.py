@@ -27,7 +27,7 @@ from igpo_fast.update.advantages import recipe_of
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.losses import loss_settings_of
 from igpo_fast.update.packs import Packer, Scored
-from igpo_fast.update.passes import choose_passes, groups_a_pack, most_decision_tokens
+from igpo_fast.update.passes import choose_passes, groups_per_pack, most_decision_tokens
 from igpo_fast.update.schedule import schedule_factor
 from igpo_fast.update.update import Updater
 
@@ -68,7 +68,7 @@ class Trainer:
         self.agent.tool.check(self.setup.data.train[0].question)
         self.recipe = recipe_of(config.algorithm)
         self.passes = choose_passes(config, self.recipe, self.setup.answer_tokens)
-        self.groups_a_pack = groups_a_pack(config, self.recipe, self.setup.answer_tokens)
+        self.groups_per_pack = groups_per_pack(config, self.recipe, self.setup.answer_tokens)
         t, updates = config.train, config.train.updates
         self.learner = Learner(
             self.setup.lm, temperature=config.rollout.temperature, settings=loss_settings_of(config.algorithm),
@@ -142,7 +142,7 @@ class Trainer:
         groups: dict[int, Group] = {}
         found: Scored = {}
         with closing(finished):
-            for some in in_ranges(finished, self.groups_a_pack, asked):
+            for some in in_ranges(finished, self.groups_per_pack, asked):
                 groups |= some
                 if self.passes == "two" and rollout.overlap:
                     needed = tuple(group for place, group in some.items() if by_gains or place < wanted)
