@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(LIMITS)}; all without one")
     parser.add_argument("--out", type=Path, default=ROOT / "build/gpu", help="folder of logs, rows and tables")
     parser.add_argument("--wheels", type=Path, help="folder of pure-Python wheels to use")
-    parser.add_argument("--limit", type=float, help="seconds a stage may take")
+    parser.add_argument("--limit", type=float, help="seconds per stage")
     args = parser.parse_args(argv)
     if unknown := set(args.stages) - set(LIMITS):
         parser.error(f"unknown stage {', '.join(sorted(unknown))}; choose from {', '.join(LIMITS)}")
