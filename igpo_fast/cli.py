@@ -202,7 +202,7 @@ def score(
     model: Annotated[str, typer.Option(metavar="DIR", help="A Hugging Face causal LM.")],
     source: Annotated[Path, path_option("--input", metavar="FILE", help="Trajectories, JSON lines.")],
     target: Annotated[Path, path_option("--output", metavar="FILE", help="With values and info_gain.")],
-    dialect: Annotated[Literal["tags", "chat"], typer.Option(help="How the policy writes turns.")] = "tags",
+    dialect: Annotated[Literal["tags", "chat"], typer.Option(help="Format of turns.")] = "tags",
     temperature: Annotated[float, typer.Option(min=1e-3, max=1e3, help="Divides the logits.")] = 1.0,
     basis: Annotated[
         Literal["log_prob", "prob"], typer.Option(help="The answer's mean log-probability, or its exp.")

@@ -30,7 +30,7 @@ from igpo_kernels.tree_attention import automatic
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that a command needs; ``set_up`` makes it from a configuration."""
+    """Parts that a command needs; ``set_up`` makes them from a configuration."""
 
     config: Config
     data: Data
@@ -69,7 +69,7 @@ def set_up(
     tokenizer: str | None = None,
     sft_progress: Progress | None = None,
 ) -> Setup:
-    """Make everything that a command needs.
+    """Make the parts that a command needs.
 
     Args:
         weights: a checkpoint or model directory that replaces the configured (and warm-started) model.

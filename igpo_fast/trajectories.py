@@ -23,10 +23,10 @@ class Message:
     """A message, checked."""
 
     number: int
-    """Its place in the line, from 1."""
+    """Number of the message in its line, from 1."""
     role: str
     content: str
-    """Its text; empty only next to calls or a thought, or if it was given so."""
+    """Text; empty only next to calls or a thought, or if it was given so."""
     calls: tuple[dict, ...] = ()
     """``{"name", "arguments"}`` of each tool call; the arguments are an object, even if they were given as JSON
     text."""

@@ -105,7 +105,7 @@ class Rollout:
 
     question: Question
     index: int
-    """Its place in its group: 0 .. G-1."""
+    """Place in the group: 0 .. G-1."""
     prompt_ids: np.ndarray
     """int32 [p], p >= 1."""
     turns: tuple[Turn, ...]
@@ -194,7 +194,7 @@ class TurnScores:
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything that one step trains on."""
+    """The rollouts that one step trains on, with their scores."""
 
     step: int
     groups: tuple[Group, ...]

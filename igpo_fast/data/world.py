@@ -239,7 +239,7 @@ HARD = Noise(0.70, 0.30, 0.75)
 
 @dataclass(frozen=True)
 class Demonstration:
-    """How an imperfect expert handles a question.
+    """An imperfect expert's turns on a question.
 
     >>> Demonstration("a b birthplace ?", (("search", "a b birthplace"), ("answer", "c d"))).turns[-1]
     ('answer', 'c d')

@@ -47,7 +47,8 @@ class RolloutLoop(asyncio.SelectorEventLoop):
 
 @dataclass(frozen=True)
 class Stragglers:
-    """When ``share`` of a batch's rollouts are done, each of the rest may take ``factor`` times their median duration.
+    """Limit on slow rollouts: once ``share`` of a batch's rollouts are done, each other may take ``factor`` times their
+    median duration.
 
     One that takes longer is left out of its group, as if the group had been smaller; a group that keeps fewer than two
     has nothing to compare and is dropped. Ended as a rollout without an answer, it would earn the format penalty for

@@ -56,7 +56,7 @@ def opening(question: Question, dialect: Dialect, limits: Limits) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Agent:
-    """Everything that sampling, tools and parsing need, made once per run."""
+    """Parts and settings of sampling, tools and parsing, made once per run."""
 
     engine: Engine
     tool: Tool

@@ -53,7 +53,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that turns rollouts and values into advantages. The defaults are preset ``paper``."""
+    """Settings that turn rollouts and values into advantages. The defaults are preset ``paper``."""
 
     algorithm: str = "igpo"
     """A key of ``ALGORITHMS``."""

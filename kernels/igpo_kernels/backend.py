@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: chosen once, by name or by device."""
+"""Choice of an op's implementation, made once, by name or by device."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def prepare() -> None:
 
 
 def sync_method() -> str:
-    """How weights reach this vLLM: by its weight-transfer API if it has one, else by ``reload_weights``."""
+    """The method by which this vLLM gets weights: its weight-transfer API if it has one, else ``reload_weights``."""
     from vllm.v1.worker.gpu_worker import Worker
 
     return TRANSFER if hasattr(Worker, "finish_weight_update") else "reload_weights"

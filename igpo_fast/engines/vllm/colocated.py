@@ -117,7 +117,7 @@ class VllmEngine:
             self._asleep = True
 
     def counts(self) -> dict[str, float]:
-        """Nothing: failures here are raised."""
+        """Return nothing, because failures here are raised."""
         return {}
 
     def load_weights(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:

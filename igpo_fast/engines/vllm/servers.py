@@ -146,7 +146,7 @@ class VllmServers:
         self._home.pop(key, None)
 
     def sleep(self) -> None:
-        """Nothing: the replicas' memory is their own."""
+        """Do nothing: the replicas' memory is their own."""
 
     def counts(self) -> dict[str, float]:
         """``COUNTS`` since the last call."""

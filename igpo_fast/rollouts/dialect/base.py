@@ -77,7 +77,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def prompt(self, question: Question) -> np.ndarray:
-        """Everything before the policy's first turn: int32 [p]."""
+        """The tokens before the policy's first turn: int32 [p]."""
 
     @abstractmethod
     def parse(self, text: str) -> tuple[str, str]:

@@ -59,7 +59,7 @@ def _measure(model: PreTrainedModel, weight: torch.Tensor, bias: torch.Tensor | 
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, weight.shape[1], generator=generator).to(weight.device)
-    hidden *= LOGITS / (hidden @ weight.float().T).std()  # of real size: a soft cap shows
+    hidden *= LOGITS / (hidden @ weight.float().T).std()  # logits of real size, at which a soft cap shows
     hidden = hidden.to(weight.dtype)
     plain = hidden.float() @ weight.float().T + (0 if bias is None else bias.float())
     with _decoder_gives(model, hidden[None]):

@@ -131,7 +131,7 @@ class Chunk(NamedTuple):
     """Each pair's row in the chunk [m]."""
     label: torch.Tensor
     panels: list[tuple[slice, slice, tuple[torch.Tensor, torch.Tensor]]]
-    """Of each panel: its columns, its pairs, and the (row, column in the panel) of these."""
+    """Each panel's columns, its pairs, and their (row, column in the panel)."""
 
 
 def sort_pairs(rows: torch.Tensor, start: int, pair_row, order, labels, columns: list[slice]) -> Chunk:
@@ -149,16 +149,16 @@ def sort_pairs(rows: torch.Tensor, start: int, pair_row, order, labels, columns:
 
 
 class Swept(NamedTuple):
-    """What the first sweep leaves of a chunk of U rows, m pairs and P panels."""
+    """Results of the first sweep over a chunk of U rows, m pairs and P panels."""
 
     target: torch.Tensor
     """Each pair's logit [m]."""
     top: torch.Tensor
     log_mass: torch.Tensor
     entropy: torch.Tensor
-    """Of each row's distribution [U]."""
+    """Statistics of each row's distribution [U]."""
     bases: torch.Tensor
-    """What each panel's exponentials are relative to [P, U]."""
+    """Base of each panel's exponentials [P, U]."""
 
 
 def first_sweep(head: Head, hidden: torch.Tensor, chunk: Chunk) -> Swept:

@@ -7,7 +7,7 @@ import math
 import torch
 
 METRICS = ("policy", "tokens", "clipped", "ratio", "ratio_max", "kl", "mismatch", "entropy")
-"""What every implementation returns beside the loss, in this order."""
+"""Names and order of the sums that every implementation returns beside the loss."""
 
 
 def sequence_count(lowest: int, highest: int) -> int:

@@ -23,7 +23,7 @@ class LossSettings:
     clip_high: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]; below 0, no lower than ``-clip_low``."""
     dual_clip: float | None = None
-    """Where the advantage is negative, the surrogate loss is at most ``dual_clip * |advantage|``; above 1."""
+    """Bound of the surrogate loss where the advantage is negative: ``dual_clip * |advantage|``; above 1."""
     kl: float = 0.0
     """Coefficient of k3 to the reference, ``exp(ref - logp) - (ref - logp) - 1``."""
     entropy: float = 0.0

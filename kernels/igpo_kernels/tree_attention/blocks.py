@@ -12,7 +12,7 @@ from igpo_kernels.plan import TreePlan
 
 @dataclass(frozen=True)
 class BlockLists:
-    """For each row, the runs of columns to visit: rows are query tiles and columns key blocks, or the other way round.
+    """Runs of columns to visit per row: rows are query tiles and columns key blocks, or the other way round.
 
     A pair is *full* if every query of the tile sees every key of the block, *masked* if only some pairs are visible;
     pairs without any are in no run. A run is of one kind and as long as possible. Tensors are int32.

@@ -45,7 +45,7 @@ class Normaliser:
     leave_one_out: bool = False
     """Subtract from an outcome the mean of the others in its pool, not of all (RLOO)."""
     scope: Scope = "group"
-    """What a pool spans: one group, or the whole batch."""
+    """Span of a pool: one group, or the whole batch."""
 
     def __post_init__(self):
         for name, known in (("pool", get_args(Pool)), ("scope", get_args(Scope))):
