@@ -244,13 +244,13 @@ def _probe(lm: PreTrainedModel) -> None:
         raise InputError(
             f"{type(lm).__name__} cannot run packed: {_mixers(lm)[0]}{_rope_type(lm)}{windows} gives hidden states "
             f"that differ by {error:.1e} (relative) from separate sequences; its attention depends on more than the "
-            "visible path"
+            "visible path; use another model"
         )
     head_error = float((ours - logits).abs().max() / logits.abs().max())
     if not head_error <= tolerance:
         raise InputError(
             f"{type(lm).__name__}: its logits differ by {head_error:.1e} (relative) from hidden @ weight + bias; "
-            f"the LM head {type(lm.get_output_embeddings()).__name__} does more than that"
+            f"the LM head {type(lm.get_output_embeddings()).__name__} does more than that; use another model"
         )
 
 

@@ -27,7 +27,7 @@ def read_model(model_class: type, path: str, *, dtype: torch.dtype, source: str 
             ignore_mismatched_sizes=True,  # the check below then names them all
         )  # fmt: skip
     except Exception as error:  # the files may hold anything, and other libraries read them
-        raise InputError(f"{source}: no causal LM loads from there ({reason_of(error)})") from error
+        raise InputError(f"{source}: no causal LM loads from there ({reason_of(error)}); give another model") from error
     faults = {
         "missing": info["missing_keys"],
         "of another shape": {name for name, *_ in info["mismatched_keys"]},
@@ -51,7 +51,9 @@ def read_config(path: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the file may hold anything, and other libraries read it
-        raise InputError(f"model.path={path}: no configuration loads from there ({reason_of(error)})") from error
+        raise InputError(
+            f"model.path={path}: no configuration loads from there ({reason_of(error)}); give another model"
+        ) from error
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -77,8 +77,8 @@ class Tags:
         for message in (*record.prompt, *(message for turn in record.turns for message in turn)):
             if message.calls or message.thought:
                 raise InputError(
-                    f"{record.where}: message {message.number} has tool_calls or reasoning_content, which tags have "
-                    "no form for; use --dialect chat, or write them into its content"
+                    f"{record.where}: message {message.number} has tool_calls or reasoning_content, which the dialect "
+                    "tags cannot write; use --dialect chat, or write them into its content"
                 )
         if record.prompt:
             first, *rest = record.prompt
@@ -134,7 +134,7 @@ class Chat:
                     )
             if not text.startswith(before):
                 raise InputError(
-                    f"{record.where}: the chat template rewrites what stands before turn {number} when that "
+                    f"{record.where}: the chat template rewrites the text before turn {number} when that "
                     "turn follows, so prefixes do not continue one another; use --dialect tags, or another "
                     "template"
                 )
@@ -288,7 +288,8 @@ class Scorer:
         same = rollout.ids.max() < size and all(decode(turn.ids) == turn.text for turn in rollout.turns)
         if not same:
             raise InputError(
-                f"{record.where}: its ids are not its texts' under the model's tokenizer; give --model the run's own"
+                f"{record.where}: its ids do not decode to its texts with the model's tokenizer; give --model the "
+                "run's own model"
             )
         boundaries = rollout.boundaries
         if not len(rollout.prompt_ids) or (np.diff(boundaries) == 0).any():

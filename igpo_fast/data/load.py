@@ -160,7 +160,7 @@ def question_order(n_questions: int, per_step: int, step: int, seed: int) -> lis
     if n_questions < per_step:
         raise InputError(
             f"a step asks {per_step} questions (train.questions and rollout.oversample), the data set has "
-            f"{n_questions} to train on; lower these, or give more"
+            f"{n_questions} to train on; lower these keys, or give more questions"
         )
     epoch, at = divmod(step, n_questions // per_step)
     order = random.Random(f"{seed}/{epoch}").sample(range(n_questions), n_questions)

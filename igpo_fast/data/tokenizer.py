@@ -126,7 +126,9 @@ def _bpe(vocab_size: int, data: Data) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + 2
     if vocab_size < smallest:
-        raise InputError(f"model.vocab_size={vocab_size}: a bpe tokenizer needs {smallest} for bytes and ends")
+        raise InputError(
+            f"model.vocab_size={vocab_size}: a bpe tokenizer needs {smallest} for bytes and special tokens; raise it"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = token_decoders.ByteLevel()

@@ -128,7 +128,7 @@ def _draw(config: WorldConfig, rng: random.Random) -> tuple[Fact, ...]:
     }
     total = sum(sizes.values())
     if total > len(_NAMES):
-        raise InputError(f"world: {total} entities, but there are {len(_NAMES)} names; ask for fewer persons")
+        raise InputError(f"world: {total} entities, but there are {len(_NAMES)} names; lower world.persons")
     # Never both `a b` and `b a`: search ignores the order of words.
     names = iter([" ".join(rng.sample(pair, 2)) for pair in rng.sample(_NAMES, total)])
     entities = {type: [next(names) for _ in range(size)] for type, size in sizes.items()}

@@ -250,8 +250,8 @@ def load_checkpoint(run: RunFolder, lm, optimizer, scheduler) -> tuple[int, dict
     except Exception as error:  # unpickling, transformers and the optimiser may raise anything here
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(
-            f"{folder}: whole, but not a state of this run's model and optimiser ({reason}); go on with the version "
-            "of igpo-fast that wrote it, or begin anew with another run.dir="
+            f"{folder}: undamaged, but not a state of this run's model and optimiser ({reason}); go on with the "
+            "version of igpo-fast that wrote it, or begin anew with another run.dir="
         ) from error
 
 

@@ -97,7 +97,9 @@ class SentenceEncoder:
             self._model = SentenceTransformer(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"--dense {folder}: no sentence-transformer loads from there ({reason})") from None
+            raise InputError(
+                f"--dense {folder}: no sentence-transformer loads from there ({reason}); give another folder"
+            ) from None
         self._prompts = prompts
         self.settings = {"model": _digest_of_folder(folder), "prompts": prompts}
 
