@@ -48,5 +48,5 @@ class DivergedError(RunError):
 def reason_of(error: BaseException, length: int = 200) -> str:
     """Another library's error message, in one line of at most ``length`` characters."""
     if "trust_remote_code" in str(error):
-        return "it needs its own code (auto_map), which is never run; use a model that transformers itself has"
+        return "it needs code of its own, auto_map, which is never run; use a model that transformers itself has"
     return " ".join(str(error).split())[:length] or type(error).__name__

@@ -107,7 +107,7 @@ def test_eval_of_a_model_directory(run):
     found = json.loads(igpo_fast_(*of_model).stdout)
     of_run = json.loads(igpo_fast_("eval", folder, "--json").stdout)
     assert found == of_run
-    assert "not a run folder; to evaluate it as a model, give --config" in refused("eval", newest)
+    assert "not a run folder; give --config" in refused("eval", newest)
     assert "leave --config out" in refused("eval", folder, "--config", folder / "config.yaml")
 
 

@@ -62,8 +62,8 @@ def test_no_rollout_has_more_decision_tokens(turn_tokens, most):
     "overrides, message",
     [
         (("rollout.oversample=4",), "rollout.oversample needs something to choose by"),
-        (("rollout.skip_collapsed=true",), "choose among spare groups; set oversample"),
-        (("rollout.keep=arrival",), "choose among spare groups; set oversample"),
+        (("rollout.skip_collapsed=true",), "choose among spare groups; set rollout.oversample"),
+        (("rollout.keep=arrival",), "choose among spare groups; set rollout.oversample"),
         ((*DYNAMIC, "rollout.keep=arrival"), "rollout.keep=arrival ends a step before gains are known"),
         (("rollout.straggler_share=0",), "rollout.straggler_share"),
         (("rollout.straggler_factor=0.5",), "rollout.straggler_factor"),

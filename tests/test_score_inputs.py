@@ -264,7 +264,7 @@ def test_two_runs_into_one_output(tmp_path):
     source, target = write(tmp_path / "in.jsonl", row(ASKED, ANSWERED, FOUND, ANSWERED)), tmp_path / "out.jsonl"
 
     def second():
-        with pytest.raises(InputError, match="another process writes it"):
+        with pytest.raises(InputError, match="another process is writing it"):
             score_file(source, target, scorer)
         return scorer()
 
