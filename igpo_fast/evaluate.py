@@ -43,10 +43,10 @@ def evaluate(
     for rollout in rollouts:
         sets.setdefault(rollout.question.dataset, []).append(rollout)
     means = {name: _means(members, f1_normalisation) for name, members in sets.items()}
-    metrics = {f"eval/{key}": float(np.mean([of[key] for of in means.values()])) for key in ("f1", "em", "turns")}
-    metrics["eval/f1_se"] = float(np.linalg.norm([of["f1_se"] for of in means.values()]) / len(means))
+    metrics = {f"eval/{key}": float(np.mean([mean[key] for mean in means.values()])) for key in ("f1", "em", "turns")}
+    metrics["eval/f1_se"] = float(np.linalg.norm([mean["f1_se"] for mean in means.values()]) / len(means))
     if len(means) > 1:
-        metrics |= {f"eval/{name}/{key}": value for name, of in means.items() for key, value in of.items()}
+        metrics |= {f"eval/{name}/{key}": value for name, mean in means.items() for key, value in mean.items()}
     if "tool/failures" in counts:
         metrics["eval/search_failures"] = counts["tool/failures"]
     return Evaluation(metrics, rollouts)

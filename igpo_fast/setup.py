@@ -99,8 +99,8 @@ def set_up(
     _check_questions(config, data, dialect, limits)
     branches_of = partial(_branches, config, dialect)
     branches = [branches_of(question) for question in data.train]
-    answer_tokens = max(sum(len(branch.ids) for branch in some) for some in branches)
-    longest_answer = max((len(branch.ids) for some in branches for branch in some), default=0)
+    answer_tokens = max(sum(len(branch.ids) for branch in answers) for answers in branches)
+    longest_answer = max((len(branch.ids) for answers in branches for branch in answers), default=0)
     tool = make_search(config, data)
     lm = _load_model(config, weights, words)
     if not weights:

@@ -154,8 +154,8 @@ def _batches(config: Config, dialect: Dialect, data: Data, tool: Tool) -> Iterat
 
     async def written(noise: Noise) -> list:
         try:
-            most = config.rollout.max_tokens
-            return [await write(draw(noise), dialect, tool, most) for _ in range(settings.batch_size)]
+            max_tokens = config.rollout.max_tokens
+            return [await write(draw(noise), dialect, tool, max_tokens) for _ in range(settings.batch_size)]
         finally:
             await close(tool)
 

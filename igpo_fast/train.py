@@ -142,10 +142,10 @@ class Trainer:
         groups: dict[int, Group] = {}
         found: Scored = {}
         with closing(finished):
-            for some in in_ranges(finished, self.groups_per_pack, asked):
-                groups |= some
+            for finished_range in in_ranges(finished, self.groups_per_pack, asked):
+                groups |= finished_range
                 if self.passes == "two" and rollout.overlap:
-                    needed = tuple(group for place, group in some.items() if by_gains or place < wanted)
+                    needed = tuple(group for place, group in finished_range.items() if by_gains or place < wanted)
                     self.update.score(Batch(step, needed), found, metrics)
         if by_gains:
             self.update.score(Batch(step, tuple(groups.values())), found, metrics)

@@ -210,12 +210,12 @@ class TorchEngine:
         """
         if self._waiting or self._running:
             raise RuntimeError("load_weights: requests are pending; await them first")
-        own = self._lm.state_dict()
+        parameters = self._lm.state_dict()
         for name, tensor in weights:
-            if name not in own:
+            if name not in parameters:
                 raise ValueError(f"load_weights: the model has no parameter {name!r}")
-            if own[name].data_ptr() != tensor.data_ptr():
-                own[name].copy_(tensor)
+            if parameters[name].data_ptr() != tensor.data_ptr():
+                parameters[name].copy_(tensor)
         self._drop_caches()
         self.version += 1
 
@@ -335,10 +335,10 @@ class TorchEngine:
         """Attention of one step: writes new keys and values to their slots, and reads each slot's own."""
         blocks = []
         size = np.ceil(np.log2(new))  # slots with n/2 < new <= n tokens share a block
-        for some in (np.flatnonzero(size == s) for s in np.unique(size)):
-            width = int(new[some].max() * (start + new)[some].max())
-            most = max(1, MASK_ELEMENTS // width)
-            for part in (some[i : i + most] for i in range(0, len(some), most)):
+        for members in (np.flatnonzero(size == s) for s in np.unique(size)):
+            width = int(new[members].max() * (start + new)[members].max())
+            slots_per_block = max(1, MASK_ELEMENTS // width)
+            for part in (members[i : i + slots_per_block] for i in range(0, len(members), slots_per_block)):
                 blocks.append(_Block(slots[part], first[part], start[part], new[part], self._device))
         tokens = int((start + new).max())
 

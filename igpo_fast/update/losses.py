@@ -87,5 +87,5 @@ def importance_counts(
 
 def measured(sums: Mapping[str, float], inputs: LossInputs) -> dict[str, float]:
     """``policy_loss``'s sums without those that are 0 only because their input was not given."""
-    of = {"kl": inputs.ref_logp, "mismatch": inputs.engine_logp}
-    return {name: value for name, value in sums.items() if name not in of or of[name] is not None}
+    sources = {"kl": inputs.ref_logp, "mismatch": inputs.engine_logp}
+    return {name: value for name, value in sums.items() if name not in sources or sources[name] is not None}

@@ -227,12 +227,12 @@ def _paths(sequences: Sequence[np.ndarray]):
     yield from zip(order, [0, *shared], [*shared, -1], strict=True)
 
 
-def _whole_numbers(of: str, name: str, x: Any, least: int) -> np.ndarray:
+def _whole_numbers(owner: str, name: str, x: Any, least: int) -> np.ndarray:
     """``x``, an array or a list, as int64 [n]; ValueError unless all are whole numbers of at least ``least``."""
     x = np.asarray(x)
     if x.ndim != 1 or (len(x) and (x.dtype.kind not in "iu" or int(x.min()) < least)):
         what = f"{x.dtype} {list(x.shape)}" + (f" from {x.min()}" if x.ndim == 1 and x.dtype.kind in "iuf" else "")
-        raise ValueError(f"{of}: {name} are {what}; give one row of whole numbers of at least {least}")
+        raise ValueError(f"{owner}: {name} are {what}; give one row of whole numbers of at least {least}")
     return x.astype(np.int64)
 
 

@@ -49,9 +49,9 @@ def policy_loss(logp, *, old_logp, advantages, weights, settings, engine_logp, r
         # Value and gradient of the sequence's mean: GSPO.
         log_ratio = _per_sequence(log_ratio.where(~dropped, 0.0), active * ~dropped, sequence, "mean")
     # Larger ratios are held where a clip applies anyway: overflowing, they would make the gradient 0 * inf.
-    most = math.log(torch.finfo(logp.dtype).max) / 2
-    held = (log_ratio > most) & ((advantages >= 0) | (settings.dual_clip is not None) | dropped)
-    ratio = torch.where(held, most, log_ratio).exp()
+    largest = math.log(torch.finfo(logp.dtype).max) / 2
+    held = (log_ratio > largest) & ((advantages >= 0) | (settings.dual_clip is not None) | dropped)
+    ratio = torch.where(held, largest, log_ratio).exp()
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
     surrogate = torch.maximum(-ratio * advantages, -clipped * advantages)
     if settings.dual_clip is not None:

@@ -85,20 +85,20 @@ def _runs_of_blocks(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Runs by key: at most one full run per block, with a masked one before and behind it."""
     place = np.add.outer(2 * np.arange(len(bounds)), [0, 1, 1])
     runs = bounds[:, [[1, 2], [0, 1], [2, 3]]]
-    some = runs[..., 0] < runs[..., 1]
-    return place[some], runs[some]
+    visited = runs[..., 0] < runs[..., 1]
+    return place[visited], runs[visited]
 
 
 def _runs_of_tiles(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Runs by query: a run starts at block b for the tiles that visit b and not b - 1, and stops for the tiles that
     visit b - 1 and not b. Neighbouring blocks differ by few tiles, so nothing as large as all pairs is made."""
-    made = []
+    runs = []
     for masked, columns in enumerate(([1, 2], [0, 1, 2, 3])):
         ranges = np.pad(bounds[:, columns], ((1, 1), (0, 0)))
         tile, start = _by_place(*_differences(ranges[1:], ranges[:-1]))
         _, stop = _by_place(*_differences(ranges[:-1], ranges[1:]))
-        made.append((2 * tile + masked, np.stack([start, stop], 1)))
-    return _by_place(*map(np.concatenate, zip(*made, strict=True)))
+        runs.append((2 * tile + masked, np.stack([start, stop], 1)))
+    return _by_place(*map(np.concatenate, zip(*runs, strict=True)))
 
 
 def _runs_within(plan: TreePlan, window: int, bounds, queries: int, keys: int, by_key: bool) -> tuple:
@@ -143,8 +143,8 @@ def _differences(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, n
 def _expand(first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The numbers of each range first:stop, one range after the other, and the index of each one's range."""
     count = np.maximum(stop - first, 0)
-    of = np.repeat(np.arange(len(first)), count)
-    return np.arange(len(of)) + (first - np.cumsum(count) + count)[of], of
+    owner = np.repeat(np.arange(len(first)), count)
+    return np.arange(len(owner)) + (first - np.cumsum(count) + count)[owner], owner
 
 
 def _blocks(values: np.ndarray, size: int, fill: int) -> np.ndarray:

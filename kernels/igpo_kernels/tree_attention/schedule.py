@@ -51,7 +51,7 @@ def tiles(plan: TreePlan, window: int | None) -> list[Tile]:
 
 
 def _tiles(plan: TreePlan, window: int | None) -> list[Tile]:
-    made, keys = [], np.empty(0, np.int64)
+    tile_list, keys = [], np.empty(0, np.int64)
     for start, stop in _cuts(plan, window):
         before, keys = keys, _keys(plan, window, start, stop)
         shared = min(len(before), len(keys))
@@ -59,8 +59,8 @@ def _tiles(plan: TreePlan, window: int | None) -> list[Tile]:
         shared = int(differs[0]) if len(differs) else shared
         length = plan.position_ids[stop - 1] - plan.position_ids[keys[0]] + 1
         is_path = (plan.subtree_end[keys] >= stop).all() and (window is None or length <= window)
-        made.append(Tile(start, stop, _runs(keys), len(keys), _runs(keys[shared:]), bool(is_path)))
-    return made
+        tile_list.append(Tile(start, stop, _runs(keys), len(keys), _runs(keys[shared:]), bool(is_path)))
+    return tile_list
 
 
 def mask(plan: TreePlan, number: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
