@@ -192,7 +192,7 @@ def test_interrupted_is_130(monkeypatch, stop, tmp_path):
     result = igpo_fast_("train", *tiny(tmp_path))
     assert result.exit_code == 130
     if not isinstance(stop, KeyboardInterrupt):
-        assert result.stderr == "interrupted: stopped after step 3; the same command goes on from there\n"
+        assert result.stderr == "interrupted: stopped after step 3; the same command resumes from there\n"
 
 
 def test_help_waits_for_no_library():

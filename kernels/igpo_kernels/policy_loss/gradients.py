@@ -14,6 +14,6 @@ def hand_out(ctx, op: str) -> tuple[torch.Tensor | None, ...]:
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:
         raise RuntimeError(
-            f"{op}: a second backward, but the forward computes the gradients and hands them out once; call {op} again"
+            f"{op}: a second backward; the forward computes the gradients and hands them out once: call {op} again"
         )
     return gradients
