@@ -57,7 +57,7 @@ aot: $(VENV)/.installed
 	cmake -B build/aot -DPython3_EXECUTABLE="$(abspath $(BIN))/python"
 	cmake --build build/aot && ctest --test-dir build/aot --output-on-failure
 
-# On a machine with a GPU, under its own Python: tests, benches and tuning; results in OUT. WHEELS: what it lacks.
+# On a machine with a GPU, under its own Python: tests, benches and tuning; results in OUT. WHEELS: folder of missing packages.
 OUT ?= build/gpu
 gpu:
 	$(PYTHON) bench/gpu.py --out "$(OUT)" $(if $(WHEELS),--wheels "$(WHEELS)")

@@ -1,4 +1,4 @@
-"""Ours and its peers, timed in turns; figures and rows."""
+"""Timing of ours and its peers in turns, as figures and rows."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from bench.timing import DEVICE, circumstances, timed
 from tests.allocations import peak_bytes
 
 WARMUP = 1
-"""Rounds that are not counted."""
+"""Warm-up rounds, which are not counted."""
 
 
 class Comparison:
-    """Several ways to one result: ``sides["ours"]`` and its peers, functions without arguments.
+    """Several implementations of one result: ``sides["ours"]`` and its peers, functions without arguments.
 
-    First every side runs unmeasured (what compiles, compiles), its result is held against ours, and once more for its
-    memory. Then ``rounds`` rounds: each peer once, then ours. A time is that of one call, the device's work included.
-    A peer that raises or differs has a row that says so, without figures; ours raises.
+    First every side runs unmeasured (this compiles it), its result is compared with ours, and it runs once more for its
+    memory. Then come ``rounds`` rounds: each peer once, then ours. Times are per call, the device's work included. A
+    peer that raises or differs gets a row that says so, without figures; ours raises.
 
     Args:
-        calls: timed together, for calls of microseconds; figures are their mean.
-        graph: on a GPU, time the device alone (``timing.timed``).
-        flops: of one call, by formula.
-        agree: how far results (those that are not None) may differ: ``torch.testing.assert_close``'s ``atol`` and
+        calls: number of calls timed together, if a call takes microseconds; figures are their mean.
+        graph: whether to time the device alone on a GPU (``timing.timed``).
+        flops: FLOPs per call, by formula.
+        agree: tolerance between results that are not None: ``torch.testing.assert_close``'s ``atol`` and
             ``rtol``, or a share of each tensor's norm and of its largest entry; None does not check.
     """
 
@@ -44,13 +44,13 @@ class Comparison:
                 del result
                 self.peaks[name] = peak_bytes(sides[name], DEVICE)[0]
                 self.runs[name] = timed(sides[name], calls, graph)
-            except Exception as error:  # whatever a peer raises is its row
+            except Exception as error:  # an error of a peer becomes its row
                 if name == "ours":
                     raise
                 self.errors[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
     def rows(self, benchmark, rounds: int) -> list[dict]:
-        """Time all that run, ours with pytest-benchmark's fixture; a row a peer."""
+        """Time all sides that run, ours with pytest-benchmark's fixture; returns one row per peer."""
         peers = [name for name in self.runs if name != "ours"]
         times: dict[str, list[float]] = {name: [] for name in peers}
 
@@ -95,7 +95,7 @@ def hold(result, expected, agree: dict[str, float] | float) -> None:
 
 
 def figures(seconds: Sequence[float], peak_bytes: int, flops: float | None) -> dict:
-    """Median, 20th and 80th percentile of one call in ms, the most bytes it held, and TFLOP/s at the median."""
+    """Median, 20th and 80th percentile per call in ms, peak bytes, and TFLOP/s at the median."""
     p20, median, p80 = (float(f"{1e3 * value:.6g}") for value in np.quantile(seconds, (0.2, 0.5, 0.8)))
     found = {"median": median, "p20": p20, "p80": p80, "unit": "ms", "peak_bytes": peak_bytes}
     return found if flops is None else {**found, "tflops": float(f"{flops / median / 1e9:.4g}")}

@@ -1,4 +1,4 @@
-"""What every bench shares: all sides timed in turns in one run, a row for each comparison.
+"""Fixtures of all benches: sides are timed in turns in one run, with one row per comparison.
 
 ``pytest bench/ [-k NAME] [--full] [--results FILE]`` prints each comparison and, with --results, appends its row. Times
 of ours are pytest-benchmark's own (its table and options hold); those of the peers lie in its ``extra_info``.
@@ -28,8 +28,8 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture
 def compare(benchmark, request, capsys):
-    """``compare(bench, shape, {"ours": f, peer: g, ...}, rounds, **options)``: all sides in turns, as ``Comparison``
-    says, which takes the options; once a test."""
+    """``compare(bench, shape, {"ours": f, peer: g, ...}, rounds, **options)``: all sides in turns, by
+    ``Comparison``, which takes the options; once per test."""
     if benchmark.disabled:
         pytest.skip("benchmarks are disabled: nothing to compare")
 

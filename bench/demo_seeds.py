@@ -1,9 +1,9 @@
-"""What the quickstart learns, seed by seed: IGPO beside GRPO from the same warm starts.
+"""The quickstart's learning per seed: IGPO and GRPO from the same warm starts.
 
     python bench/demo_seeds.py [--seeds 101 102 103] [--algorithms igpo grpo] [section.key=value ...]
 
 Trains each seed with each algorithm (two processes at a time), then evaluates the trained policy once more with a
-search that finds nothing. Prints a table, exits with 1 unless every igpo run meets the bars, and appends a row a run
+search that finds nothing. Prints a table, exits with 1 unless every igpo run meets the bars, and appends a row per run
 to bench/results/demo_seeds.jsonl.
 """
 
@@ -27,7 +27,7 @@ from igpo_fast.run.display import sparkline
 
 ROOT = Path(__file__).parents[1]
 START, END, WITHOUT_SEARCH = 0.15, 0.50, 0.10
-"""Bars: eval F1 before training at most, after it at least, and without search at most."""
+"""Bars for eval F1: at most this before training, at least this after it, at most this without search."""
 
 
 def run(seed: int, algorithm: str, folder: Path, overrides: list[str]) -> dict:
@@ -77,7 +77,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
     parser.add_argument("--algorithms", nargs="+", default=["igpo", "grpo"])
-    parser.add_argument("--runs", type=Path, default=Path("runs/demo-seeds"), help="where the run folders go")
+    parser.add_argument("--runs", type=Path, default=Path("runs/demo-seeds"), help="folder of the run folders")
     parser.add_argument("--results", type=Path, default=ROOT / "bench/results/demo_seeds.jsonl")
     parser.add_argument("overrides", nargs="*", help="section.key=value, as for igpo-fast train")
     args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Everything to do on a machine with a GPU: native tests, benches at model shapes, tuning.
+"""All work for a machine with a GPU: native tests, benches at model shapes, tuning.
 
     python bench/gpu.py [tests] [bench] [tune] [--out build/gpu] [--wheels FOLDER] [--limit 600]
 
-Uses the Python it runs under: torch, triton, transformers, pytest, pytest-benchmark and hypothesis; nothing else of the
+Uses the Python that runs it: torch, triton, transformers, pytest, pytest-benchmark and hypothesis; nothing else of the
 trainer. Packages that it lacks (and peers) may lie in --wheels, pure Python, unpacked for the run. The folder --out
-gets a log a stage, gpu.jsonl (bench rows) and tables/ (tuned configurations, which replace nothing by themselves). A
+gets a log per stage, gpu.jsonl (bench rows) and tables/ (tuned configurations, which replace nothing by themselves). A
 stage that fails or outlasts its limit does not stop the next; the exit code is then 1.
 """
 
@@ -25,17 +25,17 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 LIMITS = {"tests": 900, "bench": 1200, "tune": 1500}
-"""Seconds a stage may take."""
+"""Seconds per stage."""
 TUNING_SECONDS = 30
 GRACE = 15
-"""Seconds to report what was done so far, once interrupted."""
+"""Seconds for a stage to report its progress once interrupted."""
 SHOWN = 12
-"""Lines of a log's end."""
+"""Lines printed from a log's end."""
 
 
 def commands(out: Path) -> dict[str, list[str]]:
     pytest = ["pytest", "-p", "no:cacheprovider"]
-    dtypes = ["--dtype=bf16", "--dtype=fp32"]  # what trains, and what losses and advantages are computed in
+    dtypes = ["--dtype=bf16", "--dtype=fp32"]  # dtypes of training, and of losses and advantages
     return {
         "tests": [*pytest, "tests/kernels", "tests/parity", "-m", "not slow", "--durations=10"],
         "bench": [*pytest, "bench", "--full", "--results", str(out / "gpu.jsonl")],
@@ -44,7 +44,7 @@ def commands(out: Path) -> dict[str, list[str]]:
 
 
 def run(module: list[str], log: Path, limit: float, environment: dict[str, str]) -> str | None:
-    """Run ``python -m module...`` in a session of its own; returns what went wrong."""
+    """Run ``python -m module...`` in a session of its own; returns a description of its failure, or none."""
     with open(log, "w") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", *module], cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(LIMITS)}; all without one")
     parser.add_argument("--out", type=Path, default=ROOT / "build/gpu", help="folder of logs, rows and tables")
     parser.add_argument("--wheels", type=Path, help="folder of pure-Python wheels to use")
-    parser.add_argument("--limit", type=float, help="seconds a stage may take")
+    parser.add_argument("--limit", type=float, help="seconds per stage")
     args = parser.parse_args(argv)
     if unknown := set(args.stages) - set(LIMITS):
         parser.error(f"unknown stage {', '.join(sorted(unknown))}; choose from {', '.join(LIMITS)}")

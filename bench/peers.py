@@ -1,6 +1,6 @@
 """Public implementations of the LM-head ops, each as ``(hidden [M, H], weight [V, H], labels [M]) -> logp [M]``.
 
-What cannot run here is noted in ``left_out``, which the run prints once.
+Peers that cannot run here are noted in ``left_out``, which the run prints once.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from bench.timing import DEVICE
 
 left_out: dict[str, str] = {}
 LOGIT_BYTES = 20
-"""What plain torch holds of each logit at its peak: bf16 logits and gradient, float32 copies of both, log-softmax."""
+"""Bytes per logit of plain torch at its peak: bf16 logits and gradient, float32 copies of both, log-softmax."""
 
 
 def imported(peer: str, module: str, gpu: bool = True) -> ModuleType | None:
-    """``module``; None, and a note, where it does not import or (``gpu``) there is none."""
+    """``module``; None, with a note, if it does not import or needs a GPU (``gpu``) and there is none."""
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # broken against this torch, too, is absent
+    except Exception as error:  # a module that breaks with this torch counts as absent
         left_out[peer] = f"{type(error).__name__}: {error}".splitlines()[0]
         return None
     if gpu and DEVICE == "cpu":
@@ -44,10 +44,10 @@ def logits_fit(pairs: int, vocab: int) -> bool:
 
 
 def logprobs(pairs: int, vocab: int) -> dict[str, Callable[..., torch.Tensor]]:
-    """Of what is importable and fits.
+    """Implementations that import and fit.
 
-    cut_cross_entropy's gradient skips blocks whose probabilities are small; ``_exact`` does not. verl's makes the
-    entropy, too. Ours and the rest compute the same function.
+    cut_cross_entropy's gradient skips blocks whose probabilities are small; ``_exact`` does not. verl's also
+    computes the entropy. Ours and the rest compute the same function.
     """
     found = {}
     if logits_fit(pairs, vocab):

@@ -8,7 +8,7 @@ from bench.timing import DEVICE
 from igpo_kernels.turn_advantages import GAIN, OUTCOME, Normaliser, turn_advantages
 
 GROUP = 16
-"""Rollouts of a question."""
+"""Rollouts per question."""
 BYTES_A_TURN = 4 + 1 + 4
 """Reward and kind in, advantage out."""
 

@@ -1,15 +1,15 @@
-"""tree_attention on trunks and on combs of answers, against the attention that others would use.
+"""tree_attention on trunks and on combs of answers, against the attention that other code would use.
 
     sdpa_flash, sdpa_cudnn   packs of one sequence, or of several as long: a batch
     varlen, flash_attn       packs whose trees are single sequences
     sdpa_mask        a dense mask: SDPA's efficient backend, on a CPU its flash backend
     flex             FlexAttention with the plan's mask_mod; on a CPU forward alone
-    trunk_only       ours on the trunks alone: what training pays anyway
+    trunk_only       ours on the trunks alone: the cost that training has anyway
 
-Peers that take no grouped queries get keys and values of every query head, expanded before the clock runs; what sums
-their gradients over the group is not timed either.
+Peers without grouped queries get keys and values of every query head, expanded before the clock runs; summing their
+gradients over the group is not timed either.
 
-TFLOP/s count the visible (query, key) pairs, whatever a side visits: 4 Hq D a pair forward, 2.5 times that backward.
+TFLOP/s count visible (query, key) pairs, whatever a side visits: 4 Hq D per pair forward, 2.5 times that backward.
 """
 
 import inspect
@@ -28,7 +28,7 @@ from igpo_kernels import Branch, RolloutTokens, Tree, pack, tree_attention
 from igpo_kernels.tree_attention.blocks import visible_area
 from igpo_kernels.tree_attention.reference import visible
 
-# trunk tokens, turns, answer tokens, rollouts a group, groups
+# trunk tokens, turns, answer tokens, rollouts per group, groups
 SHAPES = {
     "trunk-2k": (2048, 0, 0, 1, 1),
     "comb-2k-8x16": (2048, 8, 16, 1, 1),
@@ -66,7 +66,7 @@ OTHERS = {
 OTHERS_ON = ("trunk-32k", "trunks-8x4k", "comb-8k-16x24")
 PROMPT = 256
 DENSE = 24_576
-"""Tokens up to which a dense mask is tried."""
+"""Most tokens for which a dense mask is tried."""
 AGREE = 2e-2 if DEVICE == "cuda" else 1e-4
 
 
@@ -80,7 +80,7 @@ def pytest_generate_tests(metafunc):
 
 
 def plan_of(trunk, turns, answer, group, groups):
-    """Groups whose rollouts share a prompt, an answer forced after each of ``turns`` prefixes."""
+    """A pack of groups whose rollouts share a prompt, with an answer forced after each of ``turns`` prefixes."""
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, 1000, min(PROMPT, trunk // 4))
     boundaries = np.linspace(len(prompt), trunk, turns).astype(np.int64) if turns else np.zeros(0, np.int64)
@@ -103,8 +103,8 @@ def heads_first(x, batch=1):
 
 
 def peers(plan, heads, mask, direction):
-    """Ways to the same output, ``(q, k, v) -> out`` of [N, heads, D], and the names of those that want keys and values
-    of every query head."""
+    """Implementations of the same output, ``(q, k, v) -> out`` of [N, heads, D], and the names of those that need keys
+    and values of every query head."""
     starts = np.append(np.unique(plan.tree_start), plan.n_tokens)
     lengths, window = np.diff(starts), heads.window
 
@@ -214,7 +214,7 @@ def test_attention(shape, heads, direction, compare):
     sides = {"ours": of(lambda q, k, v: tree_attention(q, k, v, plan, **options), (q, k, v))}
     if shape[1]:
         trunk_only = of(lambda q, k, v: tree_attention(q, k, v, trunk, **options), tensors(trunk, heads))
-        sides["trunk_only"] = lambda: (trunk_only(), None)[1]  # another result: not to be compared
+        sides["trunk_only"] = lambda: (trunk_only(), None)[1]  # another result, so it is not compared
     ways, wide = peers(plan, heads, mask, direction)
     for name, way in ways.items():
         inputs = (q, *(x.repeat_interleave(group, 1) for x in (k, v))) if name in wide else (q, k, v)

@@ -1,4 +1,5 @@
-"""Wall time of a batch of rollouts whose tool takes 0-2 s a call: what waits for its search holds up no other."""
+"""Wall time of a batch of rollouts whose tool takes 0-2 s per call: a rollout that waits for its search delays no
+other."""
 
 import asyncio
 import random
@@ -17,11 +18,11 @@ from igpo_fast.types import SEARCH, ToolResult
 
 QUESTIONS, GROUP = 16, 8
 SLOWEST = 2.0
-"""Seconds; latencies are uniform between 0 and this."""
+"""Largest latency in seconds; latencies are uniform between 0 and this."""
 
 
 class SlowTool:
-    """``chains[rollout]`` are the latencies of its calls in the latest batch."""
+    """A search tool with latency; ``chains[rollout]`` are the latencies of its calls in the latest batch."""
 
     def __init__(self, tool, slowest):
         self.tool, self.slowest = tool, slowest

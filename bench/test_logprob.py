@@ -1,7 +1,7 @@
 """linear_logprob against the bare product of the same shape, plain torch, torch.compile and the public kernels.
 
 Ratios are peer / ours: above 1 we are faster. ``logprob/matmul`` is the floor of the forward (one product) and of the
-backward (three: logits again, dhidden, dweight). TFLOP/s count those products, whatever a side really does.
+backward (three: logits again, dhidden, dweight). TFLOP/s count those products, whatever a side really computes.
 """
 
 import torch
@@ -20,7 +20,7 @@ FULL_GPU = {
     "m1k-h8192-v32k": (1024, 8192, 32_768),
 }
 PANEL = 16_384
-"""Columns of the bare product made at a time, so that its result does not fill the memory."""
+"""Columns per panel of the bare product, so that its result does not fill the memory."""
 AGREE = 2e-2 if DEVICE == "cuda" else 1e-4
 
 
@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc):
 
 
 def rounds(shape) -> int:
-    """Two where a round takes minutes."""
+    """Number of rounds: two if a round takes minutes."""
     return 10 if DEVICE == "cuda" else 2 if shape in FULL_CPU.values() else 5
 
 

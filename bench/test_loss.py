@@ -20,9 +20,9 @@ from bench.timing import DEVICE
 from igpo_kernels import linear_policy_loss, policy_loss
 
 SEQUENCE = 1024
-"""Tokens that share an advantage: Liger takes one a sequence."""
+"""Tokens that share an advantage: Liger takes one per sequence."""
 BYTES_A_TOKEN = 20
-"""Four floats in, the gradient out."""
+"""Bytes per token: four floats in, the gradient out."""
 
 
 def eager(logp, *inputs):
@@ -38,7 +38,7 @@ def test_loss_from_the_lm_head(shape, compare):
     weights = torch.full((m,), 1 / m, device=DEVICE)
     with torch.no_grad():
         old = torch.cat([plain(h, weight, ids) for h, ids in zip(hidden.split(64), labels.split(64), strict=True)])
-    # Ratios far from where the clip begins: there, rounding decides whether a token has a gradient.
+    # Ratios far from the clip's edge, where rounding decides whether a token has a gradient.
     old = old + 0.01 * torch.randn(m, device=DEVICE)
     losses = {"ours": lambda: linear_policy_loss(hidden, weight, labels, None, old, by_token, weights)[0]}
     if logits_fit(m, vocab):

@@ -2,10 +2,10 @@
 
     ours            the embedded engine: continuous batching, keys and values kept across turns
     vllm            vLLM in this process
-    transformers    ``generate`` on the rollouts that wait, all prefixes again each turn; no log-probabilities
+    transformers    ``generate`` on the waiting rollouts, with all prefixes again in each turn; no log-probabilities
 
-Rollouts and generated tokens a second are the shape's divided by the times; ``extra_info`` has them. Draws differ, so
-do the tokens, slightly.
+``extra_info`` has rollouts and generated tokens per second (the shape's, divided by the times). Draws differ slightly
+between sides, and so do the tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bench.peers import imported
 from bench.timing import DEVICE
 from igpo_fast import config
 from igpo_fast.engines import vllm
-from igpo_fast.engines.base import Generation, Request, others
+from igpo_fast.engines.base import Generation, Request, let_others_run
 from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.rollouts.batch import rollout_groups
 from igpo_fast.setup import set_up
@@ -36,11 +36,11 @@ LARGER = (
     "sft.clean_steps=0", "sft.noisy_steps=0", "sft.hard_steps=0",
 )  # fmt: skip
 SHAPES = {"0.4m": (SMALL, 16, 8), "24m": (LARGER, 4, 4)}
-"""Settings, questions, rollouts of each; the second policy is untrained and uses all its turns."""
+"""Settings, questions, rollouts per question; the second policy is untrained and uses all its turns."""
 
 
 class GenerateEngine:
-    """An ``Engine`` that hands all requests that wait to ``generate`` as one left-padded batch."""
+    """An ``Engine`` that passes all waiting requests to ``generate`` as one left-padded batch."""
 
     name, version, remote, keeps_rollouts = "transformers", 1, False, True
 
@@ -55,12 +55,12 @@ class GenerateEngine:
         return await future
 
     async def _run(self):
-        await others()
+        await let_others_run()
         while self._waiting:
             jobs, self._waiting = self._waiting, []
             for (_, future), generation in zip(jobs, self._batch([request for request, _ in jobs]), strict=True):
                 future.set_result(generation)
-            await others()
+            await let_others_run()
 
     def _batch(self, requests: list[Request]) -> list[Generation]:
         width = max(len(request.ids) for request in requests)

@@ -1,11 +1,11 @@
-"""Answer values of every turn prefix: one packed pass against the ways in use.
+"""Answer values of every turn prefix: one packed pass against common ways.
 
-    trunk_only    the rollout's tokens once, no answers: the floor, which training pays anyway
+    trunk_only    the rollout's tokens once, no answers: the floor, a cost that training has anyway
     full_logits   T separate passes with logits of every token (the released IGPO code)
     last_hidden   T separate passes, LM head on the answer's rows only
     kv_reuse      prefixes extend one key-value cache; each answer is fed on a copy of it (a long-horizon port)
 
-Every way but the first gives the same values, checked before anything is timed.
+All ways but the first give the same values, which is checked before anything is timed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from igpo_kernels import ANSWER, Branch, RolloutTokens, Tree, linear_logprob, pa
 SHAPES = {"8x256": dict(turns=8, tokens_a_turn=256, wrapper=0, answer=8)}
 FULL = {"16x256+16": dict(turns=16, tokens_a_turn=256, wrapper=16, answer=8)}
 PEERS = {"near": (("trunk_only", "kv_reuse"), 15), "far": (("last_hidden", "full_logits"), 3)}
-"""Sides and rounds: a tenth, which rounds themselves differ by, decides among the near ones only."""
+"""Sides and rounds: rounds differ by a tenth, which matters only between close sides."""
 
 
 def model_40m(vocab=32_768):

@@ -1,5 +1,5 @@
-"""The search server on one core: 32 clients with a query a request over MuSiQue's passages, and what the answers are
-worth."""
+"""The search server on one core: 32 clients with one query per request over MuSiQue's passages, and the answers'
+recall."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.timing import ROOT
 DATA = ROOT.parent / "shared" / "data" / "musique"
 CLIENTS, TOPK, QUERIES = 32, 3, 640
 FLOOR = 200
-"""Queries a second that one core must answer."""
+"""Queries per second that one core must answer."""
 
 pytestmark = pytest.mark.skipif(not DATA.exists(), reason="needs the real data")
 
@@ -62,7 +62,7 @@ def test_queries_a_second(compare, server, questions, capsys):
 
 
 async def ask(port: int, queries: list[str]) -> list[bytes]:
-    """The answers to a query a request, ``CLIENTS`` connections at a time, by a client that costs next to nothing."""
+    """The answers to one query per request over ``CLIENTS`` connections, by a client that costs next to nothing."""
     answers: list[bytes] = [b""] * len(queries)
 
     async def client(first: int) -> None:

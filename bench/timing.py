@@ -1,4 +1,4 @@
-"""What a timed call is, and where it ran."""
+"""Timing of calls, and a record of the circumstances."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def timed(side: Callable[[], object], calls: int = 1, graph: bool = False) -> Callable[[], None]:
     """``calls`` calls of ``side``, then a wait for the device. With ``graph``, a CUDA device replays them from a CUDA
-    graph: its own time, without the host's to launch them. What waits for the device in between cannot be captured.
+    graph, which excludes the host's launch time. Calls that wait for the device cannot be captured.
     """
 
     def several():
@@ -37,7 +37,7 @@ def timed(side: Callable[[], object], calls: int = 1, graph: bool = False) -> Ca
 
 
 def captured(work: Callable[[], None]) -> Callable[[], None]:
-    stream = torch.cuda.Stream()  # capture wants a warm-up beside the default stream
+    stream = torch.cuda.Stream()  # capture needs a warm-up on a side stream
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()
@@ -59,7 +59,7 @@ def circumstances() -> dict:
 
 
 def commit() -> str:
-    """The environment's COMMIT where the tree was copied without its history; empty where nobody knows."""
+    """The environment's COMMIT where the tree was copied without its history; empty if unknown."""
     if known := os.environ.get("COMMIT"):
         return known
     if not shutil.which("git"):

@@ -1,4 +1,4 @@
-"""Draws what the quickstart learns, seed by seed: ``python docs/curve.py > docs/curve.svg``.
+"""Draws the quickstart's learning curves per seed: ``python docs/curve.py > docs/curve.svg``.
 
 The newest row of each algorithm and seed in bench/results/demo_seeds.jsonl: sampled F1 on held-out worlds.
 """
@@ -44,7 +44,7 @@ def draw() -> str:
             )
     ends = sorted(((row["eval/f1"][-1], *key) for key, row in rows.items()), reverse=True)
     at = 0.0
-    for f1, algorithm, seed in ends:  # labels side by side would cover each other
+    for f1, algorithm, seed in ends:  # overlapping labels are moved apart
         at = max(y(f1) + 4, at + 13)
         label = f"{algorithm.upper()} {seed}"
         shapes.append(f'<text x="{x(last) + 8:.1f}" y="{at:.1f}" fill="{COLOURS[algorithm]}">{label}</text>')

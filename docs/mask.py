@@ -23,7 +23,7 @@ PROMPT, TURN, ANSWER_TOKENS = 7, 5, 3
 
 
 def group():
-    """The plan, and what each packed token is."""
+    """The plan, and the role of each packed token."""
     shared = PROMPT + TURN
     names = ["prompt"] * PROMPT + ["shared turn"] * TURN
     rollouts, of_token = [], {}
@@ -95,7 +95,7 @@ def draw() -> str:
 
 
 def separate(plan) -> int:
-    """Tokens that a pass for each prefix of each rollout, and one for its decisions, would read."""
+    """Tokens that separate passes would read: one per prefix of each rollout, and one for its decisions."""
     total = 0
     for rollout in np.unique(plan.rollout):
         mine = plan.rollout == rollout

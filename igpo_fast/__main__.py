@@ -4,7 +4,8 @@ import sys
 
 
 def main() -> None:
-    """The command line, or a line where what it needs is not installed: the kernels alone need less."""
+    """Run the command line, or exit with a line if a package that it needs is missing (the kernels alone need
+    fewer)."""
     try:
         from igpo_fast.cli import main as command
     except ModuleNotFoundError as error:

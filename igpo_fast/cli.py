@@ -32,7 +32,7 @@ INDICES = Path("runs/cache/search")
 
 
 class Commands(TyperGroup):
-    """Turns what ends a command into one line and exit code 2; our own bugs are for ``main``."""
+    """Turns errors that end a command into one line and exit code 2; our own bugs are left to ``main``."""
 
     def invoke(self, ctx):
         try:
@@ -58,7 +58,7 @@ app.add_typer(search, name="search")
 
 
 def _path(text: str) -> Path:
-    """Shells leave the ``~`` of ``--option=~/file`` as it is."""
+    """Expand ``~``, which shells leave alone in ``--option=~/file``."""
     return Path(os.path.expanduser(text))
 
 
@@ -67,13 +67,13 @@ path_option = partial(typer.Option, parser=_path)
 ConfigFile = Annotated[Path | None, path_option("--config", metavar="FILE", help="A YAML configuration.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="section.key=value", help="Laid over the configuration; docs/config.md has all."),
+    typer.Argument(metavar="section.key=value", help="Override keys of the configuration; docs/config.md lists them."),
 ]
 
 
 def main() -> None:
-    """Run the command line. A bug is one line, too, and its traceback is kept for a report."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # no locale may end a run that is done
+    """Run the command line. A bug ends it with one line, too, and its traceback is kept for a report."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # no locale may make a finished run fail
     try:
         app(prog_name=_program())
     except Exception as error:
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def _program() -> str:
-    """How to call this command line again: as it was called, if a shell finds that."""
+    """The command that calls this program again: the one it was called by, if a shell finds it."""
     called = shutil.which(sys.argv[0])
     if called and Path(called).stem != "__main__":
         found = shutil.which(Path(called).name)
@@ -111,7 +111,7 @@ def _options(
 
 @app.command()
 def train(overrides: Overrides = None, config: ConfigFile = None) -> None:
-    """Train in run.dir, or go on training there."""
+    """Train in run.dir, or resume training there."""
     settings = _load(config, overrides)
     from igpo_fast.run.interrupt import Interrupted
     from igpo_fast.run.summary import run_summary
@@ -121,7 +121,7 @@ def train(overrides: Overrides = None, config: ConfigFile = None) -> None:
         with _nothing_empty_left(Path(settings.run.dir)):
             run = run_training(settings)
     except Interrupted as stop:
-        typer.echo(f"interrupted: {stop}; the same command goes on from there", err=True)
+        typer.echo(f"interrupted: {stop}; the same command resumes from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
     typer.echo(run_summary(run.read_metrics(), run.path, settings, _program()))
 
@@ -132,7 +132,7 @@ def sft(
     config: ConfigFile = None,
     output: Annotated[Path | None, path_option(metavar="DIR", help="Save the model here too.")] = None,
 ) -> None:
-    """Train the warm-started model, or find it in run.cache, and say where it is."""
+    """Train the warm-started model, or find it in run.cache, and print its folder."""
     settings = _load(config, overrides)
     from igpo_fast.run.display import bar
     from igpo_fast.setup import set_up
@@ -148,7 +148,7 @@ def sft(
                 typer.echo(f"warm start {done}/{total}  loss {loss:.3f}", err=True)
 
         setup = set_up(settings, sft_progress=progress)
-        folder = setup.lm.name_or_path  # it was read back from the cache
+        folder = setup.lm.name_or_path  # the model was read back from the cache
         if output:
             setup.lm.save_pretrained(output)
             setup.tokenizer.save_pretrained(output)
@@ -165,7 +165,7 @@ def evaluate(
     questions: Annotated[int | None, typer.Option(metavar="N", min=1, help="As eval.questions=N.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Sampled F1 on held-out questions: of a run's newest checkpoint, or of a model with --config."""
+    """Sampled F1 on held-out questions, for a run's newest checkpoint or a model with --config."""
     overrides = [*(overrides or ()), *([f"eval.questions={questions}"] if questions else ())]
     settings, weights = _evaluated(target, config, overrides)
     from igpo_fast.evaluate import evaluate as run_evaluation
@@ -202,20 +202,20 @@ def score(
     model: Annotated[str, typer.Option(metavar="DIR", help="A Hugging Face causal LM.")],
     source: Annotated[Path, path_option("--input", metavar="FILE", help="Trajectories, JSON lines.")],
     target: Annotated[Path, path_option("--output", metavar="FILE", help="With values and info_gain.")],
-    dialect: Annotated[Literal["tags", "chat"], typer.Option(help="How the policy writes turns.")] = "tags",
+    dialect: Annotated[Literal["tags", "chat"], typer.Option(help="Format of turns.")] = "tags",
     temperature: Annotated[float, typer.Option(min=1e-3, max=1e3, help="Divides the logits.")] = 1.0,
     basis: Annotated[
         Literal["log_prob", "prob"], typer.Option(help="The answer's mean log-probability, or its exp.")
     ] = "log_prob",
     answers: Annotated[
-        Literal["first", "max", "mean"], typer.Option(help="Which accepted answers a value is of.")
+        Literal["first", "max", "mean"], typer.Option(help="Accepted answers that a value is computed from.")
     ] = "first",
-    token_budget: Annotated[int, typer.Option(min=1, help="Most packed tokens a forward reads.")] = 16384,
-    device: Annotated[str, typer.Option(help="auto takes CUDA where there is one.")] = "auto",
+    token_budget: Annotated[int, typer.Option(min=1, help="Most packed tokens per forward.")] = 16384,
+    device: Annotated[str, typer.Option(help="auto takes CUDA if there is one.")] = "auto",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
 ) -> None:
-    """Information gain of each turn of trajectories from anywhere.
+    """Information gain of each turn of given trajectories.
 
     A line of the input is {"question", "answers", "messages": [{"role", "content"}, ...]}.
     """
@@ -223,7 +223,7 @@ def score(
     from igpo_fast.score import load_scorer, score_file
 
     if math.isnan(temperature):
-        raise InputError("--temperature nan: is no number; give one between 0.001 and 1000")
+        raise InputError("--temperature nan: not a number; give one between 0.001 and 1000")
     _quiet()
     make_scorer = partial(
         load_scorer, model, device=device, dtype=dtype, dialect=dialect, temperature=temperature, basis=basis,
@@ -237,15 +237,17 @@ def score(
 @search.command("serve")
 def search_serve(
     corpus: Annotated[Path, path_option(metavar="FILE", help="Passages, JSON lines of id, title, text.")],
-    host: Annotated[str, typer.Option(help="0.0.0.0 for other machines.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    index: Annotated[Path, path_option(metavar="DIR", help="Where built indices are kept.")] = INDICES,
-    topk: Annotated[int, typer.Option(min=1, help="Passages a query gets where a request names no number.")] = 3,
-    dense: Annotated[Path | None, path_option(metavar="DIR", help="A sentence-transformer; BM25 without one.")] = None,
-    query_prompt: Annotated[str | None, typer.Option(help="Precedes queries, as 'query: ' for E5.")] = None,
-    passage_prompt: Annotated[str | None, typer.Option(help="Precedes passages, as 'passage: ' for E5.")] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines connect.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8000,
+    index: Annotated[Path, path_option(metavar="DIR", help="Folder of built indices.")] = INDICES,
+    topk: Annotated[int, typer.Option(min=1, help="Passages per query if a request gives no topk.")] = 3,
+    dense: Annotated[
+        Path | None, path_option(metavar="DIR", help="Directory of a sentence-transformer; BM25 if not given.")
+    ] = None,
+    query_prompt: Annotated[str | None, typer.Option(help="Prefix of queries, like 'query: ' for E5.")] = None,
+    passage_prompt: Annotated[str | None, typer.Option(help="Prefix of passages, like 'passage: ' for E5.")] = None,
 ) -> None:
-    """Serve a corpus over HTTP, speaking Search-R1's protocol; its index is built once and kept."""
+    """Serve a corpus over HTTP in Search-R1's protocol; its index is built once and kept."""
     try:
         from igpo_fast.search_server.server import bind, serve
     except ImportError as error:
@@ -255,7 +257,7 @@ def search_serve(
     from igpo_fast.search_server.index import Bm25, open_index
 
     if dense is None and (query_prompt, passage_prompt) != (None, None):
-        raise InputError("--query-prompt, --passage-prompt: BM25 takes none; give --dense DIR")
+        raise InputError("--query-prompt and --passage-prompt need a dense index; give --dense DIR, or leave them out")
     if dense:
         _quiet()
     with bind(host, port) as listener:
@@ -291,10 +293,10 @@ def _evaluated(target: str, file: Path | None, overrides: list[str]) -> tuple[Co
     """The configuration to evaluate with, and the weights."""
     if not (Path(target) / "config.yaml").exists():
         if file is None:
-            raise InputError(f"{target}: not a run folder; to evaluate it as a model, give --config FILE")
+            raise InputError(f"{target}: not a run folder; give --config FILE to evaluate it as a model")
         return _load(file, [*overrides, f"model.path={json.dumps(target)}"]), target
     if file is not None:
-        raise InputError(f"{target}: a run folder brings its configuration; leave --config out")
+        raise InputError(f"{target}: a run folder has its own configuration; leave --config out")
     settings = _load(Path(target) / "config.yaml", overrides)
     from igpo_fast.run.checkpoint import RunFolder
 
@@ -312,7 +314,7 @@ def _evaluated(target: str, file: Path | None, overrides: list[str]) -> tuple[Co
 
 @contextmanager
 def _new_folder(path: Path | None) -> Iterator[None]:
-    """Make the folder before the long work whose result goes there."""
+    """Make the folder before the long work whose result it will hold."""
     if path is None:
         yield
         return
@@ -328,7 +330,7 @@ def _new_folder(path: Path | None) -> Iterator[None]:
 
 @contextmanager
 def _nothing_empty_left(path: Path) -> Iterator[None]:
-    """Where the block fails, the folders up to ``path`` that it made and left empty go again."""
+    """If the block fails, remove the folders up to ``path`` that it made and left empty."""
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         yield
@@ -342,7 +344,7 @@ def _nothing_empty_left(path: Path) -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """transformers' bars and advice are not for our users."""
+    """Silence transformers' bars and advice, which are not meant for our users."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,8 +1,8 @@
-"""Every setting of a run: sections of plain values, two levels deep, checked at birth.
+"""Every setting of a run: sections of plain values, two levels deep, validated when read.
 
-``load(file, overrides)`` reads a YAML file, lays ``section.key=value`` overrides over it, fills what the
-chosen ``algorithm.preset`` sets and the user did not, and refuses unknown keys with the nearest known name. A rule
-among the keys of one section stands in that section, a rule among sections in ``Config``.
+``load(file, overrides)`` reads a YAML file, applies ``section.key=value`` overrides, fills the keys that
+the chosen ``algorithm.preset`` sets and the user did not, and refuses unknown keys with the nearest known name. Rules
+within one section stand in that section, rules across sections in ``Config``.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from igpo_fast.errors import masked
 from igpo_fast.types import Aggregation, Answers, Basis, Normalisation, Outcome, Pool
 
 SESSION = Field(json_schema_extra={"session": True})
-"""Marks a key that a later session of a run may change: it alters neither what is trained on nor what is computed.
-Not eval.questions, which can decide what is held out of the training questions."""
+"""Marks a key that a later session of a run may change: it changes neither the data nor the computation.
+eval.questions is not marked, because it can decide which training questions are held out."""
 
 
 class Section(BaseModel):
@@ -58,7 +58,7 @@ class Section(BaseModel):
     @classmethod
     def _no_bool_as_number(cls, value, info):
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation not in (bool, bool | None):
-            raise ValueError("true and false are not values of this key")
+            raise ValueError("this key takes no true or false")
         return value
 
 
@@ -66,39 +66,39 @@ class Run(Section):
     dir: Annotated[FilePath, SESSION] = "runs/quickstart"
     """The run folder: config, metrics, rollouts, checkpoints. An existing one is resumed."""
     tracker: Annotated[Literal["none", "tensorboard"], SESSION] = "none"
-    """Where metrics go beside metrics.jsonl."""
+    """Tracker that gets the metrics, in addition to metrics.jsonl."""
     cache: Annotated[FilePath, SESSION] = "runs/cache"
-    """Where warm-started models are kept for the next run with the same settings."""
+    """Folder of warm-started models, reused by runs with the same settings."""
 
 
 class Model(Section):
     path: Annotated[FilePath | None, EmptyIsNone] = None
-    """A Hugging Face model directory or name. Empty builds a small random Qwen2 of the sizes below."""
+    """Hugging Face model directory or name. Empty builds a small random Qwen2 with the sizes below."""
     tokenizer: FilePath = "world"
     """`world` (words of the made-up world), `bpe` (byte-level BPE trained on the corpus), or a tokenizer
-    directory. Ignored with `path`, which brings its own."""
+    directory. Ignored with `path`, which has its own."""
     vocab_size: Annotated[int, Field(ge=1, le=2**22)] = 8192
     """Size of a `bpe` tokenizer's vocabulary."""
     hidden_size: Size = 128
     """Width of the built model."""
     layers: Size = 2
-    """Its decoder layers."""
+    """Decoder layers of the built model."""
     heads: Size = 4
-    """Its attention heads."""
+    """Attention heads of the built model."""
     kv_heads: Size = 4
-    """Its key and value heads; divides `heads`."""
+    """Key and value heads of the built model; must divide `heads`."""
     ffn_size: Size = 320
-    """Width of its feed-forward layers."""
+    """Width of the built model's feed-forward layers."""
     tie_embeddings: bool = True
-    """One matrix for its embeddings and its LM head."""
+    """Share one matrix between embeddings and LM head of the built model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What weights and activations are held in."""
+    """Dtype of weights and activations."""
     device: Annotated[Device, SESSION] = "auto"
-    """`auto` takes CUDA where there is one; else `cpu`, `cuda` or `cuda:N`."""
+    """`auto` takes CUDA if there is one; else `cpu`, `cuda` or `cuda:N`."""
     kernels: Literal["auto", "torch", "reference", "triton"] = "auto"
-    """Which implementation of igpo_kernels runs; chosen once and logged."""
+    """Implementation of igpo_kernels that runs; chosen once and logged."""
     gradient_checkpointing: bool = False
-    """Recompute activations in backward: less memory, one more forward."""
+    """Recompute activations in backward: less memory for one more forward."""
     probe: bool = True
     """Check at load that the architecture gives the same results in a packed tree as in separate passes."""
 
@@ -122,18 +122,18 @@ class Data(Section):
     columns), patterns (`train-*.parquet`) or a list of these, or a datasets-hub name with `:split` or
     `:config:split`."""
     eval: Annotated[FilePath | list[FilePath] | None, EmptyIsNone] = None
-    """Evaluation questions, in the same forms; a list of `NAME=SOURCE` evaluates several sets. Empty holds out the last
-    `eval.questions` of `train`."""
+    """Evaluation questions, in the same forms; a list of `NAME=SOURCE` evaluates several data sets. Empty holds out the
+    last `eval.questions` of `train`."""
     corpus: Annotated[FilePath | list[FilePath] | None, EmptyIsNone] = None
-    """Passages for search, in files of the same kinds with id, title, text; `contexts` takes the paragraphs that come
+    """Passages for search, in the same file formats, with id, title and text; `contexts` takes the paragraphs that come
     with the questions (MuSiQue, HotpotQA, 2WikiMultiHopQA, SQuAD)."""
     skip_long: bool = False
-    """Leave out questions that leave no room for a turn in `rollout.max_tokens`, with a warning, instead of refusing
-    the set."""
+    """Leave out questions too long for a turn within `rollout.max_tokens`, with a warning, instead of refusing the
+    data set."""
     max_answer_tokens: Tokens = 64
-    """Accepted answers longer than this are cut to it for scoring."""
+    """Longest accepted answer in tokens; longer ones are cut for scoring."""
     max_answers: Positive = 4
-    """Accepted answers that are scored, the first ones; all count for F1."""
+    """Number of accepted answers that are scored, from the first; all count for F1."""
 
     @field_validator("train", "corpus")
     @classmethod
@@ -147,7 +147,9 @@ class Data(Section):
     @classmethod
     def _check_sets(cls, value):
         if value == []:
-            raise ValueError("an empty list evaluates nothing; name a set, or leave data.eval empty to hold some out")
+            raise ValueError(
+                "an empty list evaluates nothing; name a data set, or leave data.eval empty to hold out questions"
+            )
         return value
 
     @model_validator(mode="after")
@@ -162,25 +164,25 @@ class Data(Section):
 
 class World(Section):
     persons: Positive = 40
-    """People in a world."""
+    """Persons per world."""
     companies: Positive = 16
-    """Companies in a world."""
+    """Companies per world."""
     cities: Positive = 16
-    """Cities in a world."""
+    """Cities per world."""
     countries: Positive = 8
-    """Countries in a world."""
+    """Countries per world."""
     min_hops: Hops = 3
-    """Fewest facts a question rests on."""
+    """Fewest facts per question."""
     max_hops: Hops = 4
-    """Most facts a question rests on."""
+    """Most facts per question."""
     seed: Seed = 7
-    """Worlds are drawn from it: the same seed, the same worlds."""
+    """Seed of the worlds: the same seed gives the same worlds."""
     sft_worlds: Positive = 300
-    """Worlds of the warm start."""
+    """Worlds for the warm start."""
     train_worlds: Positive = 20
-    """Worlds that reinforcement learning asks about."""
+    """Worlds for reinforcement learning."""
     eval_worlds: Positive = 4
-    """Held-out worlds."""
+    """Worlds for evaluation."""
 
     @model_validator(mode="after")
     def _check_hops(self):
@@ -190,56 +192,58 @@ class World(Section):
 
 
 class Sft(Section):
-    """Warm start on imperfect demonstrations. Set all three steps to 0 to skip it. With `model.path` it is off unless
-    asked for: the steps that are not given are 0, and `lr` is 1e-5 unless given."""
+    """Warm start on imperfect demonstrations. Set all three steps to 0 to skip it. With `model.path` the
+    steps that are not given are 0, and `lr` is 1e-5 unless given."""
 
     clean_steps: Count = 600
     """Steps on nearly clean demonstrations."""
     noisy_steps: Count = 300
     """Steps on demonstrations with wrong queries, early stops and wrong answers."""
     hard_steps: Count = 120
-    """Steps on noisier ones still: a start from which outcome-only training often stalls."""
+    """Steps on even noisier demonstrations: outcome-only training often stalls from such a start."""
     batch_size: Positive = 32
-    """Demonstrations a step."""
+    """Demonstrations per step."""
     lr: LearningRate = 3e-3
-    """Falls linearly to 0."""
+    """Initial learning rate, which falls linearly to 0."""
     response_weight: NonNegative = 0.2
-    """Loss weight of the tokens that tools wrote."""
+    """Loss weight of tokens that tools wrote."""
 
 
 class Rollout(Section):
     engine: Literal["torch", "vllm"] = "torch"
-    """What samples: `torch` runs the trainer's own model with a KV cache; `vllm` vLLM, in this process or `server`."""
+    """Engine that samples: `torch` runs the trainer's own model with a KV cache; `vllm` runs vLLM, in this process or
+    on `server`."""
     server: Annotated[tuple[Url, ...], SESSION] = ()
     """URLs of replicas that `python -m igpo_fast.engines.vllm.serve` started; empty runs vLLM in this process."""
     server_timeout: Annotated[Seconds, SESSION] = 300.0
-    """Seconds a turn may take there, and a batch without any replica waits for one to come back."""
+    """Seconds that a turn on a replica may take, and that a batch waits if no replica answers."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """What vLLM computes in; `auto` is the trainer's `model.dtype`. Weights are rounded to it on their way. With a
+    """Dtype of vLLM; `auto` is the trainer's `model.dtype`. Weights are rounded to it when they are sent. With a
     lower precision than the trainer's, log-probabilities differ (`mismatch/*`): set `algorithm.importance`."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1), SESSION] = 0.5
     """Share of the GPU that vLLM in this process takes for weights and cache; while training it sleeps."""
     mismatch_warn: Annotated[float, Field(gt=0, le=1e6), SESSION] = 0.1
-    """Warn when the engine's log-probabilities differ more from the trainer's, on average over a step's tokens."""
+    """Warn if the engine's and the trainer's log-probabilities differ by more than this, as a mean over a step's
+    tokens."""
     mismatch_stop: Annotated[Difference, SESSION] = 0.0
-    """Stop, before the update, when they differ more than this; 0 never stops."""
+    """Stop before the update if they differ by more than this; 0 never stops."""
     group_size: Positive = 8
-    """Rollouts of each question."""
+    """Rollouts per question."""
     max_turns: Positive = 6
     """Turns after which a rollout ends, answered or not."""
     max_turn_tokens: Tokens = 24
-    """Tokens the policy may sample in a turn."""
+    """Tokens that the policy may sample per turn."""
     max_tokens: Tokens = 512
-    """Tokens of a whole rollout, prompt and responses included."""
+    """Tokens per rollout, prompt and responses included."""
     temperature: Temperature = 1.0
     """Divides the logits, in sampling and in every log-probability of the step."""
     dialect: Literal["tags", "chat"] = "tags"
-    """How a turn is written: Search-R1 tags, or the model's own chat template and tool calls."""
+    """Format of turns: Search-R1 tags, or the model's own chat template and tool calls."""
     system: PlainText | None = None
-    """Instructions before the question; null takes the dialect's own, an empty text (`rollout.system=`) has none."""
+    """Instructions before the question; null takes the dialect's own, an empty text (`rollout.system=`) gives none."""
     thinking: bool | None = None
-    """Given to a chat template that has `enable_thinking` (Qwen3's: `false` opens each turn with an empty thought);
-    null leaves the template's own choice."""
+    """Value of a chat template's `enable_thinking` (Qwen3's: `false` opens each turn with an empty thought); null keeps
+    the template's default."""
     concurrency: Concurrency = 256
     """Rollouts that the engine samples at a time. With `engine=torch` a rollout keeps its slot while it waits for a
     tool, so waiting rollouts count."""
@@ -251,23 +255,23 @@ class Rollout(Section):
     """Questions sampled beyond `train.questions`. The first ones whose groups are complete and, with `skip_collapsed`,
     not collapsed are trained on."""
     keep: Literal["order", "arrival"] = "order"
-    """Which groups of an over-sampled step are kept: the first questions, or the first to finish. `arrival` ends the
-    rest: quicker, but it prefers short rollouts and the run does not repeat."""
+    """Groups of an over-sampled step that are kept: the first questions, or the first to finish. `arrival` cancels the
+    rest: faster, but it prefers short rollouts, and the run is not reproducible."""
     skip_collapsed: bool = False
-    """Prefer groups with an advantage other than 0 (dynamic sampling); collapsed ones only fill up. Gains count: groups
-    of equal outcomes are kept where they differ."""
+    """Prefer groups with an advantage other than 0 (dynamic sampling); collapsed groups only fill up. Gains count, so
+    groups of equal outcomes are kept if their gains differ."""
     straggler_share: Share = 1.0
-    """Once this share of a step's rollouts is done, the rest have limited time; one that exceeds it is left out of its
-    group. 1 waits for all. Below 1 the run does not repeat: it depends on the clock."""
+    """Share of a step's rollouts after which the rest have limited time; one that exceeds it is left out of its group.
+    1 waits for all. Below 1 the run depends on the clock and is not reproducible."""
     straggler_factor: Annotated[float, Field(ge=1, le=1e6)] = 3.0
     """Time limit of stragglers: this factor times the median duration of finished rollouts."""
 
     @model_validator(mode="after")
     def _check_engine(self):
         if self.server and self.engine != "vllm":
-            raise ValueError("rollout.server is for rollout.engine=vllm; set that, or leave the servers out")
+            raise ValueError("rollout.server needs rollout.engine=vllm; set it, or leave the servers out")
         if self.dtype != "auto" and self.engine != "vllm":
-            raise ValueError("rollout.dtype is for rollout.engine=vllm; set that, or leave it at auto")
+            raise ValueError("rollout.dtype needs rollout.engine=vllm; set it, or leave the dtype at auto")
         return self
 
     @model_validator(mode="after")
@@ -278,9 +282,13 @@ class Rollout(Section):
                 "or rollout.keep=arrival"
             )
         if not self.oversample and (self.skip_collapsed or self.keep == "arrival"):
-            raise ValueError("rollout.skip_collapsed and keep=arrival choose among spare groups; set oversample, too")
+            raise ValueError(
+                "rollout.skip_collapsed and rollout.keep=arrival choose among spare groups; set rollout.oversample, too"
+            )
         if self.skip_collapsed and self.keep == "arrival":
-            raise ValueError("rollout.keep=arrival ends a step before gains are known; leave skip_collapsed out")
+            raise ValueError(
+                "rollout.keep=arrival ends a step before gains are known; leave rollout.skip_collapsed out"
+            )
         return self
 
     @field_serializer("server", when_used="json")
@@ -290,29 +298,29 @@ class Rollout(Section):
 
 class Search(Section):
     url: Annotated[SearchUrl | None, EmptyIsNone, SESSION] = None
-    """Address of a server that speaks Search-R1's retrieval protocol, like `http://127.0.0.1:8000/retrieve`, with
+    """URL of a server that speaks Search-R1's retrieval protocol, like `http://127.0.0.1:8000/retrieve`, with
     `user:password@` before the host if it wants them (config.yaml holds `***@` instead). Empty searches `data.corpus`
     in process."""
     top_k: Positive = 2
-    """Passages a search returns."""
+    """Passages per search."""
     max_passage_tokens: Tokens = 128
-    """Longer passages are cut."""
+    """Longest passage in tokens; longer ones are cut."""
     timeout: Annotated[Seconds, SESSION] = 30.0
-    """Seconds that one attempt may take; a search takes at most `retries` + 1 of them and the back-offs."""
+    """Seconds per attempt; a search takes at most `retries` + 1 attempts and the back-offs."""
     retries: Annotated[Retries, SESSION] = 5
-    """Most attempts after the first, when one ends in a timeout, a lost connection, 408, 429 or 5xx."""
+    """Most retries of an attempt that ends in a timeout, a lost connection, 408, 429 or 5xx."""
     backoff: Annotated[Pause, SESSION] = 0.5
     """Seconds before the first retry, doubled before each later one, plus a jitter of up to 50 % derived from the
     query. A server's Retry-After may ask for more. At most 30."""
     concurrency: Annotated[Concurrency, SESSION] = 64
-    """Most requests at a time; more searches wait their turn."""
+    """Most concurrent requests; further searches wait."""
     max_response_mb: Annotated[Megabytes, SESSION] = 4.0
-    """Larger answers (in 1e6 bytes) are refused."""
+    """Largest answer in 1e6 bytes; larger ones are refused."""
     on_failure: Annotated[Literal["text", "stop"], SESSION] = "text"
-    """When all attempts of a search failed: `text` shows the policy `failure_text`, counts it (`tool/failures`) and
-    warns, and the run stops only if every search of a step failed; `stop` ends the run at the first."""
+    """If all attempts of a search fail, `text` shows the policy `failure_text`, counts it (`tool/failures`) and warns,
+    and the run stops only if every search of a step failed; `stop` ends the run at the first."""
     failure_text: NonEmpty = "The search service did not answer."
-    """What the policy reads in place of passages then."""
+    """Text that the policy is then shown in place of passages."""
 
     @field_serializer("url", when_used="json")
     def _masked(self, url: str | None) -> str | None:
@@ -321,22 +329,23 @@ class Search(Section):
 
 class Algorithm(Section):
     name: Literal["igpo", "ig_only", "grpo", "dr_grpo", "rloo", "reinforce_pp", "gspo"] = "igpo"
-    """What is rewarded and how: `ig_only` is igpo without the outcome; the others are outcome-only."""
+    """Algorithm; `ig_only` is igpo without the outcome, all others but igpo are outcome-only."""
     preset: Literal["paper", "paper_v1", "robust"] = "paper"
-    """Sets the ten keys that follow, unless given."""
+    """Preset for the ten keys that follow, unless they are given."""
     basis: Basis = "log_prob"
-    """What a value is: mean log-probability of the answer's tokens, or its exp."""
+    """Definition of a value: mean log-probability of the answer's tokens, or its exp."""
     pool: Pool = "separate"
-    """How gains and outcomes are normalised."""
+    """Normalisation of gains and outcomes."""
     ig_gate: NonNegative = 0.0
-    """Gains smaller than this count as 0. It has the unit of `basis`: `robust`'s 0.02 is a probability, with `log_prob`
-    it would be nats. How large true gains are depends on the model: `reward/ig_gated` is the share that is dropped."""
+    """Gains smaller than this count as 0. Its unit is that of `basis`: `robust`'s 0.02 is a probability; with
+    `log_prob` it would be nats. The size of true gains depends on the model: `reward/ig_gated` is the share that is
+    dropped."""
     ig_center: bool = True
     """Subtract the mean gain of the group."""
     ig_min_std: NonNegative = 1e-6
-    """Added to the gains' standard deviation; with `pool=joint` to that of all rewards."""
+    """Added to the standard deviation of gains; with `pool=joint` to the one of all rewards."""
     outcome_min_std: NonNegative = 1e-6
-    """Added to the outcomes' standard deviation; not used with `pool=joint`."""
+    """Added to the standard deviation of outcomes; not used with `pool=joint`."""
     min_var: NonNegative = 1e-8
     """Added to the variance of gains, of outcomes and of a joint pool, before its square root is taken."""
     format_penalty: Annotated[float, Field(ge=-100, le=100)] = -2.0
@@ -346,17 +355,17 @@ class Algorithm(Section):
     entropy: NonNegative = 0.001
     """Coefficient of the entropy bonus."""
     outcome: Outcome = "f1"
-    """What the last turn earns: word-level F1 or exact match."""
+    """Reward of the last turn: word-level F1 or exact match."""
     f1_normalisation: Normalisation = "igpo"
     """`igpo`: lower case, punctuation to spaces. `squad`: also drops articles, and punctuation outright (1,000 is
-    1000). `hotpot`: besides, yes and no match nothing but themselves."""
+    1000). `hotpot`: like `squad`, and yes and no match only themselves."""
     answers: Answers = "first"
-    """Which accepted answers a value is of."""
+    """Accepted answers that a value is computed from."""
     wrapper: str | None = None
-    """What a forced answer stands in, the answer in place of `{}`. null takes the released code's,
+    """Text around a forced answer, which replaces `{}`. null takes the released code's,
     `\\nNow there's enough information to answer\\n</think>\\n<answer>\\n{}\\n</answer>`, after the `<think>` with which
-    that code opens every turn (a chat template that opens a thought brings it; after one that it closed, the answer
-    stands in `<answer>` alone)."""
+    that code opens every turn (left out if a chat template opens the thought; after a thought that the template
+    closed, the answer stands in `<answer>` alone)."""
     gamma: Fraction = 1.0
     """Discount of later turns' rewards; outcome-only algorithms use 1."""
     passes: Literal["auto", "one", "two"] = "auto"
@@ -368,14 +377,14 @@ class Algorithm(Section):
     dual_clip: Annotated[float, Field(gt=1, le=1e6)] | None = None
     """Bound on the loss of tokens with negative advantage (usually 3.0)."""
     aggregation: Aggregation = "seq_mean_token_mean"
-    """How token losses become one number. `seq_mean_token_sum_norm` divides a rollout's sum by the most tokens that any
-    may have; `name=dr_grpo` takes it unless another is given."""
+    """Aggregation of token losses. `seq_mean_token_sum_norm` divides a rollout's sum by the most tokens that a rollout
+    may have; it is the default of `name=dr_grpo`."""
     importance: Literal["none", "token", "sequence"] = "none"
-    """Correct for an engine whose probabilities differ from the trainer's."""
+    """Importance weights that correct for an engine whose probabilities differ from the trainer's."""
     importance_mode: Literal["truncate", "mask"] = "truncate"
-    """What happens to importance weights above the cap."""
+    """Treatment of importance weights above the cap."""
     importance_cap: Annotated[float, Field(ge=1, le=1e6)] = 2.0
-    """Largest importance weight; beyond it a token or sequence is truncated to it or masked."""
+    """Largest importance weight; larger weights are truncated to it, or their token or sequence is masked."""
 
     @model_validator(mode="before")
     @classmethod
@@ -416,38 +425,38 @@ OWN_LOSS: dict[str, dict] = {
     "dr_grpo": dict(aggregation="seq_mean_token_sum_norm"),
     "gspo": dict(clip_low=3e-4, clip_high=4e-4),
 }
-"""What comes with ``algorithm.name`` unless the key is given."""
+"""Defaults that come with ``algorithm.name``."""
 
 
 class Train(Section):
     steps: Positive = 100
     """Steps of the whole run."""
     seed: Seed = 0
-    """Keys sampling, question order and initial weights."""
+    """Seed of sampling, question order and initial weights."""
     questions: Positive = 16
-    """Questions a step; times `rollout.group_size` rollouts."""
+    """Questions per step, each with `rollout.group_size` rollouts."""
     updates: Positive = 1
     """Optimiser updates per batch, each on its share of the questions."""
     token_budget: Tokens = 16384
-    """Most packed tokens a forward reads."""
+    """Most packed tokens per forward."""
     lr: LearningRate = 1e-6
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: `constant`, or down towards 0, which the update after the last would have."""
+    """Learning rate after the warm-up: `constant`, or falling to 0, which the update after the last would have."""
     warmup_steps: Count = 0
-    """Steps over which the learning rate rises evenly: with 10, the first has a tenth of it and the tenth all."""
+    """Steps of linear warm-up: with 10, the first step has a tenth of `lr` and the tenth all of it."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's."""
     weight_decay: NonNegative = 0.0
     """AdamW's."""
     max_grad_norm: Norm = 1.0
-    """Gradients are scaled down to this norm."""
+    """Largest gradient norm; larger gradients are scaled down to it."""
     checkpoint_every: Annotated[Positive, SESSION] = 20
-    """Steps between checkpoints; one more at the end."""
+    """Steps between checkpoints; the last step has one, too."""
     keep_checkpoints: Annotated[Positive, SESSION] = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     threads: Annotated[Threads, SESSION] = 0
-    """CPU threads of torch; 0 leaves torch's own choice."""
+    """CPU threads of torch; 0 keeps torch's own choice."""
 
     @model_validator(mode="after")
     def _check_steps(self):
@@ -456,16 +465,16 @@ class Train(Section):
         if self.warmup_steps > self.steps:
             raise ValueError(
                 f"train.warmup_steps={self.warmup_steps} exceeds train.steps={self.steps}, so train.lr is never "
-                "reached; lower it"
+                "reached; lower train.warmup_steps"
             )
         return self
 
 
 class Eval(Section):
     every: Annotated[Count, SESSION] = 20
-    """Steps between evaluations; 0 evaluates only at the start and the end."""
+    """Steps between evaluations; 0 evaluates at the start and the end only."""
     questions: Positive = 128
-    """Questions of an evaluation, of each set; of a larger one a fixed random part."""
+    """Questions per evaluation and data set; of a larger data set a fixed random part."""
     temperature: Annotated[float, Field(ge=0, le=1e3)] = 1.0
     """0 is greedy."""
     top_p: Share = 1.0
@@ -473,20 +482,20 @@ class Eval(Section):
     top_k: Count = 0
     """Sample from the k likeliest tokens; 0 keeps all."""
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = 1.0
-    """Divides the score of tokens already present; 1 is none."""
+    """Penalty on tokens already present (divides their score); 1 is none."""
 
     @field_validator("temperature")
     @classmethod
     def _check_temperature(cls, value):
         if 0 < value < 1e-3:
-            raise ValueError("below 0.001 is as good as greedy; give 0 for that")
+            raise ValueError("below 0.001 is as good as greedy; give 0 for greedy")
         return value
 
 
 GROUP_NORMALISED = ("igpo", "grpo", "dr_grpo", "rloo", "gspo")
-"""Algorithms whose advantages compare a rollout with the others of its group."""
+"""Algorithms whose advantages compare a rollout with the rest of its group."""
 LOADED_MODEL_SFT = dict(clean_steps=0, noisy_steps=0, hard_steps=0, lr=1e-5)
-"""Defaults of section ``sft`` with ``model.path``: the demonstrations are too plain for a model that can talk."""
+"""Defaults of section ``sft`` with ``model.path``: the demonstrations are too simple for a pretrained model."""
 
 
 class Config(Section):
@@ -517,7 +526,7 @@ class Config(Section):
             raise ValueError(f"data.corpus is needed with data.source=files; give data.corpus=FILE, {own}")
         if self.model.path is None and self.model.tokenizer == "world" and self.data.source != "world":
             raise ValueError(
-                "model.tokenizer=world only knows the made-up world; use model.tokenizer=bpe or model.path="
+                "model.tokenizer=world knows only the made-up world; use model.tokenizer=bpe or model.path=DIR"
             )
         return self
 
@@ -537,7 +546,7 @@ class Config(Section):
         return self
 
     def dump(self) -> str:
-        """As YAML, every default visible, credentials in URLs masked."""
+        """The configuration as YAML, with every default, and credentials in URLs masked."""
         return yaml12.write(self.model_dump(mode="json"))
 
 

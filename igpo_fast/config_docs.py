@@ -13,13 +13,13 @@ HEADER = """# Configuration
 
 Written by `python -m igpo_fast.config_docs` from igpo_fast/config.py; edit that file, not this one.
 
-A YAML file holds sections of keys; the command line lays `section.key=value` over it.
+A YAML file holds sections of keys; `section.key=value` on the command line overrides it.
 Unknown keys are refused.
 """
 
 
 def _value(value) -> str:
-    """As it is written after ``key=``."""
+    """The value as it is written after ``key=``."""
     if value is None:
         return "empty"
     return f"`{value}`" if isinstance(value, str) and value else f"`{json.dumps(value)}`"
@@ -60,7 +60,7 @@ def render() -> str:
     keys = list(PRESETS["paper"])
     rows = [[f"`{name}`", *(_value(values[key]) for key in keys)] for name, values in PRESETS.items()]
     parts.append(
-        "## Presets\n\nWhat `algorithm.preset` sets unless the key is given:\n\n"
+        "## Presets\n\nValues that `algorithm.preset` sets unless the key is given:\n\n"
         f"{_table(['preset', *(f'`{key}`' for key in keys)], rows)}\n"
     )
     return "\n".join(parts)

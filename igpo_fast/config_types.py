@@ -1,4 +1,4 @@
-"""Types of configuration values, named by what they mean, with the bounds outside of which a value makes no sense."""
+"""Types of configuration values, named by their meaning, with the bounds of sensible values."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 def _plain_text(text: str) -> str:
     if "\0" in text:
-        raise ValueError("the character NUL cannot be in it")
+        raise ValueError("it has the character NUL; remove it")
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
-        raise ValueError("it is not valid UTF-8 text")
+        raise ValueError("it is not valid UTF-8 text; correct it")
     return text
 
 
 def _at_home(paths: str) -> str:
-    """``~`` is the home folder, also after a comma or NAME= in front of a path: shells expand none in key=value."""
+    """Expand ``~`` to the home folder, also after a comma or NAME=, because shells do not in key=value."""
     return re.sub(r"(?:(?<=^)|(?<=,)|(?<=\w=))~[^/,]*", lambda home: os.path.expanduser(home[0]), paths)
 
 
 def _url_like(example: str) -> AfterValidator:
     def check(url: str) -> str:
         if why := fault(url.replace("***", "masked")):  # who uses it refuses a masked one: a stored run has them
-            raise ValueError(f"{masked(repr(url))} is no URL ({why}); give a URL like {example}")
+            raise ValueError(f"{masked(repr(url))} is not a URL ({why}); give a URL like {example}")
         return url
 
     return AfterValidator(check)
@@ -59,7 +59,7 @@ def _url_like(example: str) -> AfterValidator:
 
 def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", name):
-        raise ValueError(f"{name!r} is no device to train on; give auto, cpu, cuda or cuda:1")
+        raise ValueError(f"{name!r} is not a device to train on; give auto, cpu, cuda or cuda:1")
     return name
 
 

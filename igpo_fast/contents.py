@@ -1,4 +1,4 @@
-"""What the files that a run reads hold, so that a file edited in place is not taken for the one of before."""
+"""Digests of the files that a run reads, so that a file edited in place is noticed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from igpo_fast.errors import InputError
 from igpo_fast.files import sha256, storage
 
 NAMED_SOURCE = re.compile(r"(?:([\w.+-]+)=)?(.*)", re.DOTALL)
-"""A source of evaluation questions and the name that may stand before it."""
+"""Matches a source of evaluation questions, with the name that may stand before it."""
 OWN_PARAGRAPHS = "contexts"
-"""``data.corpus`` for what the rows of the questions bring."""
+"""Value of ``data.corpus`` for the paragraphs that come with the questions."""
 
 
 def parts_of(source: str | Path) -> list[str]:
     """The files of a source, patterns and commas resolved; a hub's name as it is.
 
     Raises:
-        InputError: no name, or a pattern that matches nothing.
+        InputError: no file named, or a pattern that matches nothing.
     """
     source = str(source)
     if "\0" in source:
@@ -31,7 +31,7 @@ def parts_of(source: str | Path) -> list[str]:
         return [source]
     found = []
     for part in filter(None, map(str.strip, source.split(","))):
-        if part.endswith(".parquet") and os.path.isdir(part):  # as Spark writes a table
+        if part.endswith(".parquet") and os.path.isdir(part):  # a folder of parts, as Spark writes a table
             part = f"{glob.escape(part)}/**/*.parquet"
         if not glob.has_magic(part) or os.path.isfile(part):
             found.append(part)
@@ -46,7 +46,8 @@ def parts_of(source: str | Path) -> list[str]:
 
 
 def sources(config: Config) -> dict[str, str]:
-    """Key -> file, folder or hub name, of everything that a run reads: ``data.eval`` has a key for each set."""
+    """Key -> file, folder or hub name of everything that a run reads; each data set of ``data.eval`` has its own
+    key."""
     named: dict[str, str | None] = {"model.path": config.model.path}
     if config.model.path is None and config.model.tokenizer not in ("world", "bpe"):
         named["model.tokenizer"] = config.model.tokenizer
@@ -60,8 +61,7 @@ def sources(config: Config) -> dict[str, str]:
 
 
 def contents(config: Config) -> dict[str, str]:
-    """Key of ``sources`` -> a digest of what is there. A source that cannot be read has none: whoever loads it says
-    why.
+    """Key of ``sources`` -> a digest of its content. A source that cannot be read has none: loading it says why.
 
     Raises:
         StorageError: a file is there, but cannot be read.
@@ -94,12 +94,12 @@ def _digest(path: Path) -> str:
 
 
 def _model_on_hub(name: str) -> str | None:
-    """The commit of a model or tokenizer that was downloaded."""
+    """The commit of a downloaded model or tokenizer."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         known = [try_to_load_from_cache(name, file) for file in ("config.json", "tokenizer_config.json")]
-    except ValueError:  # no name of a repository
+    except ValueError:  # not a repository's name
         return None
     return next((Path(path).parent.name for path in known if isinstance(path, str)), None)
 

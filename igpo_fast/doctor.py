@@ -1,4 +1,4 @@
-"""What this machine runs, and whether packed and separate passes agree."""
+"""A report on this machine: versions, device, kernels, and whether packed and separate passes agree."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from igpo_fast import __version__
 from igpo_fast.config import Config, Sft
 from igpo_fast.engines import vllm
 from igpo_fast.errors import InputError, RunError
-from igpo_fast.model import build, device_of, kernels_of, probe, use_attend
+from igpo_fast.model import build, device_of, kernels_of, probe, separate_passes
 from igpo_fast.pretrained import read_config
 from igpo_fast.run.memory import kv_bytes_per_token, training_bytes
 from igpo_fast.setup import set_up
@@ -46,7 +46,7 @@ def diagnose(config: Config, *, configured: bool) -> Iterator[Check]:
 
     Args:
         config: names the device and the kernels.
-        configured: also assemble what it configures (data, tokenizer, model; no warm start), and check that.
+        configured: also set up its data, tokenizer and model (without warm start), and check them.
     """
     yield from _versions()
     yield _vllm()
@@ -64,18 +64,19 @@ def diagnose(config: Config, *, configured: bool) -> Iterator[Check]:
 
 
 def table(checks: list[Check]) -> Table:
-    """The report, for people."""
+    """The report as a table for people."""
     out = Table("", "found", show_edge=False)
     for check in checks:
         out.add_row(Text(check.name), Text(check.found, style="" if check.ok else "bold red"))
     return out
 
 
+@torch.no_grad()
 def packed_error(lm: PreTrainedModel, backend: str) -> float:
-    """How far log-probabilities of a pack are from those of separate passes, relative to the largest.
+    """Largest difference between the log-probabilities of a pack and of separate passes, relative to the largest.
 
-    Two rollouts of one prompt, and an answer after two prefixes of each, against one forward a sequence by
-    the model's own eager attention.
+    The pack has two rollouts of one prompt, and an answer after two prefixes of each; each of its sequences then has a
+    forward of its own under the model's eager attention.
     """
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(0, lm.config.get_text_config().vocab_size, n)  # noqa: E731
@@ -84,26 +85,14 @@ def packed_error(lm: PreTrainedModel, backend: str) -> float:
     for index, length in enumerate((9, 13)):
         turn = np.repeat([-1, 0], [len(prompt), length])
         rollouts.append(RolloutTokens(index, np.concatenate([prompt, draw(length)]), turn, np.array([6, 10])))
-    found = Policy(lm, 1.0, LossSettings(), backend)(pack([Tree(rollouts, [branch])]))
-    lm.set_attn_implementation("eager")
-    decisions = [_separate(lm, r.ids, range(len(prompt), len(r.ids))) for r in rollouts]
-    answers = [
-        _separate(lm, np.concatenate([r.ids[:b], branch.ids]), range(b + branch.start, b + branch.stop))
-        for r in rollouts
-        for b in r.boundaries
-    ]
-    use_attend(lm)
-    separate = np.concatenate([*decisions, *answers])
-    packed = np.concatenate([found.decision_logp, found.answer_logp])
+    trees = [Tree(rollouts, [branch])]
+    plan = pack(trees)
+    scored = Policy(lm, 1.0, LossSettings(), backend)(plan)
+    packed = np.concatenate([scored.decision_logp, scored.answer_logp])
+    _, logits = separate_passes(lm, trees)
+    logp = logits.float().log_softmax(-1)
+    separate = logp.gather(1, plan.tensor("label", lm.device)[:, None])[:, 0].cpu().numpy()
     return float(np.abs(packed - separate).max() / np.abs(separate).max())
-
-
-@torch.no_grad()
-def _separate(lm: PreTrainedModel, ids: np.ndarray, at: range) -> np.ndarray:
-    """log pi of the tokens ``at``, by a plain forward."""
-    tokens = torch.as_tensor(ids, dtype=torch.long, device=lm.device)
-    logp = lm(input_ids=tokens[None], use_cache=False).logits[0].float().log_softmax(-1)
-    return logp[at.start - 1 : at.stop - 1].gather(1, tokens[at.start : at.stop, None])[:, 0].cpu().numpy()
 
 
 def _versions() -> Iterator[Check]:
@@ -117,7 +106,7 @@ def _versions() -> Iterator[Check]:
 
 
 def _vllm() -> Check:
-    """Its version, and how it would get the trainer's weights."""
+    """vLLM's version, and how it would get the trainer's weights."""
     if find_spec("vllm") is None:
         return Check("vllm", "not installed; rollout.engine=torch needs none")
     vllm.prepare()
@@ -139,11 +128,11 @@ def _device(name: str) -> Iterator[Check]:
 
 
 def _kernels(names: dict[str, str], device: torch.device) -> Iterator[Check]:
-    """Which implementation of each op runs."""
+    """The implementation of each op."""
     for op, name in names.items():
         implementations = importlib.import_module(f"igpo_kernels.{op}").IMPLEMENTATIONS
         if name not in implementations:
-            yield Check(f"op {op}", f"no {name}; choose of {', '.join(implementations)}", ok=False)
+            yield Check(f"op {op}", f"no {name}; choose one of {', '.join(implementations)}", ok=False)
         elif name == "triton" and device.type == "cpu" and not triton_variants.runs_on_cpu():
             yield Check(f"op {op}", "triton needs a GPU; use model.kernels=auto", ok=False)
         else:
@@ -151,7 +140,7 @@ def _kernels(names: dict[str, str], device: torch.device) -> Iterator[Check]:
 
 
 def _parity(name: str, load, backend: str) -> Check:
-    """``load`` gives a model, probed."""
+    """Whether packed and separate passes agree for the probed model that ``load`` gives."""
     try:
         lm = load()
         error = packed_error(lm, backend)
@@ -164,13 +153,13 @@ def _parity(name: str, load, backend: str) -> Check:
 
 
 def _memory(config: Config) -> Iterator[Check]:
-    """What training will hold, said before anything of that size is loaded; nothing for a small built model."""
+    """Memory in training, reported before the model is loaded; nothing for a small built model."""
     if config.model.path is None:
         return
     try:
         lm = read_config(config.model.path).get_text_config()
         parts = training_bytes(config, lm)
-    except Exception:  # of whatever kind: loading the model, which follows, says it better
+    except Exception:  # loading the model comes next and gives a better message
         return
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     engine_dtype = config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype

@@ -1,4 +1,4 @@
-"""What ends a command in one line. The CLI prints it and exits with code 2; whatever else is raised is our bug."""
+"""Errors that end a command in one line. The CLI prints it and exits with code 2; any other exception is our bug."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ _SECRETS = re.compile(r"(?i)([?&][^=&#\s]*(?:key|token|secret|passw|auth|sig)[^=
 
 
 def masked(text: str) -> str:
-    """``text`` with ``***`` for the secrets of every URL in it: what stands before ``@``, and the values of query
-    parameters that are named like a key, token, secret, password or signature."""
+    """``text`` with ``***`` for the secrets of every URL in it: the part before ``@``, and the values of query
+    parameters named like a key, token, secret, password or signature."""
     text = _CREDENTIALS.sub(lambda found: f"{found[1] or found[2]}***@", text)
     return _SECRETS.sub(r"\1***", text)
 
@@ -51,7 +51,7 @@ class DivergedError(RunError):
 
 
 def reason_of(error: BaseException, length: int = 200) -> str:
-    """What another library's error says, in one line of at most ``length`` characters."""
+    """Another library's error message, in one line of at most ``length`` characters."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own, auto_map, which is never run; use a model that transformers itself has"
     return " ".join(str(error).split())[:length] or type(error).__name__

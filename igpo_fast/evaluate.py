@@ -9,12 +9,12 @@ import numpy as np
 from igpo_fast.errors import InputError
 from igpo_fast.rollouts.batch import rollout_groups
 from igpo_fast.rollouts.rollout import Agent
-from igpo_fast.rollouts.tools.base import settle
+from igpo_fast.rollouts.tools.base import take_counts
 from igpo_fast.types import Evaluation, Question, Rollout
 from igpo_fast.update.rewards import exact_match, f1_score
 
 EVAL_STEP = -1
-"""Stands for the step in sampling keys: evaluation has its own noise, the same whenever it runs."""
+"""Step number in evaluation's sampling keys, so that its noise is its own and the same in every evaluation."""
 
 
 def evaluate(
@@ -27,9 +27,9 @@ def evaluate(
 
     Returns:
         ``eval/f1``, ``eval/em`` and ``eval/turns``, means over questions, and ``eval/f1_se``, the standard error of the
-        first (NaN with a single question). Questions of several data sets have these of each, ``eval/NAME/f1`` and so
-        on, and the former are then the plain average over data sets, as the papers report it. Where search can fail,
-        ``eval/search_failures`` is how many searches failed for good.
+        first (NaN with a single question). With several data sets each has its own, ``eval/NAME/f1`` and so on, and
+        ``eval/f1`` is the plain average over data sets, as in the papers. If search can fail,
+        ``eval/search_failures`` is the number of searches that failed for good.
     Raises:
         InputError: there are no questions.
         EngineError, ToolError: no engine answers, or every search failed.
@@ -38,22 +38,22 @@ def evaluate(
         raise InputError("evaluation: there are no questions; give data.eval, or raise eval.questions")
     groups = rollout_groups(agent, questions, 1, EVAL_STEP, progress=progress)
     rollouts = tuple(group.rollouts[0] for group in groups)
-    counts, _ = settle(agent.tool, "evaluation")
+    counts, _ = take_counts(agent.tool, "evaluation")
     sets: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
         sets.setdefault(rollout.question.dataset, []).append(rollout)
     means = {name: _means(members, f1_normalisation) for name, members in sets.items()}
-    metrics = {f"eval/{key}": float(np.mean([of[key] for of in means.values()])) for key in ("f1", "em", "turns")}
-    metrics["eval/f1_se"] = float(np.linalg.norm([of["f1_se"] for of in means.values()]) / len(means))
+    metrics = {f"eval/{key}": float(np.mean([mean[key] for mean in means.values()])) for key in ("f1", "em", "turns")}
+    metrics["eval/f1_se"] = float(np.linalg.norm([mean["f1_se"] for mean in means.values()]) / len(means))
     if len(means) > 1:
-        metrics |= {f"eval/{name}/{key}": value for name, of in means.items() for key, value in of.items()}
+        metrics |= {f"eval/{name}/{key}": value for name, mean in means.items() for key, value in mean.items()}
     if "tool/failures" in counts:
         metrics["eval/search_failures"] = counts["tool/failures"]
     return Evaluation(metrics, rollouts)
 
 
 def _means(rollouts: Sequence[Rollout], f1_normalisation: str) -> dict[str, float]:
-    """Over the questions of one data set."""
+    """Means over the questions of one data set."""
     f1 = [f1_score(rollout.answer, rollout.question.answers, f1_normalisation) for rollout in rollouts]
     em = [exact_match(rollout.answer, rollout.question.answers, f1_normalisation) for rollout in rollouts]
     return {
@@ -65,5 +65,5 @@ def _means(rollouts: Sequence[Rollout], f1_normalisation: str) -> dict[str, floa
 
 
 def set_names(metrics: Mapping[str, float]) -> list[str]:
-    """The data sets that have metrics of their own in what ``evaluate`` returned; none where there is only one."""
+    """The data sets with metrics of their own in the result of ``evaluate``; none if there is only one."""
     return [name for key in metrics if key.endswith("/f1") and (name := key[len("eval/") : -len("/f1")])]

@@ -1,7 +1,7 @@
-"""Files and folders that appear under their names whole, and refusals of the operating system in one line.
+"""Atomic files and folders, and refusals of the operating system in one line.
 
-What is written stands under ``.NAME.tmp`` until it is complete and on disk, then it is renamed. Where writing fails,
-the temporary goes, so that nothing half-written stays and the disk gets its room back.
+Content is written under ``.NAME.tmp`` and renamed when it is complete and on disk. If writing fails, the temporary is
+removed, so that nothing half-written stays and the disk gets its space back.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ REMEDIES = {
     errno.EACCES: f"give this user the permission, {AGAIN}; or name another place",
     errno.EPERM: f"give this user the permission, {AGAIN}; or name another place",
     errno.EROFS: f"make the file system writable, {AGAIN}; or name another place",
-    errno.ENOENT: "its folder is not there, or no longer: make or restore it, or name another place",
-    errno.EEXIST: f"something of this name is in the way: move it, {AGAIN}",
+    errno.ENOENT: "its folder does not exist: make or restore it, or name another place",
+    errno.EEXIST: f"a file or folder of this name exists: move it, {AGAIN}",
     errno.ENOTDIR: f"a file is where a folder should be: move it, {AGAIN}",
     errno.EISDIR: f"a folder is where a file should be: move it, {AGAIN}",
 }
-"""What to do about an errno."""
+"""Remedy by errno."""
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def storage(path: str | os.PathLike, doing: str = "write") -> Iterator[None]:
     """Refusals of the operating system inside the block become one line that names ``path``.
 
     Raises:
-        StorageError: disk full, no permission, read-only, gone, ...; from whichever library met it.
+        StorageError: disk full, no permission, read-only, gone, ...; whichever library reports it.
     """
     try:
         yield
@@ -59,8 +59,8 @@ def storage(path: str | os.PathLike, doing: str = "write") -> Iterator[None]:
 
 def _refusal(error: BaseException | None) -> OSError | None:
     """The operating system's error behind ``error``. Rust libraries (safetensors, tokenizers) only quote it; torch.save
-    raises a RuntimeError of its own while it handles the file's."""
-    if isinstance(error, OSError) and error.errno:  # libraries raise OSErrors of their own, without a number
+    raises its own RuntimeError while handling it."""
+    if isinstance(error, OSError) and error.errno:  # libraries raise OSErrors without a number
         return error
     if quoted := re.search(r"\(os error (\d+)\)", str(error)):
         return OSError(int(quoted[1]), os.strerror(int(quoted[1])))
@@ -68,13 +68,13 @@ def _refusal(error: BaseException | None) -> OSError | None:
 
 
 def temporary_of(path: Path) -> Path:
-    """The name under which ``path`` is written until it is whole."""
+    """The name under which ``path`` is written until it is complete."""
     return path.with_name(f".{path.name}.tmp")
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[io.BufferedWriter]:
-    """A file to write; it replaces ``path`` when the block ends without an error, else it vanishes.
+    """A file to write; it replaces ``path`` if the block ends without an error, else it is removed.
 
     Raises:
         InputError: another process is writing ``path``.
@@ -82,11 +82,11 @@ def atomic(path: Path) -> Iterator[io.BufferedWriter]:
     """
     temporary = temporary_of(path)
     with storage(path):
-        # Not through a link: it would empty a file that is none of ours.
+        # Not through a link: that would empty a file that is not ours.
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         with open(descriptor, "wb") as file:
             if not lock(file) or not _is_at(file, temporary):
-                raise InputError(f"{path}: another process writes it; wait for that one, or name another file")
+                raise InputError(f"{path}: another process is writing it; wait for that process, or name another file")
             try:
                 file.truncate()
                 yield file
@@ -110,11 +110,11 @@ def _is_at(file: IO, path: Path) -> bool:
 
 @contextmanager
 def atomic_folder(path: Path, owner: str = "") -> Iterator[Path]:
-    """A folder to fill; it becomes ``path`` when the block ends without an error, else it vanishes. A folder that has
-    the name by then stays. Files get the modes that this process gives to new files.
+    """A folder to fill; it becomes ``path`` if the block ends without an error, else it is removed. A folder that has
+    the name by then stays. Files get the modes of new files of this process.
 
     Args:
-        owner: tells the temporary from those of other processes, where several may write ``path`` at a time.
+        owner: distinguishes the temporaries of processes that may write ``path`` at the same time.
     Raises:
         StorageError: the operating system refuses.
     """
@@ -142,7 +142,7 @@ def atomic_folder(path: Path, owner: str = "") -> Iterator[Path]:
 
 
 def append(path: Path, line: bytes) -> None:
-    """Add to a file, on disk when this returns; where that fails, the file is as it was.
+    """Append to a file; it is on disk when this returns. If that fails, the file is as before.
 
     Raises:
         StorageError: the operating system refuses.
@@ -160,7 +160,7 @@ def append(path: Path, line: bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a folder with all in it, or a link (not what it points to); nothing is fine, too."""
+    """Delete a file, a folder with its content, or a link (not its target), if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif path.is_symlink() or path.exists():
@@ -168,10 +168,10 @@ def remove(path: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make ``folder`` and see that files can be made in it, before long work whose result goes there.
+    """Make ``folder`` and check that files can be made in it, before long work whose result it will hold.
 
     Raises:
-        StorageError: they cannot.
+        StorageError: files cannot be made there.
     """
     with storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,8 @@ def check_writable(folder: Path) -> None:
 
 
 def lock(file: IO, *, wait: bool = False) -> bool:
-    """Lock an open file for this process; the lock goes when it is closed, by whatever end. False: another has it."""
+    """Lock an open file for this process; the lock is released when it is closed, however the process ends.
+    Returns False if another process has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -197,7 +198,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """A file's content, in hexadecimal; of a folder the contents and names of its files, hidden ones left out."""
+    """SHA-256 in hexadecimal of a file, or of the names and contents of a folder's files without hidden ones."""
     if not path.is_dir():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -217,12 +218,12 @@ def write_manifest(folder: Path, **about) -> None:
 
 
 def check_manifest(folder: Path, remedy: str) -> dict:
-    """Read every file of a folder and compare it with manifest.json, whose content this returns.
+    """Compare every file of a folder with manifest.json, and return the manifest.
 
     Args:
-        remedy: ends the error's line.
+        remedy: end of the error's line.
     Raises:
-        InputError: a file is missing or is not what was written.
+        InputError: a file is missing or has changed.
         StorageError: a file cannot be read.
     """
     manifest = folder / "manifest.json"
@@ -237,5 +238,5 @@ def check_manifest(folder: Path, remedy: str) -> dict:
             if not path.is_file():
                 raise InputError(f"{path}: missing from the checkpoint; {remedy}")
             if path.stat().st_size != size or sha256(path) != digest:
-                raise InputError(f"{path}: damaged (not what manifest.json says was written); {remedy}")
+                raise InputError(f"{path}: damaged (it differs from manifest.json); {remedy}")
     return content

@@ -1,7 +1,8 @@
-"""JSON as this package writes and reads it: compact UTF-8, and no number that JSON does not know."""
+"""JSON reading and writing: compact UTF-8, with null for numbers that JSON does not have."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import orjson
@@ -10,7 +11,7 @@ from igpo_fast.errors import InputError
 
 
 def json_bytes(value: Any, *, indent: bool = False) -> bytes:
-    """``value`` as JSON: arrays and tensors become lists, numbers that are not finite null.
+    """``value`` as JSON: arrays and tensors become lists, non-finite numbers null.
 
     Raises:
         TypeError: a value that JSON cannot hold.
@@ -28,12 +29,17 @@ def json_value(content: bytes | str, where: object) -> Any:
     """The value that ``content`` holds.
 
     Raises:
-        InputError: no JSON (nested too deep, a number too large and NaN included), naming ``where``.
+        InputError: not JSON (also if nested too deep, or with a number too large or NaN), naming ``where``.
     """
     try:
         return orjson.loads(content)
     except orjson.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg}); restore or correct it") from None
+
+
+def finite(number: float | None) -> float | None:
+    """``number``, or None where it is missing or not finite: what JSON and rows have in place of it."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _as_list(value: Any) -> Any:

@@ -2,8 +2,8 @@
 
 ``hidden_states`` runs the decoder on one flat row of tokens under igpo_kernels' attention implementation, which hands
 each layer's attention to ``attend``: a packed tree when training (``TreeAttend``), slots of a key-value cache when
-sampling (engines/torch.py). No per-model patches; ``probe`` refuses at load the architectures for which a flat row is
-not equal to separate sequences.
+sampling (engines/torch.py). There are no per-model patches; ``probe`` refuses at load architectures for which a flat
+row is not equal to separate sequences.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def hidden_states(
     Returns:
         [S, H], in the model's dtype.
     Raises:
-        ValueError: ``lm`` is not set to run under ``attend``, which any other attention would silently ignore.
+        ValueError: ``lm`` is not set to run under ``attend``; other attention would silently ignore it.
         InputError: a layer asks of its attention what packed attention refuses (windows in a mask alone, unknown
             keywords, values of another head size).
     """
@@ -60,14 +60,14 @@ def hidden_states(
 
 @dataclass(frozen=True)
 class LmHead:
-    """What turns hidden states into logits: ``softcap(hidden @ weight.T + bias)``."""
+    """The map from hidden states to logits: ``softcap(hidden @ weight.T + bias)``."""
 
     weight: torch.Tensor
     """[V, H]"""
     bias: torch.Tensor | None
     """[V]"""
     softcap: float
-    """0: none."""
+    """0 is none."""
 
 
 def lm_head(lm: PreTrainedModel) -> LmHead:
@@ -76,7 +76,7 @@ def lm_head(lm: PreTrainedModel) -> LmHead:
 
 
 def kernels_of(lm: PreTrainedModel, backend: str) -> dict[str, str]:
-    """Which implementation of each op that reads the model's numbers runs: op -> name."""
+    """Implementation of each op that reads the model's tensors: op -> name."""
     names = chosen(backend, lm.device, lm.dtype, lm_head(lm).weight.dtype)
     if backend == "auto":
         names["tree_attention"] = automatic(lm.device, lm.dtype, *heads_of(lm))
@@ -117,14 +117,14 @@ def load(
         check: run ``probe``.
         source: how messages name the folder; ``model.path=PATH`` if None.
     Raises:
-        InputError: nothing loadable there, or an architecture that the probe refuses.
+        InputError: nothing loads from there, or the probe refuses the architecture.
     """
     lm = read_model(AutoModelForCausalLM, path, dtype=dtype, source=source).to(device).eval()
     return probe(lm) if check else use_attend(lm)
 
 
 def device_of(name: str) -> str:
-    """The device that ``model.device`` names: ``auto`` is CUDA where there is one.
+    """The device that ``model.device`` names: ``auto`` is CUDA if there is one.
 
     Raises:
         InputError: no such device here.
@@ -139,12 +139,12 @@ def device_of(name: str) -> str:
 
 
 def check_positions(lm: PreTrainedModel, max_tokens: int, answer_tokens: int = 0) -> str | None:
-    """Whether ``lm`` has positions for rollouts of ``max_tokens`` and an answer of ``answer_tokens`` after them.
+    """Check that ``lm`` has positions for rollouts of ``max_tokens`` and an answer of ``answer_tokens`` after them.
 
     Returns:
-        A warning where RoPE goes on beyond the positions that the model was made for.
+        A warning if RoPE goes beyond the positions that the model was trained for.
     Raises:
-        InputError: learned positions end before.
+        InputError: learned positions end earlier.
     """
     text = _text(lm)
     most = getattr(text, "max_position_embeddings", None)
@@ -152,16 +152,16 @@ def check_positions(lm: PreTrainedModel, max_tokens: int, answer_tokens: int = 0
         return None
     where = f"rollout.max_tokens={max_tokens}: {type(lm).__name__} has {most} positions"
     if _has_rope(lm):
-        return f"{where}; beyond them answers get worse, lower rollout.max_tokens" if max_tokens > most else None
+        return f"{where}; beyond them answers get worse; lower rollout.max_tokens" if max_tokens > most else None
     if max_tokens + answer_tokens > most:
         raise InputError(f"{where}, and forced answers take {answer_tokens}; use at most {most - answer_tokens}")
     return None
 
 
 def precision_warning(dtype: str, lr: float) -> str | None:
-    """What to say of training in ``dtype`` at ``lr``; None if nothing.
+    """A warning about training in ``dtype`` at ``lr``; None if it is fine.
 
-    An update of Adam is about ``lr``. bfloat16 keeps 8 bits, so a weight of 0.02 rounds away what is below 6e-5.
+    An update of Adam is about ``lr``. bfloat16 keeps 8 bits, so a weight of 0.02 rounds away updates below 6e-5.
     """
     if dtype == "float32" or lr >= 1e-4:
         return None
@@ -172,7 +172,7 @@ def precision_warning(dtype: str, lr: float) -> str | None:
 
 
 def use_attend(lm: PreTrainedModel) -> PreTrainedModel:
-    """Set ``lm`` to run under ``hidden_states``; InputError, naming the layer type, if it does not let us."""
+    """Set ``lm`` to run under ``hidden_states``; InputError, naming the layer type, if that is impossible."""
     lm.set_attn_implementation(ATTENTION)
     if lm.config._attn_implementation != ATTENTION:
         raise InputError(
@@ -183,12 +183,12 @@ def use_attend(lm: PreTrainedModel) -> PreTrainedModel:
 
 
 def recompute_layers(lm: PreTrainedModel) -> None:
-    """Gradient checkpointing: each decoder layer keeps its input alone and runs again in the backward pass.
+    """Gradient checkpointing: each decoder layer keeps only its input and runs again in the backward pass.
 
-    transformers does so for layers in training mode only, in which some drop out; here none is in it.
+    transformers does so only for layers in training mode, where some drop out; here none is.
 
     Raises:
-        InputError: the model has no layers that are made for it.
+        InputError: the model has no layers that support it.
     """
     layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -198,11 +198,11 @@ def recompute_layers(lm: PreTrainedModel) -> None:
 
 
 def probe(lm: PreTrainedModel) -> PreTrainedModel:
-    """Set ``lm`` to run under ``hidden_states``, having shown that a packed tree equals separate sequences.
+    """Set ``lm`` to run under ``hidden_states`` after verifying that a packed tree equals separate sequences.
 
     Two trees with shared prompts and branches, one of them beyond RoPE's original length, run once packed and path
-    by path through the model's own eager attention, with attention logits of real size (random weights make tiny
-    ones, under which faults hide) and with windows and chunks shorter than the paths. A layer that does not attend
+    by path through the model's own eager attention, with attention logits of real size (random weights give tiny
+    ones, which hide faults) and with windows and chunks shorter than the paths. A layer that does not attend
     through the interface, or results that differ, mean that state leaks between branches (recurrent layers), or that
     the mask or the frequencies depend on more than the path (ALiBi, sinks, dynamic RoPE, windows that only the mask
     of transformers knows).
@@ -241,7 +241,7 @@ def _probe(lm: PreTrainedModel) -> None:
         )
     with _scaled_logits(lm, recorder.largest), _short_windows(lm) as windows:
         packed = hidden_states(lm, tensors[0], tensors[1], TreeAttend(plan))[tensors[2]]
-        separate, logits = _separate(lm, trees, offset)
+        separate, logits = separate_passes(lm, trees, offset)
     head = lm_head(lm)
     ours = packed @ head.weight.T + (0 if head.bias is None else head.bias)
     ours = head.softcap * torch.tanh(ours / head.softcap) if head.softcap else ours
@@ -251,18 +251,18 @@ def _probe(lm: PreTrainedModel) -> None:
         raise InputError(
             f"{type(lm).__name__} cannot run packed: {_mixers(lm)[0]}{_rope_type(lm)}{windows} gives hidden states "
             f"that differ by {error:.1e} (relative) from separate sequences; its attention depends on more than the "
-            "visible path"
+            "visible path; use another model"
         )
     head_error = float((ours - logits).abs().max() / logits.abs().max())
     if not head_error <= tolerance:
         raise InputError(
             f"{type(lm).__name__}: its logits differ by {head_error:.1e} (relative) from hidden @ weight + bias; "
-            f"the LM head {type(lm.get_output_embeddings()).__name__} does more than that"
+            f"the LM head {type(lm.get_output_embeddings()).__name__} does more than that; use another model"
         )
 
 
 class _Recorder:
-    """An Attend that notes which layers called it and the size of their logits."""
+    """An Attend that records the layers that called it and a bound on their logits."""
 
     def __init__(self, inner: Attend):
         self.inner, self.layers, self.largest = inner, set(), 0.0
@@ -276,7 +276,7 @@ class _Recorder:
 
 @contextmanager
 def _scaled_logits(lm: PreTrainedModel, largest: float) -> Iterator[None]:
-    """Attention logits of about 10, by way of each attention's ``scaling``."""
+    """Scale attention logits to about 10 through each attention's ``scaling``."""
     modules = [m for m in lm.modules() if isinstance(getattr(m, "scaling", None), float)]
     factor = max(1.0, 10 / max(largest, 1e-6))
     before = [m.scaling for m in modules]
@@ -290,16 +290,16 @@ def _scaled_logits(lm: PreTrainedModel, largest: float) -> Iterator[None]:
 
 
 _WINDOW = re.compile(r"^(?!use_|max_|mamba_).*(window|chunk|local_attention)(_size)?$|floor_scale$")
-"""Names of what attention compares distances or positions with, in configurations and modules."""
+"""Names of attention's limits on distances or positions, in configurations and modules."""
 _SHORT = 7
 
 
 @contextmanager
 def _short_windows(lm: PreTrainedModel) -> Iterator[str]:
-    """Windows, chunks and position scales of 7 tokens, which the probe's paths exceed as rollouts exceed the real ones:
-    in the configuration, where transformers' masks read them, and in the modules that keep a copy.
+    """Set windows, chunks and position scales to 7 tokens, which the probe's paths exceed as rollouts exceed the real
+    ones: in the configuration, where transformers' masks read them, and in modules that keep a copy.
 
-    Yields which there are, for a message.
+    Yields their names and sizes, for a message.
     """
     text = _text(lm)
     sizes = {name: size for name, size in vars(text).items() if _is_window(name, size)}
@@ -335,8 +335,9 @@ def _probe_trees(vocab: int) -> list[Tree]:
     return trees
 
 
-def _separate(lm: PreTrainedModel, trees: list[Tree], offset: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``pack(trees)``'s pairs predict from, one unpadded sequence a forward: hidden [M, H], logits [M, V]."""
+def separate_passes(lm: PreTrainedModel, trees: list[Tree], offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [M, H] and logits [M, V] of the pairs of ``pack(trees)``, each of its sequences in a forward of its
+    own under the model's eager attention. Positions of all trees but the first begin at ``offset``."""
     lm.set_attn_implementation("eager")
     decisions, answers = [], []
 
@@ -381,17 +382,17 @@ def _rope_type(lm: PreTrainedModel) -> str:
 
 
 def _text(lm: PreTrainedModel) -> PretrainedConfig:
-    """The configuration of the decoder: a part of a multimodal model's."""
+    """The decoder's configuration, which is a part of a multimodal model's."""
     return lm.config.get_text_config()
 
 
 def _decoder(lm: PreTrainedModel) -> PreTrainedModel:
-    """What gives the hidden states, without the LM head."""
+    """The decoder, which gives the hidden states, without the LM head."""
     return lm.base_model if lm.base_model is not lm else lm.model
 
 
 def _mixers(lm: PreTrainedModel) -> list[str]:
-    """The class name of each decoder layer's token mixer: its attention, or what stands in its place."""
+    """The class name of each decoder layer's token mixer: its attention, or its replacement."""
     decoder = getattr(_decoder(lm), "language_model", _decoder(lm))
     layers = next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList))
     names = []

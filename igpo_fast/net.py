@@ -1,4 +1,4 @@
-"""URLs of servers: whether they can be asked, which of them a proxy must not see, and the credentials in them."""
+"""URLs of servers: whether requests can be sent to them, past which a proxy is bypassed, and credentials in them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ def fault(url: str) -> str:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
-        (host or "").encode("idna")  # as the resolver will
+        (host or "").encode("idna")  # as the resolver encodes it
     except ValueError as error:
         return " ".join(str(error).split())
     if not url.isprintable() or " " in url:
         return "it has blanks or characters that cannot be printed"
     if parts.scheme not in ("http", "https"):
-        return "it begins with neither http:// nor https://"
+        return "it does not begin with http:// or https://"
     if not host or port == 0:
-        return "it names no host" if not host else "port 0 is no server's"
+        return "it names no host" if not host else "port 0 is not a server's port"
     if "***" in url:
         return "its secrets are masked, as in a run's config.yaml: give the whole URL again"
     return ""
 
 
 def without_credentials(url: str) -> tuple[str, tuple[str, str] | None]:
-    """The URL without ``user:password@``, and these two if they are there."""
+    """The URL without ``user:password@``, and user and password if there are any."""
     parts = urlsplit(url)
     credentials, at, place = parts.netloc.rpartition("@")
     if not at:
@@ -36,7 +36,7 @@ def without_credentials(url: str) -> tuple[str, tuple[str, str] | None]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``, an address or a name."""
+    """Whether only this machine can reach ``host`` (an address or a name)."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -44,7 +44,7 @@ def is_loopback(host: str) -> bool:
 
 
 def direct(*urls: str) -> dict[str, None]:
-    """``mounts`` of an httpx client by which HTTP_PROXY does not apply to the URLs that are on this machine."""
+    """``mounts`` of an httpx client that exempt URLs on this machine from HTTP_PROXY."""
     hosts = [urlsplit(url).hostname or "" for url in urls if not fault(url)]
     ours = [host for host in hosts if is_loopback(host) or host in ("0.0.0.0", "::")]
     return {f"all://[{host}]" if ":" in host else f"all://{host}": None for host in ours}

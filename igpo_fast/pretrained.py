@@ -1,4 +1,4 @@
-"""Models read from Hugging Face folders: whole, finite, able to be saved again, and without running code of theirs."""
+"""Reads models from Hugging Face folders: complete, finite, able to be saved again, and without running their code."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from igpo_fast.errors import InputError, reason_of
 
 
 def read_model(model_class: type, path: str, *, dtype: torch.dtype, source: str | None = None) -> PreTrainedModel:
-    """``model_class.from_pretrained(path)`` on the CPU, with every weight from the files and none made up.
+    """``model_class.from_pretrained(path)`` on the CPU, with every weight from the files and none initialised.
 
-    Code in the folder (``auto_map``) is never run. A generation_config.json that could not be saved again is mended.
+    Code in the folder (``auto_map``) is never run. A generation_config.json that could not be saved again is corrected.
 
     Args:
         source: how messages name the folder; ``model.path=PATH`` if None.
     Raises:
-        InputError: nothing loadable there; tensors that are missing, unknown, of another shape or not finite.
+        InputError: nothing loads from there, or tensors are missing, unknown, of another shape or not finite.
     """
     source = source or f"model.path={path}"
     try:
         lm, info = model_class.from_pretrained(
             path, dtype=dtype, attn_implementation="eager", trust_remote_code=False, output_loading_info=True,
-            ignore_mismatched_sizes=True,  # which then names them all
+            ignore_mismatched_sizes=True,  # the check below then names them all
         )  # fmt: skip
-    except Exception as error:  # of files that may hold anything, read by code of others
-        raise InputError(f"{source}: no causal LM loads from there ({reason_of(error)})") from error
+    except Exception as error:  # the files may hold anything, and other libraries read them
+        raise InputError(f"{source}: no causal LM loads from there ({reason_of(error)}); give another model") from error
     faults = {
         "missing": info["missing_keys"],
         "of another shape": {name for name, *_ in info["mismatched_keys"]},
@@ -50,8 +50,10 @@ def read_config(path: str) -> PretrainedConfig:
     """The configuration of a Hugging Face directory or name. Raises InputError where there is none."""
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # of a file that may hold anything, read by code of others
-        raise InputError(f"model.path={path}: no configuration loads from there ({reason_of(error)})") from error
+    except Exception as error:  # the file may hold anything, and other libraries read it
+        raise InputError(
+            f"model.path={path}: no configuration loads from there ({reason_of(error)}); give another model"
+        ) from error
 
 
 def _finite(tensor: torch.Tensor) -> bool:
@@ -64,11 +66,11 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _valid(generation: GenerationConfig) -> GenerationConfig:
-    """``generation`` without the fields that would keep it from being saved, such as a temperature where do_sample
-    is not set; sampling here reads none of them."""
+    """``generation`` without fields that would prevent saving it, such as a temperature without do_sample; sampling
+    here reads none of them."""
     kept: dict = {}
     fields = generation.to_diff_dict()
-    for name in sorted(fields, key=lambda name: name not in ("do_sample", "num_beams")):  # which others depend on
+    for name in sorted(fields, key=lambda name: name not in ("do_sample", "num_beams")):  # other fields depend on it
         try:
             GenerationConfig(**kept, **{name: fields[name]}).validate(strict=True)
         except (ValueError, TypeError):

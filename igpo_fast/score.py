@@ -1,12 +1,12 @@
-"""Information gain of each turn of trajectories from anywhere: JSON lines in, JSON lines out.
+"""Information gain of each turn of given trajectories: JSON lines in, JSON lines out.
 
-A line is ``{"question", "answers", "messages": [{"role", "content"}, ...]}``, or one of a run's own rollouts file; it
-comes back with ``values`` (v_0 .. v_{T-1}) and ``info_gain`` (of turns 1 .. T-1; the last turn gives the answer and
-needs none).
+A line is ``{"question", "answers", "messages": [{"role", "content"}, ...]}``, or one of a run's own rollouts file; the
+output adds ``values`` (v_0 .. v_{T-1}) and ``info_gain`` (of turns 1 .. T-1; the last turn gives the answer and
+has none).
 
-Of messages text comes in, not the tokens that were sampled. It is tokenised message by message (tags) or turn by turn
-(chat), so tokens, at the borders above all, can differ from those sampled, and values by a little with them. Messages
-are text of others: special tokens that they spell are text, and of tools' messages the template's delimiters, too.
+Messages are text, not sampled tokens. They are tokenised message by message (tags) or turn by turn (chat), so tokens
+can differ from the sampled ones, mostly at the borders, and values slightly with them. Messages are text of others:
+special tokens that they spell are read as text, and in tools' messages so are the template's delimiters.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from igpo_fast.data.load import Data
 from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.errors import InputError
 from igpo_fast.files import atomic
+from igpo_fast.jsonl import finite
 from igpo_fast.model import device_of, load
 from igpo_fast.rollouts.dialect import CHAT_SYSTEM, SEARCH_TOOL, TODAY, Dialect, TagsDialect, make_dialect, unquote
 from igpo_fast.run.checkpoint import RunFolder
@@ -41,7 +42,7 @@ from igpo_fast.update.scoring import Policy
 from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack
 
 BUDGETS = dict(max_passage_tokens=128, max_answer_tokens=64, max_answers=4)
-"""Of the dialects; passages are not cut here, they are part of the messages."""
+"""Limits of the dialects; passages are part of the messages and are not cut here."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,16 @@ class Trajectory:
 
     @property
     def packed_tokens(self) -> int:
-        """How many tokens it packs to, at most."""
+        """Most packed tokens that it takes."""
         return len(self.ids) + len(self.boundaries) * sum(branch.stop for branch in self.branches)
 
 
 class Tags:
-    """Trajectories as one continuous text: contents are laid end to end as they are given."""
+    """Trajectories as one continuous text: the concatenated contents."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, wrapper: str | None = None):
         self.dialect: Dialect = make_dialect("tags", tokenizer, wrapper=wrapper, **BUDGETS)
-        # Writes a given text as a prompt, with the start token of models that have one, and nothing else.
+        # Writes a text as a prompt, with the start token of models that have one, and nothing else.
         bare = replace(self.dialect.wording, system="", question="{}")
         self._verbatim = TagsDialect(tokenizer, wording=bare, **BUDGETS)
         self._end = tokenizer.eos_token or ""
@@ -76,8 +77,8 @@ class Tags:
         for message in (*record.prompt, *(message for turn in record.turns for message in turn)):
             if message.calls or message.thought:
                 raise InputError(
-                    f"{record.where}: message {message.number} has tool_calls or reasoning_content, which tags have "
-                    "no form for; use --dialect chat, or write them into its content"
+                    f"{record.where}: message {message.number} has tool_calls or reasoning_content, which the dialect "
+                    "tags cannot write; use --dialect chat, or write them into its content"
                 )
         if record.prompt:
             first, *rest = record.prompt
@@ -91,7 +92,7 @@ class Tags:
         said = message.content
         if message.role != "assistant":
             return self.dialect.encode(self.dialect.quote(said))
-        # The policy writes delimiters by right, and may end its turn.
+        # The policy may write delimiters and end its turn.
         ends = self._end if self._end and said.endswith(self._end) else ""
         return self.dialect.encode(self.dialect.quote(said.removesuffix(ends), tags=False) + ends)
 
@@ -99,8 +100,9 @@ class Tags:
 class Chat:
     """Trajectories as the model's own chat template writes them; ``tools`` of a line reach the template.
 
-    A prefix is rendered with what opens the next turn; a turn is what that adds to the prefix before. What a template
-    leaves out (Qwen3's, the thoughts before the user's last message) is refused, or values would be of other texts.
+    A prefix is rendered with the opening of the next turn; a turn is the text that this adds to the prefix before.
+    Messages that a template leaves out (as Qwen3's does thoughts before the user's last message) are refused, because
+    values would be of other texts.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, wrapper: str | None = None):
@@ -108,7 +110,7 @@ class Chat:
         self.dialect: Dialect = make_dialect("chat", tokenizer, wrapper=wrapper, **BUDGETS)
 
     def pieces(self, record: Record) -> list[list[np.ndarray]]:
-        """Tokens of the prompt, then of each scored turn with its responses, a piece each."""
+        """Tokens of the prompt, then of each scored turn with its responses, in one piece each."""
         tools = record.row.get("tools")
         if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
             raise InputError(f'{record.where}: "tools" are no list of objects; correct them, or leave them out')
@@ -132,7 +134,7 @@ class Chat:
                     )
             if not text.startswith(before):
                 raise InputError(
-                    f"{record.where}: the chat template rewrites what stands before turn {number} when that "
+                    f"{record.where}: the chat template rewrites the text before turn {number} when that "
                     "turn follows, so prefixes do not continue one another; use --dialect tags, or another "
                     "template"
                 )
@@ -142,13 +144,13 @@ class Chat:
         return pieces
 
     def _written(self, message: Message) -> dict[str, Any]:
-        """A message for the template."""
-        own = message.role != "tool"  # others than tools write the template's delimiters by right
+        """A message in the template's form."""
+        own = message.role != "tool"  # only tools may not write the template's delimiters
         return _for_template(message, lambda text: self.dialect.quote(text, tags=not own))
 
     def _check_complete(self, record: Record, messages: list[Message], tools: list | None) -> None:
-        """Refuse a template that leaves out part of a message: each text between tags becomes a mark, and all marks
-        must come out."""
+        """Refuse a template that leaves out part of a message: each text between tags is replaced by a mark, and all
+        marks must appear in the rendering."""
         marks: dict[str, int] = {}
 
         def marked(text: str, number: int) -> str:
@@ -182,15 +184,15 @@ class Chat:
 
 
 REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What a template, a program of others, may raise about messages."""
+"""Errors that a template may raise about messages."""
 _MARK = secrets.token_hex(8)
-"""What no text of a line holds."""
+"""Text that no line contains."""
 _TAG = re.compile(r"(<[^<>]{1,40}>)")
 
 
 def _for_template(message: Message, write: Callable[[str], str]) -> dict[str, Any]:
     """A message as templates take it, its texts written by ``write``."""
-    # Templates know no environment; what is not a tool's is a user's.
+    # Templates have no environment role: messages not from a tool count as the user's.
     role = "user" if message.role == "environment" else message.role
     made: dict[str, Any] = {"role": role, "content": write(message.content)}
     if message.thought:
@@ -228,7 +230,7 @@ class Scorer:
         basis, answers: as in ``rewards.values_of``.
         wrapper: what a forced answer stands in; None takes the dialect's own.
     Raises:
-        InputError: the tokenizer cannot serve the dialect, a temperature that is no positive number.
+        InputError: the tokenizer cannot serve the dialect, or the temperature is not a positive number.
     """
 
     def __init__(
@@ -270,7 +272,7 @@ class Scorer:
         return trajectory
 
     def _written(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of messages, and the prefixes' lengths."""
+        """Tokens of the messages, and the prefixes' lengths."""
         parts = [np.concatenate(pieces) for pieces in self.writer.pieces(record)]
         for number, part in enumerate(parts):
             what = f"{record.where}: {f'turn {number}' if number else 'the prompt'}"
@@ -280,13 +282,14 @@ class Scorer:
         return np.concatenate(parts), np.cumsum([len(part) for part in parts])
 
     def _sampled(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of a rollout as they are, and the prefixes' lengths."""
+        """Tokens of a rollout, unchanged, and the prefixes' lengths."""
         rollout, decode = record.rollout, self.writer.dialect.decode
         size = self.policy.lm.get_input_embeddings().num_embeddings
         same = rollout.ids.max() < size and all(decode(turn.ids) == turn.text for turn in rollout.turns)
         if not same:
             raise InputError(
-                f"{record.where}: its ids are not its texts' under the model's tokenizer; give --model the run's own"
+                f"{record.where}: its ids do not decode to its texts with the model's tokenizer; give --model the "
+                "run's own model"
             )
         boundaries = rollout.boundaries
         if not len(rollout.prompt_ids) or (np.diff(boundaries) == 0).any():
@@ -301,7 +304,7 @@ class Scorer:
             )
 
     def score(self, records: Iterable[Record]) -> Iterator[tuple[Record, np.ndarray, np.ndarray]]:
-        """Each record with its values, float64 [T], and gains, float64 [T-1], in order; one pass a pack."""
+        """Each record with its values, float64 [T], and gains, float64 [T-1], in order; one pass per pack."""
         for batch in self._batches(map(self.tokenise, records)):
             values = self._values(batch)
             for i, trajectory in enumerate(batch):
@@ -319,7 +322,7 @@ class Scorer:
             yield batch
 
     def _values(self, batch: list[Trajectory]) -> dict[int, np.ndarray]:
-        """Values of each trajectory, by its place; neighbours with the same answers share a tree."""
+        """Values of each trajectory, by its index; neighbours with the same answers share a tree."""
         untrained = lambda ids: np.full(len(ids), -1)  # noqa: E731
         trees = []
         for _, members in groupby(enumerate(batch), lambda member: member[1].record.question.answers):
@@ -332,14 +335,14 @@ class Scorer:
 
 
 def _unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """What stands for unknown words; None where there is nothing, or it also has another meaning (GPT-2's)."""
+    """The token of unknown words; None if there is none, or it also has another meaning (as GPT-2's)."""
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
 
 
 def load_scorer(path: str, *, device: str = "auto", dtype: str = "float32", **options) -> Scorer:
-    """A Scorer (which takes ``options``) of a Hugging Face model directory or name, or of a run's newest checkpoint,
-    probed.
+    """A Scorer (made with ``options``) for a Hugging Face model directory or name, or a run's newest checkpoint; the
+    model is probed.
 
     Raises:
         InputError: no usable model or tokenizer there.
@@ -364,18 +367,18 @@ def score_file(
 ) -> int:
     """Score the trajectories of ``source`` into ``target``.
 
-    The whole input is checked before a model is loaded, and ``target`` appears when it is complete; in
-    between only a pack of trajectories is in memory.
+    The whole input is checked before a model is loaded, and ``target`` appears when it is complete. Only one pack of
+    trajectories is in memory at a time.
 
     Args:
         make_scorer: called after the check.
         progress: called with (done, total) after each trajectory.
     Returns:
-        How many were scored.
+        Number of scored trajectories.
     Raises:
         InputError: bad input, naming file and line; ``target`` exists and ``overwrite`` is not set, or another process
             is writing it.
-        StorageError: the operating system refuses to write it; before a model is loaded, where that is known.
+        StorageError: the operating system refuses to write it; if possible, raised before a model is loaded.
     """
     if target.exists() and not (overwrite and target.is_file()):
         raise InputError(f"{target}: exists; give another --output, or --overwrite the file")
@@ -387,13 +390,8 @@ def score_file(
     with atomic(target) as out:
         scored = make_scorer().score(read_records(source))
         for done, (record, values, gains) in enumerate(scored, start=1):
-            row = record.row | {"values": _numbers(values), "info_gain": gains.tolist()}
+            row = record.row | {"values": [finite(value) for value in values.tolist()], "info_gain": gains.tolist()}
             out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             if progress:
                 progress(done, total)
     return total
-
-
-def _numbers(values: np.ndarray) -> list[float | None]:
-    """JSON knows no NaN: null stands for it."""
-    return [value if math.isfinite(value) else None for value in values.tolist()]

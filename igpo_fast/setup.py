@@ -1,4 +1,4 @@
-"""What every command needs, made from a configuration: data, tokenizer, policy, dialect, tool, engine."""
+"""Sets up what every command needs from a configuration: data, tokenizer, policy, dialect, tool, engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from igpo_kernels.tree_attention import automatic
 
 @dataclass(frozen=True)
 class Setup:
-    """What every command needs: ``set_up`` makes it from a configuration."""
+    """Parts that a command needs; ``set_up`` makes them from a configuration."""
 
     config: Config
     data: Data
@@ -39,20 +39,20 @@ class Setup:
     agent: Agent
     """Samples the rollouts that are trained on."""
     branches_of: Callable[[Question], Sequence[Branch]]
-    """The answers that are forced after each prefix; none where the algorithm needs no values."""
+    """The answers that are forced after each prefix; none if the algorithm needs no values."""
     answer_tokens: int
     """Most tokens that the forced answers of a training question take after one prefix."""
     warnings: tuple[str, ...] = ()
-    """What to tell the user before work begins, a line each."""
+    """Notes for the user before work begins, one line each."""
 
     @property
     def eval_agent(self) -> Agent:
-        """Samples held-out rollouts: the same but for section ``eval``'s sampling."""
+        """The agent for held-out questions, with the sampling of section ``eval``."""
         e = self.config.eval
         return replace(self.agent, sampling=Sampling(e.temperature, e.top_p, e.top_k, e.repetition_penalty))
 
     def summary(self, passes: str) -> str:
-        """What runs, in a line."""
+        """A summary of the run, in one line."""
         lm, a = self.lm, self.config.algorithm
         return (
             f"{type(lm).__name__}, {sum(p.numel() for p in lm.parameters()):,} parameters, {lm.dtype} on {lm.device}; "
@@ -69,12 +69,12 @@ def set_up(
     tokenizer: str | None = None,
     sft_progress: Progress | None = None,
 ) -> Setup:
-    """Everything a command needs.
+    """Make the parts that a command needs.
 
     Args:
-        weights: a checkpoint or model directory to use in place of the configured (and warm-started) model.
-        tokenizer: a checkpoint whose tokenizer is taken, where that is not the one of ``weights``.
-        sft_progress: told of the warm start, where there is one to train.
+        weights: a checkpoint or model directory that replaces the configured (and warm-started) model.
+        tokenizer: a checkpoint whose tokenizer is used instead of that of ``weights``.
+        sft_progress: called during a warm start, if one is trained.
     Raises:
         InputError: bad input of any kind, in one line.
     """
@@ -99,8 +99,8 @@ def set_up(
     _check_questions(config, data, dialect, limits)
     branches_of = partial(_branches, config, dialect)
     branches = [branches_of(question) for question in data.train]
-    answer_tokens = max(sum(len(branch.ids) for branch in some) for some in branches)
-    longest_answer = max((len(branch.ids) for some in branches for branch in some), default=0)
+    answer_tokens = max(sum(len(branch.ids) for branch in answers) for answers in branches)
+    longest_answer = max((len(branch.ids) for answers in branches for branch in answers), default=0)
     tool = make_search(config, data)
     lm = _load_model(config, weights, words)
     if not weights:
@@ -145,7 +145,7 @@ def _make_engine(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def _check_questions(config: Config, data: Data, dialect: Dialect, limits: Limits) -> None:
-    """Refuse now what would end the run in some later step."""
+    """Refuse now questions that would end the run in some later step."""
     asked = config.train.questions + config.rollout.oversample
     question_order(len(data.train), asked, step=0, seed=config.train.seed)
     for name, questions in (("data.train", data.train), ("data.eval", data.eval)):
@@ -155,7 +155,7 @@ def _check_questions(config: Config, data: Data, dialect: Dialect, limits: Limit
 
 
 def _kernels(config: Config, lm: PreTrainedModel) -> str:
-    """Which implementation of each op runs, in words."""
+    """The implementation of each op, in words."""
     names = model.kernels_of(lm, config.model.kernels)
     if config.model.kernels == "auto":
         sequences = automatic(lm.device, lm.dtype, *heads_of(lm), sequences=True)
@@ -167,7 +167,7 @@ def _kernels(config: Config, lm: PreTrainedModel) -> str:
 
 
 def settings_warnings(config: Config) -> list[str]:
-    """What a configuration says that will not happen as it reads, a line each."""
+    """Warnings about settings without the effect that they suggest, one line each."""
     a, warnings = config.algorithm, []
     if ALGORITHMS[a.name].sequence_ratio and config.train.updates == 1:
         warnings.append(

@@ -1,7 +1,7 @@
 """Warm start: supervised fine-tuning on imperfect demonstrations, kept for the next run with the same settings.
 
-A demonstration is written in the run's own dialect and answered by its own search tool, so that the policy learns the
-format and the loop from the same tokens that it will meet in rollouts. Its mistakes leave something to learn.
+A demonstration is written in the run's own dialect and answered by its own search tool, so that the policy learns
+format and loop from the tokens that it will meet in rollouts. Its mistakes leave room for reinforcement learning.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from igpo_kernels import RolloutTokens, Tree, pack
 Progress = Callable[[int, int, float], None]
 """(done, total, loss per token of the last step)"""
 PROMPT, RESPONSE, WRITTEN = -1, 0, 1
-"""Who wrote a token: the prompt's are not trained, the environment's little, the policy's fully."""
+"""Author of a token: the prompt's are not trained, the environment's with a small weight, the policy's fully."""
 
 
 def steps_of(config: Config) -> int:
@@ -46,13 +46,13 @@ def steps_of(config: Config) -> int:
 def warm_start(
     config: Config, lm: PreTrainedModel, tokenizer, dialect: Dialect, data: Data, tool: Tool, progress: Progress
 ) -> PreTrainedModel:
-    """The warm-started model: from ``run.cache`` if these settings were trained before, else trained now.
+    """The warm-started model, from ``run.cache`` if these settings were trained before, or trained now.
 
     Returns:
         ``lm``, trained, or the cached model.
     Raises:
         InputError: the cached model is damaged.
-        StorageError: run.cache cannot be written; known before the training, which would be lost.
+        StorageError: run.cache cannot be written; raised before the training, which would be lost.
     """
     if not steps_of(config):
         return lm
@@ -66,19 +66,19 @@ def warm_start(
             tokenizer.save_pretrained(temporary)
             write_manifest(temporary)
     check_manifest(folder, f"delete {folder}, and the warm start is trained again")
-    # Read back also when just trained: the first run and the next start from the same bytes.
+    # Read back even if just trained, so that the first run and later ones start from the same bytes.
     dtype = getattr(torch, config.model.dtype)
     source = f"the cached warm start {folder}; delete it"
     return load(str(folder), dtype=dtype, device=str(lm.device), check=False, source=source)
 
 
 def _fingerprint(config: Config, tokenizer, data: Data) -> str:
-    """Names everything that the warm start depends on; files by what they hold, wherever they are."""
+    """A digest of everything on which the warm start depends; files count by their content, not their path."""
     paths = {"model": {"path", "tokenizer"}, "data": {"train", "eval", "corpus"}}
     sections = {
         name: getattr(config, name).model_dump(exclude=paths.get(name)) for name in ("model", "data", "world", "sft")
     }
-    # Demonstrations of the made-up world search in process, of other questions with the run's own search.
+    # Demonstrations of the made-up world search in process, those of other questions with the run's own search.
     url = {"url"} if config.data.source == "files" else set()
     sections["search"] = config.search.model_dump(include={"top_k", "max_passage_tokens"} | url)
     rollout = config.rollout.model_dump(include={"dialect", "system", "thinking", "max_turns", "max_tokens"})
@@ -86,7 +86,7 @@ def _fingerprint(config: Config, tokenizer, data: Data) -> str:
     held = {k: v for k, v in (sources(config) | contents(config)).items() if not k.startswith("data.eval")}
     text = repr((sections, rollout, config.algorithm.wrapper, config.train.seed, __version__, words, held))
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=6)
-    if config.data.source == "files":  # which are trained on depends on eval.questions, too
+    if config.data.source == "files":  # eval.questions decides which of them are trained on
         for question in data.train:
             digest.update(repr(question).encode(errors="surrogatepass"))
     return digest.hexdigest()
@@ -111,10 +111,10 @@ def train(
 def demonstration_loss(
     learner: Learner, batch: list[tuple[np.ndarray, np.ndarray]], response_weight: float
 ) -> torch.Tensor:
-    """Weighted mean negative log-likelihood of the tokens after the prompts.
+    """Weighted mean of the negative log-likelihood of the tokens after the prompts.
 
     Args:
-        batch: per demonstration its tokens and who wrote each, int [L].
+        batch: per demonstration its tokens and their authors, int [L].
     """
     plan = pack([Tree([RolloutTokens(i, ids, writer)]) for i, (ids, writer) in enumerate(batch)])
     weights = np.where(plan.turn == WRITTEN, 1.0, response_weight).astype(np.float32)
@@ -124,8 +124,8 @@ def demonstration_loss(
 async def write(
     demonstration: Demonstration, dialect: Dialect, tool: Tool, max_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A demonstration as a rollout of the run's dialect and tool: tokens and who wrote each, int [L], cut to
-    ``max_tokens``."""
+    """A demonstration as a rollout of the run's dialect and tool, cut to ``max_tokens``: tokens and their authors, int
+    [L]."""
     question = demonstration.question
     pieces = [(dialect.prompt(question), PROMPT)]
     for action, argument in demonstration.turns:
@@ -141,7 +141,7 @@ async def write(
 
 
 def _batches(config: Config, dialect: Dialect, data: Data, tool: Tool) -> Iterator[list]:
-    """A batch of written demonstrations for each step."""
+    """One batch of written demonstrations per step."""
     rng = random.Random(f"{config.train.seed}/sft")
     if config.data.source == "world":
         worlds = make_worlds(config.world, "sft")
@@ -154,8 +154,8 @@ def _batches(config: Config, dialect: Dialect, data: Data, tool: Tool) -> Iterat
 
     async def written(noise: Noise) -> list:
         try:
-            most = config.rollout.max_tokens
-            return [await write(draw(noise), dialect, tool, most) for _ in range(settings.batch_size)]
+            max_tokens = config.rollout.max_tokens
+            return [await write(draw(noise), dialect, tool, max_tokens) for _ in range(settings.batch_size)]
         finally:
             await close(tool)
 
@@ -169,8 +169,8 @@ def _from_world(world: World, noise: Noise, rng: random.Random, max_turns: int) 
 
 
 def _from_steps(questions: Sequence[Question], noise: Noise, rng: random.Random) -> Demonstration:
-    """A demonstration from a question's decomposition (MuSiQue's ``#1`` is the first step's answer); one without
-    sub-questions searches for the question itself. Mistakes borrow from other questions."""
+    """A demonstration from a question's decomposition (MuSiQue's ``#1`` is the first step's answer); a question
+    without sub-questions is searched for itself. Mistakes use other questions."""
     question, other = rng.choice(questions), rng.choice(questions)
     turns, found = [], []
     for step in question.steps or ({},):

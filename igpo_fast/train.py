@@ -16,7 +16,7 @@ from igpo_fast.data.load import question_order
 from igpo_fast.errors import RunError
 from igpo_fast.evaluate import evaluate
 from igpo_fast.rollouts.batch import Stragglers, finished_groups, in_ranges
-from igpo_fast.rollouts.tools.base import settle
+from igpo_fast.rollouts.tools.base import take_counts
 from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.run.display import Display
 from igpo_fast.run.metrics import StepMetrics
@@ -27,16 +27,16 @@ from igpo_fast.update.advantages import recipe_of
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.losses import loss_settings_of
 from igpo_fast.update.packs import Packer, Scored
-from igpo_fast.update.passes import choose_passes, groups_a_pack, most_decision_tokens
+from igpo_fast.update.passes import choose_passes, groups_per_pack, most_decision_tokens
 from igpo_fast.update.schedule import schedule_factor
 from igpo_fast.update.update import Updater
 
 
 def train(config: Config, display: Display | None = None) -> RunFolder:
-    """Train, or go on training, in ``config.run.dir``.
+    """Train in ``config.run.dir``, or resume training there.
 
     Raises:
-        RunError: what ends the run, in one line; every finished step is kept.
+        RunError: ends the run with one line; every finished step is kept.
         Interrupted: the user asked to stop; a checkpoint was written first.
     """
     with Session(config, display or Display(config.train.steps)) as run:
@@ -51,24 +51,24 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
                 run.write_rollouts(batch)
                 trainer.sync(metrics)
                 if trainer.evaluation_due(step):
-                    with metrics.phase("eval"):
+                    with metrics.timed("eval"):
                         metrics.set(run.write_evaluation(step, trainer.evaluate()))
     return run.folder
 
 
 class Trainer:
-    """The state of training, and one method for each arrow of the flow."""
+    """The state of training, with one method per arrow of the flow."""
 
     def __init__(self, config: Config, display: Display, checkpoint: str | None = None):
         self.config, self.display = config, display
-        # The reference is the model before training: where there is one, a resumed run makes it again.
+        # The reference is the model before training, which a resumed run makes again.
         weights = None if config.algorithm.kl else checkpoint
         self.setup: Setup = set_up(config, weights=weights, tokenizer=checkpoint, sft_progress=display.warm_start)
         self.agent = self.setup.agent
         self.agent.tool.check(self.setup.data.train[0].question)
         self.recipe = recipe_of(config.algorithm)
         self.passes = choose_passes(config, self.recipe, self.setup.answer_tokens)
-        self.groups_a_pack = groups_a_pack(config, self.recipe, self.setup.answer_tokens)
+        self.groups_per_pack = groups_per_pack(config, self.recipe, self.setup.answer_tokens)
         t, updates = config.train, config.train.updates
         self.learner = Learner(
             self.setup.lm, temperature=config.rollout.temperature, settings=loss_settings_of(config.algorithm),
@@ -92,20 +92,20 @@ class Trainer:
             display.warn(warning)
 
     def resume(self, run: Session) -> None:
-        """Go on after the newest checkpoint, or begin: the engine gets the weights, the first row its evaluation."""
+        """Resume after the newest checkpoint, or begin: the engine gets the weights, the first row its evaluation."""
         step = run.resume(self.learner, self.setup.tokenizer)
         self.agent.engine.load_weights(self.learner.weights())
         if run.row_is_missing:
             run.complete_row(run.write_evaluation(step, self.evaluate()) if self.evaluation_due(step) else {})
 
     def questions(self, step: int) -> list[Question]:
-        """What a step asks, spare questions (``rollout.oversample``) included."""
+        """Questions of a step, spare ones (``rollout.oversample``) included."""
         train, config = self.setup.data.train, self.config.train
         asked = config.questions + self.config.rollout.oversample
         return [train[i] for i in question_order(len(train), asked, step - 1, config.seed)]
 
     def rollouts(self, questions: Sequence, step: int, metrics: StepMetrics) -> Iterator[tuple[int, Group]]:
-        """Groups and their places, as they finish; each when the engine has nothing to do (``finished_groups``)."""
+        """Groups and their places, as they finish, each when the engine is idle (``finished_groups``)."""
         rollout, counts = self.config.rollout, Counter()
         self.display.phase("rollout", total=len(questions) * rollout.group_size)
         limited = rollout.straggler_share < 1
@@ -117,24 +117,24 @@ class Trainer:
         )  # fmt: skip
         with closing(groups):
             while True:
-                with metrics.phase("rollout"):
+                with metrics.timed("rollout"):
                     group = next(groups, None)
                 if group is None:
                     break
                 yield group
         self.agent.engine.sleep()
         metrics.set(counts if limited else {})
-        counts, warning = settle(self.agent.tool, f"step {step}")
+        counts, warning = take_counts(self.agent.tool, f"step {step}")
         metrics.set(counts)
         if warning:
             self.display.warn(warning)
 
     def collect(self, finished: Iterator[tuple[int, Group]], step: int, metrics: StepMetrics) -> tuple[Batch, Scored]:
-        """The groups to train on, and what the first of two passes found for those that it has read by now.
+        """The groups to train on, and the first pass's results for those that it has already read.
 
-        With ``rollout.overlap`` groups are scored while others wait for their tools, in packs that depend on nothing
-        that finished when. One pass cannot begin so early: its backward would add up gradients in the order in which
-        groups finish, and where a weight depends on all tokens of the batch it is not known yet.
+        With ``rollout.overlap`` groups are scored while others wait for their tools, in packs that do not depend on the
+        finishing order. One-pass mode cannot begin so early: its backward would add gradients in finishing order, and
+        weights that depend on all tokens of the batch are not known yet.
         """
         rollout, wanted = self.config.rollout, self.config.train.questions
         asked = wanted + rollout.oversample
@@ -142,10 +142,10 @@ class Trainer:
         groups: dict[int, Group] = {}
         found: Scored = {}
         with closing(finished):
-            for some in in_ranges(finished, self.groups_a_pack, asked):
-                groups |= some
+            for finished_range in in_ranges(finished, self.groups_per_pack, asked):
+                groups |= finished_range
                 if self.passes == "two" and rollout.overlap:
-                    needed = tuple(group for place, group in some.items() if by_gains or place < wanted)
+                    needed = tuple(group for place, group in finished_range.items() if by_gains or place < wanted)
                     self.update.score(Batch(step, needed), found, metrics)
         if by_gains:
             self.update.score(Batch(step, tuple(groups.values())), found, metrics)
@@ -161,24 +161,24 @@ class Trainer:
         return Batch(step, tuple(groups[i] for i in kept)), found
 
     def sync(self, metrics: StepMetrics) -> None:
-        """Bring the engine to the new weights; the row gets ``time/sync`` and what the engine counted in the step.
+        """Send the new weights to the engine; the row gets ``time/sync`` and the engine's counts of the step.
 
         Raises:
-            EngineError: they did not arrive.
+            EngineError: the weights did not arrive.
         """
         try:
-            with metrics.phase("sync"):
+            with metrics.timed("sync"):
                 self.agent.engine.load_weights(self.learner.weights())
         finally:
             metrics.set(self.agent.engine.counts())
 
     def evaluation_due(self, step: int) -> bool:
-        """At the start, at the end and every ``eval.every`` steps."""
+        """Whether to evaluate: at the start, at the end and every ``eval.every`` steps."""
         every = self.config.eval.every
         return step in (0, self.config.train.steps) or (every > 0 and step % every == 0)
 
     def evaluate(self) -> Evaluation:
-        """What the policy says on held-out questions; a warning where searches failed."""
+        """Evaluate on held-out questions; warns if searches failed."""
         questions = self.setup.data.eval
         self.display.phase("evaluation", total=len(questions))
         normalisation = self.config.algorithm.f1_normalisation

@@ -23,14 +23,15 @@ class Message:
     """A message, checked."""
 
     number: int
-    """Its place in the line, from 1."""
+    """Number of the message in its line, from 1."""
     role: str
     content: str
-    """Empty only beside calls or a thought, or where it was given so."""
+    """Text; empty only next to calls or a thought, or if it was given so."""
     calls: tuple[dict, ...] = ()
-    """``{"name", "arguments"}`` of each tool call; the arguments are an object, also where JSON text was given."""
+    """``{"name", "arguments"}`` of each tool call; the arguments are an object, even if they were given as JSON
+    text."""
     thought: str = ""
-    """What was given as ``reasoning_content``."""
+    """The given ``reasoning_content``."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ class Record:
     where: str
     """File and line, for errors."""
     row: dict[str, Any]
-    """As it was read."""
+    """The line as it was read."""
     question: Question
     prompt: tuple[Message, ...] = ()
     """The messages before the first turn; empty takes the dialect's prompt."""
     turns: tuple[tuple[Message, ...], ...] = ()
     """Each turn's message and the responses to it: T of them, T >= 1."""
     rollout: Rollout | None = None
-    """In place of messages: tokens as they were sampled."""
+    """A rollout with its sampled tokens, in place of messages."""
 
 
 def read_records(path: Path) -> Iterator[Record]:

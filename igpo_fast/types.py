@@ -41,17 +41,17 @@ class Question:
     id: str
     """Unique within its data set."""
     question: str
-    """The text the policy is asked."""
+    """Text of the question."""
     answers: tuple[str, ...]
     """Accepted answers, the main one first; never empty."""
     hops: int | None = None
-    """How many facts the answer rests on, where known."""
+    """Number of facts on which the answer rests, if known."""
     steps: tuple[dict, ...] = ()
     """The supporting steps as the data set gives them (``passage_id``, optional ``question`` and ``answer``)."""
     corpus: str = ""
-    """The collection that search looks in; empty for the only one."""
+    """Name of the collection that is searched; empty if there is only one."""
     dataset: str = ""
-    """The data set it comes from, where several are evaluated; empty for the only one."""
+    """Name of its data set if several are evaluated; empty if there is only one."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,16 @@ class ToolResult:
     """The result of a tool call."""
 
     passages: tuple[Passage, ...]
-    """Best first; empty when nothing was found."""
+    """Passages, best first; empty if nothing was found."""
     failure: str = ""
-    """Text that the policy reads in place of passages, when the call failed for good; empty if it did not."""
+    """Text shown to the policy in place of passages if the call failed for good; else empty."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of the policy and what the environment answered.
+    """One turn of the policy and the environment's response.
 
-    ``ids`` are the tokens exactly as they were sampled: training scores these, never a re-tokenised text.
+    ``ids`` are exactly the sampled tokens: training uses these, never re-tokenised text.
     """
 
     ids: np.ndarray
@@ -85,33 +85,33 @@ class Turn:
     logp: np.ndarray
     """The engine's log-probability of each, at the sampling temperature, in nats: float32 [n]."""
     text: str
-    """``ids`` decoded, for people and for the parser."""
+    """``ids`` as text, for people and for the parser."""
     action: str
     """``search``, ``answer`` or ``invalid``."""
     argument: str
     """The query or the answer; empty if invalid."""
     response_ids: np.ndarray
-    """What the environment appended, up to and including the tokens that open the next turn: int32 [m]; m = 0
-    after the last turn."""
+    """The environment's response, up to and including the tokens that open the next turn: int32 [m]; m = 0 after
+    the last turn."""
     response: str = ""
     """The environment's response as text."""
     passages: tuple[str, ...] = ()
-    """Ids of the passages that the response shows."""
+    """Ids of the passages in the response."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A prompt followed by turns. Token by token it is ``prompt_ids + turn.ids + turn.response_ids + ...``."""
+    """A prompt followed by turns. Its tokens are ``prompt_ids + turn.ids + turn.response_ids + ...``."""
 
     question: Question
     index: int
-    """Its place in its group: 0 .. G-1."""
+    """Place in the group: 0 .. G-1."""
     prompt_ids: np.ndarray
     """int32 [p], p >= 1."""
     turns: tuple[Turn, ...]
-    """1 .. max_turns of them."""
+    """Turns: 1 .. max_turns."""
     truncated: Truncation = ""
-    """Which limit ended it (``truncation``); empty if it answered or its last turn is malformed."""
+    """The limit that ended it (``truncation``); empty if it answered or its last turn is malformed."""
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -153,15 +153,15 @@ class Rollout:
 
 
 def truncation(action: str, finished: bool, out_of_turns: bool) -> Truncation:
-    """What cut a rollout short, told from its last turn.
+    """The limit that cut a rollout short, from its last turn.
 
     Args:
-        action: the last turn's.
-        finished: whether that turn ended by itself, not at its most tokens.
-        out_of_turns: whether it was the last that the rollout may have.
+        action: action of the last turn.
+        finished: whether that turn ended by itself, not by length.
+        out_of_turns: whether it was the last turn allowed.
     Returns:
-        ``turns``: it searched and had no turn left. ``tokens``: it was cut in mid-turn, or what it found left no room
-        for another. Empty: it answered, or wrote a whole turn that is neither a search nor an answer.
+        ``turns``: it searched in the last turn allowed. ``tokens``: the turn was cut, or the response left no room for
+        another. Empty: it answered, or wrote a complete turn that is neither a search nor an answer.
     """
     if action == SEARCH:
         return "turns" if out_of_turns else "tokens"
@@ -178,7 +178,7 @@ class Group:
 
 @dataclass(frozen=True)
 class TurnScores:
-    """What one rollout earned, turn by turn (algorithm.md's v, ig, r and A)."""
+    """Values, gains, rewards and advantages of one rollout, per turn (algorithm.md's v, ig, r and A)."""
 
     values: np.ndarray
     """v_t at prefix_0 .. prefix_{T-1}, in the configured basis: float64 [T]; NaN where undefined."""
@@ -194,12 +194,12 @@ class TurnScores:
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything one step trains on."""
+    """The rollouts that one step trains on, with their scores."""
 
     step: int
     groups: tuple[Group, ...]
     scores: tuple[TurnScores, ...] = field(default=())
-    """One a rollout, in the order of ``rollouts``; empty until scored."""
+    """One per rollout, in the order of ``rollouts``; empty until scored."""
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -208,7 +208,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the policy said on held-out questions, and how good that was."""
+    """Rollouts on held-out questions, and their metrics."""
 
     metrics: dict[str, float]
     """``eval/*`` keys of a row."""

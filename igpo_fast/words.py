@@ -1,4 +1,4 @@
-"""Words of a text, for search and for scores. Scripts that write no spaces between words count by character."""
+"""Words of a text, for search and scores. In scripts without spaces each character counts as a word."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NO_SPACES = (
 )
 _RARE_HAN = "\U00020000-\U0003ffff"
 _WESTERN = re.compile(r"[\x00-\u02ff\u1e00-\u20cf\u2100-\u2bff]*")
-"""Has neither marks nor scripts without spaces: told quickly, for corpora of millions of passages."""
+"""Matches a text without marks and scripts without spaces: a fast test for corpora of millions of passages."""
 _ORDINARY = re.compile(r"\w+")
 _SPECIAL = re.compile(f"[{_MARKS}{_NO_SPACES}]|[{_RARE_HAN}]")
 _WORD = re.compile(rf"[\w{_MARKS}]+")
@@ -25,19 +25,19 @@ _PIECE = re.compile(f"(?:{_CHARACTER.pattern})+|(?:(?![{_RARE_HAN}])[^{_NO_SPACE
 
 
 def nfc(text: str) -> str:
-    """Unicode's composed form: "é" is one character, however it was typed."""
+    """``text`` in Unicode's composed form: "é" is one character, however it was typed."""
     return unicodedata.normalize("NFC", text)
 
 
 def spaced(text: str) -> str:
-    """Each character of a script without spaces becomes a word of its own."""
+    """``text`` with spaces around each character of a script without spaces."""
     return _CHARACTER.sub(r" \g<0> ", text)
 
 
 def search_words(text: str) -> list[str]:
     """Lower-cased runs of letters and digits: no stop words, no stemming.
 
-    In scripts without spaces the characters and the pairs of neighbours, as Lucene's CJK analyser has them.
+    In scripts without spaces, words are characters and pairs of neighbours, as in Lucene's CJK analyser.
 
     >>> search_words("In 東京都")
     ['in', '東', '京', '都', '東京', '京都']

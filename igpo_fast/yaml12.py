@@ -1,6 +1,6 @@
-"""YAML as its version 1.2 reads it (the core schema): ``010`` is ten, ``1:30``, ``yes`` and dates are text.
+"""YAML 1.2 (the core schema): ``010`` is ten, ``1:30``, ``yes`` and dates are text.
 
-PyYAML reads version 1.1, where they are 8, 90, true and dates. Keys that occur twice are refused, not merged.
+PyYAML reads version 1.1, where these are 8, 90, true and dates. Keys that occur twice are refused, not merged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PATTERNS = {
         list("-+.0123456789"),
     ),
 }
-"""The core schema's scalars and the characters that they begin with; what matches none of them is text."""
+"""The core schema's scalars and their first characters; all other scalars are text."""
 _REGEXES = {name: re.compile(rf"(?:{pattern})\Z") for name, (pattern, _) in _PATTERNS.items()}
 _QUOTES = ("'", '"')
 _CLOSING = {"[": "]", "{": "}"}
@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise _refusal(key_node, "a key that is no text")
+                raise _refusal(key_node, "a key that is not text")
             if key in found:
                 raise _refusal(key_node, f"the key {key!r} occurs twice")
             found[key] = self.construct_object(value_node, deep=True)
@@ -62,11 +62,11 @@ def _refusal(node: yaml.Node, what: str) -> yaml.YAMLError:
 
 
 class _Dumper(yaml.SafeDumper):
-    """A SafeDumper that quotes what either version would not read as text."""
+    """A SafeDumper that quotes texts which either version would read as something else."""
 
 
 def _int(text: str) -> int:
-    """Of a decimal, octal or hexadecimal number; a decimal may begin with zeros."""
+    """The value of a decimal, octal or hexadecimal number; a decimal may begin with zeros."""
     if len(text) > _DIGITS:
         raise ValueError(f"a number of {len(text):,} digits")
     bases = {"0o": 8, "0x": 16}
@@ -93,7 +93,7 @@ def read(text: str) -> Any:
     """The value of a YAML document: None, bool, int, float, str, or lists and dicts (with text as keys) of them.
 
     Raises:
-        ValueError: malformed, a key twice, nested too deeply, a type that is none of these; in one line.
+        ValueError: malformed, a repeated key, nested too deeply, or another type; in one line.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -104,13 +104,13 @@ def read(text: str) -> Any:
 
 
 def read_argument(text: str, *, is_text: bool = False) -> Any:
-    """The value of a command-line argument, which is all of it: ``#`` begins no comment.
+    """The value of a command-line argument; ``#`` does not begin a comment.
 
-    Only what is quoted, or in brackets where no text is wanted, is read as YAML; the rest is a number, true, false or
-    null if it looks so, and text as it stands otherwise, or always where ``is_text``.
+    Quoted arguments, and without ``is_text`` bracketed ones, are read as YAML. Others are text if ``is_text``; else a
+    number, true, false or null if they look like one, and text otherwise.
 
     Raises:
-        ValueError: as ``read``.
+        ValueError: as in ``read``.
     """
     stripped = text.strip()
     quoted = len(stripped) > 1 and stripped[0] in _QUOTES and stripped[-1] == stripped[0]

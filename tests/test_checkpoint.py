@@ -213,7 +213,7 @@ def test_a_checkpoint_of_something_else_is_one_line(run, name, content):
     forge(folder, name, content(torch.load(folder / "state.pt")))
     with pytest.raises(InputError) as error:
         load_checkpoint(run, *parts)
-    assert str(error.value).startswith(f"{folder}: whole, but not a state of this run's model and optimiser (")
+    assert str(error.value).startswith(f"{folder}: undamaged, but not a state of this run's model and optimiser (")
     assert "\n" not in str(error.value)
 
 

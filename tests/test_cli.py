@@ -107,7 +107,7 @@ def test_eval_of_a_model_directory(run):
     found = json.loads(igpo_fast_(*of_model).stdout)
     of_run = json.loads(igpo_fast_("eval", folder, "--json").stdout)
     assert found == of_run
-    assert "not a run folder; to evaluate it as a model, give --config" in refused("eval", newest)
+    assert "not a run folder; give --config" in refused("eval", newest)
     assert "leave --config out" in refused("eval", folder, "--config", folder / "config.yaml")
 
 
@@ -192,7 +192,7 @@ def test_interrupted_is_130(monkeypatch, stop, tmp_path):
     result = igpo_fast_("train", *tiny(tmp_path))
     assert result.exit_code == 130
     if not isinstance(stop, KeyboardInterrupt):
-        assert result.stderr == "interrupted: stopped after step 3; the same command goes on from there\n"
+        assert result.stderr == "interrupted: stopped after step 3; the same command resumes from there\n"
 
 
 def test_help_waits_for_no_library():

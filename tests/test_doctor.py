@@ -98,7 +98,7 @@ def test_a_damaged_model_folder_is_a_line(tmp_path, content):
 def test_a_kernel_that_does_not_exist_is_named(monkeypatch):
     monkeypatch.delitem(IMPLEMENTATIONS, "reference")
     found = checks(["model.kernels=reference"])
-    assert not found["op tree_attention"].ok and "no reference; choose of torch" in found["op tree_attention"].found
+    assert not found["op tree_attention"].ok and "no reference; choose one of torch" in found["op tree_attention"].found
 
 
 def test_a_configuration_that_does_not_load_is_a_line():

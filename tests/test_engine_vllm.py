@@ -171,9 +171,9 @@ def test_what_the_user_set_in_the_environment_stays(monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["rollout.server=[http://h:1]"], "rollout.server is for rollout.engine=vllm"),
-        (["rollout.engine=vllm", "rollout.server=[h:1]"], "'h:1' is no URL"),
-        (["rollout.dtype=bfloat16"], "rollout.dtype is for rollout.engine=vllm"),
+        (["rollout.server=[http://h:1]"], "rollout.server needs rollout.engine=vllm"),
+        (["rollout.engine=vllm", "rollout.server=[h:1]"], "'h:1' is not a URL"),
+        (["rollout.dtype=bfloat16"], "rollout.dtype needs rollout.engine=vllm"),
         (["rollout.engine=vllm", "rollout.top_p=0.9"], r"unknown key rollout\.top_p; did you mean eval\.top_p\?"),
     ],
 )
@@ -813,5 +813,5 @@ def test_what_vllm_itself_raises_ends_the_run_in_a_line(sleepy, monkeypatch):
 def test_a_prefix_cache_of_old_weights_is_refused(sleepy):
     engine, inner = sleepy()
     inner.resets = False
-    with pytest.raises(RuntimeError, match="did not drop its prefix cache"):
+    with pytest.raises(RuntimeError, match="did not drop the prefix cache"):
         engine.load_weights(PAIRS)

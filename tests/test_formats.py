@@ -328,8 +328,8 @@ def test_squads_context(tmp_path):
         ({"context": [["A"]]}, "context: not a list of [title, sentences]"),
         ({"context": [["A", [["x"]]]]}, "context.sentences: a list, not"),
         ({"context": "[['A', ['x']]]"}, "context: a list written as a text"),
-        ({"context": {"title": ["A", "B"], "sentences": [["x"]]}}, "context: not one list of titles"),
-        ({"context": {"title": "A"}}, "context: not one list of titles"),
+        ({"context": {"title": ["A", "B"], "sentences": [["x"]]}}, "context: not a list of titles"),
+        ({"context": {"title": "A"}}, "context: not a list of titles"),
         ({"context": 5}, "context: not a list"),
     ],
 )

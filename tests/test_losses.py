@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from igpo_fast.config import load
-from igpo_fast.update.losses import LossSettings, importance_counts, loss_settings_of, measured, token_weights
+from igpo_fast.update.losses import importance_counts, loss_settings_of, measured, token_weights
+from igpo_kernels import LossSettings
 
 LENGTHS = [1, 2, 5]
 

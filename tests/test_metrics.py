@@ -91,7 +91,7 @@ def test_keys_come_in_the_documented_order_others_last():
     metrics.set({"mine": 1.0, "eval/f1": 0.5, "reward/f1": 0.25})
     metrics.add({"tokens/packed": 10})
     metrics.add({"tokens/packed": 5})
-    with metrics.phase("rollout"):
+    with metrics.timed("rollout"):
         pass
     keys = list(row := metrics.row())
     assert [KEYS.index(key) for key in keys[:-1]] == sorted(KEYS.index(key) for key in keys[:-1])
@@ -123,9 +123,9 @@ def test_phases_add_up_even_when_they_fail():
     clock = Clock()
     metrics = StepMetrics(1, clock)
     for seconds in (2.0, 3.0):
-        with metrics.phase("rollout"):
+        with metrics.timed("rollout"):
             clock.now += seconds
-    with pytest.raises(RuntimeError), metrics.phase("train"):
+    with pytest.raises(RuntimeError), metrics.timed("train"):
         clock.now += 4
         raise RuntimeError
     clock.now += 1
@@ -137,7 +137,7 @@ def test_a_steps_time_is_without_its_evaluation():
     clock = Clock()
     metrics = StepMetrics(1, clock)
     clock.now += 2
-    with metrics.phase("eval"):
+    with metrics.timed("eval"):
         clock.now += 5.5
     row = metrics.row()
     assert (row["time/step"], row["time/eval"]) == (2, 5.5)

@@ -34,7 +34,7 @@ def test_pairs_come_in_the_documented_order(seed):
 
 def test_every_token_knows_where_its_tree_starts():
     trees = [Tree([rollout(i, [1, *[2] * n], [-1, *[0] * n])]) for i, n in enumerate((2, 4, 1))]
-    assert pack(trees, pad_to=8).tree_start.tolist() == [0, 0, 2, 2, 2, 2, 6, 7]
+    assert pack(trees).tree_start.tolist() == [0, 0, 2, 2, 2, 2, 6]
 
 
 def test_no_pack_exceeds_the_budget():

@@ -5,7 +5,7 @@ import pytest
 from igpo_fast.config import load
 from igpo_fast.errors import InputError
 from igpo_fast.update.advantages import Recipe
-from igpo_fast.update.passes import choose_passes, groups_a_pack, most_decision_tokens
+from igpo_fast.update.passes import choose_passes, groups_per_pack, most_decision_tokens
 
 SMALL = ("rollout.group_size=4", "rollout.max_tokens=90", "rollout.max_turns=2", "train.token_budget=1000")
 DYNAMIC = ("rollout.oversample=4", "rollout.skip_collapsed=true")
@@ -49,7 +49,7 @@ def test_collapsed_means_nothing_where_advantages_are_the_batchs():
 def test_whole_groups_that_surely_fit_a_pack(budget, groups):
     # A rollout takes at most 90 tokens and 2 answers of 5: 100, a group 400.
     config = load(None, [*SMALL, f"train.token_budget={budget}"])
-    assert groups_a_pack(config, Recipe(), answer_tokens=5) == groups
+    assert groups_per_pack(config, Recipe(), answer_tokens=5) == groups
 
 
 @pytest.mark.parametrize("turn_tokens, most", [(20, 40), (44, 88), (45, 90), (60, 90)])
@@ -62,8 +62,8 @@ def test_no_rollout_has_more_decision_tokens(turn_tokens, most):
     "overrides, message",
     [
         (("rollout.oversample=4",), "rollout.oversample needs something to choose by"),
-        (("rollout.skip_collapsed=true",), "choose among spare groups; set oversample"),
-        (("rollout.keep=arrival",), "choose among spare groups; set oversample"),
+        (("rollout.skip_collapsed=true",), "choose among spare groups; set rollout.oversample"),
+        (("rollout.keep=arrival",), "choose among spare groups; set rollout.oversample"),
         ((*DYNAMIC, "rollout.keep=arrival"), "rollout.keep=arrival ends a step before gains are known"),
         (("rollout.straggler_share=0",), "rollout.straggler_share"),
         (("rollout.straggler_factor=0.5",), "rollout.straggler_factor"),

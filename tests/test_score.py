@@ -196,7 +196,7 @@ class TestChat:
         ("template", "fault"),
         [
             (CHATML.replace("messages %}", "messages if m.role != 'tool' %}"), "writes nothing .* 'tool'"),
-            (CHATML + "{{ messages | length }}", "rewrites what stands before turn 1"),
+            (CHATML + "{{ messages | length }}", "rewrites the text before turn 1"),
             (CHATML + "{% if messages | length > 5 %}{{ raise_exception('too long') }}{% endif %}", "refuses"),
         ],
     )

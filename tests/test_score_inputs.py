@@ -194,11 +194,14 @@ def test_a_runs_own_rollouts_are_scored_by_their_tokens(tokens, name):
     [
         (dict(prompt_ids=[1, "x"]), "prompt_ids: no list of token ids"),
         (dict(prompt_ids=[-1]), "prompt_ids: no list of token ids"),
-        (dict(prompt_ids=[10**9]), "not its texts' under the model's tokenizer"),
+        (dict(prompt_ids=[10**9]), "do not decode to its texts with the model's"),
         (dict(prompt_ids=[]), "a prompt or a turn without tokens"),
         (dict(turns=[]), '"turns" are not those of a rollouts file'),
         (dict(turns=[{"text": "a", "ids": [1], "response_ids": None}]), "turn 1, response_ids: no list"),
-        (dict(turns=[{"text": "other", "ids": [1], "response_ids": []}]), "not its texts' under the model's"),
+        (
+            dict(turns=[{"text": "other", "ids": [1], "response_ids": []}]),
+            "do not decode to its texts with the model's",
+        ),
     ],
 )
 def test_rollouts_of_another_model_or_shape_are_refused(refused, change, fault):
@@ -261,7 +264,7 @@ def test_two_runs_into_one_output(tmp_path):
     source, target = write(tmp_path / "in.jsonl", row(ASKED, ANSWERED, FOUND, ANSWERED)), tmp_path / "out.jsonl"
 
     def second():
-        with pytest.raises(InputError, match="another process writes it"):
+        with pytest.raises(InputError, match="another process is writing it"):
             score_file(source, target, scorer)
         return scorer()
 

@@ -16,7 +16,7 @@ from igpo_fast.data.passages import load_corpus
 from igpo_fast.data.questions import load_questions
 from igpo_fast.errors import InputError, RunError, ToolError, masked
 from igpo_fast.rollouts.dialect import make_dialect
-from igpo_fast.rollouts.tools.base import COUNTS, settle
+from igpo_fast.rollouts.tools.base import COUNTS, take_counts
 from igpo_fast.rollouts.tools.search import Bm25Search, HttpSearch, NoSearch, make_search
 from igpo_fast.types import Passage, ToolResult
 from tests.clock import JumpingLoop
@@ -384,12 +384,12 @@ def test_http_failed_for_good_the_policy_reads_the_text():
         assert asyncio.run(search("x")) == ToolResult((), failure="Search is down.")
         assert ids(search, "x") == ["7", "8"]
         assert counted(search) == {"calls": 2, "passages": 2, "failures": 1, "refused": 1}
-        found, warning = settle(search, "step 3")
+        found, warning = take_counts(search, "step 3")
     expected = {"calls": 2, "passages": 2, "failures": 1, "refused": 1}
     assert found == {f"tool/{name}": expected.get(name, 0) for name in COUNTS}
     shown = "the policy was shown search.failure_text instead of passages"
     assert warning == f"step 3: 1 of 2 searches failed for good (refused 1); {shown}"
-    assert settle(search, "step 4") == ({f"tool/{name}": 0 for name in COUNTS}, "")
+    assert take_counts(search, "step 4") == ({f"tool/{name}": 0 for name in COUNTS}, "")
 
 
 def test_a_step_in_which_every_search_failed_stops():
@@ -397,8 +397,8 @@ def test_a_step_in_which_every_search_failed_stops():
         search = HttpSearch(server.url, 2, failure_text="no")
         ids(search, "x"), ids(search, "x")
     with pytest.raises(ToolError, match=r"step 3: every search failed \(2 calls; refused 1, malformed 1\); see that"):
-        settle(search, "step 3")
-    assert settle(NoSearch(), "step 3") == ({"tool/calls": 0, "tool/passages": 0, "tool/empty": 0}, "")
+        take_counts(search, "step 3")
+    assert take_counts(NoSearch(), "step 3") == ({"tool/calls": 0, "tool/passages": 0, "tool/empty": 0}, "")
 
 
 def test_both_dialects_show_the_failure_in_place_of_passages():
@@ -449,7 +449,7 @@ def test_a_configuration_without_a_url(url):
         ("/", (405, {}), "a POST gave status 405; add the path: search.url={place}/retrieve"),
         ("/", (200, {"status": "ok"}), "its answer is not Search-R1's (KeyError: 'result'); add the path: search.url="),
         ("/retreive", (404, {}), "a POST gave status 404; is its path right? A search server's address is like http"),
-        ("/retrieve", (401, {}), "a POST gave status 401; give the credentials that it wants"),
+        ("/retrieve", (401, {}), "a POST gave status 401; give the credentials that it needs"),
         ("/a", (308, {}, {"Location": "/b"}), "a POST gave status 308; give the address that it redirects to: /b"),
         ("/retrieve", (422, {}), "a POST gave status 422; expected "),
         ("/retrieve", (200, b"<html>"), "its answer is not Search-R1's (JSONDecodeError: "),
@@ -508,20 +508,20 @@ def test_secrets_of_urls_are_masked(text, expected):
 def test_what_finds_nothing_is_counted_and_told():
     local = Bm25Search({"": PASSAGES}, top_k=3)
     ids(local, "unicorn"), ids(local, "dog cat"), ids(local, "unicorn")
-    assert settle(local, "step 1") == ({"tool/calls": 3, "tool/passages": 2, "tool/empty": 2}, "")
+    assert take_counts(local, "step 1") == ({"tool/calls": 3, "tool/passages": 2, "tool/empty": 2}, "")
     ids(local, "unicorn"), ids(local, "unicorn")
     advice = "see that {} has the passages that these questions need"
     warning = f"step 2: none of 2 searches found a passage; {advice}"
-    assert settle(local, "step 2")[1] == warning.format("data.corpus")
+    assert take_counts(local, "step 2")[1] == warning.format("data.corpus")
     with Server((200, {"result": [[]]})) as server:
         search = HttpSearch(server.url, 2)
         ids(search, "x"), ids(search, "y")
-        counts, told = settle(search, "step 2")
+        counts, told = take_counts(search, "step 2")
     assert told == warning.format("search.url") and counts["tool/empty"] == counts["tool/calls"] == 2
     with Server((200, {"result": [[]]}), (404, {})) as server:
         search = HttpSearch(server.url, 2, failure_text="no")
         ids(search, "x"), ids(search, "y")
-        told = settle(search, "step 2")[1]
+        told = take_counts(search, "step 2")[1]
     assert told.startswith("step 2: 1 of 2 searches failed for good") and "; none of 1 searches found" in told
 
 

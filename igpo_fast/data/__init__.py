@@ -1,1 +1,1 @@
-"""What a run reads: questions, passages, tokenizers, the made-up world."""
+"""Data that a run reads: questions, passages, tokenizers, the made-up world."""

@@ -1,4 +1,4 @@
-"""BM25 (Lucene's variant): how passages become words, and which of them a query finds."""
+"""BM25 (Lucene's variant): how passages become words, and how a query ranks them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Hits = list[tuple[int, float]]
 
 
 def indexed_words(passage: Passage) -> list[str]:
-    """A passage as BM25 reads it, its title twice: what is about something comes before what mentions it."""
+    """Words of a passage for BM25, with the title twice: passages about something rank before those that mention it."""
     return search_words(f"{passage.title} {passage.title} {passage.text}")
 
 
@@ -23,7 +23,7 @@ def best(index: bm25s.BM25, query: str, k: int) -> Hits:
     if not ids:
         return []
     scores = index.get_scores_from_ids(ids)
-    # The k-th best score first: sorting only what reaches it keeps large collections quick.
+    # The k-th best score first: sorting only scores that reach it keeps large collections quick.
     k = min(k, len(scores))
     threshold = np.partition(scores, -k)[-k]
     reach = np.flatnonzero((scores >= threshold) & (scores > 0))

@@ -1,4 +1,4 @@
-"""Fields of a row from somebody else's file: a text, a number, a list of texts, or a refusal that names the field."""
+"""Typed fields of a row from any file: a text, a number, a list of texts, or a refusal that names the field."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from igpo_fast.words import nfc
 _LIST_AS_TEXT = re.compile(
     r"""\[\s*\] | \[\s*(['"]).*['"]\s*\] | \[\s*[\[{].*[\]}]\s*\] | \{\s*(['"])\w+\2\s*:.*\}""", re.DOTALL | re.VERBOSE
 )
-"""JSON's or Python's writing of a list or an object."""
+"""Matches a list or an object written as text, in JSON or Python."""
 
 
 class BadField(ValueError):
-    """A field cannot be used; whoever reads the row adds where it stands."""
+    """A field cannot be used; the reader of the row adds its place."""
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in a few words that stay short whatever it holds."""
+    """A value's kind in a few words, short whatever it holds."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -32,8 +32,8 @@ def kind_of(value: Any) -> str:
 
 
 def plain(value: Any, field: str) -> str:
-    """A text in Unicode's composed form; a number as people write it (1999.0, as tables hold years, is "1999"); ""
-    for null.
+    """A text in Unicode's composed form; for a number its usual form (1999.0, as tables hold years, is "1999"); for
+    null "".
 
     Raises:
         BadField: anything else.
@@ -50,7 +50,7 @@ def plain(value: Any, field: str) -> str:
 
 
 def text(value: Any, field: str) -> str:
-    """As ``plain``, for texts that UTF-8 and tokenizers can hold.
+    """Like ``plain``, but refuses texts that UTF-8 and tokenizers cannot hold.
 
     Raises:
         BadField: anything else, or half a character.
@@ -71,7 +71,7 @@ def encodable(found: str) -> bool:
 
 
 def said(value: Any, field: str) -> str:
-    """As ``text``, for questions and answers: a list that was turned into a text is no answer.
+    """Like ``text``, for questions and answers: refuses a list that was turned into a text.
 
     Raises:
         BadField: anything else, or a list or object written as a text.
@@ -83,7 +83,8 @@ def said(value: Any, field: str) -> str:
 
 
 def texts(value: Any, field: str) -> list[str]:
-    """A list of what ``said`` takes, nulls left out; of one text or number a list of one; none of null.
+    """A list of texts as ``said`` reads them, without nulls; one text or number gives a list of one, null an empty
+    list.
 
     Raises:
         BadField: anything else.
@@ -102,7 +103,7 @@ def _is_json_list(written: str) -> bool:
 
 
 def whole_number(value: Any, field: str) -> int | None:
-    """0 or more, perhaps held as 2.0; None for null.
+    """A whole number of 0 or more, even if it is held as 2.0; None for null.
 
     Raises:
         BadField: anything else.
@@ -117,7 +118,7 @@ def whole_number(value: Any, field: str) -> int | None:
 
 
 def objects(value: Any, field: str) -> list[dict[str, Any]]:
-    """A list of objects, or the object of lists that tables make of it; none of null.
+    """A list of objects, also from the object of lists that tables hold; empty for null.
 
     Raises:
         BadField: anything else.

@@ -1,4 +1,4 @@
-"""What a run asks and searches: questions and passages, from a made-up world, files, or the datasets hub."""
+"""Questions and passages of a run, from a made-up world, files, or the datasets hub."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from igpo_fast.types import Passage, Question
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads."""
+    """Data that a run reads."""
 
     train: tuple[Question, ...]
     eval: tuple[Question, ...]
-    """What an evaluation asks: at most ``eval.questions`` of each data set."""
+    """Questions of an evaluation: at most ``eval.questions`` per data set."""
     collections: Mapping[str, Sequence[Passage]]
-    """What ``Question.corpus`` names: one for each world; from files one without a name, or none."""
+    """Collections by the names in ``Question.corpus``: one per world; from files one without a name, or none."""
     warnings: tuple[str, ...] = ()
-    """What a user should know of it, a line each."""
+    """Notes for the user, one line each."""
 
 
 def load_data(config: Config) -> Data:
@@ -42,7 +42,7 @@ def _from_world(config: Config) -> Data:
     train = make_worlds(config.world, "train")
     wanted = config.eval.questions
     evaluation = make_worlds(config.world, "eval", questions=-(-wanted // config.world.eval_worlds))
-    # Shuffled, so that any first part of them covers all worlds.
+    # Shuffled, so that any prefix covers all worlds.
     shuffled = [question for world in evaluation for question in world.questions]
     random.Random(config.world.seed).shuffle(shuffled)
     if len(shuffled) < wanted:
@@ -77,13 +77,13 @@ def _from_files(config: Config) -> Data:
 
 
 def _evaluation(given: str | Sequence[str], most: int, passages: dict[str, Passage] | None) -> tuple[Question, ...]:
-    """At most ``most`` questions of each data set: of a larger one a random part (many are sorted), always the same."""
+    """At most ``most`` questions per data set; of a larger one a fixed random part, because many are sorted."""
     sources = [given] if isinstance(given, str) else given
     sets: dict[str, list[Question]] = {}
     seen: set[str] = set()
     for entry in sources:
         name, source = NAMED_SOURCE.fullmatch(entry).groups()
-        # A file of several data_sources is several sets, in a list, too.
+        # A file with several data_sources is several data sets, in a list, too.
         stem = stem_of(source.partition(":")[0]) if len(sources) > 1 else ""
         questions = load_questions(source, name or "", otherwise=stem, passages=passages)
         earlier = set(sets)
@@ -108,7 +108,7 @@ def _evaluation(given: str | Sequence[str], most: int, passages: dict[str, Passa
 
 
 def _trained_on(train: Sequence[Question], evaluation: Sequence[Question]) -> list[str]:
-    """A warning where some questions of the evaluation are trained on.
+    """A warning if some questions of the evaluation are trained on.
 
     Raises:
         InputError: all questions of a set are.
@@ -129,7 +129,7 @@ def _trained_on(train: Sequence[Question], evaluation: Sequence[Question]) -> li
 
 
 def without_long(data: Data, fits: Callable[[Question], bool]) -> Data:
-    """The questions that fit, with a warning that counts the others.
+    """The questions that fit, with a warning that counts the rest.
 
     Raises:
         InputError: none to train on, or to evaluate, is left.
@@ -145,10 +145,10 @@ def without_long(data: Data, fits: Callable[[Question], bool]) -> Data:
 
 
 def question_order(n_questions: int, per_step: int, step: int, seed: int) -> list[int]:
-    """Indices of the questions of a step: a slice of the epoch's permutation.
+    """Indices of a step's questions: a slice of the epoch's permutation.
 
-    It depends on its arguments alone, so a resumed run needs to know only its step. An epoch is as many whole steps
-    as the questions fill; which few are left out differs from epoch to epoch.
+    It depends on its arguments alone, so a resumed run needs only its step. An epoch is as many whole steps as the
+    questions fill; the few questions left out differ between epochs.
 
     Args:
         step: 0-based.
@@ -160,7 +160,7 @@ def question_order(n_questions: int, per_step: int, step: int, seed: int) -> lis
     if n_questions < per_step:
         raise InputError(
             f"a step asks {per_step} questions (train.questions and rollout.oversample), the data set has "
-            f"{n_questions} to train on; lower these, or give more"
+            f"{n_questions} to train on; lower these keys, or give more questions"
         )
     epoch, at = divmod(step, n_questions // per_step)
     order = random.Random(f"{seed}/{epoch}").sample(range(n_questions), n_questions)

@@ -13,7 +13,7 @@ from igpo_fast.errors import InputError
 from igpo_fast.types import Passage
 
 _ID_KEYS = ("id", "_id", "wikipedia_id")
-"""Columns that may hold a passage's id (BEIR's is ``_id``, KILT's one of the last two); the first filled counts."""
+"""Columns that may hold a passage's id (BEIR's is ``_id``, KILT's one of the last two); the first filled one counts."""
 
 
 def load_corpus(source: str | Path) -> tuple[Passage, ...]:
@@ -42,7 +42,7 @@ def passage_of(row: Mapping[str, Any]) -> Passage:
     """A passage from ``id`` (or ``_id``) and what ``title_and_text`` takes.
 
     Raises:
-        BadField: no id, no text, or one that is none.
+        BadField: no id, no text, or one of another type.
     """
     id = next((found for key in _ID_KEYS if (found := text(row.get(key), key))), "")
     title, body = title_and_text(row)
@@ -62,7 +62,7 @@ def title_and_text(row: Mapping[str, Any]) -> tuple[str, str]:
         row: ``title`` and ``text``; Search-R1's ``contents``, whose first line is the title; or KILT's
             ``wikipedia_title`` with the paragraphs in ``text``, the title first among them.
     Raises:
-        BadField: one that is no text.
+        BadField: one of them is not a text.
     """
     if "contents" in row and "text" not in row:
         title, _, body = plain(row["contents"], "contents").partition("\n")
@@ -71,7 +71,7 @@ def title_and_text(row: Mapping[str, Any]) -> tuple[str, str]:
         title = title.strip().strip('"')
     elif "wikipedia_title" in row:
         title, body = plain(row["wikipedia_title"], "wikipedia_title").strip(), row.get("text")
-        written = body.get("paragraph") if isinstance(body, dict) else body  # the hub's, the file's
+        written = body.get("paragraph") if isinstance(body, dict) else body  # the hub's name, the file's name
         paragraphs = [paragraph.strip() for paragraph in _plain_texts(written, "text")]
         body = "\n".join(paragraphs[1:] if paragraphs[:1] == [title] else paragraphs)
     else:
@@ -80,13 +80,13 @@ def title_and_text(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def own_passages(row: Mapping[str, Any]) -> list[Passage]:
-    """The paragraphs that a question's row brings; their ids are digests, so the same paragraph has the same id.
+    """The paragraphs in a question's row; their ids are digests, so equal paragraphs have equal ids.
 
     Args:
         row: MuSiQue's ``paragraphs``; HotpotQA's and 2WikiMultiHopQA's ``context``, as their files and the hub have
             it; SQuAD's ``context``.
     Raises:
-        BadField: none there, or not in these forms.
+        BadField: no paragraphs, or not in these forms.
     """
     row = {**(row["metadata"] if isinstance(row.get("metadata"), dict) else {}), **row}
     if row.get("paragraphs") is not None:
@@ -113,7 +113,7 @@ def _context(context: Any, title: Any) -> Iterator[tuple[str, str]]:
     if isinstance(context, dict):  # the hub's; FlashRAG calls the sentences content
         columns = context.get("title"), context.get("sentences", context.get("content"))
         if not all(isinstance(column, list) for column in columns) or len(columns[0]) != len(columns[1]):
-            raise BadField("context: not one list of titles and one of sentences, equally long; correct it")
+            raise BadField("context: not a list of titles and a list of sentences of equal length; correct it")
         context = list(zip(*columns, strict=True))
     if not isinstance(context, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in context):
         raise BadField("context: not a list of [title, sentences]; correct it, or give data.corpus=FILE")
@@ -127,5 +127,5 @@ def _plain_texts(value: Any, field: str) -> Iterable[str]:
 
 
 def _digest(*parts: str) -> str:
-    """16 characters that name texts."""
+    """A digest of texts, 16 characters."""
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()

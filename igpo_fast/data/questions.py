@@ -15,12 +15,12 @@ from igpo_fast.errors import InputError
 from igpo_fast.types import Passage, Question
 
 QUESTION_KEYS = ("question", "Question")
-"""Columns that may hold the question (Bamboogle's is upper case); the first present counts."""
+"""Columns that may hold the question (Bamboogle's is upper case); the first present one counts."""
 ANSWER_KEYS = ("answers", "golden_answers", "answer", "Answer", "ground_truth", "solution", "possible_answers")
-"""Columns that may hold the accepted answers, a text or a list of texts; the first present counts. SQuAD's ``answers``
-has ``text``, TriviaQA's ``answer`` ``value`` and ``aliases``; PopQA's ``possible_answers`` is JSON."""
+"""Columns that may hold the accepted answers, a text or a list of texts; the first present one counts. SQuAD's
+``answers`` has ``text``, TriviaQA's ``answer`` ``value`` and ``aliases``; PopQA's ``possible_answers`` is JSON."""
 ID_KEYS = ("id", "_id", "question_id")
-"""Columns that may hold the id (2WikiMultiHopQA's, TriviaQA's); the first present counts."""
+"""Columns that may hold the id (2WikiMultiHopQA's, TriviaQA's); the first present one counts."""
 ANSWER_SPLIT = "<|answer_split|>"
 """Joins several accepted answers in verl's ``reward_model.ground_truth``."""
 
@@ -63,7 +63,7 @@ def load_questions(
 
 
 def _of_kilt(row: Row) -> Row:
-    """KILT's columns under other names: ``input``, and the answers in the objects of ``output``."""
+    """The row with KILT's columns renamed: ``input`` to the question, the answers in ``output`` to a list."""
     asked, outputs = row.values.get("input"), row.values.get("output")
     if not isinstance(asked, str) or not isinstance(outputs, list) or _first(row.values, QUESTION_KEYS):
         return row
@@ -87,7 +87,7 @@ def _question(row: Row, dataset: str, otherwise: str, taken: Mapping[str, Questi
         return "/".join(dict.fromkeys(part for part in (dataset or ("" if source else otherwise), source, id) if part))
 
     id = full(_given_id(values) or _verl_id(values) or row.name)
-    if id in taken and not _given_id(values):  # an index that begins anew in every part of a file
+    if id in taken and not _given_id(values):  # an index that restarts in every part of a file
         id = full(row.name)
     return Question(id, question, answers, hops, steps, dataset=name)
 
@@ -98,7 +98,7 @@ def _given_id(row: Mapping[str, Any]) -> str:
 
 
 def _verl_id(row: Mapping[str, Any]) -> str:
-    """Stays the same where rows are shuffled or left out: verl's split and index."""
+    """Verl's split and index, which stay the same if rows are shuffled or left out."""
     info = _inside(row, "extra_info")
     index = text(info.get("index"), "extra_info.index")
     return "-".join(filter(None, (text(info.get("split"), "extra_info.split"), index))) if index else ""
@@ -110,13 +110,13 @@ def _first(row: Mapping[str, Any], keys: Iterable[str]) -> str | None:
 
 
 def _inside(row: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A column of objects; empty where there is none."""
+    """A column that holds an object; empty if there is none."""
     return row[key] if isinstance(row.get(key), dict) else {}
 
 
 def _question_text(row: Mapping[str, Any]) -> str:
-    """A text, or the last user message of a chat; of Search-R1's prompts the question without the instructions, which
-    are the dialect's."""
+    """A text, or the last user message of a chat; from Search-R1's prompts only the question, because the dialect has
+    its own instructions."""
     key = _first(row, QUESTION_KEYS)
     asked = _inside(row, "extra_info").get("question")
     if key:
@@ -151,7 +151,7 @@ def _accepted(value: Any, field: str) -> list[str]:
         return texts(several if len(several) > 1 else value, field)
     if not isinstance(value, dict):
         return texts(value, field)
-    for key in ("target", "text"):  # Search-R1's, SQuAD's
+    for key in ("target", "text"):  # the keys of Search-R1 and SQuAD
         if key in value:
             return texts(value[key], f"{field}.{key}")
     if "value" not in value:
@@ -170,7 +170,8 @@ def _json_list(written: str, field: str) -> list:
 
 
 def _support(row: Mapping[str, Any]) -> tuple[int | None, tuple[dict, ...]]:
-    """Hops and steps: as given, or steps of a decomposition and the number of these or of supporting titles."""
+    """Hops and steps, as given; else steps from a decomposition, and hops as their number or that of supporting
+    titles."""
     row = {**_inside(row, "metadata"), **row}  # FlashRAG keeps a data set's own columns in metadata
     if row.get("hops") is not None or row.get("steps"):
         return whole_number(row.get("hops"), "hops"), _steps(row.get("steps"))
@@ -178,7 +179,7 @@ def _support(row: Mapping[str, Any]) -> tuple[int | None, tuple[dict, ...]]:
         steps = _steps(row["question_decomposition"])
         return len(steps), steps
     facts = row.get("supporting_facts")
-    # The hub's HotpotQA has columns; the original [title, sentence] pairs; others a text, which tells nothing.
+    # The hub's HotpotQA has columns, the original [title, sentence] pairs; others have a text, which tells nothing.
     titles = facts.get("title") if isinstance(facts, dict) else facts if isinstance(facts, list) else None
     if isinstance(facts, list):
         titles = [fact[0] for fact in facts if isinstance(fact, list) and fact]
@@ -186,7 +187,7 @@ def _support(row: Mapping[str, Any]) -> tuple[int | None, tuple[dict, ...]]:
 
 
 def _steps(value: Any) -> tuple[dict, ...]:
-    """Their questions, answers and passage ids as texts, whatever else they hold as it is."""
+    """Steps with question, answer and passage id as texts, and all else unchanged."""
     known = ("question", "answer", "passage_id")
     return tuple(
         step | {key: text(step[key], f"steps.{key}") for key in known if step.get(key) is not None}

@@ -1,4 +1,4 @@
-"""Rows of files and of the datasets hub, each with where it stands."""
+"""Rows of files and of the datasets hub, each with its place."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Row(NamedTuple):
     where: str
     """``FILE line 3``, for messages."""
     name: str
-    """``FILE-3``: an id for what has none."""
+    """``FILE-3``, an id for a row that has none."""
     values: Mapping[str, Any]
 
 
@@ -40,14 +40,14 @@ def rows_of(source: str | Path) -> Iterator[Row]:
             pattern (``train-*.parquet``) takes all that match, by name; several are separated by commas. Else a
             datasets-hub name or folder: ``name:split`` or ``name:configuration:split``.
     Raises:
-        InputError: nothing there, or not what its name says.
+        InputError: nothing there, or not the format that the name says.
     """
     for part in parts_of(source):
         yield from _rows_of_part(part)
 
 
 def stem_of(source: str | Path) -> str:
-    """What a source is called: the first file's name without endings and pattern."""
+    """A source's name: the first file's, without endings and pattern."""
     name = re.sub(r"[-_.]*[*?\[].*", "", Path(str(source).partition(",")[0].removesuffix(".gz")).stem)
     return name or "questions"
 
@@ -86,7 +86,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def json_lines(lines: Iterable[bytes], path: str | Path) -> Iterator[Row]:
-    """The objects of JSON lines; blank lines are skipped, and the byte-order mark of Windows's editors.
+    """The objects of JSON lines; blank lines and the byte-order mark of Windows's editors are skipped.
 
     Raises:
         InputError: a line that is not UTF-8 or not an object.
@@ -105,12 +105,12 @@ def json_lines(lines: Iterable[bytes], path: str | Path) -> Iterator[Row]:
 
 
 def json_object(line: str, where: str) -> dict[str, Any]:
-    """A line of JSON lines.
+    """The object of a line of JSON lines.
 
     Raises:
         InputError: not JSON, or not an object, or with half a character, naming ``where``.
     """
-    return _object(_parsed(json.loads, line, where, "write one object a line"), line, where)
+    return _object(_parsed(json.loads, line, where, "write one object per line"), line, where)
 
 
 def _array(content: bytes, path: Path) -> Iterator[Row]:
@@ -146,15 +146,15 @@ def _parsed(parse: Callable[[str], Any], text: str, where: str, remedy: str) -> 
         reason = error.msg
     except RecursionError:
         reason = "brackets nested too deeply"
-    except ValueError:  # what int() makes of it
+    except ValueError:  # the error of int()
         reason = "a number of too many digits"
     raise InputError(f"{where}: not JSON ({reason}); {remedy}")
 
 
 def _object(value: Any, text: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise InputError(f"{where}: {kind_of(value)}, not a JSON object; write one object a line")
-    if _HALF_PAIR.search(text):  # then perhaps the other half is missing
+        raise InputError(f"{where}: {kind_of(value)}, not a JSON object; write one object per line")
+    if _HALF_PAIR.search(text):  # perhaps half of it is missing
         written = _parsed(lambda _: json.dumps(value, ensure_ascii=False), text, where, "correct it")
         if not encodable(written):
             raise InputError(f"{where}: a text with half a character (a lone surrogate); correct it")
@@ -182,7 +182,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _hub_rows(source: str, name: Sequence[str], split: str) -> Iterator[Row]:
-    """Rows of the data set ``name`` and perhaps its configuration."""
+    """Rows of a split of the data set ``name`` (or ``name:configuration``)."""
     import datasets
 
     try:

@@ -23,7 +23,7 @@ SAMPLE = (
     "Who wrote Faust?  It's Goethe's (1808);\tsee https://example.org/x_y?z=1,234.50 \n\n  Łódź, naïve cafe\u0301,\r\n"
     "東京 はどこ? Москва العربية 🙂 ½ <b>TAGS</b> {'a': [1, 20, 300]} CamelCase   def f(x):\n    return -x  # end\n"
 )
-"""Text in which tokenizers that split, normalise or join differently show it."""
+"""Text on which tokenizers that split, normalise or join differently disagree."""
 
 
 def load_tokenizer(config: Config, data: Data, checkpoint: str | None = None) -> PreTrainedTokenizerFast:
@@ -32,8 +32,8 @@ def load_tokenizer(config: Config, data: Data, checkpoint: str | None = None) ->
     It gives character offsets; texts are encoded without added tokens by ``add_special_tokens=False``.
 
     Args:
-        data: what a ``bpe`` tokenizer is trained on; the same data, the same tokenizer.
-        checkpoint: a run's checkpoint, whose own tokenizer is taken: its weights know no other.
+        data: trains a ``bpe`` tokenizer; the same data give the same tokenizer.
+        checkpoint: a run's checkpoint, whose own tokenizer is used, because its weights were trained with it.
     Raises:
         InputError: no tokenizer there, or one without offsets, or a vocabulary too small for all bytes.
     """
@@ -49,7 +49,7 @@ def load_tokenizer(config: Config, data: Data, checkpoint: str | None = None) ->
 
 
 def check_known(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], where: str) -> None:
-    """Refuse texts in which the tokenizer knows a word only as its unknown token: all such words would be the same.
+    """Refuse texts with words that the tokenizer reads as its unknown token: all such words would be the same.
 
     Args:
         where: names the texts, for the message.
@@ -71,15 +71,15 @@ def check_known(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], where:
 
 
 def _pretrained(path: str, key: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Hugging Face directory or name, with the ids of its tokenizer.json where it has one: some
-    classes put a pre-tokeniser of their own in place of the saved one."""
+    """The tokenizer of a Hugging Face directory or name, checked against its tokenizer.json if it has one: some classes
+    replace the saved pre-tokeniser by their own."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         saved = _saved(path)
         if saved is not None and tokenizer.is_fast and not _same(tokenizer, saved):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-        tokenizer.decode(tokenizer(SAMPLE, add_special_tokens=False).input_ids)  # which shows a damaged configuration
-    except Exception as error:  # of files that may hold anything, read by code of others
+        tokenizer.decode(tokenizer(SAMPLE, add_special_tokens=False).input_ids)  # a damaged configuration shows here
+    except Exception as error:  # the files may hold anything, and other libraries read them
         raise InputError(
             f"{key}={path}: no tokenizer can be loaded ({reason_of(error)}); give a Hugging Face directory or name"
         ) from error
@@ -87,13 +87,14 @@ def _pretrained(path: str, key: str) -> PreTrainedTokenizerFast:
         raise InputError(f"{key}={path}: the tokenizer gives no offsets; use one with a tokenizer.json")
     if saved is not None and not _same(tokenizer, saved):
         raise InputError(
-            f"{key}={path}: {type(tokenizer).__name__} encodes other than tokenizer.json; correct tokenizer_config.json"
+            f"{key}={path}: {type(tokenizer).__name__} does not encode as tokenizer.json does; correct "
+            "tokenizer_config.json"
         )
     return tokenizer
 
 
 def _saved(path: str) -> Tokenizer | None:
-    """What tokenizer.json holds; None without one."""
+    """The tokenizer in tokenizer.json; None if there is none."""
     try:
         file = cached_file(path, "tokenizer.json")
     except OSError:
@@ -108,12 +109,12 @@ def _same(tokenizer: PreTrainedTokenizerFast, saved: Tokenizer) -> bool:
 def _encode(tokenizer: Tokenizer) -> list[int] | str:
     try:
         return tokenizer.encode(SAMPLE, add_special_tokens=False).ids
-    except Exception as error:  # tokenizers raises nothing narrower, where a vocabulary has not its own unknown token
+    except Exception as error:  # tokenizers raises nothing narrower if a vocabulary lacks its own unknown token
         return str(error)
 
 
 def _words() -> PreTrainedTokenizerFast:
-    """One token a word, the words separated by single spaces."""
+    """One token per word; words are separated by single spaces."""
     ids = {word: id for id, word in enumerate([PAD, EOS, UNK, *vocabulary()])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -125,7 +126,9 @@ def _bpe(vocab_size: int, data: Data) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + 2
     if vocab_size < smallest:
-        raise InputError(f"model.vocab_size={vocab_size}: a bpe tokenizer needs {smallest} for bytes and ends")
+        raise InputError(
+            f"model.vocab_size={vocab_size}: a bpe tokenizer needs {smallest} for bytes and special tokens; raise it"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = token_decoders.ByteLevel()

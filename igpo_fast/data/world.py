@@ -1,9 +1,9 @@
 """A made-up knowledge world: facts nobody can know, questions whose answer only search can find.
 
-Persons, companies, cities and countries bear names of two made-up words. A passage holds one fact: its
+Persons, companies, cities and countries have names of two made-up words. A passage holds one fact: its
 subject as title, the rest as text, together ``zavu kolo birthplace nira pado .``; a question names a
 subject and the relations to follow from it: ``zavu kolo birthplace country ?``. Worlds share words and
-relations but not facts, so nothing learnt by heart helps; relations are drawn independently: no hop tells
+relations but not facts, so memorised facts do not help; relations are drawn independently, so no hop tells
 about another.
 """
 
@@ -42,10 +42,10 @@ TAGS = ("<search>", "</search>", "<information>", "</information>", "<answer>", 
 
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aiou"]
 WORDS = tuple(random.Random("words").sample(sorted(a + b for a, b in combinations(_SYLLABLES, 2) if a[0] != b[0]), 120))
-"""The 120 words that names are made of."""
+"""The 120 words of which names are made."""
 _NAMES = tuple(combinations(WORDS, 2))
 
-# In this order: a later kind avoids the facts of earlier ones, so evaluation does not depend on the others.
+# In this order: a later kind avoids the facts of earlier kinds, so evaluation does not depend on them.
 _KINDS = ("eval", "train", "sft")
 
 
@@ -56,14 +56,14 @@ def vocabulary() -> list[str]:
 
 @dataclass(frozen=True)
 class World:
-    """One world: a collection to search, and questions about it."""
+    """One world: a collection to search and questions about it."""
 
     name: str
     """Kind and number, like ``train-3``; also ``Question.corpus`` of its questions."""
     facts: tuple[Fact, ...]
-    """A subject and a relation have one object."""
+    """The world's facts; a subject and a relation have one object."""
     passages: tuple[Passage, ...]
-    """One a fact, in the same order."""
+    """One passage per fact, in the same order."""
     questions: tuple[Question, ...]
 
     @cached_property
@@ -85,7 +85,7 @@ def make_worlds(
     No fact of a world of one kind occurs in a world of another.
 
     Args:
-        hops: of the shortest and longest questions; None takes ``config.min_hops`` (1 for ``sft``) and
+        hops: number of hops of the shortest and longest questions; None takes ``config.min_hops`` (1 for ``sft``) and
             ``config.max_hops``.
         questions: most questions of each world; small worlds may have fewer.
     Raises:
@@ -126,7 +126,7 @@ def _draw(config: WorldConfig, rng: random.Random) -> tuple[Fact, ...]:
     }
     total = sum(sizes.values())
     if total > len(_NAMES):
-        raise InputError(f"world: {total} entities, but there are {len(_NAMES)} names; ask for fewer persons")
+        raise InputError(f"world: {total} entities, but there are {len(_NAMES)} names; lower world.persons")
     # Never both `a b` and `b a`: search ignores the order of words.
     names = iter([" ".join(rng.sample(pair, 2)) for pair in rng.sample(_NAMES, total)])
     entities = {type: [next(names) for _ in range(size)] for type, size in sizes.items()}
@@ -139,7 +139,7 @@ def _draw(config: WorldConfig, rng: random.Random) -> tuple[Fact, ...]:
 
 
 def _deal(subjects: list[str], objects: list[str], rng: random.Random) -> Iterator[tuple[str, str]]:
-    """An object for each subject, each about equally often; along one cycle where both are of one type."""
+    """An object for each subject, all about equally often; if both have one type, along one cycle."""
     if subjects is objects:
         order = rng.sample(subjects, len(subjects))
         return zip(order, order[1:] + order[:1], strict=True)
@@ -155,7 +155,7 @@ def _questions(
     limit: int,
     rng: random.Random,
 ) -> list[Question]:
-    """Up to ``limit`` different questions, the numbers of hops in turn.
+    """Up to ``limit`` different questions, cycling through the numbers of hops.
 
     Chains are drawn from the answer backwards, relation before fact, so that relations are about equally
     frequent and answers are spread: drawn forwards, too many chains would end in the few countries.
@@ -190,7 +190,7 @@ def _questions(
 
 
 def _group(numbers: Iterable[int], facts: Sequence[Fact]) -> list[list[int]]:
-    """Numbers of facts, a list for each relation among them."""
+    """Numbers of facts, grouped into one list per relation."""
     groups = defaultdict(list)
     for number in numbers:
         groups[facts[number][1]].append(number)
@@ -220,14 +220,14 @@ def _extend_backwards(
 
 @dataclass(frozen=True)
 class Noise:
-    """How imperfect a demonstration is: probabilities of mistakes."""
+    """Probabilities of mistakes in a demonstration."""
 
     wrong_query: float
-    """A hop's query asks for a random entity or relation."""
+    """A hop's query has a random entity or relation."""
     early_stop: float
-    """Answers instead of taking the next hop (never the first)."""
+    """The expert answers instead of taking the next hop (never the first)."""
     wrong_answer: float
-    """Answers with a random entity."""
+    """The expert answers with a random entity."""
 
 
 CLEAN = Noise(0.05, 0.02, 0.02)
@@ -237,7 +237,7 @@ HARD = Noise(0.70, 0.30, 0.75)
 
 @dataclass(frozen=True)
 class Demonstration:
-    """How an imperfect expert handles a question.
+    """An imperfect expert's turns on a question.
 
     >>> Demonstration("a b birthplace ?", (("search", "a b birthplace"), ("answer", "c d"))).turns[-1]
     ('answer', 'c d')
@@ -253,12 +253,12 @@ def demonstrate(
 ) -> Demonstration:
     """Walk the hops of a question: search ``a b rel1``, read ``c d``, search ``c d rel2``, ..., answer.
 
-    After a wrong query the expert asks again in half of the cases, where ``max_turns`` leaves room. Else it
-    goes on from what the wrong query found: it reads, but is lost.
+    After a wrong query the expert asks again in half of the cases if ``max_turns`` leaves room. Else it goes on
+    from the result of the wrong query and is lost.
 
     Args:
         question: one of ``world.questions``.
-        max_turns: most turns, the hops and one at least.
+        max_turns: most turns; at least the hops and one.
     """
     first, second, *relations, _ = question.question.split()
     entity = f"{first} {second}"
@@ -282,7 +282,7 @@ def demonstrate(
 
 
 def _wrong_query(right: tuple[str, str], world: World, rng: random.Random) -> tuple[str, str]:
-    """The query with another entity, or another relation."""
+    """The right query with another entity or another relation."""
     entity, relation = right
     if rng.random() < 0.5:
         return rng.choice([other for other in world.entities if other != entity]), relation

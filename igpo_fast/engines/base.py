@@ -13,8 +13,8 @@ import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Training refuses everything but the temperature: with the rest, sampled
-    log-probabilities would be of another distribution than the trainer's."""
+    """Sampling settings. Training allows only the temperature: under the others, sampled log-probabilities would be of
+    another distribution than the trainer's."""
 
     temperature: float = 1.0
     """0 is greedy."""
@@ -23,27 +23,22 @@ class Sampling:
     """0 keeps all."""
     repetition_penalty: float = 1.0
 
-    @property
-    def is_policy(self) -> bool:
-        """Whether tokens come from the policy's own distribution at its temperature."""
-        return self.temperature > 0 and self.top_p == 1 and self.top_k == 0 and self.repetition_penalty == 1
-
 
 @dataclass(frozen=True)
 class Request:
     """Continue one rollout by one turn."""
 
     key: tuple[int, ...]
-    """(seed, step, question, rollout): with the token's index it keys the sampling noise, and it names the rollout
-    whose keys and values the engine keeps between turns."""
+    """(seed, step, question, rollout): together with the token's index it seeds the sampling noise, and it names the
+    rollout whose keys and values the engine keeps between turns."""
     ids: np.ndarray
-    """The whole rollout so far: int32 [L]. It extends what the same key sent and got before, token for token."""
+    """The whole rollout so far: int32 [L]. It extends the tokens that the same key sent and got before."""
     max_tokens: int
     """Most tokens to sample."""
     stop_ids: tuple[int, ...]
-    """Sampling ends with any of these tokens, which is kept."""
+    """Sampling ends with any of these tokens; the token is kept."""
     stop_strings: tuple[str, ...]
-    """Sampling ends with the token whose text completes any of these in the text sampled this turn; it is kept."""
+    """Sampling ends with the token that completes any of these in the text sampled this turn; the token is kept."""
     sampling: Sampling
 
 
@@ -56,22 +51,22 @@ class Generation:
     logp: np.ndarray
     """log pi(token | everything before) at the sampling temperature, in nats: float32 [n]."""
     finished: bool
-    """Ended with a stop token or string, not by length."""
+    """Whether it ended with a stop token or string, not by length."""
 
 
 class Engine(Protocol):
-    """Samples the turns of many rollouts at a time; each request finishes on its own."""
+    """Samples turns of many rollouts at a time; each request finishes on its own."""
 
     name: str
     version: int
-    """Number of the weights that the engine samples from; ``load_weights`` raises it."""
+    """Version of the weights that the engine samples from; ``load_weights`` raises it."""
     remote: bool
-    """Whether it samples on devices of its own, also while the trainer works."""
+    """Whether it samples on devices of its own, even while the trainer works."""
     keeps_rollouts: bool
-    """Whether a rollout keeps its place between its turns."""
+    """Whether a rollout keeps its slot between its turns."""
 
     async def generate(self, request: Request) -> Generation:
-        """Sample one turn. What is drawn depends on the key and the weights alone.
+        """Sample one turn. The draws depend on the key and the weights alone.
 
         Other requests in the batch can change rounding, on CPUs and GPUs, and nothing else: sums depend on the batch's
         shape. So where answers of tools arrive at varying times (``search.url``), two runs differ in the last digits of
@@ -81,11 +76,11 @@ class Engine(Protocol):
         ...
 
     def release(self, key: tuple[int, ...]) -> None:
-        """Drop what is kept for a rollout, which is over."""
+        """Drop the cache of a rollout that has ended."""
         ...
 
     def sleep(self) -> None:
-        """Give back what memory it can: no request follows before the next ``load_weights``."""
+        """Free memory where possible: no request follows before the next ``load_weights``."""
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -93,11 +88,21 @@ class Engine(Protocol):
         ...
 
     def counts(self) -> dict[str, float]:
-        """How often something failed and was retried since the last call, by metric; empty if nothing can fail."""
+        """Failures that were retried since the last call, by metric; empty if nothing can fail."""
         ...
 
 
-async def others() -> None:
-    """Let rollouts do what they can without waiting, so that their next turns join an engine's next step."""
+def check_lengths(request: Request, max_tokens: int) -> None:
+    """Raises ValueError for a request that is empty, or longer than ``max_tokens`` with what it may sample."""
+    where, length = f"request {request.key}", len(request.ids)
+    if not length or request.max_tokens < 1:
+        raise ValueError(f"{where}: needs a token to continue and max_tokens >= 1")
+    if length + request.max_tokens > max_tokens:
+        wanted = f"{length} tokens and {request.max_tokens} to sample"
+        raise ValueError(f"{where}: {wanted} exceed the engine's max_tokens={max_tokens}")
+
+
+async def let_others_run() -> None:
+    """Let other tasks do what they can without waiting, so that their next turns join the engine's next step."""
     for _ in range(4):
         await asyncio.sleep(0)

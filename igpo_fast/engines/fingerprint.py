@@ -1,4 +1,4 @@
-"""A number that any changed bit of a tensor changes, however the tensor is laid out or cut in memory.
+"""A checksum of a tensor that does not depend on memory layout or sharding; any changed bit changes it.
 
 The bit patterns of its elements, as integers, are summed with pseudo-random odd coefficients of their row and column,
 modulo 2**64: exact, so equal tensors give equal numbers on every device and in every order of adding.
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 import torch
 
 CHUNK = 1 << 22
-"""Elements that are widened to int64 at a time."""
+"""Elements widened to int64 at a time."""
 
 
 def fingerprint(tensor: torch.Tensor) -> int:
-    """The number of a whole tensor of any shape, in its own dtype: -2**63 .. 2**63 - 1.
+    """The checksum of a whole tensor of any shape, in its own dtype: -2**63 .. 2**63 - 1.
 
     Zeros of either sign, and numbers too small to be normal (which some CPU kernels flush), count as 0.
     """
@@ -25,7 +25,7 @@ def fingerprint(tensor: torch.Tensor) -> int:
 
 
 def block_sum(block_RC: torch.Tensor, first_row: int, first_column: int) -> int:
-    """What a block of a matrix contributes to the matrix's fingerprint; contributions of all blocks ``combine``."""
+    """A block's contribution to the fingerprint of its matrix; ``combine`` adds the contributions of all blocks."""
     integer = {2: torch.int16, 4: torch.int32}[block_RC.element_size()]
     flushed = block_RC.masked_fill(block_RC.abs() < torch.finfo(block_RC.dtype).tiny, 0)
     bits_RC = flushed.contiguous().view(integer).long()
@@ -36,12 +36,12 @@ def block_sum(block_RC: torch.Tensor, first_row: int, first_column: int) -> int:
 
 
 def combine(sums: Iterable[int]) -> int:
-    """Their sum, modulo 2**64, as a signed integer."""
+    """The sum of contributions modulo 2**64, as a signed integer."""
     return (sum(sums) + 2**63) % 2**64 - 2**63
 
 
 def _coefficients(first: int, count: int, seed: int, device: torch.device) -> torch.Tensor:
-    """Odd pseudo-random int64 [count] of the indices from ``first``; products wrap, as is wanted."""
+    """Odd pseudo-random int64 [count] for the indices from ``first``; products wrap on purpose."""
     x = torch.arange(first + 1, first + 1 + count, device=device) * seed
     x = (x ^ (x >> 29)) * 0x2545F4914F6CDD1D
     return (x ^ (x >> 32)) | 1

@@ -1,4 +1,4 @@
-"""How tokens are drawn: noise keyed by rollout and position, and the distributions it picks from.
+"""Sampling: noise seeded by rollout and position, and the distributions to draw from.
 
 A draw depends on (key, index, probabilities) only: not on the batch, the order of requests or a generator.
 """
@@ -25,7 +25,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def stream(key: Sequence[int]) -> np.uint64:
-    """The noise stream of a rollout: a hash of its key, any integers in order."""
+    """The noise stream of a rollout: a hash of its key, a sequence of integers."""
     state = np.zeros(1, np.uint64)
     for part in key:
         state = _mix((state ^ np.uint64(part % 2**64)) + _WEYL)
@@ -41,7 +41,7 @@ def uniform(streams_B: np.ndarray, index_B: np.ndarray) -> np.ndarray:
 def draw(
     logits_BV: torch.Tensor, temperature_B: torch.Tensor, uniform_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pick a token a row from softmax(logits / temperature) by inverting its distribution function.
+    """Draw one token per row from softmax(logits / temperature) by inverting its distribution function.
 
     Args:
         logits_BV: float32 [B, V].
@@ -62,22 +62,22 @@ def draw(
 
 
 def require_finite(logp: np.ndarray) -> None:
-    """Raises DivergedError where a sampled token's log-probability is not finite."""
+    """Raises DivergedError if a sampled token's log-probability is not finite."""
     if not np.isfinite(logp).all():
         raise DivergedError(
-            "sampling: the model's logits are not finite, training has diverged; lower train.lr (at step 1 "
+            "sampling: the model's logits are not finite, so training has diverged; lower train.lr (at step 1 "
             "sft.lr) or set model.dtype=float32"
         )
 
 
 def restrict(logits_V: torch.Tensor, sampling: Sampling, seen: torch.Tensor) -> torch.Tensor:
-    """Logits under a repetition penalty, top-k and top-p, in this order; what is cut gets -inf.
+    """Logits under a repetition penalty, top-k and top-p, in this order; excluded tokens get -inf.
 
     For evaluation only: log-probabilities are then of the restricted distribution, not of the policy.
 
     Args:
         logits_V: float32 [V].
-        seen: int64 [n], the tokens of prompt and turns so far, which the penalty makes less likely.
+        seen: int64 [n], the tokens of prompt and turns so far, to which the penalty applies.
     """
     logits_V = logits_V.clone()
     if sampling.repetition_penalty != 1:
@@ -90,7 +90,7 @@ def restrict(logits_V: torch.Tensor, sampling: Sampling, seen: torch.Tensor) -> 
     if sampling.top_p < 1:
         values, order = (logits_V / (sampling.temperature or 1)).sort(descending=True)
         probability = values.softmax(-1)
-        # A token stays if those likelier than it do not reach top_p: the likeliest one always does.
+        # A token stays if the likelier tokens together do not reach top_p, so the likeliest one always stays.
         beyond = probability.cumsum(-1) - probability >= sampling.top_p
         beyond[0] = False
         logits_V[order[beyond]] = -torch.inf

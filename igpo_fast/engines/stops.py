@@ -1,4 +1,4 @@
-"""Where a turn ends by text."""
+"""Stop strings: turns that end by their text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class StopStrings:
-    """Tells which token completes a stop string.
+    """Finds the token that completes a stop string.
 
     Args:
         decode: token ids to text.
@@ -23,7 +23,7 @@ class StopStrings:
         if not strings or not len(ids):
             return False
         token = int(ids[-1])
-        # Only a token that shows a string's last character can complete it. One that decodes to a replacement
+        # Only a token that shows a string's last character can complete it. A token that decodes to a replacement
         # character may show it with its neighbours, and a decoder may add spaces between tokens.
         if (may := self._may_complete.get((strings, token))) is None:
             text = self._decode([token])
@@ -37,5 +37,5 @@ class StopStrings:
         return any(s in text for s in strings)
 
     def end(self, strings: tuple[str, ...], ids: list[int]) -> int | None:
-        """How many of a turn's tokens belong to it if any of the strings ends it; None if none does."""
+        """Number of a turn's tokens up to the end of a stop string; None if no string ends it."""
         return next((n for n in range(1, len(ids) + 1) if self.completed(strings, ids[:n])), None)

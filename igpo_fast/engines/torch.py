@@ -1,8 +1,8 @@
 """The embedded engine: samples from the trainer's own transformers model, in its process, on its parameters.
 
 Requests of many rollouts share a running batch. A step is one forward over a flat row of every slot's new
-tokens: one for each rollout that is sampling, a prompt or a tool response for each that joins. Keys and
-values stay in the rollout's slot between its turns: each token is fed once in a rollout's life.
+tokens: one per sampling rollout, a prompt or a tool response per joining one. Keys and
+values stay in the rollout's slot between its turns: each token is fed once per rollout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from igpo_fast.engines import noise
-from igpo_fast.engines.base import Generation, Request, others
+from igpo_fast.engines.base import Generation, Request, check_lengths, let_others_run
 from igpo_fast.engines.stops import StopStrings
 from igpo_fast.model import hidden_states, lm_head
 
@@ -32,13 +32,13 @@ class _Job(NamedTuple):
 
 @dataclass
 class Stats:
-    """What the engine has fed to the model since it was made."""
+    """Tokens fed to the model since the engine was made."""
 
     forwards: int = 0
     tokens_prefilled: int = 0
-    """At the start of turns: prompts, tool responses, the last token of the turn before."""
+    """Tokens fed at the start of turns: prompts, tool responses, the last token of the turn before."""
     tokens_decoded: int = 0
-    """Sampled tokens, one at a time."""
+    """Sampled tokens, fed one at a time."""
 
 
 class _Block:
@@ -48,7 +48,7 @@ class _Block:
     """
 
     def __init__(self, slots: np.ndarray, first: np.ndarray, start: np.ndarray, new: np.ndarray, device):
-        """int64 [P] each: slots, ascending; their first rows of the flat row; tokens cached, to feed."""
+        """int64 [P] each: slots, ascending; their first rows in the flat row; tokens cached; tokens to feed."""
         n = int(new.max())
         self.length = int((start + new).max())
         self.causal = not start.any()
@@ -71,7 +71,7 @@ class _Block:
         self.masks: dict[tuple, torch.Tensor] = {}
 
     def mask(self, window: int | None, repeats: int) -> torch.Tensor:
-        """Which keys a query sees: bool [P, 1, repeats * n, length]; [P, 1, 1, length] if n is 1."""
+        """Mask of the keys that a query sees: bool [P, 1, repeats * n, length]; [P, 1, 1, length] if n is 1."""
         if (window, repeats) not in self.masks:
             key = torch.arange(self.length, device=self.positions.device)
             query = self.positions[:, None, :, None]
@@ -107,7 +107,7 @@ class _Block:
 
 
 class _Cache:
-    """Keys and values of all slots, a pair of [slots, Hkv, capacity, D] a layer, grown by doubling."""
+    """Keys and values of all slots, a pair of [slots, Hkv, capacity, D] per layer, grown by doubling."""
 
     def __init__(self, max_slots: int, max_tokens: int):
         self.limits = (max_slots, max_tokens)
@@ -133,8 +133,8 @@ class _Cache:
 class TorchEngine:
     """An ``Engine`` on a transformers causal LM, whose parameters it shares.
 
-    Parameters may be trained in place between generations; call ``load_weights`` afterwards, which drops what
-    the old ones computed. Draws do not depend on what else runs, but for rounding in matmuls of other shapes.
+    Parameters may be trained in place between generations; call ``load_weights`` afterwards to drop the caches of
+    the old ones. Draws do not depend on other requests, except for rounding in matmuls of other shapes.
     """
 
     name, remote, keeps_rollouts = "torch", False, True
@@ -152,9 +152,9 @@ class TorchEngine:
         Args:
             lm: a causal LM that ``igpo_fast.model`` runs, on its device.
             decode: token ids to text; needed for stop strings only.
-            max_slots: rollouts whose keys and values are held at a time; more wait.
+            max_slots: rollouts whose keys and values are held at a time; further ones wait.
             max_tokens: longest rollout, prompt and responses included.
-            prefill_tokens: most tokens that join in one step; a longer request joins alone.
+            prefill_tokens: most tokens that join per step; a longer request joins alone.
         """
         self.version = 0
         self.stats = Stats()
@@ -164,7 +164,7 @@ class TorchEngine:
         self._waiting: dict[tuple[int, ...], _Job] = {}  # in order of arrival
         self._running: dict[int, _Job] = {}  # by slot
         self._pump: asyncio.Task | None = None
-        # A slot's rollout: tokens known, how many of them are cached, where its turn began and must end.
+        # Per slot: the rollout's known tokens, how many of them are cached, where its turn began and must end.
         self._tokens = np.zeros((max_slots, max_tokens), np.int32)
         self._logp = np.zeros((max_slots, max_tokens), np.float32)
         self._known, self._cached, self._began, self._limit = np.zeros((4, max_slots), np.int64)
@@ -177,8 +177,8 @@ class TorchEngine:
         """One turn (``Engine.generate``).
 
         Raises:
-            ValueError: the request is empty, does not fit ``max_tokens`` with what it may sample, is its
-                key's second at a time, or does not extend, token for token, what its key sent and got before.
+            ValueError: the request is empty, exceeds ``max_tokens`` with the tokens that it may sample, is its key's
+                second at a time, or does not extend the tokens that its key sent and got before.
             DivergedError: the model's logits are not finite.
         """
         self._check(request)
@@ -192,7 +192,7 @@ class TorchEngine:
             raise
 
     def release(self, key: tuple[int, ...]) -> None:
-        """The rollout is over or given up: frees its slot, cancels its request. Unknown keys are fine."""
+        """Free the slot of a rollout that ended or was given up, and cancel its request. Unknown keys are ignored."""
         slot = self._slot.pop(key, None)
         job = self._waiting.pop(key, None) or self._running.pop(slot, None)
         if job is not None:
@@ -202,20 +202,20 @@ class TorchEngine:
             self._wake()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] = ()) -> None:
-        """Drop every cache and raise ``version``; copy in those tensors that are not the model's own.
+        """Drop every cache and raise ``version``; copy tensors that are not the model's own into it.
 
         Raises:
             RuntimeError: requests are pending.
-            ValueError: a name that the model has not.
+            ValueError: a name that the model does not have.
         """
         if self._waiting or self._running:
             raise RuntimeError("load_weights: requests are pending; await them first")
-        own = self._lm.state_dict()
+        parameters = self._lm.state_dict()
         for name, tensor in weights:
-            if name not in own:
+            if name not in parameters:
                 raise ValueError(f"load_weights: the model has no parameter {name!r}")
-            if own[name].data_ptr() != tensor.data_ptr():
-                own[name].copy_(tensor)
+            if parameters[name].data_ptr() != tensor.data_ptr():
+                parameters[name].copy_(tensor)
         self._drop_caches()
         self.version += 1
 
@@ -230,16 +230,11 @@ class TorchEngine:
         self._cache = _Cache(self.max_slots, self.max_tokens)
         self._head_weight: torch.Tensor | None = None  # the LM head in float32: a copy of half-precision weights
         self._slot: dict[tuple[int, ...], int] = {}
-        self._free = list(range(self.max_slots))  # a heap: low slots first keeps the busy ones together
+        self._free = list(range(self.max_slots))  # a heap: taking low slots first keeps the busy ones together
 
     def _check(self, request: Request) -> None:
+        check_lengths(request, self.max_tokens)
         where = f"request {request.key}"
-        length = len(request.ids)
-        if not length or request.max_tokens < 1:
-            raise ValueError(f"{where}: needs a token to continue and max_tokens >= 1")
-        if length + request.max_tokens > self.max_tokens:
-            wanted = f"{length} tokens and {request.max_tokens} to sample"
-            raise ValueError(f"{where}: {wanted} exceed the engine's max_tokens={self.max_tokens}")
         if request.stop_strings and self._stops is None:
             raise ValueError(f"{where}: stop strings need an engine with decode")
         slot = self._slot.get(request.key)
@@ -250,25 +245,25 @@ class TorchEngine:
             raise ValueError(f"{where}: does not extend its {known} tokens so far, token for token")
 
     def _wake(self) -> None:
-        """Have the pump run in the event loop of whoever waits. It ends when nothing can be done."""
+        """Start the pump in the running event loop. It ends when there is nothing left to do."""
         if self._waiting and (self._pump is None or self._pump.done()):
             loop = next(iter(self._waiting.values())).future.get_loop()
             self._pump = loop.create_task(self._run())
-            # A Ctrl-C that the task met ends the loop, which raises it itself; asyncio would log it a second time.
+            # A Ctrl-C inside the task ends the loop, which raises it itself; asyncio would log it a second time.
             self._pump.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _run(self) -> None:
         training = self._lm.training
         self._lm.eval()
         try:
-            await others()
+            await let_others_run()
             while self._admit():
                 finished = self._step()
                 for slot, generation in finished:
                     future = self._running.pop(slot).future
                     if not future.done():  # cancelled while the step ran
                         future.set_result(generation)
-                await (others() if finished else asyncio.sleep(0))
+                await (let_others_run() if finished else asyncio.sleep(0))
         except BaseException as error:
             self._fail(error)
             if not isinstance(error, Exception):
@@ -277,19 +272,19 @@ class TorchEngine:
             self._lm.train(training)
 
     def _fail(self, error: BaseException) -> None:
-        """Every request ends with the error; what the running ones had cached is in doubt and goes."""
+        """End every request with the error, and drop the caches of running ones, which may be incomplete."""
         for job in [*self._running.values(), *self._waiting.values()]:
             if isinstance(error, Exception) and not job.future.done():
                 job.future.set_exception(error)
             self.release(job.request.key)
 
     def _admit(self) -> bool:
-        """Move waiting requests to slots, in order of arrival. True if there is anything to step."""
+        """Move waiting requests to slots, in order of arrival. Returns whether there is anything to step."""
         room = self.prefill_tokens
         for key, job in list(self._waiting.items()):
             slot = self._slot.get(key)
             if slot is None and not self._free:
-                continue  # a later one may hold a slot
+                continue  # a later request may hold a slot
             new = len(job.request.ids) - (0 if slot is None else self._cached[slot])
             if new > room and room < self.prefill_tokens:
                 break
@@ -314,7 +309,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def _step(self) -> list[tuple[int, Generation]]:
-        """Feed all new tokens of all running slots, sample one each; returns the slots whose turn ended."""
+        """Feed all new tokens of all running slots and sample one token each; returns the slots whose turn ended."""
         slots = np.array(sorted(self._running))
         start, known = self._cached[slots], self._known[slots]
         new = known - start
@@ -337,13 +332,13 @@ class TorchEngine:
         return self._finish(slots, token_B)
 
     def _attend(self, slots, first, start, new, slot_S, position_S):
-        """The attention of one step: writes new keys and values to their slots, reads each slot's own."""
+        """Attention of one step: writes new keys and values to their slots, and reads each slot's own."""
         blocks = []
         size = np.ceil(np.log2(new))  # slots with n/2 < new <= n tokens share a block
-        for some in (np.flatnonzero(size == s) for s in np.unique(size)):
-            width = int(new[some].max() * (start + new)[some].max())
-            most = max(1, MASK_ELEMENTS // width)
-            for part in (some[i : i + most] for i in range(0, len(some), most)):
+        for members in (np.flatnonzero(size == s) for s in np.unique(size)):
+            width = int(new[members].max() * (start + new)[members].max())
+            slots_per_block = max(1, MASK_ELEMENTS // width)
+            for part in (members[i : i + slots_per_block] for i in range(0, len(members), slots_per_block)):
                 blocks.append(_Block(slots[part], first[part], start[part], new[part], self._device))
         tokens = int((start + new).max())
 
@@ -373,8 +368,8 @@ class TorchEngine:
         return token_B, logp_B
 
     def _logits(self, hidden_BH: torch.Tensor) -> torch.Tensor:
-        """float32 [B, V], as the trainer has them: products of a half-precision LM head, too, are summed and kept in
-        float32."""
+        """Logits float32 [B, V], equal to the trainer's: products of a half-precision LM head are also summed and kept
+        in float32."""
         head = lm_head(self._lm)
         if hidden_BH.is_cuda and head.weight.dtype != torch.float32:
             logits_BV = torch.mm(hidden_BH, head.weight.T, out_dtype=torch.float32)

@@ -1,1 +1,1 @@
-"""From questions to rollouts: one rollout, many at once, how turns are written, tools."""
+"""From questions to rollouts: one rollout, many at once, dialects, tools."""

@@ -1,4 +1,4 @@
-"""Many rollouts at once. Every rollout runs on its own: a slow tool call or a long turn holds up no other."""
+"""Many rollouts at once. Each rollout runs on its own: a slow tool call or a long turn delays no other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
-from igpo_fast.engines.base import others
+from igpo_fast.engines.base import let_others_run
 from igpo_fast.errors import InputError
 from igpo_fast.rollouts.rollout import Agent, run_rollout
 from igpo_fast.rollouts.tools.base import close
@@ -19,11 +19,11 @@ from igpo_fast.types import Group, Question, Rollout
 
 
 class RolloutLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock stands still while the loop does.
+    """An event loop whose clock stops while the loop does not run.
 
-    So the trainer's work on a finished group counts against no deadline of a tool, a server or a straggler: whether an
-    answer came in time does not depend on how quick the trainer is. What arrived meanwhile is read when the loop goes
-    on.
+    So the trainer's work on a finished group does not count against deadlines of tools, servers or stragglers: whether
+    an answer came in time does not depend on the trainer's speed. Data that arrived meanwhile is read when the loop
+    resumes.
     """
 
     def __init__(self):
@@ -31,10 +31,10 @@ class RolloutLoop(asyncio.SelectorEventLoop):
         self._stood, self._stopped = 0.0, self.clock()
 
     clock = staticmethod(time.monotonic)
-    """The world's seconds."""
+    """Seconds of real time."""
 
     def time(self) -> float:
-        """Seconds that deadlines are measured in."""
+        """Seconds in which deadlines are measured."""
         return self.clock() - self._stood
 
     def run_forever(self) -> None:
@@ -47,13 +47,14 @@ class RolloutLoop(asyncio.SelectorEventLoop):
 
 @dataclass(frozen=True)
 class Stragglers:
-    """When ``share`` of a batch's rollouts are done, each of the rest may take ``factor`` times their median duration.
+    """Limit on slow rollouts: once ``share`` of a batch's rollouts are done, each other may take ``factor`` times their
+    median duration.
 
     One that takes longer is left out of its group, as if the group had been smaller; a group that keeps fewer than two
     has nothing to compare and is dropped. Ended as a rollout without an answer, it would earn the format penalty for
-    its tools' latency, likelier the more turns it makes: that teaches short rollouts and shifts the mean of its group.
-    Left out, it biases nothing where latency is chance; where rollouts are slow because they are long, the long ones
-    are not learnt from. What is left out depends on the clock, so a run with stragglers does not repeat.
+    its tools' latency, which is likelier with more turns: that teaches short rollouts and shifts its group's mean.
+    Leaving it out adds no bias if latency is random; if rollouts are slow because they are long, long ones are not
+    trained on. The choice depends on the clock, so a run with stragglers is not reproducible.
     """
 
     share: float
@@ -79,13 +80,13 @@ class _Flight:
         self._changed = asyncio.Event()
         self._enough, self._stragglers, self._progress = enough, stragglers, progress
         self._tasks: list[asyncio.Task] = []
-        self._begun: dict[asyncio.Timeout, float] = {}  # of each rollout that has: its deadline, when it began
-        self._sampling = 0  # rollouts whose turn the engine has or gets next
-        self._seconds: list[float] = []  # that the finished ones took
-        self._allowed: float | None = None  # seconds, once enough of them are known
+        self._begun: dict[asyncio.Timeout, float] = {}  # per rollout that has begun: its deadline, when it began
+        self._sampling = 0  # rollouts whose turn is in the engine or next
+        self._seconds: list[float] = []  # seconds that finished rollouts took
+        self._allowed: float | None = None  # seconds, once enough rollouts have finished
         self._ended: dict[int, dict[int, Rollout | None]] = defaultdict(dict)
         self._finished: deque[tuple[int, Group]] = deque()
-        self._groups = 0  # finished, handed out or not
+        self._groups = 0  # finished groups, handed out or not
         self.stragglers = 0
 
     async def next(self) -> tuple[int, Group] | None:
@@ -97,7 +98,7 @@ class _Flight:
             self._all = asyncio.gather(*self._tasks)
             self._all.add_done_callback(self._over)
         while self._groups < self._enough:
-            await others()  # what has arrived meanwhile goes first
+            await let_others_run()  # data that arrived meanwhile goes first
             if self._all.done():
                 self._all.result()  # raises the first fault
                 break
@@ -108,13 +109,13 @@ class _Flight:
         return self._finished.popleft() if self._finished else None
 
     async def end(self) -> None:
-        """Cancel what is left, and see it end."""
+        """Cancel unfinished rollouts and await their end."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _over(self, everything: asyncio.Future) -> None:
-        everything.cancelled() or everything.exception()  # else asyncio complains, where nobody asks any more
+        everything.cancelled() or everything.exception()  # else asyncio complains about unretrieved exceptions
         self._changed.set()
 
     async def _one(self, place: int, index: int) -> None:
@@ -137,7 +138,7 @@ class _Flight:
 
     @asynccontextmanager
     async def _sample(self, deadline: asyncio.Timeout) -> AsyncIterator[None]:
-        """A turn of the rollout with this deadline, which begins when its first turn may."""
+        """Context of a rollout's turn in the engine; ``deadline`` starts when its first turn may begin."""
         self._sampling += 1
         try:
             async with self._turn:
@@ -184,26 +185,25 @@ def finished_groups(
     progress: Callable[[int, int], None] | None = None,
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> Iterator[tuple[int, Group]]:
-    """``group_size`` rollouts of each question, all together; groups as they finish.
+    """Sample ``group_size`` rollouts per question, all concurrently; yields groups as they finish.
 
-    A group is handed out when the engine has nothing to do: every rollout in flight waits for its tool, or all have
-    ended. While the caller works on it nothing else runs here, and no clock does: work on the engine's device costs
-    tools' time only, and no deadline. An engine that is ``remote`` samples on meanwhile, so its groups are handed out
-    at once.
+    A group is handed out when the engine is idle: every rollout in flight waits for its tool, or all have ended. While
+    the caller works on it nothing runs here and the clock stands, so that deadlines do not count the caller's work. A
+    ``remote`` engine goes on sampling meanwhile, so its groups are handed out at once.
 
     Args:
-        step: keys the sampling noise, with the agent's seed, question and rollout: what is sampled depends neither on
-            the other questions nor on their order.
-        enough: end with so many groups, whichever finish first, and cancel the rest; None waits for all.
+        step: seeds the sampling noise, with the agent's seed, question and rollout, so that draws depend neither on the
+            other questions nor on their order.
+        enough: number of groups, the first to finish, after which the rest are cancelled; None waits for all.
         stragglers: None waits for every rollout.
-        counts: gets ``rollout/stragglers``, the rollouts that were left out.
+        counts: gets ``rollout/stragglers``, the number of rollouts left out.
         progress: called with (done, total) after each rollout.
         loop_factory: makes the event loop; None makes a ``RolloutLoop``.
     Yields:
         A group and its question's place in ``questions``.
     Raises:
         InputError: two questions share an id, and so would share their noise.
-        Else whatever a rollout raises first; the others are cancelled, as they are when the iterator is closed.
+        Also the first error of a rollout; the others are then cancelled, as when the iterator is closed.
     """
     twice = [id for id, count in Counter(question.id for question in questions).items() if count > 1]
     if twice:
@@ -219,7 +219,7 @@ def finished_groups(
         await flight.end()
         await close(agent.tool, agent.engine)
 
-    # A Runner keeps its loop between runs; when it closes it cancels what is left and awaits its end.
+    # A Runner keeps its loop between runs; closing it cancels unfinished tasks and awaits their end.
     with asyncio.Runner(loop_factory=loop_factory or RolloutLoop) as runner:
         try:
             while (found := runner.run(flight.next())) is not None:

@@ -1,4 +1,4 @@
-"""One rollout: turn after turn, until the policy answers or may not go on."""
+"""One rollout: turn after turn, until the policy answers or reaches a limit."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ NOTHING = np.zeros(0, dtype=np.int32)
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a rollout may get. A turn begins only if all its ``max_turn_tokens`` fit in ``max_tokens``."""
+    """Limits of a rollout. A turn begins only if all its ``max_turn_tokens`` fit in ``max_tokens``."""
 
     max_turns: int
     max_turn_tokens: int
-    """Tokens the policy may sample in a turn."""
+    """Tokens that the policy may sample per turn."""
     max_tokens: int
-    """Tokens of the whole rollout, prompt and responses included."""
+    """Tokens per rollout, prompt and responses included."""
 
     def fits(self, tokens: int) -> bool:
-        """Whether a turn may begin after so many tokens."""
+        """Whether a turn may begin after ``tokens`` tokens."""
         return tokens + self.max_turn_tokens <= self.max_tokens
 
 
 def question_key(question: Question) -> int:
-    """A number for sampling keys that follows from the question's id alone: 0 .. 2**63 - 1."""
+    """A number for sampling keys that depends on the question's id alone: 0 .. 2**63 - 1."""
     return int.from_bytes(hashlib.blake2b(question.id.encode(), digest_size=8).digest()) >> 1
 
 
@@ -56,7 +56,7 @@ def opening(question: Question, dialect: Dialect, limits: Limits) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Agent:
-    """Who acts in a rollout, and by which rules: what sampling, tools and parsing need, made once a run."""
+    """Parts and settings of sampling, tools and parsing, made once per run."""
 
     engine: Engine
     tool: Tool
@@ -64,7 +64,7 @@ class Agent:
     limits: Limits
     sampling: Sampling
     seed: int
-    """Keys the sampling noise, with step, question and rollout."""
+    """Seed of the sampling noise, together with step, question and rollout."""
     concurrency: int
     """Rollouts that the engine samples at a time; with an engine that ``keeps_rollouts`` between turns, rollouts that
     wait for their tool count, too."""
@@ -77,16 +77,16 @@ async def run_rollout(
     index: int,
     turn: Callable[[], AbstractAsyncContextManager] = nullcontext,
 ) -> Rollout:
-    """Samples turns until the policy answers, ``max_turns`` are made, or the next turn would not fit.
+    """Sample turns until the policy answers, ``max_turns`` are made, or the next turn would not fit.
 
     Args:
-        step: keys the sampling noise, with the agent's seed, the question's id and ``index``.
+        step: seeds the sampling noise, with the agent's seed, the question's id and ``index``.
         index: the rollout's place in its group.
-        turn: makes the context that is entered while the engine samples a turn.
+        turn: makes the context of each turn in the engine.
     Returns:
         The rollout; its last turn has no response. A turn cut by length counts only if it parses anyway.
     Raises:
-        InputError: the prompt leaves no room for a turn. What engine and tool raise passes through.
+        InputError: the prompt leaves no room for a turn. Errors of engine and tool pass through.
     """
     engine, dialect, limits = agent.engine, agent.dialect, agent.limits
     key = (agent.seed, step, question_key(question), index)

@@ -1,1 +1,1 @@
-"""What a run keeps and shows: its folder, rows, records, signals."""
+"""A run's folder, metrics rows, records, display and signals."""

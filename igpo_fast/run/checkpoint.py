@@ -1,15 +1,15 @@
-"""The run folder: what a run writes, so that a process killed at any instant can go on.
+"""The run folder: a run's files, from which a run killed at any instant resumes.
 
     config.yaml                 the resolved configuration
-    begun.yaml, contents.json   the configuration and digests of the data as the run began: what must not change
-    metrics.jsonl               one object a step
-    rollouts/step_000007.jsonl  one object a rollout
+    begun.yaml, contents.json   configuration and digests of the data when the run began, which must not change
+    metrics.jsonl               one object per step
+    rollouts/step_000007.jsonl  one object per rollout
     checkpoints/step_000020/    weights that ``from_pretrained`` loads, tokenizer, state.pt, manifest.json
-    discarded/1/                what a killed session wrote after its last checkpoint
+    discarded/1/                rows and rollouts that a killed session wrote after its last checkpoint
 
 ``step`` is the 1-based number of the finished step; row 0 may hold an evaluation before training. The
-rollouts and the row of step k are written before the checkpoint of step k: what it builds on is on disk.
-Files appear under their names whole (files.py).
+rollouts and the row of step k are written before the checkpoint of step k, so everything that it builds on is on disk.
+Files are written atomically (files.py).
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class RunFolder:
 
     @cached_property
     def config(self) -> Config:
-        """The stored configuration; InputError if there is none or it cannot be read."""
+        """The stored configuration; InputError if it is missing or cannot be read."""
         return load(self._stored)
 
     def begin(self) -> None:
-        """The first write of a session: its configuration; clears what a killed session left half written.
+        """Write the session's configuration, its first write, and remove files that a killed session left half written.
 
         Raises:
             StorageError: the operating system refuses.
@@ -97,8 +97,8 @@ class RunFolder:
             sync(self.path)
 
     def _leftovers(self) -> list[Path]:
-        """Temporaries of a killed session. Only names that this module gives, and not through links: what lies behind
-        those is somebody else's."""
+        """Temporaries of a killed session: only names that this module gives, and not through links, whose targets
+        belong to others."""
         at_top = [temporary_of(path) for path in (self._stored, self._begun, self._contents, self.metrics)]
         moved = [temporary_of(folder / "metrics.jsonl") for folder in _real(self.discarded)]
         named = [*_real(self.rollouts), *_real(self.checkpoints)]
@@ -109,7 +109,7 @@ class RunFolder:
         return _numbered(self.checkpoints, "")
 
     def newest(self) -> Path | None:
-        """The folder of the newest checkpoint, every byte of it verified; None if there is none.
+        """The folder of the newest checkpoint, with every byte verified; None if there is none.
 
         Raises:
             InputError: it is damaged. An older one is never taken silently.
@@ -126,7 +126,7 @@ class RunFolder:
         return folder
 
     def read_metrics(self) -> list[dict]:
-        """The rows so far; a last line that is still being written is left out.
+        """The rows so far, without a last line that is still being written.
 
         Raises:
             InputError: a line is not JSON.
@@ -135,7 +135,7 @@ class RunFolder:
         return [json_value(line, f"{self.metrics}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
     def append_metrics(self, row: Mapping) -> None:
-        """Add one row, on disk when this returns. NaN and infinities are written as null."""
+        """Append one row; it is on disk when this returns. NaN and infinities are written as null."""
         append(self.metrics, json_line(dict(row)))
 
     def write_rollouts(self, step: int, records: Iterable[Mapping], kind: str = "step") -> Path:
@@ -146,7 +146,7 @@ class RunFolder:
         return path
 
     def missing_rollouts(self, step: int) -> str | None:
-        """What to tell the user if rollouts of finished steps up to ``step`` are gone: nothing reads them again."""
+        """A note if rollouts of finished steps up to ``step`` are missing; training does not read them."""
         found = _numbered(self.rollouts, r"\.jsonl")
         gone = [s for s in range(1, step + 1) if s not in found]
         if not gone:
@@ -156,13 +156,13 @@ class RunFolder:
 
 
 def open_run(path: str | Path, config: Config) -> RunFolder:
-    """Make a run folder, or take one to go on, and lock it until ``close``. ``RunFolder.begin`` writes in it:
-    bad input that is found before leaves no trace.
+    """Make a run folder, or open one to resume, and lock it until ``close``. Only ``RunFolder.begin`` writes in it, so
+    bad input found earlier leaves no trace.
 
-    Keys that config.py marks ``SESSION`` may differ from the stored configuration, and ``train.steps`` where the
-    learning rate does not depend on it; config.yaml then takes the new values.
+    Keys that config.py marks ``SESSION`` may differ from the stored configuration, and ``train.steps`` if the
+    learning rate does not depend on it; config.yaml then gets the new values.
     Raises:
-        InputError: the folder holds something else, was begun with other values or other data, or is in use.
+        InputError: the folder is no run folder, began with other values or other data, or is in use.
     """
     run = RunFolder(path)
     try:
@@ -194,7 +194,7 @@ def save_checkpoint(run: RunFolder, step: int, lm, tokenizer, optimizer, schedul
         optimizer, scheduler: ``state_dict()`` is saved.
         extra: numbers, strings, tensors and plain containers of them.
     Returns:
-        the checkpoint's folder; one that is already there holds the same state and is left as it is.
+        The checkpoint's folder; an existing one holds the same state and is left unchanged.
     Raises:
         pickle.UnpicklingError: ``extra`` or the scheduler's state holds other objects.
     """
@@ -206,7 +206,7 @@ def save_checkpoint(run: RunFolder, step: int, lm, tokenizer, optimizer, schedul
     with atomic_folder(folder) as temporary:
         lm.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        with open(temporary / "state.pt", "wb") as file:  # given a path, torch.save does not say what went wrong
+        with open(temporary / "state.pt", "wb") as file:  # given a path, torch.save hides the operating system's error
             torch.save({"optimizer": optimizer.state_dict(), **rest}, file)
         write_manifest(temporary, step=step, rows=_rows_now(run))
     for old in list(run.saved().values())[: -run.config.train.keep_checkpoints]:
@@ -221,8 +221,8 @@ def load_checkpoint(run: RunFolder, lm, optimizer, scheduler) -> tuple[int, dict
     """Restore the newest checkpoint, bit for bit: weights, optimiser, scheduler and torch's generators.
 
     Args:
-        lm: of the class that was saved (its ``from_pretrained`` reads the weights); loaded in place, so that
-            ties and the optimiser's references hold.
+        lm: a model of the saved class, whose ``from_pretrained`` reads the weights; loaded in place, so that ties and
+            the optimiser's references stay valid.
     Returns:
         (step, extra), or None if there is no checkpoint.
     Raises:
@@ -247,22 +247,22 @@ def load_checkpoint(run: RunFolder, lm, optimizer, scheduler) -> tuple[int, dict
             return int(folder.name.removeprefix("step_")), dict(state["extra"])
     except (torch.OutOfMemoryError, MemoryError, RunError):
         raise
-    except Exception as error:  # whatever unpickling, transformers and the optimiser raise for what does not fit
+    except Exception as error:  # unpickling, transformers and the optimiser may raise anything here
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(
-            f"{folder}: whole, but not a state of this run's model and optimiser ({reason}); go on with the version "
-            "of igpo-fast that wrote it, or begin anew with another run.dir="
+            f"{folder}: undamaged, but not a state of this run's model and optimiser ({reason}); go on with the "
+            "version of igpo-fast that wrote it, or begin anew with another run.dir="
         ) from error
 
 
 def rewind(run: RunFolder, step: int) -> Path | None:
-    """Move what was written after ``step`` into ``discarded/N/``: metrics rows, a torn last line, rollouts.
+    """Move metrics rows, a torn last line and rollouts that were written after ``step`` into ``discarded/N/``.
 
     Returns:
-        that folder, or None if there was nothing to move.
+        The folder, or None if there was nothing to move.
     Raises:
-        InputError: a line before the last of metrics.jsonl is not a row, or rows up to ``step`` are missing, twice or
-            out of order.
+        InputError: a line of metrics.jsonl before the last is not a row, or rows up to ``step`` are missing, repeated
+            or out of order.
         StorageError: the operating system refuses.
     """
     content = _content(run.metrics)
@@ -274,7 +274,7 @@ def rewind(run: RunFolder, step: int) -> Path | None:
     late = [line for _, s, line in rows if s is None or s > step]
     _check_rows(run, [(number, s) for number, s, _ in kept], step)
     before = b"".join(line + b"\n" for _, _, line in kept)
-    # The evaluation of step k is written before its row: whoever goes on after step k may make it again.
+    # The evaluation of step k is written before its row: a run that resumes after step k may repeat it.
     rollouts = [
         path for kind in ("step", "eval") for s, path in _numbered(run.rollouts, r"\.jsonl", kind).items() if s > step
     ]
@@ -296,7 +296,7 @@ def rewind(run: RunFolder, step: int) -> Path | None:
 
 
 def _check_rows(run: RunFolder, rows: list[tuple[int, int]], step: int) -> None:
-    """InputError unless ``rows`` (line and step of each, up to the checkpoint of ``step``) are those it builds on."""
+    """InputError unless ``rows`` (line and step of each) are the rows on which the checkpoint of ``step`` builds."""
     for (_, earlier), (number, later) in pairwise(rows):
         if later <= earlier:
             raise InputError(
@@ -326,16 +326,16 @@ def _rows_missing(run: RunFolder, first: int, last: int) -> InputError:
 
 
 def _rows_now(run: RunFolder) -> list[int] | None:
-    """For the manifest: steps of the first and the last row on disk."""
+    """Steps of the first and the last row on disk, for the manifest."""
     lines = _content(run.metrics).splitlines()
     return [_step_of(lines[0]), _step_of(lines[-1])] if lines else None
 
 
 def _check_same(run: RunFolder, config: Config) -> None:
-    """InputError if the run began with other values of keys that a session may not change, or with other data."""
+    """InputError if the run began with other data, or other values of keys that a session may not change."""
     free = session_keys() | ({"train.steps"} if config.train.lr_schedule == "constant" else set())
     now = _values(config)
-    # config.yaml can be edited, and is often the very file that the new values come from.
+    # config.yaml can be edited, and is often the file of the new values.
     for stored in (run.config, load(run._begun) if run._begun.exists() else run.config):
         before = _values(stored)
         for key, value in now.items():
@@ -360,7 +360,7 @@ def _values(config: Config) -> dict[str, object]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Give ``path`` this content, unless it has it."""
+    """Write ``content`` to ``path`` unless it is there already."""
     if not path.is_file() or path.read_bytes() != content:
         with atomic(path) as file:
             file.write(content)
@@ -372,14 +372,14 @@ def _content(path: Path) -> bytes:
 
 
 def _real(folder: Path) -> list[Path]:
-    """A folder's entries that are no links; none where it is a link itself, or no folder."""
+    """A folder's entries that are not links; none if it is a link itself or not a folder."""
     if folder.is_symlink() or not folder.is_dir():
         return []
     return [path for path in folder.iterdir() if not path.is_symlink()]
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
-    """ValueError for a state of other parameters, which would fail at the next update only."""
+    """ValueError for a state of other parameters, which would otherwise fail only at the next update."""
     for parameter, state in optimizer.state.items():
         if bad := [n for n, value in state.items() if value.ndim and value.shape != parameter.shape]:
             raise ValueError(f"{bad[0]} has another shape than its parameter")
@@ -391,7 +391,7 @@ def _rng_state() -> dict:
 
 
 def _check_loadable(state: dict) -> None:
-    """What ``weights_only`` would refuse at the resume must fail while the run is alive."""
+    """Fail now for objects that ``weights_only`` would refuse at the resume."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)

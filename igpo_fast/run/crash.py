@@ -1,4 +1,4 @@
-"""What a user is told of an exception: a line with a remedy, or for our bugs a line that names the kept traceback."""
+"""One line per exception for the user: a remedy, or for our bugs the file with the traceback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from igpo_fast.errors import RunError, masked
 
 
 def line_of(error: Exception) -> str | None:
-    """The line for an error that is no bug of ours: bad input, the system's refusals, no memory, a missing library."""
+    """The line for an error that is not our bug: bad input, the system's refusals, no memory, a missing library."""
     if isinstance(error, RunError):
         return str(error)
     if isinstance(error, OSError) and error.errno not in (None, errno.EPIPE):

@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a live display in a terminal, plain lines in a log."""
+"""Progress of a run: a live display in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from rich.progress import (
 from rich.text import Text
 
 from igpo_fast.errors import masked
+from igpo_fast.jsonl import finite
 
 LONG_PHASE = 10.0
-"""Seconds from which a phase is worth a line of a log."""
+"""Seconds from which a phase gets a line in a log."""
 QUIET_SECONDS = 60.0
-"""Longest silence of a log while a phase advances."""
+"""Longest silence of a log, in seconds, while a phase advances."""
 LOG_SECONDS = 10.0
-"""Between lines of a log that tell of progress."""
+"""Seconds between progress lines in a log."""
 BARS = "▁▂▃▄▅▆▇█"
 
 
 class Display:
     """Progress of a run.
 
-    In a terminal two bars are redrawn in place, the run's and the current phase's, above the last step's numbers, and
-    a line stays for each step that was evaluated. Elsewhere each step is a line; so are its phases of ``LONG_PHASE``
-    or more, as the row has them, and a phase's progress after ``QUIET_SECONDS``.
+    In a terminal two bars, the run's and the current phase's, are redrawn in place above the last step's numbers, and
+    each evaluated step leaves a line. Elsewhere each step is a line; its phases of ``LONG_PHASE`` or more get a line,
+    and so does a phase's progress after ``QUIET_SECONDS``.
 
     Args:
         steps: of the whole run.
@@ -56,7 +57,7 @@ class Display:
         self._clock = clock
         self._seconds: list[float] = []
         self._last_step = self._phase_start = self._last_line = clock()
-        self._phases: dict[str, float] = {}  # seconds of those that ended since the last step
+        self._phases: dict[str, float] = {}  # seconds of phases that ended since the last step
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -65,7 +66,7 @@ class Display:
         )
         self._run = self._progress.add_task("step", total=steps, completed=done)
         self._phase = self._progress.add_task("", total=None, visible=False)
-        # Not a column of the bars: a narrow terminal would squeeze those to nothing.
+        # Not a column of the bars: a narrow terminal would squeeze the bars to nothing.
         self._info = Text(no_wrap=True, overflow="ellipsis")
         self._live = Live(Group(self._progress, self._info), console=self.console, transient=True)
         self._phase_name, self._phase_total, self._phase_done = "", None, 0
@@ -81,7 +82,7 @@ class Display:
         self._live.stop()
 
     def phase(self, name: str, total: int | None = None) -> None:
-        """Begin a phase of ``total`` units; the one before ends."""
+        """Begin a phase of ``total`` units, which ends the one before."""
         self._end_phase()
         self._phase_name, self._phase_total, self._phase_done = name, total, 0
         self._phase_start = self._clock()
@@ -90,14 +91,14 @@ class Display:
         self._phase = self._progress.add_task(name, total=total)
 
     def advance(self, done: int = 1) -> None:
-        """``done`` more units of the phase are finished."""
+        """Add ``done`` finished units of the phase."""
         self._progress.advance(self._phase, done)
         self._phase_done += done
         if not self.console.is_terminal and self._clock() - self._last_line >= QUIET_SECONDS:
             self._print(Text(f"{self._phase_name} {self._phase_done}/{self._phase_total or '?'}"))
 
     def step(self, row: Mapping) -> None:
-        """A step is finished; ``row`` is its line of metrics.jsonl (step 0: evaluation before training)."""
+        """Show a finished step; ``row`` is its line of metrics.jsonl (step 0: evaluation before training)."""
         self._end_phase()
         now = self._clock()
         if row["step"] > 0:
@@ -108,11 +109,11 @@ class Display:
         line = f"{summary(row)}  eta {_duration(self._eta())}"
         self._progress.update(self._run, completed=self._done)
         self._info.plain = line
-        if not self.console.is_terminal or _number(row, "eval/f1") is not None:
+        if not self.console.is_terminal or finite(row.get("eval/f1")) is not None:
             self._print(Text(f"step {self._done}/{self.steps}  {line}"))
 
     def warm_start(self, done: int, total: int, loss: float) -> None:
-        """Progress of the warm start: a step of it is done."""
+        """Show that a step of the warm start is finished."""
         if done == 1:
             self.phase("warm start", total=total)
         self.advance()
@@ -120,21 +121,22 @@ class Display:
             self.note(f"warm start {done}/{total}  loss {loss:.3f}")
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Show a line that stays."""
         self._print(Text(masked(text)))
 
     def warn(self, text: str) -> None:
-        """A line that stays and stands out."""
+        """Show a highlighted line that stays."""
         self._print(Text(f"warning: {masked(text)}", style="yellow"))
 
     def _print(self, text: Text) -> None:
-        # soft_wrap: a log's line is a line, however narrow the console is taken to be.
+        # soft_wrap: a log's line stays one line, however narrow rich takes the console to be.
         self.console.print(text, soft_wrap=True)
         self._last_line = self._clock()
 
     def _print_phases(self, row: Mapping) -> None:
-        """The step's long phases: the row's ``time/*``, and by our clock what has no such key (the warm start)."""
-        timed = {key.removeprefix("time/"): _number(row, key) for key in row if key.startswith("time/")}
+        """Print the step's long phases: the row's ``time/*``, and by our own clock phases without such a key (the warm
+        start)."""
+        timed = {key.removeprefix("time/"): finite(row.get(key)) for key in row if key.startswith("time/")}
         seconds = {name: s for name, s in (self._phases | timed).items() if name != "step" and s is not None}
         long = [f"{name} {_duration(s)}" for name, s in seconds.items() if s >= LONG_PHASE]
         if long and not self.console.is_terminal:
@@ -155,7 +157,7 @@ class Display:
 
 
 def summary(row: Mapping) -> str:
-    """The row's main numbers in one line; those that it lacks are left out."""
+    """The row's main numbers in one line; missing ones are left out."""
     parts = [
         text.format(value)
         for key, text in (
@@ -164,26 +166,26 @@ def summary(row: Mapping) -> str:
             ("group/collapsed", "collapsed {:.2f}"),
             ("turns/mean", "turns {:.1f}"),
         )
-        if (value := _number(row, key)) is not None
+        if (value := finite(row.get(key))) is not None
     ]
-    tokens, seconds = _number(row, "tokens/rollout"), _number(row, "time/step")
+    tokens, seconds = finite(row.get("tokens/rollout")), finite(row.get("time/step"))
     if tokens is not None and seconds:
         parts.append(f"{tokens / seconds:,.0f} tokens/s")
     if seconds is not None:
         parts.append(f"{seconds:.1f} s")
-    if (f1 := _number(row, "eval/f1")) is not None:
-        error = _number(row, "eval/f1_se")
+    if (f1 := finite(row.get("eval/f1"))) is not None:
+        error = finite(row.get("eval/f1_se"))
         parts.append(f"eval f1 {f1:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
     return "  ".join(parts)
 
 
 def sparkline(values: Sequence[float | None], low: float | None = None, high: float | None = None) -> str:
-    """A bar a value, from ``low`` (default: the least) to ``high`` (the greatest); a gap for None and NaN.
+    """One bar per value, from ``low`` (default: the least) to ``high`` (the greatest); a gap for None and NaN.
 
     >>> sparkline([0.0, 0.5, None, 1.0])
     '▁▅ █'
     """
-    numbers = [value for value in values if value is not None and math.isfinite(value)]
+    numbers = [value for value in values if finite(value) is not None]
     if not numbers:
         return " " * len(values)
     low = min(numbers) if low is None else low
@@ -193,12 +195,7 @@ def sparkline(values: Sequence[float | None], low: float | None = None, high: fl
         share = (value - low) / (high - low) if high > low else 0.0
         return BARS[min(int(max(share, 0.0) * len(BARS)), len(BARS) - 1)]
 
-    return "".join(bar(value) if value is not None and math.isfinite(value) else " " for value in values)
-
-
-def _number(row: Mapping, key: str) -> float | None:
-    value = row.get(key)
-    return value if value is not None and math.isfinite(value) else None
+    return "".join(" " if finite(value) is None else bar(value) for value in values)
 
 
 def _duration(seconds: float) -> str:
@@ -214,13 +211,13 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def bar(name: str, log: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """What shows progress on stderr and takes (done, total): a bar, or where that is no terminal a line at times, or
-    nothing without ``log``."""
+    """A context whose value takes (done, total) and shows progress on stderr: a bar, or if that is no terminal a line
+    at times, or nothing without ``log``."""
     console = Console(stderr=True)
     if log and not console.is_terminal:
         yield _log_line(name)
         return
-    name_column = TextColumn("{task.description}", markup=False)  # a file's name may hold what looks like markup
+    name_column = TextColumn("{task.description}", markup=False)  # a file's name may look like markup
     columns = (name_column, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(name, total=None)
@@ -228,7 +225,7 @@ def bar(name: str, log: bool = True) -> Iterator[Callable[[int, int], None]]:
 
 
 def _log_line(name: str) -> Callable[[int, int], None]:
-    """Prints the first, the last, and every tenth second's progress."""
+    """Print progress at the start, at the end, and every ten seconds."""
     last = -math.inf
 
     def show(done: int, total: int) -> None:

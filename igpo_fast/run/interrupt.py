@@ -11,14 +11,14 @@ from contextlib import contextmanager, suppress
 
 
 class Interrupted(Exception):
-    """The user asked to stop, and a checkpoint holds everything so far."""
+    """The user asked to stop, and a checkpoint holds all progress."""
 
 
 @contextmanager
 def stop_requested() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets, so that the step ends and is saved; the second ends at once.
+    """An event that the first SIGINT or SIGTERM sets, so that the step ends and is saved; the second ends the process.
 
-    The first is answered at once by a line on stderr.
+    A line on stderr acknowledges the first at once.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -42,7 +42,7 @@ def stop_requested() -> Iterator[threading.Event]:
 
 
 def _say(line: str) -> None:
-    """Write to stderr from a signal handler: not through Python's buffers, which the signal may have found in use."""
+    """Write to stderr from a signal handler: not through Python's buffers, which the signal may have interrupted."""
     clear = "\r\x1b[2K" if sys.stderr.isatty() else ""
     with suppress(OSError):
         os.write(2, f"{clear}{line}\n".encode())

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from igpo_fast.files import storage
+from igpo_fast.jsonl import finite
 
 KEYS = (
     "step", "train/lr", "reward/outcome", "reward/f1", "reward/em", "reward/ig_mean", "reward/ig_abs", "reward/ig_zero",
@@ -25,7 +26,7 @@ KEYS = (
     "time/step", "time/eval", "memory/peak_gb", "eval/f1", "eval/f1_se", "eval/em", "eval/turns",
     "eval/search_failures",
 )  # fmt: skip
-"""The order of a row; one that ends in a slash stands for all keys that begin so, and other keys follow."""
+"""Order of a row's keys; one that ends in a slash stands for all keys with that prefix, and other keys follow."""
 
 TOKEN_MEANS = {
     "loss/kl": "kl",
@@ -35,9 +36,9 @@ TOKEN_MEANS = {
     "mismatch/capped": "capped",
     "mismatch/masked": "masked",
 }
-"""Row key -> the pack sum that is divided by the pack's ``tokens``."""
+"""Row key -> the pack's sum that is divided by its ``tokens``."""
 EVALUATION = "eval"
-"""The phase that is no part of ``time/step``."""
+"""The phase that is not counted in ``time/step``."""
 
 
 class StepMetrics:
@@ -63,18 +64,18 @@ class StepMetrics:
         return self._values[key]
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside to ``time/NAME``; work queued on a GPU counts."""
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds spent inside to ``time/PHASE``; work queued on a GPU counts."""
         start = self._clock()
         try:
             yield
         finally:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
-            self._times[f"time/{name}"] = self._times.get(f"time/{name}", 0.0) + self._clock() - start
+            self._times[f"time/{phase}"] = self._times.get(f"time/{phase}", 0.0) + self._clock() - start
 
     def set(self, values: Mapping[str, float]) -> None:
-        """Put finished numbers into the row; a key set twice takes the later one."""
+        """Put finished numbers into the row; of a key set twice the later value counts."""
         self._values |= values
 
     def add(self, values: Mapping[str, float]) -> None:
@@ -83,7 +84,7 @@ class StepMetrics:
             self._values[key] = self._values.get(key, 0) + value
 
     def largest(self, values: Mapping[str, float]) -> None:
-        """Keep the larger of these and what the row has under the same keys; NaN stays."""
+        """Keep the larger of these values and the row's under the same keys; NaN stays."""
         for key, value in values.items():
             self._values[key] = float(np.maximum(self._values.get(key, -math.inf), value))
 
@@ -91,11 +92,11 @@ class StepMetrics:
         """Count one optimiser update.
 
         Args:
-            packs: per pack, what ``igpo_kernels.policy_loss`` reports: sums over its pairs (``policy``,
-                weighted, and ``tokens``, ``kl``, ``entropy``, ``clipped``, ``mismatch``), and
-                ``losses.importance_counts``. What was not measured is left out (``losses.measured``). Scalars;
-                tensors are read in ``row`` only, so that no GPU is waited for.
-            grad_norm: before clipping.
+            packs: per pack, the results of ``igpo_kernels.policy_loss``: sums over its pairs (``policy``, weighted, and
+                ``tokens``, ``kl``, ``entropy``, ``clipped``, ``mismatch``), and ``losses.importance_counts``.
+                Unmeasured ones are left out (``losses.measured``). Scalars; tensors are read in ``row`` only, so that
+                nothing waits for the GPU.
+            grad_norm: gradient norm before clipping.
         """
         for pack in packs:
             for name in ("policy", "tokens", *TOKEN_MEANS.values()):
@@ -106,9 +107,9 @@ class StepMetrics:
     def row(self) -> dict[str, float]:
         """The row, keys in the order of ``KEYS``.
 
-        ``loss/policy`` and ``loss/grad_norm`` are means over updates; those of ``TOKEN_MEANS`` over decision tokens; a
-        mean over nothing is absent. Times are seconds, ``time/step`` since this object was made but for
-        ``time/eval``.
+        ``loss/policy`` and ``loss/grad_norm`` are means over updates, keys of ``TOKEN_MEANS`` means over decision
+        tokens; a mean over nothing is absent. Times are in seconds; ``time/step`` counts from this object's creation,
+        without ``time/eval``.
         """
         row = dict(self._values)
         sums = {name: float(value) for name, value in self._sums.items()}
@@ -139,12 +140,12 @@ def peak_memory_gb() -> float:
 
 @contextmanager
 def tracker(name: str, folder: Path, step: int) -> Iterator[Callable[[Mapping], None]]:
-    """What sends rows to ``run.tracker``.
+    """A context whose value sends rows to ``run.tracker``.
 
     Args:
         name: ``none`` or ``tensorboard``.
         folder: where TensorBoard's files go.
-        step: the last finished one; what an earlier session logged after it is hidden.
+        step: the last finished step; later entries of an earlier session are hidden.
     """
     if name == "none":
         yield lambda row: None
@@ -157,7 +158,7 @@ def tracker(name: str, folder: Path, step: int) -> Iterator[Callable[[Mapping], 
     def log(row: Mapping) -> None:
         with storage(folder):
             for key, value in row.items():
-                if key != "step" and value is not None and math.isfinite(value):
+                if key != "step" and finite(value) is not None:
                     writer.add_scalar(key, value, int(row["step"]))
             writer.flush()
 

@@ -1,4 +1,4 @@
-"""What a line of rollouts/*.jsonl holds, written and read: a rollout and, where it was trained on, what it earned."""
+"""Records of rollouts/*.jsonl, written and read: a rollout and, if it was trained on, its rewards and advantages."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from igpo_fast.jsonl import finite
 from igpo_fast.types import Question, Rollout, Turn, TurnScores
 
 VERSION = 1
-"""Raised when a key changes its meaning or goes; a new key does not raise it."""
+"""Version of records; increased when a key changes its meaning or is removed, not when one is added."""
 
 
 def record_of(rollout: Rollout, scores: TurnScores | None = None) -> dict[str, Any]:
     """The JSON object of a rollout.
 
-    ``values`` are v_0 .. v_{T-1}; a turn's ``value`` is the one after it and ``info_gain`` what the turn added, both
-    null for the last turn. Undefined numbers are null: all of these where the algorithm needs no values, and what a
-    rollout earned where it was only evaluated.
+    ``values`` are v_0 .. v_{T-1}; a turn's ``value`` is the one after it and ``info_gain`` its increase, both null
+    for the last turn. Undefined numbers are null: all of these if the algorithm needs no values, and rewards and
+    advantages of a rollout that was only evaluated.
     """
     question, unscored = rollout.question, [None] * len(rollout.turns)
     values = _numbers(scores.values) if scores else unscored
@@ -64,9 +65,10 @@ def record_of(rollout: Rollout, scores: TurnScores | None = None) -> dict[str, A
 
 
 def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, TurnScores | None]:
-    """The rollout of a record, and what it earned; None where it was not scored.
+    """The rollout of a record and its scores; None in their place if it was not scored.
 
-    A null is NaN again, so ``record_of`` gives the same record. The question's ``hops`` and ``steps`` are not kept.
+    A null becomes NaN again, so ``record_of`` gives the same record. The question's ``hops`` and ``steps`` are not
+    kept.
 
     Raises:
         ValueError: a record of a later version.
@@ -110,8 +112,8 @@ def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, TurnScores | None]:
 
 
 def _numbers(values: Sequence[float] | np.ndarray) -> list[float | None]:
-    """JSON knows no NaN: null stands for it."""
-    return [float(value) if math.isfinite(value) else None for value in values]
+    """JSON has null in place of NaN."""
+    return [finite(float(value)) for value in values]
 
 
 def _array(values: Sequence[float | None], dtype: type) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""A run from its folder's point of view: what is written when, and one rule: whatever raises costs no finished step.
+"""The order in which a run writes its files, and the rule that no error costs a finished step.
 
-Order of writes in a step: rollouts, row, checkpoint. So what a checkpoint builds on is on disk.
+Order of writes in a step: rollouts, row, checkpoint. So everything that a checkpoint builds on is on disk.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from igpo_fast.types import Batch, Evaluation
 
 
 class Owner(Protocol):
-    """Who owns the weights (update/learner.Learner)."""
+    """The owner of the weights (update/learner.Learner)."""
 
     updates: int
     lm: torch.nn.Module
@@ -34,10 +34,10 @@ class Owner(Protocol):
 
 
 class Session:
-    """One process's part of a run, as a context: the folder is locked, the display is on.
+    """One process's part of a run, as a context in which the folder is locked and the display is on.
 
     Args:
-        config: ``run.dir`` names the folder, which is made, or taken to go on.
+        config: ``run.dir`` names the folder, which is made or resumed.
     """
 
     def __init__(self, config: Config, display: Display):
@@ -62,7 +62,7 @@ class Session:
         self._stack.close()
 
     def resume(self, learner: Owner, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Restore the newest checkpoint and move aside what was written after it.
+        """Restore the newest checkpoint and move later rows and rollouts aside.
 
         Returns:
             The last finished step, 0 at the start.
@@ -91,11 +91,11 @@ class Session:
         return not self._rows or self._rows[-1]["step"] < self._finished
 
     def complete_row(self, metrics: Mapping[str, float]) -> None:
-        """Write the missing row: what the checkpoint has of it, and ``metrics``."""
+        """Write the missing row: the checkpoint's part of it, and ``metrics``."""
         self._report(ordered(self._unwritten | metrics))
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, each with its checkpoint where one is due.
+        """The remaining steps; each is followed by a checkpoint if one is due.
 
         Raises:
             Interrupted: the user asked to stop; a checkpoint holds everything so far.
@@ -113,9 +113,9 @@ class Session:
     def step(self, number: int) -> Iterator[StepMetrics]:
         """A step's row, written when the block ends. If the block raises, a checkpoint keeps every finished step.
 
-        Weights that have not changed are those of the step before. Once its rollouts are written the step itself is
-        finished, and the checkpoint carries what its row has so far. Between two updates of one step there is nothing
-        to keep: the run goes back to its last checkpoint.
+        Unchanged weights are the weights of the step before. Once its rollouts are written, the step itself is
+        finished, and the checkpoint carries its row so far. Between two updates of one step nothing can be kept: the
+        run goes back to its last checkpoint.
         """
         metrics, updates = StepMetrics(number), self._learner.updates
         try:
@@ -134,17 +134,17 @@ class Session:
         self._report(metrics.row())
 
     def write_rollouts(self, batch: Batch) -> None:
-        """Put a trained batch on record: its step is finished."""
+        """Write a trained batch's rollouts: its step is finished."""
         self.folder.write_rollouts(batch.step, map(record_of, batch.rollouts, batch.scores))
         self._finished = batch.step
 
     def write_evaluation(self, step: int, evaluation: Evaluation) -> dict[str, float]:
-        """Put on record what the policy said on held-out questions after a step; returns the evaluation's metrics."""
+        """Write the rollouts of an evaluation after a step; returns its metrics."""
         self.folder.write_rollouts(step, map(record_of, evaluation.rollouts), "eval")
         return evaluation.metrics
 
     def _save(self, step: int, row: Mapping[str, float] | None = None) -> None:
-        """Write a finished step's checkpoint; ``row``: what its row has so far, if that cannot be written yet."""
+        """Write a finished step's checkpoint; ``row`` is its row so far if that cannot be written yet."""
         extra = {} if row is None else {"row": {key: np.asarray(value).item() for key, value in row.items()}}
         learner = self._learner
         save_checkpoint(self.folder, step, learner.lm, self._tokenizer, learner.optimizer, learner.scheduler, extra)

@@ -1,4 +1,4 @@
-"""Known failures, told from a run's rows, and warnings about settings that do nothing."""
+"""Warnings about known failures, recognised from a run's rows."""
 
 from __future__ import annotations
 
@@ -7,32 +7,34 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from igpo_fast.jsonl import finite
+
 PATIENCE = 3
 """Rows in a row past the limit before a warning."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """A metric that, past a limit, tells of a known failure (algorithm.md, "What is known to go wrong")."""
+    """A metric that, past a limit, indicates a known failure (algorithm.md, "What is known to go wrong")."""
 
     key: str
     what: str
     remedy: str
     limit: float | Callable[[float], float]
-    """A number, or a function of the metric's early level: the change is bad. Then rows count as early, and are not
-    judged, until the policy has changed, and ``EARLY`` of them at least."""
+    """A number, or a function of the metric's early level if its change is bad. Rows then count as early, and are not
+    judged, until the policy has changed, but at least ``EARLY`` of them."""
     above: bool = True
-    """Whether high values are the bad ones."""
+    """Whether high values are bad."""
     patience: int = PATIENCE
     """Rows in a row past the limit before a warning."""
     infinite: bool = False
-    """Whether what is not finite (null in metrics.jsonl) is past the limit; else it is not judged."""
+    """Whether non-finite values (null in metrics.jsonl) are past the limit; else they are not judged."""
 
 
 EARLY = 5
-"""Rows whose mean is a metric's early level, at least."""
+"""Least number of rows whose mean is a metric's early level."""
 RELEASE = 0.1
-"""A metric must come back by this share of the limit before it can be warned about again."""
+"""Share of the limit by which a metric must come back before it is warned about again."""
 
 SIGNATURES = (
     Signature(
@@ -52,7 +54,7 @@ SIGNATURES = (
     Signature(
         "reward/ig_cum_negative",
         "most rollouts lose information",
-        "the policy drifts from the truth: lower train.lr or raise algorithm.kl",
+        "the policy drifts from the correct answers: lower train.lr or raise algorithm.kl",
         limit=lambda early: max(0.6, 1.2 * early),
     ),
     Signature(
@@ -72,14 +74,14 @@ SIGNATURES = (
     Signature(
         "loss/entropy",
         "entropy rises",
-        "the policy dissolves, shorter rollouts often follow: lower train.lr or algorithm.entropy, "
+        "the policy becomes random, and shorter rollouts often follow: lower train.lr or algorithm.entropy, "
         "or try algorithm.preset=robust",
         limit=lambda early: min(1.5 * early, 1.3) if early < 1.3 else 1.5 * early,
     ),
     Signature(
         "turns/mean",
         "rollouts shorten",
-        "average turns are punished: try algorithm.ig_center=false or a lower algorithm.gamma",
+        "average turns get negative advantages: try algorithm.ig_center=false or a lower algorithm.gamma",
         limit=lambda early: 0.6 * early,
         above=False,
     ),
@@ -101,10 +103,10 @@ SIGNATURES = (
 
 
 def warnings_for(rows: Sequence[Mapping], limits: Mapping[str, float] = MappingProxyType({})) -> list[str]:
-    """Warnings that the last of a run's rows raises, a line each; ``limits`` replace those of the metrics they name.
+    """Warnings for the last of a run's rows, one line each; ``limits`` replace those of the metrics that they name.
 
-    A signature warns once, when its metric has been past the limit for ``patience`` rows, and again only
-    after it came back clearly. It depends on the rows alone, so a resumed run repeats nothing.
+    A signature warns once, after its metric was past the limit for ``patience`` rows, and again only after it came
+    back clearly. Warnings depend on the rows alone, so a resumed run repeats none.
     """
     signatures = [replace(s, limit=limits[s.key]) if s.key in limits else s for s in SIGNATURES]
     return [message for signature in signatures if (message := _warning(signature, rows))]
@@ -136,15 +138,15 @@ def _warning(signature: Signature, rows: Sequence[Mapping]) -> str | None:
 
 
 def _unchanged(rows: Sequence[Mapping]) -> int:
-    """How many rows tell of the policy that the run began with: a gradient of 0 changes nothing, and a row's rollouts
-    are older than its update."""
+    """Number of rows whose rollouts are of the initial policy: a gradient of 0 changes nothing, and a row's rollouts
+    come before its update."""
     changing = (number for number, row in enumerate(rows, 1) if row.get("loss/grad_norm", math.nan) != 0)
     return next(changing, len(rows))
 
 
 def _level(row: Mapping, signature: Signature) -> float | None:
-    """A row's value as it is judged; None if it is not."""
-    value = row.get(signature.key)
-    if value is not None and math.isfinite(value):
+    """A row's value for judging; None if it is not judged."""
+    value = finite(row.get(signature.key))
+    if value is not None:
         return value
     return math.inf if signature.infinite and signature.key in row else None

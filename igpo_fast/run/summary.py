@@ -1,18 +1,18 @@
-"""The last lines of a training run: what was learned, where it lies, what to try next."""
+"""The last lines of a training run: results, folder, commands to try next."""
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from igpo_fast.config import Config, load
 from igpo_fast.errors import InputError, masked
+from igpo_fast.jsonl import finite
 from igpo_fast.run.display import sparkline
 
 SPAN = 5
-"""Training numbers are noisy from step to step: first and last are means over so many steps, or half of a short run."""
+"""Steps over which first and last training numbers are averaged, because they are noisy; half of a short run."""
 REAL_QUESTIONS = Path("configs/musique.yaml")
 TRAINING = (
     ("reward/f1", "training f1", ".3f"),
@@ -22,12 +22,12 @@ TRAINING = (
 
 
 def run_summary(rows: Sequence[Mapping], folder: Path, config: Config, program: str = "igpo-fast") -> str:
-    """What a run came to, in a few lines.
+    """A run's results in a few lines.
 
     Args:
         rows: of metrics.jsonl, in order; null and missing numbers are left out.
         folder: the run folder.
-        program: how to call the command line from here.
+        program: the command that calls this program.
     """
     lines = [("learned", text) for text in (_evaluation(rows), _training(rows)) if text]
     lines.append(("run folder", f"{folder} (config.yaml, metrics.jsonl, rollouts/, checkpoints/)"))
@@ -78,7 +78,7 @@ def _commands(folder: Path, config: Config, program: str) -> Iterable[str]:
 
 
 def _can_run(file: Path) -> bool:
-    """Whether a configuration and the files that it names are there; sets of the datasets hub count as there."""
+    """Whether a configuration and the files that it names exist; data sets of the datasets hub count as existing."""
     try:
         data = load(file).data
     except InputError:
@@ -93,8 +93,7 @@ def _with_error(row: Mapping) -> str:
 
 
 def _known(row: Mapping, key: str) -> bool:
-    value = row.get(key)
-    return value is not None and math.isfinite(value)
+    return finite(row.get(key)) is not None
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -19,19 +19,19 @@ class Encoder(Protocol):
     """Texts to vectors."""
 
     settings: dict[str, object]
-    """Everything that the vectors depend on."""
+    """Settings on which the vectors depend."""
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [n, dimensions], rows of length 1."""
         ...
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
-        """The same of passages."""
+        """float32 [n, dimensions], rows of length 1."""
         ...
 
 
 class Dense:
-    """Cosine similarity of vectors, exact: FAISS compares a query with all of them."""
+    """Cosine similarity of vectors, exact: FAISS compares a query with every vector."""
 
     kind = "dense"
     BATCH = 256
@@ -45,7 +45,7 @@ class Dense:
         self._faiss = faiss
         self._encoder = encoder
         self.settings = {"encoder": encoder.settings}
-        self._alone = threading.Lock()  # tokenizers and models are not made for several threads
+        self._alone = threading.Lock()  # tokenizers and models are not thread-safe
 
     def build(self, documents: Documents, folder: Path, bar: Bar) -> None:
         """Encode all passages into ``folder/vectors.npy``: float32 [passages, dimensions]."""
@@ -80,10 +80,10 @@ class SentenceEncoder:
     """A sentence-transformer of a local directory.
 
     Args:
-        prompts: what precedes queries and passages ("query: ", "passage: " for E5); None leaves each to the model's own
+        prompts: prefixes of queries and passages ("query: ", "passage: " for E5); None takes the model's own
             configuration.
     Raises:
-        InputError: nothing loads from there.
+        InputError: no model loads from there.
     """
 
     def __init__(self, folder: Path, prompts: tuple[str | None, str | None] = (None, None)):
@@ -97,7 +97,9 @@ class SentenceEncoder:
             self._model = SentenceTransformer(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"--dense {folder}: no sentence-transformer loads from there ({reason})") from None
+            raise InputError(
+                f"--dense {folder}: no sentence-transformer loads from there ({reason}); give another folder"
+            ) from None
         self._prompts = prompts
         self.settings = {"model": _digest_of_folder(folder), "prompts": prompts}
 

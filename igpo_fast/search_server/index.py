@@ -1,10 +1,10 @@
 """A search index over a corpus file: built once, kept on disk, memory-mapped by every process that serves it.
 
-DIR/CORPUS-KIND-KEY/    a complete index; what is half built has a name that begins with a dot
-  documents.jsonl       one {"id", "contents"} a passage, in the corpus's order
-  offsets.npy           where each begins, and the end of the last: int64 [passages + 1]
+DIR/CORPUS-KIND-KEY/    a complete index; the name of one in the making begins with a dot
+  documents.jsonl       one {"id", "contents"} per passage, in the corpus's order
+  offsets.npy           offset of each passage, and the end of the last: int64 [passages + 1]
   ...                   the retriever's files
-  manifest.json         what it was built from and with, and the size of each file
+  manifest.json         the corpus, the settings, and the size of each file
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from igpo_fast.files import atomic, sync
 from igpo_fast.types import Passage
 
 FORMAT = 2
-"""Version of the files; raised when they, or how texts become words, change."""
+"""Version of the files; increased when their format or the splitting into words changes."""
 
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """``with bar("reading") as progress: progress(done, total)``."""
 
 
 class Documents:
-    """The passages of an index as they are served: a mapped file, no copy in memory."""
+    """The passages of an index in their served form: a mapped file, without a copy in memory."""
 
     def __init__(self, folder: Path):
-        """Raises ValueError where the two files do not fit together."""
+        """Raises ValueError if the two files do not fit together."""
         self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
         with open(folder / "documents.jsonl", "rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -69,14 +69,14 @@ class Retriever(Protocol):
 
     kind: str
     settings: dict[str, object]
-    """Everything that its files depend on, beside the corpus."""
+    """Settings, besides the corpus, on which its files depend."""
 
     def build(self, documents: Documents, folder: Path, bar: Bar) -> None:
-        """Write its files."""
+        """Write the retriever's files."""
         ...
 
     def open(self, folder: Path) -> None:
-        """Map them."""
+        """Map the retriever's files."""
         ...
 
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
@@ -85,7 +85,7 @@ class Retriever(Protocol):
 
 
 class Bm25:
-    """BM25 (Lucene's variant), ranked as ``Bm25Search`` ranks."""
+    """BM25 (Lucene's variant), with the ranking of ``Bm25Search``."""
 
     kind = "bm25"
 
@@ -93,7 +93,7 @@ class Bm25:
         self.settings = {"bm25s": bm25s.__version__}
 
     def build(self, documents: Documents, folder: Path, bar: Bar) -> None:
-        """Write bm25s's own index to ``folder/bm25``; memory is that of all words' numbers, int32."""
+        """Write bm25s's own index to ``folder/bm25``; takes memory for the int32 numbers of all words."""
         vocabulary: dict[str, int] = {}
         ids = []
         with bar("words") as progress:
@@ -102,16 +102,16 @@ class Bm25:
                 ids.append(array("i", [vocabulary.setdefault(word, len(vocabulary)) for word in found]))
                 progress(number + 1, len(documents))
         index = bm25s.BM25()
-        # Its own bars follow.
+        # bm25s's own bars follow.
         index.index(Tokenized(ids, vocabulary), show_progress=sys.stderr.isatty(), create_empty_token=False)
         index.save(folder / "bm25", show_progress=False)
 
     def open(self, folder: Path) -> None:
-        """Map it."""
+        """Map the index."""
         self._index = bm25s.BM25.load(folder / "bm25", mmap=True, show_progress=False)
 
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
-        """At most ``k`` passages for each query, as ``best`` ranks them."""
+        """At most ``k`` passages per query, ranked by ``best``."""
         return [best(self._index, query, k) for query in queries]
 
 
@@ -130,11 +130,11 @@ class Index:
 
 
 def open_index(corpus: Path, retriever: Retriever, root: Path, bar: Bar | None = None) -> Index:
-    """The index of a corpus file: the one in ``root`` that was built from this content with these settings, else built
-    now. A second process that wants it meanwhile waits.
+    """The index of a corpus file: the one in ``root`` for this content and these settings, or a new one. A second
+    process that needs it meanwhile waits.
 
-    A corpus whose path, size and time are those of the index is taken to be the same; if only its size is, it is read
-    and compared by content.
+    A corpus with the path, size and time recorded in the index is taken to be unchanged; if only its size is the same,
+    it is compared by content.
 
     Args:
         corpus: JSON lines as ``passages.load_corpus`` takes them.
@@ -151,7 +151,7 @@ def open_index(corpus: Path, retriever: Retriever, root: Path, bar: Bar | None =
             folder = _build(corpus, stat, settings, retriever, root, bar or (lambda name: nullcontext(_ignore)))
     try:
         return Index(folder, retriever)
-    except Exception as error:  # whatever numpy, bm25s or JSON raise of files that we wrote: they have changed since
+    except Exception as error:  # numpy, bm25s and JSON may raise anything for our own files once they have changed
         raise _damaged(folder, " ".join(f"{type(error).__name__}: {error}".split())[:200]) from error
 
 
@@ -164,7 +164,7 @@ def _ignore(done: int, total: int) -> None:
 
 
 def _stat(corpus: Path) -> dict[str, object]:
-    """Path, size and time of a file, which identify it without reading it."""
+    """Path, size and time of a file, which identify it without reading."""
     try:
         with open(corpus, "rb") as file:
             found = os.fstat(file.fileno())
@@ -205,7 +205,7 @@ def _find(corpus: Path, stat: dict, settings: dict, root: Path) -> Path | None:
 
 
 def _read_manifest(path: Path) -> dict:
-    """Raises InputError where it is not what ``_build`` writes."""
+    """Raises InputError if ``_build`` did not write it."""
     try:
         manifest = json.loads(path.read_bytes())
         known, sizes = manifest["corpus"], manifest["files"]
@@ -281,7 +281,7 @@ def _write_documents(corpus: Path, folder: Path, bar: Bar) -> str:
 
 
 def _document(passage: Passage, row: Mapping[str, Any]) -> bytes:
-    """A passage as it is served: contents as they are given, else title and text."""
+    """A passage in its served form: contents if given, else title and text."""
     given = "contents" in row and "text" not in row
     title = " ".join(passage.title.split())
     contents = str(row["contents"]) if given else f"{title}\n{passage.text}"

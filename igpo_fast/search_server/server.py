@@ -45,11 +45,11 @@ class Request(BaseModel):
     """The body of a request to ``/retrieve``."""
 
     queries: Annotated[list[Annotated[str, Field(max_length=MOST_CHARACTERS)]], Field(max_length=MOST_QUERIES)]
-    """Each is answered by a list of its own, in their order."""
+    """Queries; the answer has one list per query, in their order."""
     topk: Annotated[int, Field(ge=0, le=MOST_TOPK)] | None = None
     """Passages per query; None and 0 take the server's own number."""
     return_scores: bool = False
-    """Documents with their scores, else alone."""
+    """Return documents with their scores, or alone."""
 
     @model_validator(mode="after")
     def _together(self) -> Request:
@@ -59,17 +59,17 @@ class Request(BaseModel):
 
 
 def make_app(index: Index, topk: int) -> FastAPI:
-    """The server's application; ``topk`` where a request names none."""
+    """The server's application; ``topk`` applies if a request gives none."""
     app = FastAPI(title="igpo-fast search")
     app.add_middleware(BodyLimit)
 
-    # FastAPI's own answer repeats the input, which may be long, or NaN, which JSON cannot say.
+    # FastAPI's own answer repeats the input, which may be long, or NaN, which JSON does not have.
     @app.exception_handler(RequestValidationError)
     async def refuse(_, error: RequestValidationError) -> JSONResponse:
         found = [{key: one[key] for key in ("type", "loc", "msg")} for one in error.errors()[:10]]
         return JSONResponse({"detail": found}, status_code=422)
 
-    # Not async: it runs in a thread, so that a slow query holds up neither the others nor /health.
+    # Not async: it runs in a thread, so that a slow query delays neither other queries nor /health.
     @app.post("/retrieve")
     def retrieve(request: Request) -> Response:
         found = index.search(request.queries, request.topk or topk)
@@ -84,7 +84,7 @@ def make_app(index: Index, topk: int) -> FastAPI:
 
 
 class BodyLimit:
-    """ASGI middleware: ends the reading of a body that is longer than ``MOST_BYTES``, with status 413."""
+    """ASGI middleware: refuses a body longer than ``MOST_BYTES``, with status 413."""
 
     def __init__(self, app):
         self._app = app
@@ -104,8 +104,8 @@ class BodyLimit:
 
 
 class Timed(H11Protocol):
-    """HTTP whose connections are closed when a request takes longer than ``RECEIVE_WITHIN`` to arrive: uvicorn's own
-    timeout ends with a request's first byte."""
+    """HTTP protocol that closes connections whose request takes longer than ``RECEIVE_WITHIN`` to arrive: uvicorn's own
+    timeout covers only the wait for the first byte."""
 
     _late: asyncio.TimerHandle | None = None
 
@@ -117,7 +117,7 @@ class Timed(H11Protocol):
         if self._late is None:
             self._wait()
         super().data_received(data)
-        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):  # the request is whole
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):  # the request is complete
             self._stop()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -134,7 +134,7 @@ class Timed(H11Protocol):
 
 
 def _hits(index: Index, hits: Hits, scores: bool) -> bytes:
-    """A query's passages as JSON: documents are JSON already."""
+    """A query's passages as JSON; documents are JSON already."""
     if scores:
         entries = (b'{"document": %b, "score": %b}' % (index.documents[i], repr(s).encode()) for i, s in hits)
     else:
@@ -143,7 +143,7 @@ def _hits(index: Index, hits: Hits, scores: bool) -> bytes:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket of that address, not listening yet: a port that is taken is found before an index is built.
+    """A bound socket that does not listen yet, so that a taken port is found before an index is built.
 
     Raises:
         InputError: the address is taken, or is not one of this machine.
@@ -162,7 +162,7 @@ def serve(index: Index, listener: socket.socket, topk: int, ready=lambda url: No
     """Answer requests on ``listener`` until SIGINT or SIGTERM.
 
     Args:
-        ready: told the URL as soon as clients can connect.
+        ready: called with the URL as soon as clients can connect.
     Raises:
         InputError: another process began to listen there meanwhile.
     """

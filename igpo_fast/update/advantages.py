@@ -23,16 +23,16 @@ ZERO_GAIN = 1e-4
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What an algorithm changes of IGPO: the rewards that count, their normaliser, the loss's level."""
+    """Differences of an algorithm from IGPO: the rewards that count, their normaliser, the level of the ratio."""
 
     gain_weight: float = 1.0
     outcome_weight: float = 1.0
     scale_std: bool = True
     leave_one_out: bool = False
     over_tokens: bool = False
-    """Outcomes are normalised over the decision tokens of the batch, not over the rollouts of a group. Outcome-only."""
+    """Whether outcomes are normalised over the batch's decision tokens, not over a group's rollouts. Outcome-only."""
     sequence_ratio: bool = False
-    """The policy ratio is the sequence's, not the token's (``LossSettings.sequence_ratio``)."""
+    """Whether the policy ratio is per sequence, not per token (``LossSettings.sequence_ratio``)."""
 
     @property
     def needs_values(self) -> bool:
@@ -53,14 +53,14 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that turns rollouts and values into advantages. The defaults are preset ``paper``."""
+    """Settings that turn rollouts and values into advantages. The defaults are preset ``paper``."""
 
     algorithm: str = "igpo"
     """A key of ``ALGORITHMS``."""
     basis: Basis = "log_prob"
-    """For ``rewards.values_of``, whose results ``score_rollouts`` takes."""
+    """Basis for ``rewards.values_of``, whose results ``score_rollouts`` takes."""
     answers: Answers = "first"
-    """Likewise."""
+    """Answers for ``rewards.values_of``."""
     pool: Pool = "separate"
     gate: float = 0.0
     center: bool = True
@@ -74,8 +74,8 @@ class Recipe:
 
     @property
     def normaliser(self) -> Normaliser:
-        """Where only gains or only outcomes count they are a pool of their own, whatever ``pool`` says: rewards that
-        are not used must not move the statistics of those that are."""
+        """The normaliser. If only gains or only outcomes count, they have a pool of their own, whatever ``pool`` says:
+        unused rewards must not affect the statistics of used ones."""
         chosen = ALGORITHMS[self.algorithm]
         return Normaliser(
             pool=self.pool if chosen.gain_weight and chosen.outcome_weight else "separate",
@@ -101,14 +101,14 @@ class Recipe:
 
     @property
     def scored_answers(self) -> int | None:
-        """How many accepted answers are scored, the end of a slice of them: None for all."""
+        """Number of accepted answers that are scored, as the end of a slice: None for all."""
         if not self.needs_values:
             return 0
         return 1 if self.answers == "first" else None
 
     @property
     def discount(self) -> float:
-        """gamma, or 1 for an outcome-only algorithm: the outcome belongs to every turn alike."""
+        """gamma, or 1 for an outcome-only algorithm: the outcome counts equally for every turn."""
         return self.gamma if self.needs_values else 1.0
 
 
@@ -121,15 +121,15 @@ def recipe_of(algorithm: config.Algorithm) -> Recipe:
 def score_rollouts(
     groups: Sequence[Group], values_per_rollout: Sequence[np.ndarray] | None, recipe: Recipe
 ) -> tuple[TurnScores, ...]:
-    """Rewards and advantages of every turn, one ``TurnScores`` a rollout in the groups' order.
+    """Rewards and advantages of every turn, one ``TurnScores`` per rollout in the groups' order.
 
     Args:
         groups: at least one, each with at least one rollout.
         values_per_rollout: v_t of each rollout, float [T] in ``recipe.basis``, in the groups' order. An
-            outcome-only algorithm only reports them and takes None: values are then NaN [T], gains empty.
-        recipe: the knobs.
+            outcome-only algorithm only reports them and accepts None: values are then NaN [T], gains empty.
+        recipe: settings of rewards and advantages.
     Raises:
-        ValueError: values missing where the algorithm needs them, or not matching the rollouts' turns.
+        ValueError: values are missing although the algorithm needs them, or do not match the rollouts' turns.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     turns = [len(rollout.turns) for rollout in rollouts]
@@ -141,7 +141,7 @@ def score_rollouts(
     else:
         values = [np.asarray(v, dtype=np.float64) for v in values_per_rollout]
         if [v.shape for v in values] != [(n,) for n in turns]:
-            raise ValueError("score_rollouts: values_per_rollout must hold one [T] array a rollout, in order")
+            raise ValueError("score_rollouts: values_per_rollout must hold one [T] array per rollout, in order")
         gains = [information_gain(v)[0] for v in values]
 
     outcomes = [outcome(r, recipe.outcome, recipe.f1_normalisation, recipe.format_penalty) for r in rollouts]
@@ -178,10 +178,11 @@ def score_rollouts(
 
 
 def _normalised_over_tokens(outcomes: Sequence[float], tokens: Sequence[int], normaliser: Normaliser) -> np.ndarray:
-    """Outcomes in units of the batch's decision tokens, where each occurs once a token of its rollout: float64 [R]."""
+    """Outcomes normalised over the batch's decision tokens, where each occurs once per token of its rollout: float64
+    [R]."""
     rewards = torch.from_numpy(np.repeat(np.asarray(outcomes, dtype=np.float64), tokens))
     n = len(rewards)
-    each = torch.arange(n + 1)  # a token is a rollout of one turn here, and all are one group
+    each = torch.arange(n + 1)  # here a token is a rollout of one turn, and all are one group
     whole = torch.tensor([0, n])
     advantages = turn_advantages(rewards, torch.full((n,), OUTCOME), each, whole, 1.0, normaliser)
     return advantages.numpy()[np.cumsum(tokens) - 1]
@@ -199,7 +200,7 @@ def collapsed_outcome(groups: Sequence[Group], scores: Sequence[TurnScores]) -> 
 
 
 def collapsed(groups: Sequence[Group], scores: Sequence[TurnScores]) -> float:
-    """Share of groups whose advantages are all exactly 0: nothing is learnt from them."""
+    """Share of groups whose advantages are all exactly 0, which have no gradient."""
     return float(np.mean([not any(s.advantages.any() for s in group) for group in _scores_of_groups(groups, scores)]))
 
 
@@ -207,11 +208,11 @@ def reward_metrics(groups: Sequence[Group], scores: Sequence[TurnScores], gate: 
     """One step's metrics.jsonl keys about rewards, groups and turns; a mean over nothing is absent.
 
     Args:
-        gate: the recipe's. With one, ``reward/ig_gated`` is the share that it drops of the gains that are not zero.
+        gate: the recipe's. With a gate, ``reward/ig_gated`` is the share of non-zero gains that it drops.
     Returns:
-        ``turns/format_error``: share of rollouts without a well-formed answer; of them, ``turns/truncated_tokens`` and
-        ``turns/truncated_turns`` (shares of all rollouts, too) ran into a limit, the rest ended malformed.
-        ``reward/ig_*`` and ``value/*``: only where values were scored, of those that are finite.
+        ``turns/format_error``: share of rollouts without a well-formed answer. It includes ``turns/truncated_tokens``
+        and ``turns/truncated_turns``, the shares of all rollouts that ran into a limit; the rest ended malformed.
+        ``reward/ig_*`` and ``value/*``: only if values were scored, over finite ones.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     gains = np.concatenate([s.gains for s in scores])

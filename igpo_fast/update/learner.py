@@ -1,7 +1,7 @@
-"""Who owns the weights: the policy, its optimiser and schedule, its reference, and what a checkpoint holds of them.
+"""The owner of the weights: policy, optimiser, schedule, reference, and their part of a checkpoint.
 
-This one is plain torch in one process. A learner over several processes offers the same methods; nothing else in the
-trainer touches parameters.
+This learner is plain torch in one process. A learner over several processes offers the same methods; nothing else in
+the trainer touches parameters.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Learner:
     Args:
         lm: trained in place.
         temperature: divides every logit.
-        settings: of the policy loss; a KL coefficient needs a reference, a frozen copy of ``lm`` as it is now.
-        backend: which implementation of igpo_kernels runs.
+        settings: settings of the policy loss; with a KL coefficient a frozen copy of ``lm`` is kept as reference.
+        backend: implementation of igpo_kernels.
         factor: the learning rate of update 0, 1, .. as a share of ``lr``.
     """
 
@@ -48,19 +48,19 @@ class Learner:
         if settings.kl:
             self._reference = Policy(copy.deepcopy(lm).requires_grad_(False), temperature, settings, backend)
         self.updates = 0
-        """Steps of the optimiser in this session: who finds it unchanged knows that the weights are."""
+        """Optimiser steps in this session; if it is unchanged, so are the weights."""
         self._max_grad_norm = max_grad_norm
         self.optimizer = torch.optim.AdamW(lm.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 
     @property
     def lm(self) -> PreTrainedModel:
-        """The model whose weights these are."""
+        """The model that owns the weights."""
         return self.policy.lm
 
     @property
     def lr(self) -> float:
-        """Of the next update."""
+        """Learning rate of the next update."""
         return self.optimizer.param_groups[0]["lr"]
 
     def __call__(self, plan: TreePlan, inputs: LossInputs | SupervisedInputs, advantages_of=None) -> PackScores:
@@ -72,14 +72,14 @@ class Learner:
         return None if self._reference is None else self._reference(plan).decision_logp
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a pack's loss to those of the packs before it."""
+        """Add the gradients of a pack's loss to those of earlier packs."""
         loss.backward()
 
     def step(self, sound: bool = True) -> float | None:
         """One optimiser update from the gradients so far, clipped to ``max_grad_norm``.
 
         Args:
-            sound: False drops the update whatever its gradient is.
+            sound: False drops the update, whatever its gradient is.
         Returns:
             The gradient norm before clipping; None if the update was dropped because it, or the norm, is not finite.
         """
@@ -93,5 +93,5 @@ class Learner:
         return norm if sound else None
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight under its name, in the model's order."""
+        """Every weight by its name, in the model's order."""
         yield from self.lm.state_dict().items()

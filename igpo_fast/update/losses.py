@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from igpo_fast import config
     from igpo_fast.update.scoring import LossInputs
 
-__all__ = ["Aggregation", "LossSettings", "importance_counts", "loss_settings_of", "measured", "token_weights"]
-
 
 def loss_settings_of(algorithm: config.Algorithm) -> LossSettings:
     """The settings that the configuration's section ``algorithm`` describes."""
@@ -40,13 +38,13 @@ def token_weights(
 
     ``token_mean``: 1 / all tokens; ``seq_mean_token_mean``: 1 / (R len_r) (the paper's Eq. 7);
     ``seq_mean_token_sum``: 1 / R (the authors' code); ``seq_mean_token_sum_norm``: 1 / (R most_tokens) (Dr. GRPO).
-    Global: ``decision_tokens_per_rollout`` [R] lists the rollouts of the whole update, all packs and ranks,
-    whatever their advantages, so that packs, accumulation and ranks only add.
+    Weights are global: ``decision_tokens_per_rollout`` [R] lists the rollouts of the whole update, of all packs and
+    ranks and with any advantage, so that packs, accumulation and ranks only add.
 
     Args:
         most_tokens: decision tokens of the longest rollout that the settings allow (``passes.most_decision_tokens``).
     Raises:
-        ValueError: no rollouts, a rollout without decision tokens, or ``most_tokens`` missing where it is needed.
+        ValueError: no rollouts, a rollout without decision tokens, or ``most_tokens`` is needed and missing.
 
     >>> token_weights([1, 4], "seq_mean_token_mean").tolist()
     [0.5, 0.125]
@@ -68,12 +66,12 @@ def token_weights(
 def importance_counts(
     trainer_logp: np.ndarray, engine_logp: np.ndarray, rollout: np.ndarray, settings: LossSettings
 ) -> dict[str, int]:
-    """How many of a pack's decision tokens have an importance weight above the cap.
+    """Number of a pack's decision tokens whose importance weight is above the cap.
 
     Args:
-        trainer_logp: log-probabilities that the loss corrects to: the old ones, else those of this pass. float32 [D].
-        engine_logp: what the rollouts were sampled with: float32 [D].
-        rollout: which rollout a token belongs to: integers [D]; with ``importance=sequence`` all its tokens are here.
+        trainer_logp: numerator of the importance weights: the old log-probabilities, else this pass's. float32 [D].
+        engine_logp: the engine's sampled log-probabilities: float32 [D].
+        rollout: each token's rollout: integers [D]; with ``importance=sequence`` the pack has all tokens of each.
     Returns:
         ``capped`` or, with ``importance_mode=mask``, ``masked``; nothing without a correction.
     """
@@ -88,6 +86,6 @@ def importance_counts(
 
 
 def measured(sums: Mapping[str, float], inputs: LossInputs) -> dict[str, float]:
-    """``policy_loss``'s sums without those that it reports as 0 because it was not given what they are of."""
-    of = {"kl": inputs.ref_logp, "mismatch": inputs.engine_logp}
-    return {name: value for name, value in sums.items() if name not in of or of[name] is not None}
+    """``policy_loss``'s sums without those that are 0 only because their input was not given."""
+    sources = {"kl": inputs.ref_logp, "mismatch": inputs.engine_logp}
+    return {name: value for name, value in sums.items() if name not in sources or sources[name] is not None}

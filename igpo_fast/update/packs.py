@@ -1,4 +1,4 @@
-"""Groups of rollouts into packs, and what a pass over them found."""
+"""Packs of groups of rollouts, and the results of passes over them."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from igpo_kernels import Branch, TreePlan, pack_within
 
 
 class Pack(NamedTuple):
-    """One row of packed tokens and whose they are."""
+    """One row of packed tokens, and the groups in it."""
 
     plan: TreePlan
     groups: np.ndarray
-    """The batch's groups with a rollout in it, ascending: int64."""
+    """Numbers of the batch's groups with a rollout in it, ascending: int64."""
 
     @property
     def tokens(self) -> dict[str, int]:
-        """What reading it adds to a step's row."""
+        """Token counts that reading the pack adds to a step's row."""
         return {"tokens/packed": self.plan.n_tokens, "tokens/scored": self.plan.n_pairs - self.plan.n_decisions}
 
 
 class Found(NamedTuple):
-    """What a scoring pass found for a rollout."""
+    """A scoring pass's results for one rollout."""
 
     values: np.ndarray | None
-    """v_t: float64 [T]; None where the algorithm needs none."""
+    """v_t: float64 [T]; None if the algorithm needs no values."""
     logp: np.ndarray
-    """Its decision tokens' log-probabilities: float32 [decision tokens]."""
+    """Log-probabilities of its decision tokens: float32 [decision tokens]."""
 
 
 Scored = dict[tuple[str, int], Found]
-"""By the question's id and the rollout's index."""
+"""Results by the question's id and the rollout's index."""
 
 
 class Packer:
-    """Makes the packs of a run, and reads them where no gradient is needed.
+    """Makes a run's packs, and runs the passes without gradient.
 
     Args:
-        branches_of: the answers that are forced after each prefix of a question's rollouts; none where the algorithm
+        branches_of: the answers that are forced after each prefix of a question's rollouts; none if the algorithm
             needs no values.
         passes: ``one`` or ``two``.
-        token_budget: most packed tokens that a forward reads.
+        token_budget: most packed tokens per forward.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Packer:
         self._passes, self._budget = passes, token_budget
 
     def packs(self, batch: Batch, share: Sequence[int], scored: bool) -> list[Pack]:
-        """Packs of the groups ``share``; ``scored`` hangs the answers on them. One pass needs whole groups."""
+        """Packs of the groups ``share``, with answers if ``scored``. One-pass mode needs whole groups."""
         groups = [batch.groups[g] for g in share]
         sizes = [len(group.rollouts) for group in batch.groups]
         starts = np.cumsum([0, *sizes])
@@ -75,7 +75,7 @@ class Packer:
         return [Pack(plan, np.unique(group_of_rollout[plan.rollout])) for plan in plans]
 
     def separate_tokens(self, batch: Batch) -> int:
-        """Tokens that separate passes would read for the same numbers: each rollout for each pass, and each of its
+        """Tokens that separate passes would read for the same results: each rollout once per pass, and each of its
         prefixes with each answer."""
         total = 0
         for group in batch.groups:
@@ -91,7 +91,7 @@ class Packer:
         return {i: values_of(mean, self._recipe.basis, self._recipe.answers) for i, mean in means.items()}
 
     def score(self, batch: Batch, found: Scored) -> list[Pack]:
-        """The first of two passes, over those groups that are not ``found`` yet.
+        """Run the first of two passes over groups that are not in ``found`` yet.
 
         Returns:
             The packs that were read.
@@ -107,39 +107,39 @@ class Packer:
         return packs
 
     def scores(self, groups: Sequence[Group], found: Scored) -> tuple[TurnScores, ...]:
-        """What the groups' rollouts earned; outcome-only algorithms need nothing ``found``."""
+        """Rewards and advantages of the groups' rollouts; outcome-only algorithms need no ``found``."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         values = [found[rollout_key(rollout)].values for rollout in rollouts] if self._recipe.needs_values else None
         return score_rollouts(groups, values, self._recipe)
 
     def collapsed(self, group: Group, found: Scored) -> bool:
-        """Whether its advantages are all 0; outcomes that are all equal do not make it so where gains differ."""
+        """Whether a group's advantages are all 0; equal outcomes are not enough if gains differ."""
         return collapsed([group], self.scores([group], found)) == 1
 
 
 def rollout_key(rollout: Rollout) -> tuple[str, int]:
-    """Under which ``Scored`` has a rollout."""
+    """A rollout's key in ``Scored``."""
     return rollout.question.id, rollout.index
 
 
 def decision_runs(plan: TreePlan) -> tuple[list[int], np.ndarray]:
-    """The rollouts of a pack, by their numbers in the batch, and where each one's decision pairs begin: they are
-    contiguous and in order."""
+    """Numbers in the batch of a pack's rollouts, and the start of each one's decision pairs, which are contiguous and
+    in order."""
     owner = plan.rollout[: plan.n_decisions]
     starts = np.flatnonzero(np.diff(owner, prepend=-1))
     return owner[starts].tolist(), starts
 
 
 def of_pairs(plan: TreePlan, per_rollout: Mapping[int, np.ndarray] | Sequence[np.ndarray]) -> np.ndarray:
-    """Numbers of each rollout's decision tokens, in the order of the plan's decision pairs: float32 [D]."""
+    """Gather per-token numbers of rollouts in the order of the plan's decision pairs: float32 [D]."""
     return np.concatenate([per_rollout[i] for i in decision_runs(plan)[0]]).astype(np.float32)
 
 
 def advantages_of_pairs(plan: TreePlan, scores: Mapping[int, TurnScores] | Sequence[TurnScores]) -> np.ndarray:
-    """A_t of the turn of each decision pair: float32 [D]."""
+    """A_t of each decision pair's turn: float32 [D]."""
     numbers, starts = decision_runs(plan)
     advantages = [scores[i].advantages for i in numbers]
-    first = np.cumsum([0, *map(len, advantages[:-1])])  # of each rollout, in the concatenated ones
+    first = np.cumsum([0, *map(len, advantages[:-1])])  # start of each rollout in the concatenation
     n = plan.n_decisions
     place = np.repeat(first, np.diff(starts, append=n)) + plan.turn[:n]
     return np.concatenate(advantages)[place].astype(np.float32)

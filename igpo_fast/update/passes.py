@@ -1,4 +1,4 @@
-"""How often an update reads a rollout's tokens: decided once a run, from the configuration alone."""
+"""Number of passes over a rollout's tokens per update, chosen once per run from the configuration alone."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def most_decision_tokens(config: Config) -> int:
     return min(rollout.max_turns * rollout.max_turn_tokens, rollout.max_tokens)
 
 
-def groups_a_pack(config: Config, recipe: Recipe, answer_tokens: int) -> int:
-    """How many whole groups surely fit a pack, at least 1: they are scored together as soon as all have finished."""
+def groups_per_pack(config: Config, recipe: Recipe, answer_tokens: int) -> int:
+    """Number of whole groups that always fit a pack, at least 1; they are scored together once all have finished."""
     largest = config.rollout.group_size * longest_rollout(config, recipe, answer_tokens)
     return max(1, config.train.token_budget // largest)
 
@@ -30,8 +30,9 @@ def choose_passes(config: Config, recipe: Recipe, answer_tokens: int) -> str:
     Args:
         answer_tokens: most tokens that forced answers take after one prefix.
     Raises:
-        InputError: ``algorithm.passes=one`` with a configuration that it cannot honour, or a rollout may exceed
-            ``train.token_budget``; ``rollout.skip_collapsed`` where groups have no advantages of their own.
+        InputError: ``algorithm.passes=one`` is impossible with the configuration, a rollout may exceed
+            ``train.token_budget``, or ``rollout.skip_collapsed`` is set although groups have no advantages of their
+            own.
     """
     rollout, asked, budget = config.rollout, config.algorithm.passes, config.train.token_budget
     longest = longest_rollout(config, recipe, answer_tokens)

@@ -15,7 +15,7 @@ from igpo_fast.words import nfc, spaced
 
 _WIDE = "、。〃・·〈〉《》「」『』【】〔〕〖〗！＂＃％＆＇（）＊，－．／：；？＠［＼］＿｛｝～｟｠｡｢｣､･"
 _PUNCTUATION = string.punctuation + _WIDE
-"""ASCII's, and the like of Chinese and Japanese."""
+"""ASCII punctuation, and that of Chinese and Japanese."""
 _TO_SPACES = str.maketrans(_PUNCTUATION, " " * len(_PUNCTUATION))
 _DROPPED = str.maketrans("", "", _PUNCTUATION)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -26,8 +26,8 @@ def normalise_answer(text: str, normalisation: Normalisation = "igpo") -> str:
     """Lower-cased words joined by single spaces; characters of scripts without spaces are words.
 
     ``igpo`` turns ASCII, Chinese and Japanese punctuation into spaces; ``squad`` and ``hotpot`` drop it ("1,000" is
-    "1000"), and the articles a, an, the. A text of nothing else ("The The", "?") is only lower-cased, so that it can
-    still be told from an empty answer.
+    "1000"), and the articles a, an, the. A text of only these ("The The", "?") is just lower-cased, so that it still
+    differs from an empty answer.
     """
     lowered = nfc(text).lower()
     if normalisation == "igpo":
@@ -38,10 +38,11 @@ def normalise_answer(text: str, normalisation: Normalisation = "igpo") -> str:
 
 
 def f1_score(prediction: str | None, answers: Sequence[str], normalisation: Normalisation = "igpo") -> float:
-    """F1 of the words, as bags, against the best accepted answer: in [0, 1]; 0 for None.
+    """F1 of the bags of words against the best accepted answer: in [0, 1]; 0 for None.
 
-    Bags as in SQuAD: saying a word twice costs precision (the IGPO authors' code compares sets of words). HotpotQA's
-    rule: yes, no and noanswer share words with nothing but themselves ("yes they are" does not answer "yes").
+    As in SQuAD, bags count repeated words, so saying a word twice costs precision (the IGPO authors' code compares sets
+    of words). HotpotQA's rule: yes, no and noanswer share words with nothing but themselves ("yes they are" does not
+    answer "yes").
     """
     if prediction is None:
         return 0.0
@@ -68,7 +69,7 @@ def exact_match(prediction: str | None, answers: Sequence[str], normalisation: N
 
 
 def outcome(rollout: Rollout, kind: Outcome, normalisation: Normalisation, format_penalty: float) -> float:
-    """What the last turn earns: F1 or EM of the answer; ``format_penalty`` without a well-formed one."""
+    """Reward of the last turn: F1 or EM of the answer; ``format_penalty`` without a well-formed one."""
     if rollout.answer is None:
         return format_penalty
     score = f1_score if kind == "f1" else exact_match
@@ -81,7 +82,7 @@ def values_of(answer_logp: ArrayLike, basis: Basis, answers: Answers) -> np.ndar
     Args:
         answer_logp: (1/A) sum_j log pi(a_j | prefix_t, wrapper, a_<j), nats, [n_answers >= 1, T].
         basis: ``log_prob`` keeps the mean log-probability, ``prob`` takes its exp (before combining answers).
-        answers: the ``first`` answer's value, or the ``max`` or ``mean`` over answers; NaN where one is NaN.
+        answers: the ``first`` answer's value, or the ``max`` or ``mean`` over answers; NaN if one is NaN.
     Returns:
         float64 [T].
     Raises:
@@ -97,12 +98,12 @@ def values_of(answer_logp: ArrayLike, basis: Basis, answers: Answers) -> np.ndar
 
 
 def information_gain(values_T: ArrayLike) -> tuple[np.ndarray, int]:
-    """ig_t = v_t - v_{t-1} for t = 1 .. T-1, and how many of them were undefined.
+    """ig_t = v_t - v_{t-1} for t = 1 .. T-1, and the number of undefined ones.
 
     An undefined gain (a value is NaN or infinite) is 0.
 
     Returns:
-        gains float64 [T-1], count.
+        Gains, float64 [T-1], and the count.
     """
     gains = np.diff(np.asarray(values_T, dtype=np.float64))
     defined = np.isfinite(gains)

@@ -1,4 +1,4 @@
-"""The learning rate's course over a run."""
+"""The learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 
 def schedule_factor(update: int, warmup: int, total: int, schedule: Schedule) -> float:
-    """What the peak learning rate is multiplied by in an update.
+    """Factor of the peak learning rate in an update.
 
-    Never 0 within a run: an update that changes nothing would cost as much as any other. (transformers' schedules
-    begin their warm-up at 0.)
+    It is never 0 within a run, because such an update costs as much as any other. (transformers' schedules begin their
+    warm-up at 0.)
 
     Args:
-        update: from 0.
+        update: number of the update, from 0.
         warmup: updates of the warm-up; the last of them has the peak rate.
         total: updates of the run.
 
@@ -35,5 +35,5 @@ def schedule_factor(update: int, warmup: int, total: int, schedule: Schedule) ->
 
 
 def make_scheduler(optimizer: Optimizer, schedule: Schedule, warmup: int, total: int) -> LambdaLR:
-    """``schedule_factor`` times the optimiser's learning rate, a step an update."""
+    """A scheduler with ``schedule_factor`` times the optimiser's learning rate, stepped once per update."""
     return LambdaLR(optimizer, partial(schedule_factor, warmup=warmup, total=total, schedule=schedule))

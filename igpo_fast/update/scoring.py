@@ -1,7 +1,7 @@
-"""From a pack to numbers: one read of its tokens gives answer values, decision log-probabilities and the loss.
+"""One pass over a pack gives answer values, decision log-probabilities and the loss.
 
-``Policy.forward`` owns the LM head and everything that touches it, so that a sharded weight is whole exactly there,
-and runs no collective of its own: the weights of the loss are global numbers known beforehand.
+``Policy.forward`` owns all use of the LM head, so that a sharded weight has to be whole only there. It runs no
+collective of its own: the loss weights are global numbers known beforehand.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from igpo_kernels.tree_attention import backend_for
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the policy loss needs beside the model, one number per decision pair of the plan: float32 [D]."""
+    """Inputs of the policy loss besides the model, one number per decision pair of the plan: float32 [D]."""
 
     weights: np.ndarray
-    """Global: they are the aggregation."""
+    """Global token weights, which define the aggregation."""
     advantages: np.ndarray | None
-    """None in one-pass mode, where they come from the pass itself."""
+    """Advantages; None in one-pass mode, where the pass itself gives them."""
     old_logp: np.ndarray | None = None
-    """None is ratio 1."""
+    """Old log-probabilities; None is ratio 1."""
     engine_logp: np.ndarray | None = None
     ref_logp: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class SupervisedInputs:
-    """What supervised fine-tuning needs beside the model: a weight per decision pair of the plan, float32 [D]. The loss
-    is the weighted mean of the negative log-likelihoods."""
+    """Inputs of supervised fine-tuning besides the model: a weight per decision pair of the plan, float32 [D]. The loss
+    is the weighted mean of negative log-likelihoods."""
 
     weights: np.ndarray
 
 
 @dataclass(frozen=True)
 class PackScores:
-    """What a pass over a pack found."""
+    """Results of a pass over a pack."""
 
     answer_logp: np.ndarray
     """log pi of each answer pair, in the plan's order: float64 [M - D]; empty without branches."""
@@ -65,16 +65,16 @@ class PackScores:
 
 
 AdvantagesOf = Callable[[np.ndarray], np.ndarray]
-"""Answer log-probabilities [M - D] -> advantages [D], on the host, between the answers and the loss of a pass."""
+"""Answer log-probabilities [M - D] -> advantages [D], on the host, between a pass's answers and its loss."""
 
 
 class Policy(torch.nn.Module):
-    """A causal LM that reads packs.
+    """A causal LM that runs on packs.
 
     Args:
         lm: made by ``igpo_fast.model``.
         temperature: divides every logit, as in sampling.
-        backend: which implementation of igpo_kernels runs.
+        backend: implementation of igpo_kernels.
     """
 
     def __init__(self, lm: PreTrainedModel, temperature: float, settings: LossSettings, backend: str = "auto"):
@@ -82,7 +82,7 @@ class Policy(torch.nn.Module):
         self.lm, self.temperature, self.settings, self.backend = lm, temperature, settings, backend
 
     def choose_attention(self, plan: TreePlan) -> None:
-        """Decide which implementation of attention reads a plan that was just built."""
+        """Choose the attention implementation for a plan that was just built."""
         if self.backend == "auto":
             backend_for(plan, self.lm.device, self.lm.dtype, *heads_of(self.lm))
 
@@ -95,9 +95,9 @@ class Policy(torch.nn.Module):
         """One pass over a pack.
 
         Args:
-            inputs: None scores only (answers and decisions, no gradient). With it the loss is computed;
-                ``inputs.advantages`` may then be None if ``advantages_of`` is given, which is called with the
-                answers' log-probabilities of this very pass (one-pass mode).
+            inputs: inputs of the loss; None only scores answers and decisions, without gradient.
+                ``inputs.advantages`` may be None if ``advantages_of`` is given, which is called with this pass's
+                answer log-probabilities (one-pass mode).
         """
         device = self.lm.device
         with torch.set_grad_enabled(inputs is not None and torch.is_grad_enabled()):
@@ -159,10 +159,10 @@ class Policy(torch.nn.Module):
 def make_trees(
     groups: Sequence[Group], branches: Sequence[Sequence[Branch]] | None, numbers: Sequence[Sequence[int]]
 ) -> list[Tree]:
-    """A tree for each group.
+    """One tree per group.
 
     Args:
-        branches: the answers to force, a sequence for each group; None for passes without scoring.
+        branches: the answers to force, one sequence per group; None for passes without scoring.
         numbers: each rollout's number in its batch, which comes back as ``TreePlan.rollout``.
     """
     return [

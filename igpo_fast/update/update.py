@@ -1,7 +1,8 @@
 """One batch, one update: trees, one pass or two, turn rewards, advantages, loss, backward, optimiser steps.
 
-One pass reads each pack once: answers first, then gains and advantages on the host, then the loss of the same hidden
-states. Two passes read it without gradient for answers and old log-probabilities, then train without branches.
+One-pass mode reads each pack once: answers first, then gains and advantages on the host, then the loss from the same
+hidden states. Two-pass mode first scores answers and old log-probabilities without gradient, then trains without
+branches.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from typing import Protocol
 import numpy as np
 
 from igpo_fast.errors import DivergedError
-from igpo_fast.types import Batch, TurnScores
+from igpo_fast.types import Aggregation, Batch, TurnScores
 from igpo_fast.update.advantages import Recipe, reward_metrics, score_rollouts
 from igpo_fast.update.learner import Learner
-from igpo_fast.update.losses import Aggregation, importance_counts, measured, token_weights
+from igpo_fast.update.losses import importance_counts, measured, token_weights
 from igpo_fast.update.packs import Pack, Packer, Scored, advantages_of_pairs, of_pairs, rollout_key
 from igpo_fast.update.scoring import LossInputs
 
 PerRollout = Mapping[int, np.ndarray]
-"""By a rollout's number in the batch: a float32 per decision token."""
+"""A float32 per decision token, by a rollout's number in the batch."""
 
 
 class Row(Protocol):
-    """Where an update writes its numbers (run/metrics.StepMetrics)."""
+    """The metrics row of an update (run/metrics.StepMetrics)."""
 
     def __getitem__(self, key: str) -> float: ...
-    def phase(self, name: str) -> AbstractContextManager: ...
+    def timed(self, phase: str) -> AbstractContextManager: ...
     def set(self, values: Mapping[str, float]) -> None: ...
     def add(self, values: Mapping[str, float]) -> None: ...
     def largest(self, values: Mapping[str, float]) -> None: ...
@@ -37,7 +38,7 @@ class Row(Protocol):
 
 
 class Progress(Protocol):
-    """Who is told how far an update is (display.Display)."""
+    """Progress display of an update (run/display.Display)."""
 
     def phase(self, name: str, total: int | None = None) -> None: ...
     def advance(self, done: int = 1) -> None: ...
@@ -48,11 +49,11 @@ class Updater:
     """Takes a batch's optimiser steps.
 
     Args:
-        passes: ``one`` or ``two``, chosen once a run.
+        passes: ``one`` or ``two``, chosen once per run.
         most_tokens: decision tokens of the longest rollout that the limits allow.
         updates: optimiser steps per batch, each on its share of the groups; one pass takes one.
-        mismatch_stop: raise before anything changes where the engine's log-probabilities differ more than this from
-            the trainer's, on average over the batch's tokens; 0 never does.
+        mismatch_stop: largest mean difference between the engine's and the trainer's log-probabilities over the
+            batch's tokens; a larger one raises before anything changes. 0 is no limit.
     """
 
     def __init__(
@@ -65,10 +66,10 @@ class Updater:
         self._progress = progress
 
     def __call__(self, batch: Batch, found: Scored, row: Row) -> Batch:
-        """Score what is not ``found`` yet and take the batch's optimiser steps.
+        """Score groups that are not in ``found`` yet and take the batch's optimiser steps.
 
         Returns:
-            The batch with what its rollouts earned.
+            The batch with its rollouts' rewards and advantages.
         Raises:
             DivergedError: ``mismatch_stop`` is exceeded; nothing has changed.
         """
@@ -88,7 +89,7 @@ class Updater:
         self._progress.phase("train")
         row.set({"time/score": 0.0})
         everything = range(len(batch.groups))
-        with row.phase("train"):
+        with row.timed("train"):
             packs = self._packer.packs(batch, everything, scored=True)
             weights = self._weights(batch, everything)
             if not self._recipe.needs_values:  # known beforehand, from the whole batch
@@ -118,7 +119,7 @@ class Updater:
         self._check_mismatch(batch.step, float(np.concatenate(differences).mean()))
         scores = self._packer.scores(batch.groups, found)
         self._progress.phase("train", total=updates)
-        with row.phase("train"):
+        with row.timed("train"):
             for share in np.array_split(np.arange(len(batch.groups)), updates):
                 packs = self._packer.packs(batch, share, scored=False)
                 weights = self._weights(batch, share)
@@ -127,8 +128,8 @@ class Updater:
         return scores
 
     def score(self, batch: Batch, found: Scored, row: Row) -> None:
-        """The first of two passes, over those groups that are not ``found`` yet."""
-        with row.phase("score"):
+        """Run the first of two passes over groups that are not in ``found`` yet."""
+        with row.timed("score"):
             for pack in self._packer.score(batch, found):
                 row.add(pack.tokens)
 
@@ -143,7 +144,7 @@ class Updater:
         advantages_of: Callable[[Pack, np.ndarray], np.ndarray] | None = None,
         old_logp: PerRollout | None = None,
     ) -> None:
-        """One optimiser update over packs, which only add: the weights are global."""
+        """One optimiser update over packs, whose losses only add because the weights are global."""
         engine_logp = {i: rollout.logp for i, rollout in enumerate(batch.rollouts)}
         sums = []
         for pack in packs:
@@ -176,7 +177,7 @@ class Updater:
         row.update(sums, math.nan if norm is None else norm)
 
     def _check_mismatch(self, step: int, mean: float) -> None:
-        """Raises DivergedError where ``mismatch_stop`` is exceeded; called before the first optimiser step."""
+        """Raises DivergedError if ``mismatch_stop`` is exceeded; called before the first optimiser step."""
         limit = self._mismatch_stop
         if limit and not mean <= limit:
             raise DivergedError(
@@ -185,7 +186,7 @@ class Updater:
             )
 
     def _weights(self, batch: Batch, share: Sequence[int]) -> np.ndarray:
-        """Each rollout's token weight, 0 outside the groups ``share``: float64 [R]."""
+        """Token weight of each rollout, 0 outside the groups ``share``: float64 [R]."""
         inside = np.repeat(np.isin(np.arange(len(batch.groups)), share), [len(g.rollouts) for g in batch.groups])
         weights = np.zeros(len(inside))
         lengths = [r.decision_tokens for r, mine in zip(batch.rollouts, inside, strict=True) if mine]

@@ -1,4 +1,4 @@
-"""What every op asks of autograd: gradients of the first order only, in the tensors' own precision."""
+"""Rules of every op towards autograd: first derivatives only, in the tensors' own precision."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
 
 
 def first_order(op: str) -> Callable[[Callable], Callable]:
-    """Decorate the ``backward`` of an ``autograd.Function``: autocast does not reach it, and to differentiate its
+    """Decorate the ``backward`` of an ``autograd.Function``: autocast does not reach it, and differentiating its
     gradients raises. torch's ``once_differentiable`` lets them pass as constants where the upstream gradient has none.
     """
 

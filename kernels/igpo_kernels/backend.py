@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: chosen once, by name or by device."""
+"""Choice of an op's implementation, made once, by name or by device."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def choose(
     """The implementation of ``op`` that ``backend`` names.
 
     Args:
-        backend: ``auto`` (Triton on CUDA/ROCm devices where the op has a kernel, the chip its tables, and the tensors
-            one dtype that it takes; else the memory-lean torch path), or one of ``implementations``.
-        dtypes: of the tensors that a kernel would read as they are.
+        backend: ``auto`` (Triton on CUDA/ROCm devices if the op has a kernel, the chip has tables and all tensors have
+            one dtype that the kernel takes; else the memory-lean torch path), or one of ``implementations``.
+        dtypes: dtypes of the tensors that a kernel would read without conversion.
     Raises:
         ValueError: a backend that the op does not have.
     """
@@ -50,11 +50,11 @@ def resolve(
 def chosen(
     backend: str, device: torch.device, model: torch.dtype = torch.float32, head: torch.dtype | None = None
 ) -> dict[str, str]:
-    """What runs of a ``model`` of that dtype on ``device``: op -> implementation, without turn_advantages, which reads
-    nothing of a model's. The names need not exist: ``choose`` says so when called.
+    """Implementations that a model of dtype ``model`` gets on ``device``: op -> name, without turn_advantages, which
+    reads no tensor of a model. ``choose`` refuses names that do not exist.
 
     Args:
-        head: dtype of the LM head's weight; default the model's.
+        head: dtype of the LM head's weight; the model's by default.
     """
     head = model if head is None else head
     dtypes = {

@@ -9,7 +9,7 @@ import torch
 
 
 def check_tensors(op: str, **given: Any) -> None:
-    """Raise ValueError for what is neither a tensor nor None."""
+    """Raise ValueError for an argument that is neither a tensor nor None."""
     for name, x in given.items():
         if x is not None and not isinstance(x, torch.Tensor):
             raise ValueError(f"{op}: {name} is a {type(x).__name__}; give a tensor: torch.as_tensor({name})")

@@ -25,11 +25,11 @@ def linear_cross_entropy(
 
     Args:
         hidden: [..., H]. weight: [V, H]. labels: int64 [...], -100 where a token has none.
-        reduction: ``none``, ``mean`` or ``sum``, in any case, of the log-probabilities; entropies come one per token.
+        reduction: ``none``, ``mean`` or ``sum`` (case is ignored) of the log-probabilities; entropies come per token.
         dist_process_group: None, or a group of one process.
     Returns:
         log-probabilities [tokens], flat as verl's (a scalar unless ``none``), and entropy [tokens]; both
-        differentiable. The log-probability of label -100 is 0, without gradient, and no part of the mean.
+        differentiable. The log-probability of label -100 is 0, without gradient, and not counted in the mean.
     Raises:
         ValueError: a vocabulary split over processes, or an unknown reduction.
     """
@@ -64,12 +64,12 @@ def fused_linear_grpo(
     max_completion_length: int | None = None,
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The fused LM head and GRPO loss of TRL and Liger; unlike there, advantages may differ by token.
+    """The fused LM head and GRPO loss of TRL and Liger; unlike theirs, advantages may differ by token.
 
     Args:
         hidden: [B, T, H], the states that predict ``ids`` [B, T]. weight: [V, H]. mask: [B, T], 1 where trained; a
             fraction weighs its token's loss, as in TRL.
-        advantages: [B], the same for a sequence's tokens, or [B, T].
+        advantages: [B], one per sequence, or [B, T], one per token.
         old_logp, ref_logp: [B, T]; without old_logp the ratio is 1, without ref_logp ``beta`` must be 0.
         beta: coefficient of the k3 KL.
         delta: TRL's and Liger's upper bound of the unclipped ratio, ``-min(min(r, delta) A, clip(r) A)``; at least
@@ -119,8 +119,8 @@ def fused_linear_grpo(
 
 
 def _settings(low: float, high: float, delta: float | None, beta: float) -> LossSettings:
-    """A bound ``delta`` of the ratio is the upper clip where A > 0, if below it; and where A < 0 a dual clip, which
-    acts above the upper clip only."""
+    """Express the ratio's bound ``delta`` as clips: where A > 0 it lowers the upper clip; where A < 0 it is a dual
+    clip, which acts above the upper clip only."""
     if delta is None:
         return LossSettings(clip_low=low, clip_high=high, kl=beta)
     if not delta >= 1 - low:

@@ -2,10 +2,10 @@
 
     python -m igpo_kernels.inspect [--op policy_loss] [--arch sm_90] [--jobs 2]
 
-One line a variant: registers, spilled bytes, shared memory, whether it can be built ahead of time, and what does not
-hold. The last line is ``N variants, M hold``; the exit code is 0 only if all do. A variant holds if
+One line per variant: registers, spilled bytes, shared memory, whether it can be built ahead of time, and its faults.
+The last line is ``N variants, M hold``; the exit code is 0 only if all do. A variant holds if
 
-- ptxas reports 0 spill stores and loads (gfx942: .vgpr_spill_count 0; heads of more than 128 numbers may spill) and no
+- ptxas reports 0 spill stores and loads (gfx942: .vgpr_spill_count 0; head sizes over 128 may spill) and no
   serialized wgmma,
 - its shared memory is within the chip's limit for one block,
 - with a dot of bf16 or fp16: sm_90's PTX has wgmma, sm_100's tcgen05, gfx942's assembly mfma,
@@ -51,7 +51,7 @@ MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler said of a variant; it holds if ``faults`` is empty. Bytes, except registers a thread."""
+    """The compiler's figures for a variant, which holds if ``faults`` is empty. In bytes; registers are per thread."""
 
     name: tuple[str, ...]
     registers: int = 0
@@ -70,7 +70,7 @@ def shipped() -> list[Variant]:
 
 
 def compile_variant(variant: Variant) -> tuple[triton.compiler.CompiledKernel, str]:
-    """The compiled kernel, and what ptxas printed (empty on AMD)."""
+    """The compiled kernel, and the output of ptxas (empty on AMD)."""
     fn = variant.fn
     signature = {name: "constexpr" for name in variant.constexprs}
     attributes = {}
@@ -92,7 +92,7 @@ def compile_variant(variant: Variant) -> tuple[triton.compiler.CompiledKernel, s
 
 
 def check(variant: Variant) -> Report:
-    """Compile a variant and hold it to the gate; a compiler's error is a fault, too."""
+    """Compile a variant and check it against the gate; a compiler's error is a fault, too."""
     name = (variant.op, variant.kernel, variant.arch, variant.dtype, variant.shape_class)
     try:
         kernel, log = compile_variant(variant)
@@ -108,7 +108,7 @@ def check(variant: Variant) -> Report:
     else:
         spilled = 4 * max(map(int, re.findall(r"\.vgpr_spill_count:\s*(\d+)", code)))
         registers = max(map(int, re.findall(r"\.vgpr_count:\s*(\d+)", code)))
-    metadata = kernel.metadata._asdict()  # scratch and tensor memory: not of every backend
+    metadata = kernel.metadata._asdict()  # scratch and tensor memory: not every backend has them
     shared, scratch = metadata["shared"], metadata.get("global_scratch_size", 0)
     tensor_columns = metadata.get("tmem_size") or 0
     faults = []
@@ -131,12 +131,13 @@ def check(variant: Variant) -> Report:
 
 
 def check_shipped(index: int) -> Report:
-    """By number: a variant's function does not travel between processes."""
+    """Check the variant of that number: a variant's function cannot be sent to another process."""
     return check(shipped()[index])
 
 
 def check_all(indices: Iterable[int], jobs: int = 1) -> list[Report]:
-    """Reports of shipped variants, by number. Those that differ in the name of their class only are compiled once."""
+    """Reports of shipped variants, by number. Variants that differ only in the name of their class are compiled
+    once."""
     programs = {i: repr(replace(shipped()[i], shape_class="")) for i in indices}
     one_of = {program: i for i, program in programs.items()}
     if jobs == 1:

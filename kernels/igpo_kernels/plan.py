@@ -7,8 +7,8 @@ A pack is one token row: trees laid out depth-first, a trunk's continuation befo
 
 is the whole attention mask: causal, shared prompts, answer branches, sequence packing, any depth.
 
-The last token of a prefix predicts several next tokens, so what is scored are (row, label) pairs, one per owner: a
-token that two rollouts share is two pairs, and rows repeat.
+The last token of a prefix predicts several next tokens, so log-probabilities are of (row, label) pairs, one per owner:
+a token that two rollouts share is two pairs, and rows repeat.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DECISION, ANSWER = 0, 1
 @dataclass(frozen=True)
 class Branch:
     """An answer in its wrapper, forced after every prefix: ``ids[start:stop]`` are the answer's own tokens, which
-    are scored; ``ids[:start]`` the wrapper's opening; what follows ``stop`` is context only and never read."""
+    are scored; ``ids[:start]`` are the wrapper's opening; tokens from ``stop`` on are never read."""
 
     ids: np.ndarray
     """int32 [b]."""
@@ -88,13 +88,11 @@ class TreePlan:
     rollout: np.ndarray
     """``RolloutTokens.index`` of the owner: [M]."""
     turn: np.ndarray
-    """Of a decision token its turn, of an answer token the boundary (prefix) it follows: [M]."""
+    """A decision token's turn; the boundary (prefix) that an answer token follows: [M]."""
     answer: np.ndarray
     """Index of the accepted answer, -1 for decision tokens: [M]."""
     token: np.ndarray
-    """Of a decision token its index in its rollout, of an answer token its index in the answer: [M]."""
-    trunk_tokens: int
-    """Tokens the rollouts would have unshared and without branches: the sum of their fed lengths."""
+    """A decision token's index in its rollout; an answer token's index in the answer: [M]."""
     cache: dict = field(default_factory=dict, init=False, repr=False)
     """Device copies and attention schedules, made once and shared by layers and passes. They belong to these arrays:
     ``dataclasses.replace`` and pickle give a plan with an empty cache."""
@@ -105,7 +103,7 @@ class TreePlan:
     def cached(self, key: tuple, make: Callable[[], Any]) -> Any:
         """``cache[key]``, made by ``make`` the first time.
 
-        What is made under inference mode can be trained with all the same, and torch.compile does not trace it.
+        Values made under inference mode can be used in training, and torch.compile does not trace ``make``.
         """
         if key not in self.cache:
             _fill(self.cache, key, make)
@@ -141,25 +139,24 @@ def _fill(cache: dict, key: tuple, make: Callable[[], Any]) -> None:
         cache[key] = make()
 
 
-def pack(trees: Sequence[Tree], pad_to: int = 1) -> TreePlan:
+def pack(trees: Sequence[Tree]) -> TreePlan:
     """Lay out trees one after another in a single pack.
 
     Args:
         trees: at least one, each with at least one rollout.
-        pad_to: the pack's length is rounded up to a multiple of this with one-token trees that nothing scores.
     Raises:
         ValueError: an empty rollout, a trained first token, a boundary outside its rollout, an empty answer, ids that
-            are no whole numbers. (Lists of whole numbers are taken as arrays are.)
+            are no whole numbers. (Lists of whole numbers are accepted like arrays.)
     """
-    return _join([_layout(tree) for tree in trees], pad_to)
+    return _join([_layout(tree) for tree in trees])
 
 
-def pack_within(trees: Sequence[Tree], token_budget: int, *, split: bool = False, pad_to: int = 1) -> list[TreePlan]:
-    """Lay out trees in as few packs of at most ``token_budget`` tokens as first-fit-decreasing finds.
+def pack_within(trees: Sequence[Tree], token_budget: int, *, split: bool = False) -> list[TreePlan]:
+    """Lay out trees in packs of at most ``token_budget`` tokens, as few as first-fit-decreasing finds.
 
     Args:
-        split: a tree over the budget is split into trees of fewer rollouts, which then share less; without it, it
-            raises. Per-group statistics that are computed inside one pass need whole groups.
+        split: whether a tree over the budget is split into trees of fewer rollouts, which then share less, or is
+            refused. Per-group statistics that are computed inside one pass need whole groups.
     Raises:
         ValueError: a tree (with ``split``: a single rollout) over the budget; and what ``pack`` raises.
     """
@@ -191,7 +188,7 @@ def pack_within(trees: Sequence[Tree], token_budget: int, *, split: bool = False
         else:
             packs.append([i])
             room.append(token_budget - size)
-    return [_join([layouts[i] for i in sorted(members)], pad_to) for members in packs]
+    return [_join([layouts[i] for i in sorted(members)]) for members in packs]
 
 
 class _Layout(NamedTuple):
@@ -202,7 +199,6 @@ class _Layout(NamedTuple):
     subtree_end: np.ndarray
     pairs: np.ndarray
     """int64 [M, 7]: row, label, kind, rollout, turn, answer, token."""
-    trunk_tokens: int
 
 
 class _BranchBlock(NamedTuple):
@@ -231,17 +227,17 @@ def _paths(sequences: Sequence[np.ndarray]):
     yield from zip(order, [0, *shared], [*shared, -1], strict=True)
 
 
-def _whole_numbers(of: str, name: str, x: Any, least: int) -> np.ndarray:
-    """``x``, an array or a list, as int64 [n]; ValueError for other numbers than whole ones from ``least`` on."""
+def _whole_numbers(owner: str, name: str, x: Any, least: int) -> np.ndarray:
+    """``x``, an array or a list, as int64 [n]; ValueError unless all are whole numbers of at least ``least``."""
     x = np.asarray(x)
     if x.ndim != 1 or (len(x) and (x.dtype.kind not in "iu" or int(x.min()) < least)):
         what = f"{x.dtype} {list(x.shape)}" + (f" from {x.min()}" if x.ndim == 1 and x.dtype.kind in "iuf" else "")
-        raise ValueError(f"{of}: {name} are {what}; give one row of whole numbers of at least {least}")
+        raise ValueError(f"{owner}: {name} are {what}; give one row of whole numbers of at least {least}")
     return x.astype(np.int64)
 
 
 def _checked(tree: Tree) -> Tree:
-    """Arrays in place of whatever lists the tree has."""
+    """The tree with arrays in place of lists."""
     rollouts = [
         RolloutTokens(
             r.index,
@@ -284,7 +280,7 @@ def _branch_block(branches: Sequence[Branch]) -> _BranchBlock:
 
 
 def _fed_length(rollout: RolloutTokens, scored: bool) -> int:
-    """How many of its tokens the model must read: those before the last label, and every scored prefix."""
+    """Number of tokens that the model must read: all before the last label, and every scored prefix."""
     n = len(rollout.ids)
     if n == 0 or len(rollout.turn) != n:
         raise ValueError(f"rollout {rollout.index} has {n} tokens and {len(rollout.turn)} turn numbers")
@@ -326,7 +322,7 @@ def _layout(tree: Tree) -> _Layout:
         if scored:
             for t, boundary in enumerate(rollout.boundaries):
                 open_boundaries.setdefault(int(boundary), []).append((rollout.index, t))
-        # What the next rollout does not share is complete: close it from its end, laying the branches of each
+        # The part that the next rollout does not share is complete: close it from its end, laying the branches of each
         # boundary behind everything that continues the trunk.
         top = length
         for boundary in sorted((b for b in open_boundaries if b > after), reverse=True):
@@ -347,7 +343,7 @@ def _layout(tree: Tree) -> _Layout:
         answers = np.concatenate(answer_pairs)
         answers = answers[np.lexsort((answers[:, 6], answers[:, 5], answers[:, 4], answers[:, 3]))]
         pairs = np.concatenate([pairs, answers])
-    return _Layout(np.concatenate(ids), np.concatenate(positions), subtree_end, pairs, sum(len(f) for f in fed))
+    return _Layout(np.concatenate(ids), np.concatenate(positions), subtree_end, pairs)
 
 
 def _decision_pairs(rollout: RolloutTokens, path: np.ndarray) -> np.ndarray:
@@ -370,30 +366,24 @@ def _answer_pairs(block: _BranchBlock, start: int, boundary_row: int, owners: li
     ]
 
 
-def _join(layouts: Sequence[_Layout], pad_to: int) -> TreePlan:
+def _join(layouts: Sequence[_Layout]) -> TreePlan:
     if not layouts:
         raise ValueError("nothing to pack: give at least one tree")
     sizes = np.array([len(layout.input_ids) for layout in layouts])
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    padding = -starts[-1] % pad_to
-    pad = np.arange(starts[-1], starts[-1] + padding)
+    starts = np.cumsum(sizes) - sizes
     pairs = []
-    for layout, start in zip(layouts, starts, strict=False):
+    for layout, start in zip(layouts, starts, strict=True):
         moved = layout.pairs.copy()
         moved[:, 0] += start
         pairs.append(moved)
     pairs = np.concatenate(pairs)
     pairs = pairs[np.argsort(pairs[:, 2], kind="stable")]
-    zeros = np.zeros(padding, np.int64)
     columns = dict(zip(_PAIR_COLUMNS, np.ascontiguousarray(pairs.T), strict=True))
     return TreePlan(
-        input_ids=np.concatenate([*(layout.input_ids for layout in layouts), zeros]),
-        position_ids=np.concatenate([*(layout.position_ids for layout in layouts), zeros]),
-        subtree_end=np.concatenate(
-            [*(layout.subtree_end + start for layout, start in zip(layouts, starts, strict=False)), pad + 1]
-        ),
-        tree_start=np.concatenate([np.repeat(starts[:-1], sizes), pad]),
-        trunk_tokens=sum(layout.trunk_tokens for layout in layouts),
+        input_ids=np.concatenate([layout.input_ids for layout in layouts]),
+        position_ids=np.concatenate([layout.position_ids for layout in layouts]),
+        subtree_end=np.concatenate([layout.subtree_end + start for layout, start in zip(layouts, starts, strict=True)]),
+        tree_start=np.repeat(starts, sizes),
         **columns,
     )
 

@@ -1,7 +1,7 @@
-"""What the Triton kernels are built from: committed configurations by table, and the variants that ship.
+"""Committed configurations of the Triton kernels, by table, and the variants that ship.
 
 ``configs/<kernel>.json`` holds ``{arch: {shape_class: {dtype: {"num_warps": 8, "num_stages": 3, "BLOCK_M": 128}}}}``;
-whatever is not ``num_warps`` or ``num_stages`` is a constexpr of the kernel. `tune` writes these tables, `inspect`
+every other name is a constexpr of the kernel. `tune` writes these tables, `inspect`
 compiles every entry, a training step only looks one up.
 """
 
@@ -65,16 +65,17 @@ class Variant:
     has_dot: bool = False
     ahead_of_time: bool = True
     may_spill: bool = False
-    """Spilled bytes are listed, not a fault."""
+    """Whether spilled bytes are allowed: they are then listed, and no fault."""
 
 
 @dataclass(frozen=True)
 class Tunable:
-    """What `tune` may vary of a kernel, and what it times; an op's ``triton_path.tunables()`` yields them.
+    """A kernel's constants that `tune` may vary, and the call that it times; an op's ``triton_path.tunables()`` yields
+    them.
 
-    ``space`` gives every constant of the table, num_warps and num_stages included, the values to try; those of the
-    names in ``a_processor`` are counts for each multiprocessor. ``workload`` makes inputs on a device and returns the
-    call to time, which looks its configuration up as always.
+    ``space`` maps every constant of the table, num_warps and num_stages included, to the values to try; values of the
+    names in ``a_processor`` are counts per multiprocessor. ``workload`` makes inputs on a device and returns the call
+    to time, which looks its configuration up as always.
     """
 
     kernel: str
@@ -85,7 +86,7 @@ class Tunable:
     a_processor: tuple[str, ...] = ()
 
     def on(self, processors: int) -> Tunable:
-        """With the counts for a GPU of so many multiprocessors."""
+        """The tunable with counts for a GPU of ``processors`` multiprocessors."""
         counts = {name: [count * processors for count in self.space[name]] for name in self.a_processor}
         return replace(self, space={**self.space, **counts}, a_processor=())
 
@@ -119,7 +120,7 @@ def table(kernel: str) -> dict:
 
 @functools.cache
 def arch_name(device: torch.device) -> str:
-    """What a GPU is called in the tables: ``sm_90``, ``gfx942``, ... whether or not they know it."""
+    """A GPU's name in the tables (``sm_90``, ``gfx942``, ...), even if they have no entry for it."""
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
@@ -129,11 +130,11 @@ def arch_name(device: torch.device) -> str:
 def arch_of(device: torch.device) -> str:
     """The architecture whose tables ``device`` uses; a CPU (Triton's interpreter) uses sm_90's.
 
-    Every op asks before it launches: here IGPO_KERNELS_AOT takes effect.
+    Every op calls it before a launch, so IGPO_KERNELS_AOT takes effect here.
 
     Raises:
-        ValueError: a device without tables, or a CPU without the interpreter; a library in IGPO_KERNELS_AOT that is not
-            for it.
+        ValueError: a device without tables, or a CPU without the interpreter; a library in IGPO_KERNELS_AOT that was
+            built for another.
     """
     if device.type == "cpu":
         if not runs_on_cpu():
@@ -153,7 +154,7 @@ def arch_of(device: torch.device) -> str:
 
 
 def runs_on_cpu() -> bool:
-    """Whether Triton takes CPU tensors: in its interpreter, or with a driver in place that is no GPU's."""
+    """Whether Triton takes CPU tensors: in its interpreter, or under a driver that is no GPU's."""
     try:
         from triton import knobs
         from triton.backends.driver import GPUDriver
@@ -166,6 +167,6 @@ def runs_on_cpu() -> bool:
 
 @functools.cache
 def load_ahead_of_time(arch: str) -> None:
-    """Load the library of compiled kernels that IGPO_KERNELS_AOT names, if it is set; once an architecture."""
+    """Load the library of compiled kernels that IGPO_KERNELS_AOT names, if it is set; once per architecture."""
     if path := os.environ.get("IGPO_KERNELS_AOT"):
         importlib.import_module("igpo_kernels.aot").load(path, arch)

@@ -3,10 +3,10 @@
     python -m igpo_kernels.tune [--op policy_loss] [--kernel NAME] [--shape-class large] [--dtype bf16]
                                 [--seconds 120] [--out FOLDER] [--dry-run]
 
-Needs a GPU. A filter given twice takes both. Coordinate descent from the committed configuration: one constant at a
-time takes its other values, until none helps or the kernel's seconds are over. A candidate is timed if `inspect` lets
-the first variant built from it pass, and taken if it lets all pass and the candidate is at least 2 % faster than the
-committed one. Nothing is tuned in a training step: that only looks tables up.
+Needs a GPU. A filter given twice takes both. Coordinate descent from the committed configuration tries the other
+values of one constant at a time, until none helps or the kernel's seconds are over. A candidate is timed if `inspect`
+lets the first variant built from it pass, and taken if it lets all pass and the candidate is at least 2 % faster than
+the committed one. A training step tunes nothing: it only looks tables up.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from igpo_kernels.triton_variants import TABLES, Tunable, arch_of, table
 
 FILTERS = ("op", "kernel", "shape-class", "dtype")
 GAIN = 0.98
-"""A new configuration takes at most this share of the old one's time."""
+"""A new configuration is taken if its time is at most this share of the old one's."""
 
 
 def candidates(space: Mapping[str, Sequence[int]], taken: Sequence[dict]) -> Iterator[dict[str, int]]:
-    """What differs in one constant from the last entry taken so far (by the caller, who appends it), each once, until a
-    round over the constants brings no new one."""
+    """Entries that differ in one constant from the last entry of ``taken`` (to which the caller appends), each once,
+    until a round over the constants yields no new one."""
     tried, start = list(taken), None
     while start != taken[-1]:
         start = taken[-1]
@@ -56,9 +56,9 @@ def tune(
     """Leave the best entry in the table; returns it, its time and the committed entry's.
 
     Args:
-        passes: whether the first so many variants (None: all) of what the table now says may ship.
-        milliseconds: times what the table now says.
-        seconds: after which no further candidate is begun.
+        passes: whether the first ``n`` variants (None: all) built from the table as it is may ship.
+        milliseconds: times the configuration in the table as it is.
+        seconds: time after which no further candidate is begun.
     """
     end = time.monotonic() + seconds
     entries = table(tunable.kernel)[arch][tunable.shape_class]
@@ -76,7 +76,7 @@ def tune(
 
 
 def render(entries: dict) -> str:
-    """A table as JSON, one line a configuration."""
+    """A table as JSON, one line per configuration."""
     archs = []
     for arch, classes in entries.items():
         lines = [
@@ -90,7 +90,7 @@ def render(entries: dict) -> str:
 
 
 def tunables() -> Iterator[tuple[str, object, Tunable]]:
-    """(op, its triton_path, what it lets be tuned), for every op that lets anything be tuned."""
+    """(op, its triton_path, a tunable) for every tunable of every op."""
     for path in sorted(Path(__file__).parent.glob("*/triton_path.py")):
         module = importlib.import_module(f"igpo_kernels.{path.parent.name}.triton_path")
         for tunable in getattr(module, "tunables", lambda: ())():
@@ -98,8 +98,8 @@ def tunables() -> Iterator[tuple[str, object, Tunable]]:
 
 
 def passes_gate(module, tunable: Tunable, arch: str, most: int | None = None) -> bool:
-    """The variants (the first ``most``) that the tables now give for this kernel, architecture, class and dtype pass
-    `inspect`."""
+    """Whether the variants (the first ``most``) of this kernel, architecture, class and dtype, built from the tables as
+    they are, pass `inspect`."""
     wanted = (tunable.kernel, arch, tunable.dtype, tunable.shape_class)
     built = [v for v in module.variants() if (v.kernel, v.arch, v.dtype, v.shape_class.split("/")[0]) == wanted]
     return bool(built) and not any(check(variant).faults for variant in built[:most])
@@ -116,7 +116,7 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def wanted(args: argparse.Namespace) -> Iterator[tuple[object, Tunable]]:
-    """(triton_path, tunable) of what the filters leave."""
+    """(triton_path, tunable) of each tunable that the filters leave."""
     for op, module, tunable in tunables():
         names = (op, tunable.kernel, tunable.shape_class, tunable.dtype)
         taken = (getattr(args, option.replace("-", "_")) for option in FILTERS)

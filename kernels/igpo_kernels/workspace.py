@@ -1,4 +1,4 @@
-"""How much memory an op may take beyond inputs, outputs and gradients."""
+"""Memory that an op may take beyond inputs, outputs and gradients."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from igpo_fast.types import Group, Question, Rollout, Turn
 from igpo_fast.update.scoring import make_trees
 from igpo_kernels import RolloutTokens, Tree, pack
 from igpo_kernels.tree_attention.blocks import block_lists, visible_area
-from tests.kernels.test_blocks import shipped_tiles
+from tests.kernels.test_blocks import shipped_tiles, visits
 
 ROOT = Path(__file__).parents[2]
 MUSIQUE = ROOT.parent / "shared" / "data" / "musique"
@@ -89,8 +89,8 @@ def musique_plan(request):
 
 @pytest.mark.parametrize(("queries", "keys"), shipped_tiles())
 def test_area_of_musique_rollouts(musique_plan, queries, keys):
-    visits = block_lists(musique_plan, None, queries, keys).visits
-    assert 1 <= visits * queries * keys / visible_area(musique_plan) <= 2
+    pairs = visits(block_lists(musique_plan, None, queries, keys))
+    assert 1 <= pairs * queries * keys / visible_area(musique_plan) <= 2
 
 
 def test_a_record_packs_as_the_rollout_it_is_of():

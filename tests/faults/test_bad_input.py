@@ -121,7 +121,7 @@ def refused(*overrides, **options):
         ),
         (
             ["search.url=http://me:secret@h:99999/x"],
-            r"search\.url: 'http://\*\*\*@h:99999/x' is no URL \(Port out of .*",
+            r"search\.url: 'http://\*\*\*@h:99999/x' is not a URL \(Port out of .*",
         ),
         (["train.warmup_steps=3"], r"train\.warmup_steps=3 exceeds train\.steps=2, so train\.lr is never reached; .*"),
         (["rollout.group_size=1"], r"rollout\.group_size=1 with algorithm\.name=igpo leaves nothing to compare .*"),

@@ -131,7 +131,7 @@ def test_a_run_folder_removed_meanwhile(tmp_path):
         ):
             with pytest.raises(StorageError) as error:
                 write()
-            one_line(error, str(run.path), "No such file or directory", "its folder is not there")
+            one_line(error, str(run.path), "No such file or directory", "its folder does not exist")
 
 
 @pytest.fixture

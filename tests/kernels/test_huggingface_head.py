@@ -109,7 +109,7 @@ REFUSED = {
     "deepseek_v3": (
         dict(SIZES, **MLA, v_head_dim=8, n_routed_experts=2, n_shared_experts=1, n_group=1, topk_group=1,
              num_experts_per_tok=1, moe_intermediate_size=16),
-        r"DeepseekV3Attention has keys of 16 and values of 8 numbers a head \(MLA\)",
+        r"DeepseekV3Attention has keys of 16 and values of 8 numbers per head \(MLA\)",
     ),
 }  # fmt: skip
 

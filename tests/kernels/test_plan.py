@@ -38,7 +38,6 @@ def test_a_comb_by_hand():
     assert plan.label[answer].tolist() == [9, 8, 9, 8]
     assert plan.turn[answer].tolist() == [0, 0, 1, 1]
     assert set(plan.rollout.tolist()) == {4}
-    assert plan.trunk_tokens == 6
 
 
 def test_shared_tokens_have_an_owner_each():
@@ -74,14 +73,6 @@ def test_answers_share_their_wrapper():
     answers = plan.kind == ANSWER
     assert plan.answer[answers].tolist() == [0, 0, 1, 1, 1]
     assert plan.row[answers].tolist() == [2, 3, 2, 3, 4]
-
-
-def test_padding_is_trees_of_one_token_without_pairs():
-    plan = pack([Tree([rollout(0, [1, 2, 3], [-1, 0, 0])])], pad_to=8)
-    assert plan.n_tokens == 8
-    assert plan.subtree_end[2:].tolist() == [3, 4, 5, 6, 7, 8]
-    assert plan.tree_start[2:].tolist() == [2, 3, 4, 5, 6, 7]
-    assert plan.row.max() < 2
 
 
 @pytest.mark.parametrize(
@@ -140,7 +131,7 @@ def plan_of(seed):
     )
     branches = [random_branches(rng, int(rng.integers(1, 4))) for _ in groups]
     trees = make_trees(groups, branches, numbers)
-    return [r for g in groups for r in g.rollouts], branches, groups, pack(trees, pad_to=int(rng.integers(1, 5)))
+    return [r for g in groups for r in g.rollouts], branches, groups, pack(trees)
 
 
 @settings(max_examples=60, deadline=None)

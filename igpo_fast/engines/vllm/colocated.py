@@ -1,4 +1,4 @@
-"""vLLM in this process: one engine, the trainer's weights handed over in place."""
+"""vLLM in this process: one engine, which gets the trainer's weights in place."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import PreTrainedModel
 
-from igpo_fast.engines.base import Generation, Request, others
+from igpo_fast.engines.base import Generation, Request, check_lengths, let_others_run
 from igpo_fast.engines.stops import StopStrings
 from igpo_fast.engines.vllm import TRANSFER, prepare, settings, sync_method, weights
-from igpo_fast.engines.vllm.requests import check, generation, sampling_parameters
+from igpo_fast.engines.vllm.requests import generation, sampling_parameters
 from igpo_fast.errors import EngineError, RunError, reason_of
 
 PREFILL_TOKENS = 8192
-"""Most tokens of a step; where prompts are not cut, a longer one has a step of its own."""
+"""Most tokens per step; without chunked prefill, a longer prompt has a step of its own."""
 
 _live = None
-"""The ``LLMEngine`` of this process. vLLM's process groups are global: one that ends takes another's with it."""
+"""The ``LLMEngine`` of this process. vLLM's process groups are global: ending one engine destroys the groups of the
+next."""
 
 
 @dataclass
@@ -35,10 +36,10 @@ class _Job:
 
 
 class VllmEngine:
-    """An ``Engine``: vLLM's, stepped by whoever waits in the running event loop.
+    """An ``Engine`` on vLLM's, stepped by a task in the running event loop.
 
-    The engine itself is made by the first ``load_weights``. Its weights are made up until then, and never read from
-    disk: those of a sleeping engine are discarded, and the next ``load_weights`` wakes it.
+    The engine itself is made by the first ``load_weights``. Its weights are random until then, and never read from
+    disk: a sleeping engine's weights are discarded, and the next ``load_weights`` wakes it.
     """
 
     remote = keeps_rollouts = False
@@ -56,16 +57,16 @@ class VllmEngine:
     ):
         """
         Args:
-            lm: the trainer's model, whose configuration is taken.
+            lm: the trainer's model, whose configuration vLLM uses.
             decode: token ids to text, for stop strings.
-            dtype: what the engine computes in; None is the trainer's.
-            max_slots: rollouts that sample at a time; more wait.
+            dtype: dtype of the engine; None is the trainer's.
+            max_slots: rollouts that sample at a time; further ones wait.
             max_tokens: longest rollout, prompt and responses included.
             gpu_memory: share of the GPU for weights and cache.
-            bucket_bytes: weights that are handed over at a time.
+            bucket_bytes: bytes of weights handed over at a time.
         """
         prepare()
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: tensors are handed over, not copied out
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, so that tensors are shared, not copied
         import vllm
 
         self._sync = sync_method()
@@ -87,7 +88,7 @@ class VllmEngine:
             RuntimeError: no weights have been loaded since the start, or since ``sleep``.
             DivergedError: the model's logits are not finite.
         """
-        check(request, self.max_tokens)
+        check_lengths(request, self.max_tokens)
         if self._llm is None or self._asleep or self._llm is not _live:
             raise RuntimeError("generate: no weights, or another engine has replaced this one; call load_weights first")
         name = _name(request.key)
@@ -105,19 +106,20 @@ class VllmEngine:
         return generation(request, job.ids, job.logp, finished)
 
     def release(self, key: tuple[int, ...]) -> None:
-        """The rollout is over or given up: cancels its request. Its cached tokens stay until others need the room."""
+        """Cancel the request of a rollout that ended or was given up. Its cached tokens stay until others need the
+        room."""
         if job := self._jobs.pop(_name(key), None):
             job.future.cancel()
             self._llm.abort_request([_name(key)])
 
     def sleep(self) -> None:
-        """Give back the memory of weights and cache until the next ``load_weights``, where the platform can."""
+        """Free the memory of weights and cache until the next ``load_weights``, if the platform can."""
         if self._llm is not None and self._llm.vllm_config.model_config.enable_sleep_mode and not self._asleep:
             self._llm.sleep(level=2)
             self._asleep = True
 
     def counts(self) -> dict[str, float]:
-        """Nothing: what goes wrong here is raised."""
+        """Return nothing, because failures here are raised."""
         return {}
 
     def load_weights(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -125,7 +127,7 @@ class VllmEngine:
 
         Raises:
             RuntimeError: requests are pending, or the prefix cache cannot be dropped.
-            InputError: the model's weights cannot be compared, or differ afterwards from the trainer's.
+            InputError: the model's weights cannot be compared, or afterwards differ from the trainer's.
         """
         if self._jobs:
             raise RuntimeError("load_weights: requests are pending; await them first")
@@ -139,7 +141,7 @@ class VllmEngine:
             self._llm.wake_up(["kv_cache"])
             self._asleep = False
         if not self._llm.reset_prefix_cache():
-            raise RuntimeError("load_weights: vLLM did not drop its prefix cache, which old weights computed")
+            raise RuntimeError("load_weights: vLLM did not drop the prefix cache of the old weights")
         (found,) = self._llm.collective_rpc("igpo_fingerprints")
         weights.compare(found, weights.fingerprints(sent, self._dtype), "rollout.engine=vllm")
         self.version += 1
@@ -156,7 +158,7 @@ class VllmEngine:
         call("finish_weight_update")
 
     def _start(self) -> None:
-        """Make vLLM's engine, in place of the one that this process may have."""
+        """Make vLLM's engine; it replaces an earlier one of this process."""
         global _live
         from vllm import EngineArgs
         from vllm.platforms import current_platform
@@ -164,7 +166,7 @@ class VllmEngine:
 
         on_cpu = current_platform.is_cpu()
         options = settings(_name_of(self._dtype), on_cpu=on_cpu, transfer=self._sync == TRANSFER)
-        if on_cpu:  # where prompts are not cut
+        if on_cpu:  # without chunked prefill
             options["max_num_batched_tokens"] = max(PREFILL_TOKENS, self.max_tokens)
         else:
             options |= {"gpu_memory_utilization": self._gpu_memory, "max_num_batched_tokens": PREFILL_TOKENS}
@@ -192,19 +194,19 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        # Tokens come one by one only where their text decides.
+        # Tokens come one by one only if stop strings decide where the turn ends.
         kind = RequestOutputKind.DELTA if request.stop_strings else RequestOutputKind.FINAL_ONLY
         parameters = SamplingParams(**sampling_parameters(request), output_kind=kind)
         self._llm.add_request(name, {"prompt_token_ids": request.ids.tolist()}, parameters)
 
     async def _run(self) -> None:
         try:
-            await others()
+            await let_others_run()
             while self._jobs:
                 with _vllms_own_errors():
                     outputs = self._llm.step()
                 ended = [self._take(output) for output in outputs if output.request_id in self._jobs]
-                await (others() if any(ended) else asyncio.sleep(0))
+                await (let_others_run() if any(ended) else asyncio.sleep(0))
         except BaseException as error:
             for name, job in self._jobs.items():
                 if isinstance(error, Exception) and not job.future.done():
@@ -215,7 +217,7 @@ class VllmEngine:
                 raise
 
     def _take(self, output) -> bool:
-        """New tokens of a request; True if they end its turn."""
+        """Add new tokens of a request; returns whether they end its turn."""
         name, (new,) = output.request_id, output.outputs
         job = self._jobs[name]
         completed = False

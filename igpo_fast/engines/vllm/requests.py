@@ -1,4 +1,4 @@
-"""A request as vLLM takes it, and what comes back: the same in process and over HTTP."""
+"""Conversion of requests for vLLM and of its answers, the same in process and over HTTP."""
 
 from __future__ import annotations
 
@@ -10,21 +10,11 @@ from igpo_fast.engines import noise
 from igpo_fast.engines.base import Generation, Request
 
 NOT_FINITE = -9999.0
-"""Log-probability that vLLM's server answers in place of NaN; smaller ones are not numbers either."""
-
-
-def check(request: Request, max_tokens: int) -> None:
-    """Raises ValueError for a request that is empty, or longer than ``max_tokens`` with what it may sample."""
-    where, length = f"request {request.key}", len(request.ids)
-    if not length or request.max_tokens < 1:
-        raise ValueError(f"{where}: needs a token to continue and max_tokens >= 1")
-    if length + request.max_tokens > max_tokens:
-        wanted = f"{length} tokens and {request.max_tokens} to sample"
-        raise ValueError(f"{where}: {wanted} exceed the engine's max_tokens={max_tokens}")
+"""Log-probability that vLLM's server returns in place of NaN; smaller ones stand for NaN, too."""
 
 
 def seed_of(request: Request) -> int:
-    """The seed of a turn's draws, from its rollout's key and how many tokens precede it: 0 .. 2**63 - 1."""
+    """The seed of a turn's draws, from its rollout's key and the number of tokens before it: 0 .. 2**63 - 1."""
     return int(noise.stream((*request.key, len(request.ids)))) >> 1
 
 
@@ -44,12 +34,12 @@ def sampling_parameters(request: Request) -> dict:
         "stop_token_ids": [int(id) for id in request.stop_ids],
         "ignore_eos": True,
         "detokenize": False,
-        "logprobs": 0,  # of the sampled token alone
+        "logprobs": 0,  # only the sampled token's
     }
 
 
 def generation(request: Request, ids: Sequence[int], logp: Sequence[float], finished: bool) -> Generation:
-    """Raises DivergedError where a log-probability is not finite."""
+    """The ``Generation`` of vLLM's answer. Raises DivergedError if a log-probability is not finite."""
     logp = np.asarray(logp, np.float32)
     noise.require_finite(np.where(logp > NOT_FINITE, logp, np.nan))
     return Generation(np.asarray(ids, np.int32), logp, finished)

@@ -1,9 +1,9 @@
 """``python -m igpo_fast.engines.vllm.serve MODEL [--port 8000 ...]``: ``vllm serve`` as ``rollout.server`` needs it.
 
-It serves made-up weights until a trainer sends its own. MODEL is a Hugging Face directory or name, of which the
-configuration and the tokenizer are read; further arguments are those of ``vllm serve``.
+It serves random weights until a trainer sends its own. MODEL is a Hugging Face directory or name, from which the
+configuration and the tokenizer are read; further arguments go to ``vllm serve``.
 
-Whoever may ask a replica sets its weights. So it listens on 127.0.0.1 unless --host says otherwise, which needs a key:
+Anyone who can reach a replica can set its weights. So it listens on 127.0.0.1, and another --host needs a key:
 set IGPO_REPLICA_KEY (or give --api-key) here, and IGPO_REPLICA_KEY in the trainer's environment.
 """
 
@@ -26,23 +26,23 @@ from igpo_fast.engines.vllm.weights import FOLDER
 from igpo_fast.net import is_loopback
 
 LARGEST_BUCKET = 8 << 30
-"""Bytes; a larger body of weights is refused."""
+"""Most bytes of a request with weights; larger ones are refused."""
 LARGEST_CALL = 1 << 16
-"""Bytes of a call of the worker's methods, which take no arguments."""
+"""Most bytes of a call of a worker's method, which takes no arguments."""
 METHODS = ("igpo_about", "igpo_fingerprints")
-"""Methods that ``/collective_rpc`` may call. Others of vLLM's write files, among other things."""
+"""Methods that ``/collective_rpc`` may call. Other methods of vLLM's write files, among other things."""
 ROUTES = {
     "/inference/v1/generate", "/collective_rpc", "/pause", "/resume", "/weight_info", "/start_weight_update",
     "/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/metrics", "/version",
 }  # fmt: skip
-"""Routes that a replica answers, beside ``/health``."""
+"""Routes that a replica answers, besides ``/health``."""
 
 
 def arguments(model: str, more: list[str], *, dtype: str, on_cpu: bool) -> list[str]:
     """``vllm serve``'s arguments; ``more`` comes last and wins."""
     return [
         f"--model={model}", "--host=127.0.0.1", *flags(settings(dtype, on_cpu=on_cpu)),
-        "--middleware=igpo_fast.engines.vllm.serve.WeightsInFile",  # the last is asked first
+        "--middleware=igpo_fast.engines.vllm.serve.WeightsInFile",  # the last middleware is called first
         "--middleware=igpo_fast.engines.vllm.serve.Guard", "--enable-scale-out", *more,
     ]  # fmt: skip
 
@@ -60,9 +60,9 @@ def flags(keywords: Mapping[str, object]) -> list[str]:
 
 
 class Guard:
-    """ASGI middleware: answers ``ROUTES`` alone, with a key to whoever has it, and calls ``METHODS`` alone.
+    """ASGI middleware: allows ``ROUTES`` and ``METHODS`` only, and only with the key if there is one.
 
-    The key is the environment's; without one ``main`` lets the server listen on this machine only.
+    The key is in the environment; without one ``main`` lets the server listen on this machine only.
     """
 
     def __init__(self, app):
@@ -70,7 +70,7 @@ class Guard:
         self._wanted = f"Bearer {os.environ[KEY]}".encode() if os.environ.get(KEY) else b""
 
     async def __call__(self, scope, receive, send):
-        """Pass the request on, or refuse it: 401 without the key, 404 or 403 for what no trainer asks."""
+        """Pass the request on, or refuse it: 401 without the key, 404 or 403 for requests that no trainer sends."""
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         if scope["type"] != "http":  # a websocket
@@ -93,15 +93,16 @@ class Guard:
 
 class WeightsInFile:
     """ASGI middleware: writes a bucket of weights, sent to ``/update_weights`` as the bytes of a safetensors file,
-    to a temporary file in ``FOLDER`` and tells the engine's process where. As JSON it would be a third longer, and be
-    parsed and copied at every step of the way."""
+    to a temporary file in ``FOLDER`` and passes its name to the engine's process. As JSON it would be a third longer,
+    and be parsed and copied in every process on the way."""
 
     def __init__(self, app):
         self._app = app
         self._folder = os.environ.get(FOLDER)
 
     async def __call__(self, scope, receive, send):
-        """Pass the request on; ``/update_weights`` as the JSON that it takes, and only as bytes of a stated number."""
+        """Pass the request on; ``/update_weights`` is turned into JSON, and refused unless it is bytes of a stated
+        number."""
         if scope["type"] == "lifespan":
             try:
                 return await self._app(scope, receive, send)
@@ -112,12 +113,12 @@ class WeightsInFile:
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
         if headers.get(b"content-type") != b"application/octet-stream":
-            return await _refuse(send, 415, "weights come as the bytes of a safetensors file")
+            return await _refuse(send, 415, "send weights as the bytes of a safetensors file")
         length = headers.get(b"content-length", b"")
         if not length.isdigit():
-            return await _refuse(send, 411, "weights come with their Content-Length")
+            return await _refuse(send, 411, "send weights with their Content-Length")
         if int(length) > LARGEST_BUCKET:
-            return await _refuse(send, 413, f"weights come in parts of at most {LARGEST_BUCKET:,} bytes")
+            return await _refuse(send, 413, f"send weights in parts of at most {LARGEST_BUCKET:,} bytes")
         with tempfile.NamedTemporaryFile(prefix="bucket-", dir=self._folder) as file:
             size, more = 0, True
             while more:
@@ -127,7 +128,7 @@ class WeightsInFile:
                 size += file.write(message.get("body", b""))
                 more = message.get("more_body", False)
                 if size > int(length):
-                    return await _refuse(send, 413, "more bytes of weights than Content-Length says")
+                    return await _refuse(send, 413, "there are more bytes of weights than Content-Length says")
             file.flush()
             body = json.dumps({"update_info": {"file": file.name}}).encode()
             types = {b"content-type": b"application/json", b"content-length": b"%d" % len(body)}
@@ -136,7 +137,7 @@ class WeightsInFile:
 
 
 async def _read(receive, most: int) -> bytes | None:
-    """A request's body; None if it is longer than ``most`` bytes, or the client is gone."""
+    """A request's body; None if it is longer than ``most`` bytes, or the client disconnected."""
     body, more = b"", True
     while more:
         message = await receive()
@@ -148,7 +149,7 @@ async def _read(receive, most: int) -> bytes | None:
 
 
 def _replayed(body: bytes, receive):
-    """``receive`` of a request whose body is this one."""
+    """A ``receive`` that returns this body."""
     told = iter([{"type": "http.request", "body": body, "more_body": False}])
 
     async def replay():
@@ -173,9 +174,10 @@ async def _refuse(send, status: int, why: str) -> None:
 
 
 def _take_key(more: list[str], environment: dict[str, str]) -> list[str]:
-    """vLLM's further arguments without --api-key, which goes into ``environment``, where no list of processes shows it.
+    """The further arguments without --api-key, which is moved to ``environment``, so that no list of processes shows
+    it.
 
-    Exits with a line where other machines could reach a server that has no key.
+    Exits with one line if other machines could reach a server without a key.
     """
     parser = argparse.ArgumentParser(prog="serve MODEL", add_help=False)
     parser.add_argument("--host", default="127.0.0.1")
@@ -183,22 +185,22 @@ def _take_key(more: list[str], environment: dict[str, str]) -> list[str]:
     known, rest = parser.parse_known_args(more)
     if not known.api_key and not is_loopback(known.host):
         sys.exit(
-            f"--host {known.host}: whoever reaches a replica sets its weights; set {KEY} here and for the trainer "
-            "(any secret text), or leave --host out"
+            f"--host {known.host}: anyone who reaches a replica can set its weights; set {KEY} here and for the "
+            "trainer (any secret text), or leave --host out"
         )
     environment[KEY] = known.api_key
     return [f"--host={known.host}", *rest]
 
 
 def main() -> None:
-    """Become the server: replaces this process. Exits with a line where the arguments or this vLLM will not do."""
+    """Replace this process by the server. Exits with one line if the arguments or this vLLM are not usable."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     more = _take_key(sys.argv[2:], os.environ)
     prepare()
     if sync_method() != TRANSFER:
         sys.exit("vllm: this version has no weight-transfer API, which replicas need; install vllm>=0.32")
-    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the routes for weights and fingerprints
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # enables the routes for weights and fingerprints
     os.environ[FOLDER] = tempfile.mkdtemp(prefix="igpo-weights-")
     from vllm.platforms import current_platform
 

@@ -18,10 +18,10 @@ from typing import Any
 import httpx
 import torch
 
-from igpo_fast.engines.base import Generation, Request
+from igpo_fast.engines.base import Generation, Request, check_lengths
 from igpo_fast.engines.stops import StopStrings
 from igpo_fast.engines.vllm import KEY, TRANSFER, weights
-from igpo_fast.engines.vllm.requests import check, generation, sampling_parameters
+from igpo_fast.engines.vllm.requests import generation, sampling_parameters
 from igpo_fast.errors import EngineError, InputError
 from igpo_fast.net import direct, fault
 
@@ -44,13 +44,13 @@ class Replica:
 
     url: str
     up: bool = False
-    """Whether it answered last time."""
+    """Whether it answered its last request."""
     weights: str | None = None
-    """The version of the weights it was last known to hold, bit for bit; None if others, or a part of them."""
+    """The version of the weights that it is known to hold, bit for bit; None if it holds others or only a part."""
     running: int = 0
     """Requests in flight."""
     loads: int = 0
-    """Number of weight syncs: the answer to an older request says nothing about it."""
+    """Number of weight syncs; an answer to an older request says nothing about the state after the last one."""
 
 
 class VllmServers:
@@ -59,14 +59,14 @@ class VllmServers:
     Args:
         urls: addresses of the replicas, like ``http://host:8000``.
         decode: token ids to text, for stop strings.
-        dtype: what replicas compute in; the trainer's weights are sent in it.
+        dtype: dtype of the replicas, in which the trainer's weights are sent.
         max_tokens: longest rollout.
         concurrency: most requests at a time.
-        timeout: seconds that a turn may take, and that a batch without any replica waits for one to come back.
+        timeout: seconds that a turn may take, and that a batch waits if no replica answers.
         bucket_bytes: bytes of weights per request.
         key: the key that replicas were started with (``IGPO_REPLICA_KEY``); "" if they have none.
     Raises:
-        InputError: a URL that cannot be asked.
+        InputError: a URL to which no request can be sent.
     """
 
     remote, keeps_rollouts = True, False
@@ -94,12 +94,12 @@ class VllmServers:
         self._stops = StopStrings(decode)
         self._dtype, self._bucket_bytes = dtype, bucket_bytes
         self._max_tokens, self._concurrency, self._timeout = max_tokens, concurrency, timeout
-        self._session = uuid.uuid4().hex  # another session's weights of the same number are not ours
+        self._session = uuid.uuid4().hex  # another session's weights of the same version are not ours
         self._sent: weights.Weights = []
         self._home: dict[tuple[int, ...], Replica] = {}
         self._pending = 0
         self._counts = dict.fromkeys(COUNTS, 0)
-        self._tls = httpx.create_ssl_context()  # made once: it takes longer than many a request
+        self._tls = httpx.create_ssl_context()  # made once, because making it takes longer than a request
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._http: httpx.AsyncClient
@@ -110,10 +110,10 @@ class VllmServers:
         Raises:
             ValueError: the request is empty or too long.
             EngineError: no replica answers within the timeout.
-            InputError: one refuses the request, or has other weights after a sync.
+            InputError: a replica refuses the request, or has other weights after a sync.
             DivergedError: the model's logits are not finite.
         """
-        check(request, self._max_tokens)
+        check_lengths(request, self._max_tokens)
         client = await self._client()
         body = {"token_ids": request.ids.tolist(), "sampling_params": sampling_parameters(request)}
         if request.stop_strings:
@@ -131,7 +131,8 @@ class VllmServers:
                     continue
                 end = self._stops.end(request.stop_strings, answer.ids)
                 if end is None and isinstance(answer.stop_reason, str):
-                    # The server's tokenizer reads them otherwise: the same draws again, without its judgement.
+                    # The server's tokenizer decodes some tokens differently: draw the same again, without its stop
+                    # strings.
                     body["sampling_params"] = sampling_parameters(request)
                     continue
                 finished = end is not None or answer.finish_reason == "stop"
@@ -145,7 +146,7 @@ class VllmServers:
         self._home.pop(key, None)
 
     def sleep(self) -> None:
-        """Nothing: the replicas' memory is their own."""
+        """Do nothing: the replicas' memory is their own."""
 
     def counts(self) -> dict[str, float]:
         """``COUNTS`` since the last call."""
@@ -158,7 +159,7 @@ class VllmServers:
         Raises:
             RuntimeError: requests are pending.
             EngineError: no replica answers.
-            InputError: one computes with other weights afterwards, or with settings that do not fit.
+            InputError: a replica has other weights afterwards, or settings that do not fit.
         """
         if self._pending:
             raise RuntimeError("load_weights: requests are pending; await them first")
@@ -169,12 +170,12 @@ class VllmServers:
         asyncio.run(self._revive())
 
     async def _client(self) -> httpx.AsyncClient:
-        """The running event loop's client, which ends with the loop."""
+        """The HTTP client of the running event loop; it is closed with the loop."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._loop, self._reviving = loop, asyncio.Lock()
             self._probing = {replica.url: asyncio.Lock() for replica in self._replicas}
-            self._open = self._opened()  # a loop that ends closes its asynchronous generators
+            self._open = self._opened()  # an event loop closes its asynchronous generators when it ends
             self._http = await anext(self._open)
         return self._http
 
@@ -192,8 +193,8 @@ class VllmServers:
         )
 
     async def _replica(self, key: tuple[int, ...], failed: Replica | None) -> Replica:
-        """The rollout's own replica, or else the least busy one with the current weights, not the one that failed if
-        there is another. Waits for one if there is none."""
+        """The rollout's own replica, or the least busy one with the current weights, avoiding the one that failed if
+        there is another. Waits if there is none."""
         async with self._reviving:
             if not self._ready():
                 await self._revive()
@@ -204,7 +205,7 @@ class VllmServers:
         return home
 
     async def _ask(self, client: httpx.AsyncClient, replica: Replica, body: dict) -> Answer | str:
-        """The turn, or why there is none; a replica that fails its health check then is lost."""
+        """The turn, or why there is none; a replica that then also fails its health check is marked lost."""
         replica.running += 1
         loads = replica.loads
         try:
@@ -226,7 +227,7 @@ class VllmServers:
         return answer
 
     async def _has_weights(self, replica: Replica) -> bool:
-        """The health check: it answers on a new connection, and says that it has the current weights."""
+        """Health check: whether the replica answers on a new connection and has the current weights."""
         async with self._new_client(min(self._timeout, CONNECT_WITHIN)) as client:
             try:
                 return _json(await client.get(f"{replica.url}/weight_info")).get("weight_version") == self._tag
@@ -245,7 +246,7 @@ class VllmServers:
         return [replica for replica in self._replicas if replica.up and replica.weights == self._tag]
 
     async def _revive(self) -> None:
-        """Give every replica that answers the current weights; try again until one has them or time is out."""
+        """Send the current weights to every replica that answers; retry until one has them or time is out."""
         deadline = asyncio.get_running_loop().time() + self._timeout
         async with self._new_client(self._timeout) as client:
             while True:
@@ -261,12 +262,12 @@ class VllmServers:
         )
 
     async def _load(self, client: httpx.AsyncClient) -> list[str]:
-        """Send the weights, each bucket to all replicas before the next is encoded, and see that they have arrived;
-        returns what failed."""
+        """Send the weights, each bucket to all replicas before the next is encoded, and verify them; returns the
+        failures."""
         failures = []
 
-        async def those(replicas: list[Replica], step: Callable[[Replica], Awaitable[bool]]) -> list[Replica]:
-            """The replicas of which the step is true; one that it fails at is lost."""
+        async def succeeded(replicas: list[Replica], step: Callable[[Replica], Awaitable[bool]]) -> list[Replica]:
+            """The replicas for which ``step`` returns true; replicas at which it fails are marked lost."""
 
             async def attempt(replica: Replica) -> bool:
                 try:
@@ -279,24 +280,24 @@ class VllmServers:
             done = await asyncio.gather(*map(attempt, replicas))
             return [replica for replica, yes in zip(replicas, done, strict=True) if yes]
 
-        behind = await those(self._replicas, partial(self._begin, client))
+        behind = await succeeded(self._replicas, partial(self._begin, client))
         for bucket in weights.buckets(self._sent, self._dtype, self._bucket_bytes):
             if not behind:
                 break
-            behind = await those(behind, partial(self._update, client, weights.encode(bucket)))
-        await those(behind, partial(self._finish, client))
+            behind = await succeeded(behind, partial(self._update, client, weights.encode(bucket)))
+        await succeeded(behind, partial(self._finish, client))
         return failures
 
     async def _begin(self, client: httpx.AsyncClient, replica: Replica) -> bool:
-        """Begin an update; False if it has the weights, and only seemed lost."""
+        """Begin an update; False if the replica already has the weights."""
         about = await _call_worker(client, replica, "igpo_about")
         self._check(replica, about)
         if replica.weights == self._tag and not about.get("updating") and await self._has_weights(replica):
             self._found(replica)
             return False
         replica.weights = None
-        await _call(client, replica, "pause")  # what runs is aborted, what comes waits
-        if about.get("updating"):  # a session that was killed left it so
+        await _call(client, replica, "pause")  # running requests are aborted, new ones wait
+        if about.get("updating"):  # a killed session left the update open
             await _call(client, replica, "finish_weight_update")
         await _call(client, replica, "start_weight_update")
         return True
@@ -307,7 +308,7 @@ class VllmServers:
         return True
 
     async def _finish(self, client: httpx.AsyncClient, replica: Replica) -> bool:
-        """End the update, drop the cache, compare, go on; raises InputError where other weights have arrived."""
+        """End the update, drop the cache, compare weights, resume; raises InputError if other weights arrived."""
         await _call(client, replica, "finish_weight_update", weight_version=self._tag)
         if not (await _call(client, replica, "reset_prefix_cache")).get("success"):
             raise httpx.RemoteProtocolError("its prefix cache cannot be dropped")
@@ -325,7 +326,7 @@ class VllmServers:
 
     def _check(self, replica: Replica, about: dict) -> None:
         dtype = str(self._dtype).removeprefix("torch.")
-        if about.get("transfer") != weights.BACKEND:  # started otherwise, or an older vLLM
+        if about.get("transfer") != weights.BACKEND:  # started in another way, or an older vLLM
             raise InputError(f"{replica.url}: this server has no igpo weight transfer; {LAUNCH}")
         for name, wanted, remedy in (
             ("logprobs_mode", "processed_logprobs", "start it with --logprobs-mode=processed_logprobs"),
@@ -353,7 +354,7 @@ class Answer:
 
 
 def _read(answer: dict, tag: str) -> Answer | str:
-    """The turn, or why it is none: ABORTED, BROKEN, STALE."""
+    """The turn, or why there is none: ABORTED, BROKEN, STALE."""
     try:
         (choice,) = answer["choices"]
         if choice["finish_reason"] == "abort":
@@ -380,7 +381,7 @@ async def _call(client: httpx.AsyncClient, replica: Replica, path: str, **body: 
 
 
 async def _call_worker(client: httpx.AsyncClient, replica: Replica, method: str) -> dict:
-    """The return value of a worker's method, the first worker's if there are several."""
+    """The return value of a worker's method; of several workers, the first one's."""
     results = (await _call(client, replica, "collective_rpc", method=method)).get("results")
     if not isinstance(results, list) or not results or not isinstance(results[0], dict):
         raise httpx.DecodingError(f"{method}: no result")
@@ -388,19 +389,19 @@ async def _call_worker(client: httpx.AsyncClient, replica: Replica, method: str)
 
 
 def _json(response: httpx.Response) -> dict:
-    """The answer. Raises httpx.HTTPStatusError for a server's fault, httpx.DecodingError for what is no JSON object,
-    InputError where the request is refused."""
+    """The answer's JSON object. Raises httpx.HTTPStatusError for a server's fault, httpx.DecodingError for other
+    content, InputError if the request is refused."""
     if response.status_code >= 500:
         response.raise_for_status()
     if response.status_code == 401:
         raise InputError(f"{response.url}: refused without its key; set {KEY} to the key it was started with")
     if response.status_code >= 400:
         text = " ".join(response.text.split())[:300]
-        raise InputError(f"{response.url}: refused (status {response.status_code}: {text}); {LAUNCH}")
+        raise InputError(f"{response.url}: request refused (status {response.status_code}: {text}); {LAUNCH}")
     try:
         answer = response.json() if response.content else {}
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
-        raise httpx.DecodingError(f"{response.url}: no JSON object")
+        raise httpx.DecodingError(f"{response.url}: not a JSON object")
     return answer

@@ -24,35 +24,35 @@ from igpo_fast.engines.vllm.weights import BACKEND, FOLDER
 
 @dataclass
 class Nothing(WeightTransferInitInfo):
-    """There is no connection to set up."""
+    """Empty: there is no connection to set up."""
 
 
 @dataclass
 class Bucket(WeightTransferUpdateInfo):
-    """Some tensors of a checkpoint, whole: one of the two."""
+    """Some tensors of a checkpoint, whole, in one of the two fields."""
 
     tensors: list[tuple[str, torch.Tensor]] | None = None
     file: str | None = None
-    """A safetensors file in ``FOLDER``; needed until the update returns."""
+    """A safetensors file in ``FOLDER``, which must stay until the update returns."""
 
 
 class BucketTransfer(WeightTransferEngine[Nothing, Bucket]):
-    """The calls that vLLM's worker makes in an update: start, any number of buckets, finish."""
+    """Methods that vLLM's worker calls in an update: start, any number of buckets, finish."""
 
     init_info_cls, update_info_cls = Nothing, Bucket
 
     def init_transfer_engine(self, init_info: Nothing) -> None:
-        """Nothing: there is no connection."""
+        """Do nothing: there is no connection."""
 
     def start_weight_update(self) -> None:
-        """Bring the layers to the layout that checkpoints load into."""
+        """Bring the layers to the layout of checkpoints."""
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Bucket) -> None:
-        """Load a bucket; a layer is laid out for inference when its last tensor has come.
+        """Load a bucket; a layer is laid out for inference once all its tensors are there.
 
         Raises:
-            ValueError: the file lies elsewhere than in ``FOLDER``.
+            ValueError: the file is not in ``FOLDER``.
         """
         tensors = update_info.tensors
         if tensors is None:
@@ -64,11 +64,11 @@ class BucketTransfer(WeightTransferEngine[Nothing, Bucket]):
         self.model.load_weights(tensors)
 
     def finish_weight_update(self) -> None:
-        """Lay out what layers are left, those that got no tensor with what they had."""
+        """Lay out the remaining layers for inference; a layer without new tensors keeps its own."""
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        """Nothing: there is no connection."""
+        """Do nothing: there is no connection."""
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, BucketTransfer)

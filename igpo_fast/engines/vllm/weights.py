@@ -1,4 +1,4 @@
-"""The trainer's weights on their way to vLLM: what is sent, in which buckets, and whether it has arrived."""
+"""Sends the trainer's weights to vLLM: names, buckets, and the check that they arrived."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from igpo_fast.engines.fingerprint import fingerprint
 from igpo_fast.errors import InputError
 
 BACKEND = "igpo"
-"""Our backend's name in vLLM's weight transfer."""
+"""Name of our backend in vLLM's weight transfer."""
 EXTENSION = "igpo_fast.engines.vllm.worker.WorkerExtension"
 FOLDER = "IGPO_WEIGHTS_FOLDER"
-"""The environment variable of a replica that names the folder its buckets are written to."""
+"""A replica's environment variable that names the folder to which its buckets are written."""
 BUCKET_BYTES = 64 << 20
 TORCH = "use rollout.engine=torch"
 
@@ -22,8 +22,8 @@ Weights = Sequence[tuple[str, torch.Tensor]]
 
 
 def buckets(weights: Weights, dtype: torch.dtype, limit: int = BUCKET_BYTES) -> Iterator[Weights]:
-    """Neighbouring tensors in the engine's dtype, of at most ``limit`` bytes together; a larger one alone, for vLLM's
-    loaders take whole tensors."""
+    """Neighbouring tensors in the engine's dtype, of at most ``limit`` bytes together; a larger one alone, because
+    vLLM's loaders take whole tensors."""
     bucket, size = [], 0
     for name, tensor in weights:
         tensor = tensor.detach().to(dtype)
@@ -37,12 +37,12 @@ def buckets(weights: Weights, dtype: torch.dtype, limit: int = BUCKET_BYTES) -> 
 
 
 def encode(bucket: Weights) -> bytes:
-    """A bucket as safetensors. Tied tensors are written twice: safetensors shares none."""
+    """A bucket as safetensors. Tied tensors are written twice, because safetensors cannot share them."""
     return safetensors.torch.save({name: tensor.cpu().contiguous().clone() for name, tensor in bucket})
 
 
 def fingerprints(weights: Weights, dtype: torch.dtype) -> dict[str, int]:
-    """The trainer's, in the engine's dtype; each storage read once."""
+    """Fingerprints of the trainer's weights in the engine's dtype; each storage is read once."""
     known: dict[tuple, int] = {}
     found = {}
     for name, tensor in weights:
@@ -54,13 +54,13 @@ def fingerprints(weights: Weights, dtype: torch.dtype) -> dict[str, int]:
 
 
 def check_layout(about: Mapping, where: str) -> None:
-    """Raises InputError where ``worker.igpo_about`` says that the engine's weights cannot be compared."""
+    """Raises InputError if ``worker.igpo_about`` reports weights that cannot be compared."""
     if about.get("unreadable"):
         raise InputError(f"{where}: its weights cannot be compared with the trainer's ({about['unreadable']}); {TORCH}")
 
 
 def compare(engine: Mapping[str, int], trainer: Mapping[str, int], where: str) -> None:
-    """Raises InputError, naming the first tensor, where the engine computes with others than the trainer's."""
+    """Raises InputError, naming the first tensor, if the engine's weights are not the trainer's."""
     absent = sorted(engine.keys() ^ trainer.keys())
     differing = [name for name in trainer if name in engine and engine[name] != trainer[name]]
     if not absent and not differing:
@@ -77,7 +77,7 @@ def compare(engine: Mapping[str, int], trainer: Mapping[str, int], where: str) -
 
 
 def complete(weights: Iterable[tuple[str, torch.Tensor]]) -> Weights:
-    """The weights as a list, with the LM head of a model that ties it to its embeddings: vLLM keeps a copy of it."""
+    """The weights as a list, with the LM head of a model that ties it to its embeddings, because vLLM keeps a copy."""
     weights = list(weights)
     names = {name for name, _ in weights}
     embedding = [tensor for name, tensor in weights if name.endswith("embed_tokens.weight")]

@@ -1,4 +1,4 @@
-"""An extension of vLLM's worker (``worker_extension_cls``): fingerprints of the weights it computes with."""
+"""An extension of vLLM's worker (``worker_extension_cls``): fingerprints of the weights in use."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class WorkerExtension:
     """Mixed into the worker's class; called through ``collective_rpc``."""
 
     def igpo_about(self) -> dict:
-        """The settings that a trainer relies on, whether a weight update has begun and not ended, and why the weights
-        cannot be compared, if so. (A vLLM of old has no weight transfer.)"""
+        """Settings that a trainer relies on, whether a weight update is open, and why the weights cannot be compared,
+        if they cannot. (An old vLLM has no weight transfer.)"""
         model, transfer = self.vllm_config.model_config, getattr(self.vllm_config, "weight_transfer_config", None)
         return {
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -37,20 +37,20 @@ class WorkerExtension:
     def igpo_fingerprints(self) -> dict[str, int]:
         """``fingerprint`` of every parameter, by its name in the checkpoint.
 
-        Packed projections are taken apart. A matrix that the CPU backend has repacked is read through the very product
-        that inference makes: unit vectors times the matrix give its columns, exactly.
+        Packed projections are split. A matrix that the CPU backend has repacked is read through the same product as in
+        inference: unit vectors times the matrix give its columns, exactly.
         """
         with torch.inference_mode():
             return dict(_parameters(self.get_model(), self.vllm_config.model_config.dtype))
 
     def _unreadable(self) -> str:
         if self.vllm_config.parallel_config.world_size > 1:
-            return "it is cut over several workers; start it with tensor and pipeline parallel size 1"
-        return next((f"{kind} layers lay them out their own way" for kind in _strange(self.get_model())), "")
+            return "it is split over several workers; start it with tensor and pipeline parallel size 1"
+        return next((f"{kind} layers store them in a layout of their own" for kind in _strange(self.get_model())), "")
 
 
 def _strange(model: torch.nn.Module) -> Iterator[str]:
-    """Types of layers that ``_parameters`` cannot take apart, like experts of which vLLM makes two tensors."""
+    """Types of layers that ``_parameters`` cannot split, like experts, which vLLM stores as two tensors."""
     for path, module in model.named_modules():
         if isinstance(module, LinearBase | VocabParallelEmbedding):
             names, sizes = _packed(model, path, module)
@@ -70,7 +70,7 @@ def _parameters(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[st
 
 
 def _packed(model: torch.nn.Module, path: str, module: torch.nn.Module) -> tuple[list[str], list[int]]:
-    """The checkpoint's matrices that make up the module's: names and rows."""
+    """Names and rows of the checkpoint's matrices that are packed in the module's."""
     leaf = path.rpartition(".")[2]
     parts = getattr(model, "packed_modules_mapping", {}).get(leaf, [leaf])
     names = [path.removesuffix(leaf) + part for part in parts]
@@ -79,7 +79,7 @@ def _packed(model: torch.nn.Module, path: str, module: torch.nn.Module) -> tuple
 
 
 def _sizes(module: torch.nn.Module) -> list[int]:
-    """Rows of each matrix that is packed into the module's; a padded vocabulary counts without its padding."""
+    """Rows of each matrix that is packed in the module's; a padded vocabulary counts without its padding."""
     if isinstance(module, VocabParallelEmbedding):
         return [module.org_vocab_size]
     if isinstance(module, QKVParallelLinear):
@@ -108,11 +108,11 @@ def _matrices(
 
 
 def _repacked_product(module: torch.nn.Module, dtype: torch.dtype) -> Callable | None:
-    """For a matrix that inference reads from a repacked copy: what yields (first column, columns [rows, n])."""
+    """A generator of (first column, columns [rows, n]) for a matrix that inference reads from a repacked copy."""
     if not hasattr(module, "cpu_linear") or (
         isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
     ):
-        return None  # an embedding is looked up in the plain parameter
+        return None  # an embedding is read from the plain parameter
     width = module.embedding_dim if isinstance(module, VocabParallelEmbedding) else module.input_size
 
     def columns() -> Iterator[tuple[int, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""How a turn is written and parsed: ``tags`` (Search-R1's style) and ``chat`` (the model's own template)."""
+"""Dialects, which write and parse turns: ``tags`` (Search-R1's style) and ``chat`` (the model's own template)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def make_dialect(
 
     Args:
         system: instructions before the question; None takes the dialect's own, "" has none.
-        thinking: what ``chat`` passes to templates as ``enable_thinking``; None leaves them their own choice.
-        wrapper: what a forced answer stands in, the answer in place of ``{}``; None takes the dialect's own.
+        thinking: ``enable_thinking`` for templates of ``chat``; None keeps their default.
+        wrapper: text around a forced answer, which replaces ``{}``; None takes the dialect's own.
         budgets: ``Dialect``'s ``max_passage_tokens``, ``max_answer_tokens`` and ``max_answers``.
     Raises:
         InputError: the tokenizer cannot serve the dialect.

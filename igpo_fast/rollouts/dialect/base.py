@@ -1,6 +1,6 @@
-"""What a dialect is: how a turn is written and parsed, for one tokenizer.
+"""The interface of dialects, which write and parse turns for one tokenizer.
 
-Token in, token out: what the policy sampled is never tokenised again. A dialect tokenises the other pieces
+Token in, token out: sampled tokens are never re-tokenised. A dialect tokenises the other pieces
 (prompt, responses, answer branches), each on its own, so that the pieces laid end to end ARE the sequence.
 
 Text of others (questions, passages, answers) stays text: ``encoding.Encoder`` reads no control token in it.
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 
 
 class Dialect(ABC):
-    """One way to write turns, for one tokenizer.
+    """A format of turns, for one tokenizer.
 
     Args:
         tokenizer: a fast tokenizer of transformers (answers are found by character offsets).
-        max_passage_tokens: longer passages are cut.
-        max_answer_tokens: longer answers are cut, for scoring.
-        max_answers: accepted answers that get a branch, the first ones.
-        wrapper: what a forced answer stands in, the answer in place of ``{}``; None takes the dialect's own.
+        max_passage_tokens: longest passage; longer ones are cut.
+        max_answer_tokens: longest answer; longer ones are cut for scoring.
+        max_answers: number of accepted answers that get a branch, from the first.
+        wrapper: text around a forced answer, which replaces ``{}``; None takes the dialect's own.
     Raises:
         InputError: the tokenizer gives no character offsets, the wrapper has no place for the answer.
     """
 
     stop_ids: tuple[int, ...]
-    """A turn ends with any of these tokens, which belongs to it."""
+    """A turn ends with any of these tokens, and includes it."""
     stop_strings: tuple[str, ...] = ()
     """A turn ends with the token that completes any of these."""
     tags: tuple[str, ...] = (OPEN, CLOSE, *ANSWERS)
-    """What the dialect itself writes between texts of others, which must not read it there."""
+    """Text that the dialect writes between texts of others, and that must not count as such inside them."""
 
     def __init__(
         self,
@@ -69,15 +69,15 @@ class Dialect(ABC):
         return InputError(f"tokenizer {self.tokenizer.name_or_path!r}: {fault}; {remedy}")
 
     def check(self) -> None:  # noqa: B027 (not every dialect has something to refuse)
-        """Refuse a tokenizer with which rollouts would not have the form that its model was trained on.
+        """Refuse a tokenizer whose rollouts would not have the format that its model was trained on.
 
         Raises:
-            InputError: naming what differs.
+            InputError: names the difference.
         """
 
     @abstractmethod
     def prompt(self, question: Question) -> np.ndarray:
-        """Everything before the policy's first turn: int32 [p]."""
+        """The tokens before the policy's first turn: int32 [p]."""
 
     @abstractmethod
     def parse(self, text: str) -> tuple[str, str]:
@@ -87,30 +87,30 @@ class Dialect(ABC):
 
     @abstractmethod
     def response(self, action: str, result: ToolResult | None, *, ended: bool = True) -> tuple[np.ndarray, str]:
-        """What follows a turn that searched (the passages, or the failure) or was invalid (a hint; ``result`` is
+        """The response to a turn that searched (the passages, or the failure) or was invalid (a hint; ``result`` is
         None), up to and including the tokens that open the next turn.
 
         Args:
-            ended: whether the turn ended by itself, not by length: a chat closes the one that did not.
+            ended: whether the turn ended by itself, not by length; a chat closes a turn that did not.
         Returns:
-            The tokens, int32 [m], and the text they were made of.
+            The tokens, int32 [m], and their text.
         """
 
     @abstractmethod
     def write(self, action: str, argument: str) -> str:
-        """A turn as the policy would write it, its ending included, for ``encode``: what ``parse`` reads back. An
-        argument that spells control tokens is quoted."""
+        """A turn as the policy would write it, with its ending, for ``encode``; ``parse`` reads it back. An argument
+        that spells control tokens is quoted."""
 
     @abstractmethod
     def _wrapper(self) -> tuple[str, str]:
-        """What stands before and after an answer that is forced at the start of a turn, unless the user chose it."""
+        """Text before and after a forced answer at the start of a turn, unless the user chose it."""
 
     def quote(self, text: str, *, tags: bool = True) -> str:
-        """Text of others, to be set among the dialect's own and encoded: ``Encoder.quote``."""
+        """Quote text of others before it is joined with the dialect's own and encoded (``Encoder.quote``)."""
         return self._encoder.quote(text, tags=tags)
 
     def encode(self, text: str) -> np.ndarray:
-        """The tokens of one piece, none added, quoted parts as text: int32 [n]."""
+        """The tokens of one piece, without added ones, quoted parts as text: int32 [n]."""
         return self._encoder.ids(text)
 
     def decode(self, ids: np.ndarray) -> str:
@@ -118,7 +118,7 @@ class Dialect(ABC):
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def branches(self, question: Question) -> tuple[Branch, ...]:
-        """The accepted answers, forced: wrapper and answer, a branch each, of which the answer is scored.
+        """A branch per accepted answer: the wrapper with the answer, of which the answer is scored.
 
         The wrapped text is tokenised once and the answer's tokens are found by character offsets; one that
         straddles the answer's border counts.

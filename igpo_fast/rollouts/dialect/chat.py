@@ -57,39 +57,39 @@ CHAT_HINT = (
 )
 """The response to an invalid turn; ``{}`` is a call as this model's template writes it."""
 CHAT_CUT = "Your turn was too long and was cut. "
-"""Goes before the hint where that is so."""
+"""Precedes the hint after a turn that was cut."""
 HERMES_CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "QUERY"}}\n</tool_call>'
-"""How a call is written where the template writes none (which only ``score`` accepts)."""
+"""Format of a call if the template writes none (which only ``score`` accepts)."""
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
-"""What ends a turn in the formats of Qwen and Llama. A Llama that calls a tool may end with ``<|eom_id|>`` although
-its template writes ``<|eot_id|>``."""
+"""Tokens that end a turn in the formats of Qwen and Llama. A Llama that calls a tool may end with ``<|eom_id|>``
+although its template writes ``<|eot_id|>``."""
 TODAY = date(2024, 7, 26)
-"""What a template that asks for the date is told: prompts must not change overnight, or runs would not repeat."""
+"""Date for templates that ask for one: prompts must not change overnight, or runs would not be reproducible."""
 
 
 class ChatDialect(Dialect):
     """The model's own chat template and tool calls; the final answer is text in ``<answer>``.
 
-    Sampled turns are never rendered again: a response is what the template writes after some assistant
+    Sampled turns are never rendered again: a response is the text that the template writes after an assistant
     message. So the reasoning that templates drop from earlier turns stays in the sequence.
 
     Calls are read in the format that the template itself writes: JSON in ``<tool_call>`` (Qwen2.5, Qwen3), or bare
     JSON that begins the turn, also after ``<|python_tag|>``, and ``<|python_tag|>search.call(query="...")``
     (Llama 3.1 and 3.2).
 
-    A forced answer ends a thought, as the released code's does: the one that the template has opened, else one of its
-    own, also where the template knows none, since the released code opens every turn with ``<think>``. Only where the
-    template itself closes a thought before the turn (``enable_thinking=false``) it stands alone.
+    A forced answer ends a thought, as in the released code: the template's open thought, else one of its own, even if
+    the template has no thoughts, because the released code opens every turn with ``<think>``. If the template itself
+    closes a thought before the turn (``enable_thinking=false``), the answer stands alone.
 
     Args:
         system: the system message; None takes ``CHAT_SYSTEM``, "" sends none.
-        thinking: passed to the template as ``enable_thinking``; None leaves the template its own choice.
+        thinking: ``enable_thinking`` for the template; None keeps its default.
     Raises:
         InputError: the chat template is missing, refuses the conversation, ends no assistant message, or has no
             ``enable_thinking``.
     """
 
-    # Stand for what a rollout will hold; nothing a template would write itself.
+    # Placeholders for a rollout's texts, which no template would write itself.
     _TURN = "the-turn-of-the-policy"
     _QUERY = "the-query-of-the-policy"
 
@@ -122,17 +122,17 @@ class ChatDialect(Dialect):
         self._readers, self._opening = self._actions()
 
     def check(self) -> None:
-        """Refuse a template whose own rendering of a conversation without thinking is not what a rollout would be:
-        prompt, turns and responses laid end to end.
+        """Refuse a template whose own rendering of a conversation without thinking differs from a rollout's
+        concatenated prompt, turns and responses.
 
-        A thought that the template opens or closes before each turn is left out of the comparison: templates drop it
-        from earlier turns, a rollout keeps it.
+        A thought that the template opens or closes before each turn is not compared: templates drop it from earlier
+        turns, a rollout keeps it.
         """
         if fault := self._fault():
             raise self._refusal(fault, "use rollout.dialect=tags")
 
     def _fault(self) -> str:
-        """Why rollouts would not have the template's form; empty if they would."""
+        """Why rollouts would not have the template's format; empty if they would."""
         if self.stop_ids[0] not in (self.tokenizer.eos_token_id, *self.tokenizer.get_added_vocab().values()):
             return f"its chat template ends an assistant message with {self._tail[:20]!r}, which is not one token"
         if SEARCH_TOOL["function"]["description"] not in self._render(""):
@@ -180,7 +180,7 @@ class ChatDialect(Dialect):
             ) from error
 
     def _after_assistant(self) -> str:
-        """What the template writes after an assistant message that is the last."""
+        """The text that the template writes after a final assistant message."""
         turn = self._render("", {"role": "assistant", "content": self._TURN}, opens_turn=False)
         tail = turn.partition(self._TURN)[2].strip()
         if not tail:
@@ -188,7 +188,7 @@ class ChatDialect(Dialect):
         return tail
 
     def _opening_thought(self) -> str:
-        """The ``<think>`` with which the template opens a turn, also one that it closes; empty if it opens none."""
+        """The ``<think>`` with which the template opens a turn, even if it closes it; empty if it opens none."""
         opening = self._render("").removeprefix(self._render("", opens_turn=False))
         _, tag, rest = opening.partition("<think>")
         return tag + rest
@@ -198,14 +198,14 @@ class ChatDialect(Dialect):
         return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
 
     def _own_call(self) -> str:
-        """A turn that calls the tool as the template writes it, without its end; empty where it writes none."""
+        """A turn that calls the tool as the template writes it, without its end; empty if it writes none."""
         prefix = self._render("").removesuffix(self._thought)
         found = {"role": "tool", "name": "search", "content": ""}  # templates may treat the last turn differently
         turn = self._render("", self._called(), found).removeprefix(prefix).partition(self._end)[0]
         return turn if json.dumps(self._QUERY) in turn else ""
 
     def _actions(self) -> tuple[dict[str, Reader], Reader | None]:
-        """What reads actions in this model's format: by their tags, and at the beginning."""
+        """Readers of actions in this model's format: by their tags, and at the beginning."""
         answer = tagged(ANSWER, ANSWERS[1], (ANSWERS[0], CALLS[0]))
         if CALLS[0] in self._call:
             return {CALLS[0]: _tagged_call, ANSWERS[0]: answer}, None
@@ -232,7 +232,7 @@ class ChatDialect(Dialect):
         return {"role": "user", "content": ("" if ended else CHAT_CUT) + CHAT_HINT.format(call)}
 
     def _after_turn(self, message: dict[str, Any], ended: bool) -> str:
-        """What the template writes between an assistant message and the next, ``message`` being between them."""
+        """The text that the template writes for ``message`` between an assistant message and the next."""
         rendered = self._render("", {"role": "assistant", "content": self._TURN}, message)
         text = rendered.partition(self._TURN)[2]
         return text.partition(self._end)[2] if ended else text
@@ -256,12 +256,12 @@ class ChatDialect(Dialect):
 
 
 def _common(a: Sequence, b: Sequence) -> int:
-    """How many elements two sequences begin with together."""
+    """Length of the common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _tagged_call(text: str, at: int) -> tuple[Action, int]:
-    """A call up to ``</tool_call>``, which may also stand in its JSON; nothing else follows the JSON."""
+    """Read a call up to ``</tool_call>``, which may also stand in its JSON; nothing else follows the JSON."""
     action, stop = json_call(text, at)
     closing = text.find(CALLS[1], stop)
     if closing < 0 or text.find(CALLS[0], stop, closing) >= 0:
@@ -274,7 +274,7 @@ _PYTHON_CALL = re.compile(r'\s*<\|python_tag\|>\s*search\.call\(query="(.*?)"\)'
 
 
 def _bare_call(text: str, at: int) -> tuple[Action, int]:
-    """Llama's calls; an end-of-turn token or more may follow."""
+    """Read one of Llama's calls; end-of-turn tokens may follow."""
     if call := _PYTHON_CALL.match(text, at):
         return well_formed(SEARCH, call[1]), call.end()
     return json_call(text, _PYTHON_TAG.match(text, at).end())

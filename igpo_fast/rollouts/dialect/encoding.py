@@ -1,7 +1,8 @@
-"""Tokens of a text that is partly ours, partly of others.
+"""Tokens of a text that mixes our own text with that of others.
 
-A tokenizer reads ``<|im_end|>`` as the token that ends a turn wherever it stands. What we and the model's template
-write is meant so; a question, passage or answer that spells it is not, or whoever writes a passage could forge turns.
+A tokenizer reads ``<|im_end|>`` as the token that ends a turn wherever it stands. Only our
+own text and the template's mean it so: if a question, passage or answer that spells it did, a passage could forge
+turns.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ _QUOTED = re.compile("[\udc00-\udcff]+")
 
 
 def unquote(text: str) -> str:
-    """The text that ``Encoder.quote`` was given, wherever it stands by now."""
+    """``text`` with every part that ``Encoder.quote`` quoted restored."""
     return _QUOTED.sub(lambda quoted: bytes(ord(c) - 0xDC00 for c in quoted[0]).decode(errors="replace"), text)
 
 
 class Encoder:
-    """Token ids of texts, none added.
+    """Token ids of texts, without added tokens.
 
     Control tokens are the tokenizer's special ones, and of its other added tokens the delimiters that its chat
     template or the dialect writes (Qwen's ``</tool_response>``). ``quote`` disguises them in a text of others: each
-    byte becomes half a surrogate pair, which no text holds and templates copy as they are. Encoding undoes it and
-    reads the stretch between two control tokens of our own as transformers' ``split_special_tokens`` would. Text that
-    spells no control token is encoded as it always was, in one call.
+    byte becomes half a surrogate pair, which no text holds and which templates copy unchanged. Encoding undoes this and
+    reads the text between two of our own control tokens as transformers' ``split_special_tokens`` would. Text that
+    spells no control token is encoded as usual, in one call.
 
     Args:
-        tags: what the dialect writes besides the template.
+        tags: text that the dialect writes besides the template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tags: tuple[str, ...] = ()):
@@ -48,10 +49,10 @@ class Encoder:
         self._control = self._special | {id for id, token in added.items() if token.content in self._tags}
 
     def quote(self, text: str, *, tags: bool = True) -> str:
-        """Text of others, for ``ids``: as it is, but for the control tokens that it spells and halves of characters.
+        """Text of others, for ``ids``: unchanged except for control tokens that it spells and halves of characters.
 
         Args:
-            tags: whether delimiters that are not special are disguised, too; what a policy wrote holds them by right.
+            tags: whether delimiters that are not special are disguised, too; a policy's own text may hold them.
         """
         text = text.encode(errors="replace").decode()
         ids, offsets = self._plain(text)
@@ -68,7 +69,7 @@ class Encoder:
         return np.asarray(self._tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32)
 
     def with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens, int32 [n], and the characters of the unquoted text that each stands for, int64 [n, 2]."""
+        """Tokens, int32 [n], and each one's range of characters in the unquoted text, int64 [n, 2]."""
         if not _QUOTED.search(text):
             return self._plain(text)
         whole, theirs = unquote(text), _quoted_characters(text)
@@ -90,14 +91,14 @@ class Encoder:
     def _as_text(self, text: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         encoded = self._splitting.encode(text[start:stop], add_special_tokens=False)
         ids = np.asarray(encoded.ids, dtype=np.int32)
-        # A vocabulary of words may hold the token as a word, too.
+        # A vocabulary of words may have the token as a word, too.
         if (unknown := self._tokenizer.unk_token_id) is not None:
             ids = np.where(_are(ids, self._control), np.int32(unknown), ids)
         return ids, np.asarray(encoded.offsets, dtype=np.int64).reshape(-1, 2) + start
 
     @cached_property
     def _splitting(self) -> Tokenizer:
-        """The tokenizer, for which control tokens are text."""
+        """The tokenizer with control tokens read as text."""
         backend = deepcopy(self._tokenizer.backend_tokenizer)
         backend.no_padding()
         backend.no_truncation()
@@ -107,18 +108,18 @@ class Encoder:
 
 
 def _is_delimiter(token: str, written: str) -> bool:
-    """Whether an added token is one of ``<these>`` or ``[these]`` and stands in ``written``. Others (runs of spaces, a
-    domain's words) are ordinary text."""
+    """Whether an added token has the form ``<word>`` or ``[word]`` and stands in ``written``. Other added tokens (runs
+    of spaces, a domain's words) are ordinary text."""
     return token[:1] in ("<", "[") and token[-1:] in (">", "]") and token in written
 
 
 def _are(ids: np.ndarray, some: set[int]) -> np.ndarray:
-    """Which ids are among ``some``: bool [n]."""
+    """Whether each id is among ``some``: bool [n]."""
     return np.isin(ids, list(some))
 
 
 def _quoted_characters(text: str) -> np.ndarray:
-    """Which characters of the unquoted text were quoted: bool [its length]."""
+    """Whether each character of the unquoted text was quoted: bool [its length]."""
     theirs, at = [], 0
     for quoted in _QUOTED.finditer(text):
         theirs += [False] * (quoted.start() - at) + [True] * len(unquote(quoted[0]))

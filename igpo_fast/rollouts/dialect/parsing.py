@@ -1,4 +1,4 @@
-"""Where the action of a turn stands."""
+"""Finds the action in a turn's text."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from igpo_fast.types import INVALID, SEARCH
 
 Action = tuple[str, str]
 Reader = Callable[[str, int], tuple[Action, int]]
-"""(text, where the argument would begin) -> the action there, ``NOTHING`` where it is not well-formed, and where to
-read on."""
+"""(text, start of the argument) -> the action there, or ``NOTHING`` if it is not well-formed, and the place from which
+to read on."""
 
 NOTHING: Action = (INVALID, "")
 ECHOES = ("and", "your query", "your answer")
-"""What our own instructions have between tags; a policy that repeats them ("I'll put it in <answer> and </answer>")
-does not act."""
+"""Texts between tags in our own instructions; a policy that repeats them ("I'll put it in <answer> and </answer>") does
+not act."""
 OPEN, CLOSE = "<think>", "</think>"
 SEARCHES, ANSWERS, CALLS = ("<search>", "</search>"), ("<answer>", "</answer>"), ("<tool_call>", "</tool_call>")
-"""What begins and what ends an action."""
+"""Opening and closing tag of an action."""
 
 
 def first_action(
     text: str, readers: Mapping[str, Reader], *, in_thought: bool = False, opening: Reader | None = None
 ) -> Action:
-    """The first well-formed action outside thoughts; ``NOTHING`` where there is none.
+    """The first well-formed action outside thoughts; ``NOTHING`` if there is none.
 
-    Text is read from left to right, and what an action holds is its own: ``<think>`` in a query opens no thought. A
-    thought ends at the next ``</think>``; one that does not end holds all the rest. Before a ``</think>`` that nothing
-    opened all was thought. An action is not well-formed if its argument is blank or an echo of the instructions; the
-    text is then read on behind its opening tag or its end.
+    Text is read from left to right, and tags inside an action do not count: ``<think>`` in a query opens no thought. A
+    thought ends at the next ``</think>``; an unclosed one holds all the rest. Everything before an unopened
+    ``</think>`` is thought. An action is not well-formed if its argument is blank or an echo of the instructions;
+    reading then continues behind its opening tag or its end.
 
-    Search-R1's code takes the first pair of tags, also in a thought; sampling ends at the first closing tag there and
-    here, so a turn that closes one inside a thought is answered with the hint.
+    Search-R1's code takes the first pair of tags, even in a thought. Sampling ends at the first closing tag there and
+    here, so a turn with one inside a thought is answered with the hint.
 
     Args:
-        readers: by the tag that begins an action.
+        readers: readers of actions, by opening tag.
         in_thought: whether the text begins inside a thought.
-        opening: reads an action that has no tag and begins what is said.
+        opening: reads an action without a tag at the start of the text.
     """
     marks = re.compile("|".join(map(re.escape, (OPEN, CLOSE, *readers))))
     text = OPEN + text if in_thought else text
@@ -62,7 +62,7 @@ def first_action(
 
 
 def tagged(action: str, closing: str, tags: tuple[str, ...]) -> Reader:
-    """Reads an argument up to its closing tag; it holds none of ``tags``."""
+    """A reader of an argument up to its closing tag, without any of ``tags`` in it."""
 
     def read(text: str, at: int) -> tuple[Action, int]:
         stop = text.find(closing, at)
@@ -74,14 +74,13 @@ def tagged(action: str, closing: str, tags: tuple[str, ...]) -> Reader:
 
 
 def well_formed(action: str, argument: str) -> Action:
-    """The action, unless its argument is blank or an echo."""
+    """The action; ``NOTHING`` if its argument is blank or an echo."""
     argument = argument.strip()
     return (action, argument) if argument and argument not in ECHOES else NOTHING
 
 
 def json_call(text: str, at: int) -> tuple[Action, int]:
-    """A call to ``search`` as JSON that begins at ``at``, and where it ends; ``NOTHING`` and ``at`` if it is anything
-    else."""
+    """Read a call to ``search`` as JSON at ``at``: the action and its end, or ``NOTHING`` and ``at``."""
     start = at + len(text[at:]) - len(text[at:].lstrip())
     try:
         call, stop = json.JSONDecoder().raw_decode(text, start)
@@ -93,5 +92,5 @@ def json_call(text: str, at: int) -> tuple[Action, int]:
     query = arguments.get("query") if isinstance(arguments, dict) else None
     if not isinstance(query, str):
         return NOTHING, stop
-    # JSON can escape half a surrogate pair, which no text file takes.
+    # JSON can escape half a surrogate pair, which no text file can hold.
     return well_formed(SEARCH, query.encode(errors="replace").decode()), stop

@@ -25,18 +25,18 @@ class Wording:
     system: str
     """Instructions before the question."""
     question: str
-    """The question, in place of ``{}``."""
+    """Text around the question, which replaces ``{}``."""
     hint: str
     """The response to an invalid turn."""
     before: str
-    """Before a forced answer: ends the reasoning."""
+    """Text before a forced answer, which ends the reasoning."""
     after: str
 
 
 REASONED = "\nNow there's enough information to answer\n</think>\n<answer>\n"
-"""What the released code puts before a forced answer, word for word; there ``<think>`` has opened the turn."""
+"""The released code's text before a forced answer, word for word; there ``<think>`` has opened the turn."""
 ANSWERED = "\n</answer>"
-"""What it puts after one; the end of the turn follows."""
+"""The released code's text after a forced answer; the end of the turn follows."""
 
 FULL = Wording(
     system=(
@@ -51,7 +51,7 @@ FULL = Wording(
     after=ANSWERED,
 )
 BARE = Wording(system="", question="{}", hint="<information> </information>", before="<answer> ", after=" </answer>")
-"""For tokenizers that do not know the words of ``FULL``: the made-up world's knows tags and names alone."""
+"""Wording for tokenizers that do not know the words of ``FULL``: the made-up world's knows tags and names alone."""
 
 
 class TagsDialect(Dialect):
@@ -59,11 +59,11 @@ class TagsDialect(Dialect):
     and the passages found inside ``<information>``.
 
     A turn ends with a closing tag or the end-of-text token. The tags are stop ids where each is one token,
-    else stop strings. Nothing closes a turn after a forced answer but ``</answer>``, which ends it.
+    else stop strings. After a forced answer, only ``</answer>`` closes the turn.
 
-    A passage that spells ``</information>`` or another tag is shown as it is, as in Search-R1, but never as a token
-    that was added for the tag: only what the policy samples is parsed, so it can mislead the policy, as any text can,
-    and neither act nor end a turn.
+    A passage that spells ``</information>`` or another tag is shown unchanged, as in Search-R1, but never as a token
+    that was added for the tag. Only sampled text is parsed, so a passage can mislead the policy, as any text can, but
+    not act or end a turn.
 
     Args:
         system: instructions before the question; None takes the wording's own, "" has none.
@@ -92,7 +92,7 @@ class TagsDialect(Dialect):
         self.stop_strings = () if single else (SEARCHES[1], ANSWERS[1])
         eos = tokenizer.eos_token_id
         self.stop_ids = (*(ids[0] for ids in closing if single), *([] if eos is None else [eos]))
-        # Models that were trained with a start token need it; a chat template brings it, plain text does not.
+        # Models that were trained with a start token need it; a chat template adds it, plain text does not.
         bos = tokenizer.bos_token_id
         self._start = [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
 

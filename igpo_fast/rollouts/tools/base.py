@@ -1,4 +1,4 @@
-"""The interface of tools: what they bring, how they fail, what they count."""
+"""The interface of tools: results, failures, counters."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from igpo_fast.errors import ToolError
 from igpo_fast.types import ToolResult
 
 FOUND = ("calls", "passages", "empty")
-"""Counters of every tool: calls, passages they brought, calls that brought none."""
+"""Counters of every tool: calls, passages found, calls that found none."""
 CAUSES = ("timeouts", "unreachable", "rate_limited", "server_errors", "refused", "malformed", "too_large")
-"""Why an attempt failed."""
+"""Counters of the causes of failed attempts."""
 COUNTS = (*FOUND, "failures", "retries", *CAUSES)
-"""Counters of a tool that can fail: also calls that failed for good, and attempts after the first."""
+"""Counters of a tool that can fail: also calls that failed for good, and retries."""
 
 
 class Tool(ABC):
@@ -22,7 +22,7 @@ class Tool(ABC):
     counted: tuple[str, ...] = FOUND
     """The names in ``counts``, for the metrics."""
     where = "data.corpus"
-    """The setting that says where the passages come from, for messages."""
+    """The setting that names the source of passages, for messages."""
 
     def __init__(self):
         self.counts: Counter[str] = Counter()
@@ -31,7 +31,7 @@ class Tool(ABC):
         """Search ``corpus`` (``Question.corpus``) for ``query``.
 
         Raises:
-            ToolError: the search failed for good, and no text is to be shown in its place.
+            ToolError: the search failed for good, and ``search.on_failure`` is ``stop``.
         """
         self.counts["calls"] += 1
         try:
@@ -51,25 +51,25 @@ class Tool(ABC):
         """Find the passages; ``__call__`` counts them."""
 
     def check(self, query: str) -> None:  # noqa: B027 (most tools have nothing to check)
-        """See, before a run, that the tool answers ``query``. Nothing is counted.
+        """Check before a run that the tool answers ``query``. Nothing is counted.
 
         Raises:
-            ToolError: it does not.
+            ToolError: the tool does not answer.
         """
 
     async def aclose(self) -> None:  # noqa: B027 (most tools keep nothing)
-        """Close what belongs to the running event loop, which ends. A later call opens it anew."""
+        """Close resources of the running event loop before it ends. A later call opens them anew."""
 
 
 async def close(*parts: object) -> None:
-    """Close what tools and engines keep for the running event loop, which ends; engines may have no ``aclose``."""
+    """Close resources of tools and engines in the running event loop before it ends; engines may have no ``aclose``."""
     for part in parts:
         if hasattr(part, "aclose"):
             await part.aclose()
 
 
-def settle(tool: Tool, what: str) -> tuple[dict[str, float], str]:
-    """Take a tool's counts of ``what`` ("step 3") and set them back to 0.
+def take_counts(tool: Tool, what: str) -> tuple[dict[str, float], str]:
+    """Read a tool's counts for ``what`` ("step 3") and reset them to 0.
 
     Returns:
         ``tool/NAME`` for each of ``tool.counted``, and a warning if calls failed for good or none found anything,

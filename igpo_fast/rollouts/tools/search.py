@@ -25,22 +25,21 @@ from igpo_fast.rollouts.tools.base import COUNTS, Tool
 from igpo_fast.types import Passage, ToolResult
 
 LONGEST_WAIT = 30.0
-"""Seconds; longer back-offs, also those that a server asks for, are cut to it."""
+"""Longest back-off in seconds, even if a server asks for more."""
 EXAMPLE = "http://127.0.0.1:8000/retrieve"
 
 
 class Bm25Search(Tool):
-    """BM25 (Lucene's variant) over passages held in memory.
+    """BM25 (Lucene's variant) over passages in memory.
 
-    Words are those of ``words.search_words``. Titles count twice: a
-    passage about something comes before those that mention it (of MuSiQue's supporting passages 51 % are
-    among the best 5; 47 % with titles counted once, 40 % without titles). Equal scores keep the passages'
-    order; passages that share no word with the query are not returned.
+    Words come from ``words.search_words``. Titles count twice, so that a passage about something ranks before passages
+    that mention it (51 % of MuSiQue's supporting passages are among the best 5; 47 % with titles counted once, 40 %
+    without titles). Equal scores keep the passages' order; passages without a word of the query are not returned.
 
     Args:
         collections: name -> passages; each is indexed when it is first searched.
-        top_k: most passages a search returns.
-        cache_size: recent queries whose results are kept.
+        top_k: most passages per search.
+        cache_size: number of recent queries whose results are kept.
     """
 
     def __init__(self, collections: Mapping[str, Sequence[Passage]], top_k: int, *, cache_size: int = 65536):
@@ -51,7 +50,7 @@ class Bm25Search(Tool):
         self._search_cached = lru_cache(maxsize=cache_size)(self._search)
 
     async def search(self, query: str, corpus: str) -> ToolResult:
-        """The best passages of a collection.
+        """The best passages of a collection for ``query``.
 
         Raises:
             ToolError: no such collection.
@@ -76,26 +75,26 @@ class Bm25Search(Tool):
 class HttpSearch(Tool):
     """A server that speaks Search-R1's retrieval protocol.
 
-    ``POST {"queries": [q], "topk": k, "return_scores": true}`` brings
+    ``POST {"queries": [q], "topk": k, "return_scores": true}`` returns
     ``{"result": [[{"document": {"id", "contents"}, "score"}, ...]]}``, contents being ``title\\ntext``. A server may
-    leave ids out (Search-R1's own for web search do), for which digests of the contents stand, and the scores, with
-    each document itself for a hit. Blank passages are skipped.
+    leave out ids (as Search-R1's own for web search do), which digests of the contents then replace, and scores, in
+    which case each hit is the document itself. Blank passages are skipped.
 
-    Timeouts, lost connections, 408, 429 and 5xx are retried. An answer that is too large or malformed is not: it would
-    be the same again. A server on this machine is asked directly, whatever HTTP_PROXY says.
+    Timeouts, lost connections, 408, 429 and 5xx are retried. Answers that are too large or malformed are not, because
+    they would be the same again. A server on this machine is reached directly, whatever HTTP_PROXY says.
 
     Args:
-        url: address of the retrieval endpoint, with ``user:password@`` before the host where it wants them.
-        top_k: most passages a search returns.
-        timeout: seconds that an attempt may take; waiting for its turn does not count.
+        url: address of the retrieval endpoint, with ``user:password@`` before the host if it needs them.
+        top_k: most passages per search.
+        timeout: seconds per attempt; waiting for a free connection does not count.
         retries: most attempts after the first.
         backoff: seconds before the first retry, doubled before each later one, plus a jitter of up to 50 % that is
             derived from the query: searches that failed together do not come back together. A server's Retry-After
             may make it longer.
-        concurrency: most requests at a time; other searches wait their turn. One that backs off makes room.
-        max_bytes: larger answers are refused unread.
-        failure_text: what the policy reads when all attempts failed; None raises ToolError.
-        transport: what carries requests in place of the network, for tests.
+        concurrency: most concurrent requests; further searches wait. A search in back-off does not count.
+        max_bytes: largest answer; larger ones are refused unread.
+        failure_text: text that the policy is shown if all attempts fail; None raises ToolError.
+        transport: replaces the network in tests.
     """
 
     counted = COUNTS
@@ -164,7 +163,7 @@ class HttpSearch(Tool):
                 if not failed.again or attempt == self._retries:
                     tried = "" if not failed.again else f" after {attempt + 1} attempts"
                     raise ToolError(f"{self._name}: {failed}{tried}; {failed.remedy}") from None
-                doubled = self._backoff * 2 ** min(attempt, 64)  # more doublings would overflow
+                doubled = self._backoff * 2 ** min(attempt, 64)  # larger exponents would overflow
                 wait = max(doubled, failed.wait) * (1 + _fraction(query) / 2)
             self.counts["retries"] += 1
             await asyncio.sleep(min(wait, LONGEST_WAIT))
@@ -188,7 +187,7 @@ class HttpSearch(Tool):
         try:
             async with asyncio.timeout(self._timeout) as deadline:
                 content = await self._fetch(client, query)
-            if deadline.expired():  # what was cancelled went on regardless
+            if deadline.expired():  # the cancelled attempt went on regardless
                 raise TimeoutError
             return self._read(content)
         except TimeoutError:
@@ -201,7 +200,7 @@ class HttpSearch(Tool):
 
     async def _fetch(self, client: httpx.AsyncClient, query: str) -> bytes:
         body = {"queries": [_encodable(query)], "topk": self._top_k, "return_scores": True}
-        # Not compressed: the limit is on what would be held here.
+        # Not compressed: the limit is on the memory used here.
         request = client.stream("POST", self._url, json=body, headers={"Accept-Encoding": "identity"})
         async with request as response:
             status = response.status_code
@@ -222,10 +221,10 @@ class HttpSearch(Tool):
         return bytes(content)
 
     def _remedy(self, response: httpx.Response | None = None) -> str:
-        """Advice about an answer that is not of the protocol; ``response`` is None if its status was 200."""
+        """Advice about an answer outside the protocol; ``response`` is None if its status was 200."""
         status = response.status_code if response else 200
         if status in (401, 403, 407):
-            return "give the credentials that it wants: search.url=http://user:password@host/..."
+            return "give the credentials that it needs: search.url=http://user:password@host/..."
         if response and response.has_redirect_location:
             return f"give the address that it redirects to: {response.headers['Location']}"
         if status in (200, 404, 405) and not httpx.URL(self._url).path.strip("/"):
@@ -249,9 +248,9 @@ class _Failed(Exception):
     """An attempt failed.
 
     Args:
-        count: which of ``tools.base.CAUSES`` it adds to.
-        again: whether another attempt may succeed.
-        wait: seconds the server asks for before that.
+        count: the one of ``tools.base.CAUSES`` that is incremented.
+        again: whether a retry may succeed.
+        wait: seconds that the server asks to wait before a retry.
     """
 
     def __init__(
@@ -268,7 +267,7 @@ class _Failed(Exception):
 
 
 def _passage(hit: Mapping) -> Passage | None:
-    """A passage of an answer; None if it is blank. Raises KeyError if the hit has no text."""
+    """The passage of a hit; None if it is blank. Raises KeyError if the hit has no text."""
     document = hit.get("document", hit)
     if "contents" not in document and "text" not in document:
         raise KeyError("contents")
@@ -305,7 +304,7 @@ def _retry_after(response: httpx.Response) -> float:
 
 
 class NoSearch(Tool):
-    """Finds nothing: shows what a policy knows without search."""
+    """Finds nothing, to measure a policy without search."""
 
     async def search(self, query: str, corpus: str) -> ToolResult:
         return ToolResult(())

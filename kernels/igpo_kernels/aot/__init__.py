@@ -1,4 +1,5 @@
-"""Kernels ahead of time: ``python -m igpo_kernels.aot`` compiles them for libigpo_kernels, `load` takes them out."""
+"""Kernels ahead of time: ``python -m igpo_kernels.aot`` compiles them into libigpo_kernels, `load` uses that
+library."""
 
 from igpo_kernels.aot.library import Library, load
 

@@ -1,4 +1,4 @@
-"""Compile the shipped variants without a device, and write what libigpo_kernels is made of.
+"""Compile the shipped variants without a device, and write the sources of libigpo_kernels.
 
 A variant is compiled by launching it, on a device that is not there and with arguments of its types: Triton then makes
 the very key that a launch on the real device makes, so that the loader can answer it.
@@ -34,12 +34,12 @@ POINTEES = {
 }  # fmt: skip
 BYTES = {"i64": 8, "fp64": 8, "i32": 4, "fp32": 4, "i16": 2, "fp16": 2, "bf16": 2, "i8": 1, "i1": 1, "tensormap": 128}
 DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[([\d, ]+)\]>")
-# Later Tritons pass one flag more of a descriptor that is lowered to a pointer.
+# Later Tritons pass one more flag with a descriptor that is lowered to a pointer.
 FLAGS = [name for name in ("padding", "round_f32_to_tf32") if name in TensorDescriptor.__dataclass_fields__]
 
 
 class AbsentDevice:
-    """Triton's driver of a GPU that is not there: what a launch asks of it before it compiles."""
+    """Triton's driver for a GPU that is not there: it answers what a launch asks before it compiles."""
 
     def __init__(self, target: GPUTarget):
         self.target = target
@@ -71,7 +71,7 @@ def compile_variant(variant: Variant) -> CompiledKernel:
     """The kernel as a launch on the variant's architecture would compile it, from Triton's cache if it is there.
 
     Raises:
-        ValueError: arguments of the declared types give a launch of others: no launch would find the variant.
+        ValueError: arguments of the declared types give a launch with other types, so no launch would find the variant.
     """
     driver.set_active(AbsentDevice(TARGETS[variant.arch]))
     options = Config(variant.constexprs, variant.num_warps, variant.num_stages).launch()
@@ -88,7 +88,7 @@ def compile_variant(variant: Variant) -> CompiledKernel:
 
 
 def signature_of(kernel: CompiledKernel) -> dict[str, str]:
-    """What was compiled, in the convention of Variant.signature."""
+    """The compiled kernel's signature, in the convention of Variant.signature."""
     found = {}
     for i, (name, kind) in enumerate(kernel.src.signature.items()):
         if kind != "constexpr":
@@ -98,10 +98,10 @@ def signature_of(kernel: CompiledKernel) -> dict[str, str]:
 
 
 def parameters_of(kernel: CompiledKernel) -> list[dict]:
-    """What cuLaunchKernel is given, in order: descriptors in their parts, scratch memory last.
+    """Parameters of cuLaunchKernel, in order: descriptors in their parts, scratch memory last.
 
     Raises:
-        ValueError: the PTX has others.
+        ValueError: the PTX has other parameters.
     """
     maps = iter(kernel.metadata.tensordesc_meta or ())
     found = []
@@ -144,7 +144,7 @@ def parameter_sizes(ptx: str) -> list[int]:
 
 
 def tensor_map_of(meta: dict) -> dict:
-    """igpo_kernels_tensor_map of what Triton says of a descriptor."""
+    """The igpo_kernels_tensor_map of a descriptor that Triton describes by ``meta``."""
     return dict(
         rank=len(meta["block_size"]), box=meta["block_size"][::-1], element_bytes=meta["elem_size"],
         data_type=TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], swizzle=meta["swizzle"],
@@ -152,7 +152,7 @@ def tensor_map_of(meta: dict) -> dict:
 
 
 def entry_of(variant: Variant, kernel: CompiledKernel) -> dict:
-    """What the library says of a kernel; ``key`` and ``file`` are its place in Triton's cache."""
+    """A kernel's entry in the library's manifest; ``key`` and ``file`` are its place in Triton's cache."""
     metadata = next(Path(path) for name, path in kernel.metadata_group.items() if name.endswith(".json"))
     return dict(
         op=variant.op, kernel=variant.kernel, arch=variant.arch, dtype=variant.dtype, shape_class=variant.shape_class,
@@ -183,7 +183,7 @@ def build_variant(index: int, cache: str) -> tuple[dict | None, bool]:
 def build(out: Path, archs: Sequence[str], ops: Sequence[str] = (), jobs: int = 1) -> str:
     """Compile the variants of ``ops`` (default: all) for ``archs`` and write the library's sources to ``out``.
 
-    ``out/cache`` keeps what was compiled, under Triton's keys: only what changed is compiled again.
+    ``out/cache`` keeps the compiled kernels under Triton's keys, so only changed ones are compiled again.
 
     Args:
         ops: each an op, or a part of one: ``tree_attention/bf16``, ``tree_attention/bf16/d64``.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 PRIVATE = ("cubin",)
-"""What the manifest in the library does not repeat."""
+"""Keys of an entry that the library's manifest leaves out."""
 
 DATA = """\
     .section .rodata

@@ -30,14 +30,14 @@ log = logging.getLogger(__name__)
 ABI = 1
 """IGPO_KERNELS_ABI of igpo_kernels.h."""
 PACKAGE = Path(__file__).parents[1]
-SOURCES = ("triton_variants.py", "*/triton_*.py", "configs/*.json")
-"""What decides which kernels there are, and what they compute."""
+SOURCES = ("triton_*.py", "*/triton_*.py", "configs/*.json")
+"""Files that decide which kernels there are and what they compute."""
 _lock = threading.Lock()
 _loaded: dict[Path, Library] = {}
 
 
 def sources() -> str:
-    """The hash of the kernels' sources: a library made from others is refused."""
+    """The hash of the kernels' sources: a library made from other sources is refused."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in SOURCES for path in PACKAGE.glob(pattern)):
         digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes() + b"\0")
@@ -45,21 +45,21 @@ def sources() -> str:
 
 
 def compiler() -> dict:
-    """What of the compiler goes into Triton's keys besides a target's own part (`target_key`)."""
+    """The compiler's part of Triton's keys, without the target's part (`target_key`)."""
     build = hashlib.sha256(triton_key().encode()).hexdigest()
     return {"triton": triton.__version__, "build": build, "environment": get_cache_invalidating_env_vars()}
 
 
 def target_key(arch: str) -> str:
-    """The part of ptxas and ``arch``."""
+    """The part of Triton's keys that ptxas and ``arch`` decide."""
     return make_backend(GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)).hash()
 
 
 def settle() -> None:
     """Give every kernel of the package its key, callees first.
 
-    Triton hashes the constants that a callee uses into its caller's key only if the callee has a key already: what a
-    kernel's key is would depend on which one a process launched before.
+    Triton hashes the constants that a callee uses into its caller's key only if the callee has a key already, so a
+    kernel's key would depend on the order in which a process launches kernels.
     """
     for path in sorted(PACKAGE.glob("*/triton_*.py")):
         module = importlib.import_module(f"igpo_kernels.{path.parent.name}.{path.stem}")
@@ -85,8 +85,8 @@ class Library:
     """An opened libigpo_kernels.
 
     Attributes:
-        path: of the file. manifest: what the build wrote of it.
-        served: launches that took a kernel from it. lacking: those of its functions that it had no variant for.
+        path: the library's file. manifest: what the build recorded about it.
+        served: launches that took a kernel from it. lacking: launches of its functions for which it has no variant.
     Raises:
         ValueError: a file that is no library of this ABI, or is cut short.
     """
@@ -134,7 +134,7 @@ class Library:
         return function
 
     def check(self, arch: str) -> None:
-        """Refuse what no launch on ``arch`` could use.
+        """Refuse a library that no launch on ``arch`` could use.
 
         Raises:
             ValueError: other sources, another compiler, another architecture.
@@ -160,7 +160,7 @@ class Library:
             self._refuse(f"built under compiler variables {then}", f"this process's {now}", "set the same")
 
     def files(self, index: int) -> dict[str, bytes]:
-        """What Triton keeps of a compiled kernel, by file name."""
+        """The files that Triton keeps for a compiled kernel: name -> content."""
         size = ctypes.c_size_t()
         read = self._function("igpo_kernels_cubin", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
         cubin = read(index, ctypes.byref(size))
@@ -172,7 +172,7 @@ class Library:
 
 
 def _release(key: str) -> str:
-    """``release 12.9, V12.9.86`` of a target's key."""
+    """The release in a target's key, like ``release 12.9, V12.9.86``."""
     return next((line.partition(", ")[2] for line in key.splitlines() if "release" in line), key)
 
 
@@ -180,7 +180,7 @@ def load(path: str | os.PathLike, arch: str) -> Library:
     """Let launches on ``arch`` take their kernels from a library, from now on and in the whole process.
 
     Raises:
-        ValueError: a file that is no such library, or one that was built for something else.
+        ValueError: the file is no such library, or was built for another device, compiler or version.
     """
     path = Path(path).resolve()
     with _lock:

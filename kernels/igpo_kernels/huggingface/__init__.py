@@ -8,11 +8,11 @@ Importing this module registers it. A causal LM that is set to it reads a pack i
 
 The plan travels as a forward argument to every layer, so nothing is patched and a model may serve many plans. Gradient
 checkpointing recomputes the attention with the plan's schedules as they are. Under ``torch.compile`` the attention is
-left out, because a plan is no tensor: one graph break a layer, and what lies between is compiled for any length.
+left out, because a plan is no tensor: one graph break per layer; the code between is compiled for any length.
 
 Right only for models whose every layer is softmax attention that depends on the visible path alone.
-``use_tree_attention`` tells; without it recurrent layers, ALiBi, RoPE that depends on the longest path, and layers that
-do not go through transformers' AttentionInterface raise nothing.
+``use_tree_attention`` checks this; unchecked, recurrent layers, ALiBi, RoPE that depends on the longest path, and
+layers that do not go through transformers' AttentionInterface raise nothing.
 """
 
 from igpo_kernels.huggingface.dispatch import (

@@ -1,4 +1,4 @@
-"""The attention function that layers call, and what it refuses."""
+"""The attention function that layers call, and its checks."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class TreeAttend:
 
 
 def model_inputs(plan: TreePlan, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A pack as arguments of a model's forward: one row of N tokens, with the positions that its paths have."""
+    """Arguments of a model's forward for a pack: one row of N tokens, with positions along their paths."""
     ids, positions = (plan.tensor(name, device)[None] for name in ("input_ids", "position_ids"))
     return dict(input_ids=ids, position_ids=positions, plan=plan, use_cache=False)
 
 
 def heads_of(model: PreTrainedModel) -> tuple[int, int]:
-    """Numbers of a head and query heads to a key head, the most that any layer has. With ``model.device`` and
-    ``model.dtype`` they decide what ``auto`` is:
+    """Head size and query heads per key head, the largest of any layer. With ``model.device`` and ``model.dtype``
+    they decide which backend ``auto`` is:
     ``tree_attention.backend_for(plan, model.device, model.dtype, *heads_of(model))``."""
     config = model.config.get_text_config()
     layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
@@ -69,7 +69,7 @@ def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
 
 
 UNSAID: Any = object()
-"""The window of a layer that hands none to its attention function."""
+"""Stands for the window of a layer that passes none to its attention function."""
 
 
 @torch.compiler.disable
@@ -79,19 +79,19 @@ def attention(
     sliding_window: int | None = UNSAID, softcap: float | None = None, s_aux: torch.Tensor | None = None,
     plan: TreePlan | Attend | None = None, is_causal: bool | None = None, **others: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """What every attention layer of a model set to ``igpo_tree`` calls.
+    """The function that every attention layer of a model set to ``igpo_tree`` calls.
 
     Args:
         query: [1, Hq, N, D]. key, value: [1, Hkv, N, D].
         attention_mask: None: the plan is the mask.
         s_aux: attention sinks, which a plan's attention does not have. An ``Attend`` is not given them: ``probe`` of
             igpo_fast shows what that changes.
-        plan: of N tokens; or an ``Attend``, for whatever else a flat row may mean.
+        plan: a TreePlan of N tokens, or an ``Attend`` that defines another attention over the row.
     Returns:
         [1, N, Hq, D], and no attention weights.
     Raises:
         ValueError: no plan, a batch of several rows, dropout, a mask, sinks, attention that is not causal, keywords
-            that this function does not know, values of another head size than keys, a window or chunk in the config
+            that this function does not know, values with another head size than keys, a window or chunk in the config
             that the layer does not hand over; what ``tree_attention`` raises.
     """
     name = type(module).__name__
@@ -120,7 +120,7 @@ def attention(
         raise ValueError(f"{ATTENTION}: {name} asks for attention that is not causal; a plan's attention is")
     if value.shape[-1] != key.shape[-1]:
         raise ValueError(
-            f"{ATTENTION}: {name} has keys of {key.shape[-1]} and values of {value.shape[-1]} numbers a head (MLA); "
+            f"{ATTENTION}: {name} has keys of {key.shape[-1]} and values of {value.shape[-1]} numbers per head (MLA); "
             "packed attention takes one size: use another model"
         )
     refuse_masked_limits(module, window=sliding_window is UNSAID)
@@ -133,13 +133,13 @@ def attention(
 
 
 def refuse_masked_limits(layer: torch.nn.Module, window: bool) -> None:
-    """Refuse an attention layer whose window or chunk is in transformers' mask alone, which a plan replaces; and one
-    that scales queries by their place in the row (Llama 4 without RoPE).
+    """Refuse an attention layer whose window or chunk is in transformers' mask alone, which a plan replaces, and a
+    layer that scales queries by their place in the row (Llama 4 without RoPE).
 
     Args:
-        window: look for windows and chunks: the layer handed none over.
+        window: whether to look for windows and chunks, because the layer passed none.
     Raises:
-        ValueError: what the config states, and that it does not reach attention.
+        ValueError: the config states a limit that does not reach attention.
     """
     config = getattr(layer, "config", None)
     stated = masked_limits(config.get_text_config()) if window and config is not None else {}
@@ -154,7 +154,7 @@ def refuse_masked_limits(layer: torch.nn.Module, window: bool) -> None:
 
 
 def masked_limits(config: Any) -> dict[str, int]:
-    """What a config states of how far attention reaches: name -> tokens."""
+    """Limits on attention's reach in a config: name -> tokens."""
     limits = {}
     for layer in config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]:
         kinds = getattr(layer, "layer_types", None)

@@ -20,7 +20,7 @@ from igpo_kernels.plan import TreePlan
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden states into logits: ``softcap(scale * (hidden @ weight.T + bias))``."""
+    """The map from hidden states to logits: ``softcap(scale * (hidden @ weight.T + bias))``."""
 
     weight: torch.Tensor
     """[V, H]"""
@@ -29,14 +29,14 @@ class Head:
     scale: float
     """Granite's 1 / logits_scaling, Cohere's logit_scale, ..."""
     softcap: float
-    """``c * tanh(z / c)``; 0: none."""
+    """``c * tanh(z / c)``; 0 is none."""
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The LM head as ``model`` defines it, tried once a model on a few hidden states of its own forward's making.
+    """The LM head as ``model`` defines it, verified once per model on a few hidden states of its own forward.
 
     Raises:
-        ValueError: a head that does more than ``Head`` says.
+        ValueError: the head computes more than ``Head`` can express.
     """
     name = type(model).__name__
     module = model.get_output_embeddings()
@@ -59,7 +59,7 @@ def _measure(model: PreTrainedModel, weight: torch.Tensor, bias: torch.Tensor | 
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, weight.shape[1], generator=generator).to(weight.device)
-    hidden *= LOGITS / (hidden @ weight.float().T).std()  # of real size: a soft cap shows
+    hidden *= LOGITS / (hidden @ weight.float().T).std()  # logits of real size, at which a soft cap shows
     hidden = hidden.to(weight.dtype)
     plain = hidden.float() @ weight.float().T + (0 if bias is None else bias.float())
     with _decoder_gives(model, hidden[None]):
@@ -78,7 +78,7 @@ def _measure(model: PreTrainedModel, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 LOGITS = 10.0
-"""Standard deviation of the logits that a head is tried on."""
+"""Standard deviation of the logits on which a head is verified."""
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 """Names in configs."""
@@ -99,7 +99,7 @@ def _scales(config: Any) -> list[float]:
 
 
 class _Given:
-    """A decoder's output of which only the last hidden state is there."""
+    """A decoder's output that has only the last hidden state."""
 
     def __init__(self, hidden: torch.Tensor):
         self.last_hidden_state = hidden

@@ -12,7 +12,7 @@ from igpo_kernels.huggingface.dispatch import ATTENTION, Attend, TreeAttend, dec
 from igpo_kernels.plan import Branch, RolloutTokens, Tree, TreePlan, pack
 
 LARGE = 10.0
-"""Size of the attention logits that models are verified on: the small ones of random weights hide faults."""
+"""Size of the attention logits on which models are verified: random weights give small ones, which hide faults."""
 
 
 def use_tree_attention(model: PreTrainedModel, verify: bool = True) -> PreTrainedModel:
@@ -20,8 +20,8 @@ def use_tree_attention(model: PreTrainedModel, verify: bool = True) -> PreTraine
 
     Args:
         model: a causal LM, with its weights on a device.
-        verify: read two small trees packed, and each of their paths by itself. Without it, only what the config tells
-            is checked; nothing is run.
+        verify: run two small trees packed, and each of their paths by itself. Without it only the config is checked,
+            and nothing is run.
     Returns:
         ``model``, in the mode it was in.
     Raises:
@@ -34,8 +34,8 @@ def use_tree_attention(model: PreTrainedModel, verify: bool = True) -> PreTraine
     got = model.config.get_text_config()._attn_implementation
     if got != ATTENTION:
         raise ValueError(
-            f"{name}: its attention stays {got!r}, for its layers do not go through transformers' AttentionInterface; "
-            "use a model whose every layer is softmax attention that does"
+            f"{name}: its attention stays {got!r}, because its layers do not go through transformers' "
+            "AttentionInterface; use a model whose every layer is softmax attention that does"
         )
     if verify:
         training = model.training
@@ -86,7 +86,7 @@ def _last_only(length: int) -> np.ndarray:
 
 
 class _Sharp:
-    """An Attend that multiplies logits, and notes how large they can be."""
+    """An Attend that multiplies logits and records a bound on them."""
 
     def __init__(self, inner: Attend, factor: float = 1.0):
         self.inner, self.factor, self.largest = inner, factor, 0.0

@@ -34,8 +34,8 @@ def linear_logprob(
     Avoids the [M, V] logits and their gradient: at M 65,536, V 151,936 those are 80 GB in float32.
 
     Args:
-        hidden: [N, H]. weight: [V, H]. bias: [V]; -inf bars a token.
-        labels: integers [M], in 0 .. V-1; ignored tokens have no place in labels and rows.
+        hidden: [N, H]. weight: [V, H]. bias: [V]; -inf excludes a token.
+        labels: integers [M], in 0 .. V-1; leave ignored tokens out of labels and rows.
         rows: integers [M], in 0 .. N-1, repeats allowed; None is row m for pair m.
         temperature: above 0.
         softcap: ``c * tanh(z / c)`` where above 0 (Gemma-2's final logits); 0 or None is none.

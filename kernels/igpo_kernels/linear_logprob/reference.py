@@ -18,5 +18,5 @@ def logits(hidden, weight, rows, bias, temperature, softcap):
 def linear_logprob(hidden, weight, labels, rows, bias, temperature, softcap, entropy):
     log_p = logits(hidden, weight, rows, bias, temperature, softcap).log_softmax(-1)
     logp = log_p.gather(1, labels[:, None])[:, 0]
-    # p log p is 0 where p is: -inf times 0 would be NaN.
+    # p log p is 0 where p is 0: -inf times 0 would be NaN.
     return (logp, -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)) if entropy else logp

@@ -5,7 +5,7 @@ them and scatter their gradients back. The backward recomputes each block's logi
 forward keeps only the log-sum-exp (and entropy) of each distinct row.
 
 A block's logits live in one buffer that every block reuses: fresh memory costs page faults, and a block that fits the
-caches costs little beside the product that made it.
+caches costs little compared with the product that made it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from igpo_kernels.workspace import workspace_bytes
 
 VOCAB_BLOCK = 2048
 BLOCK_LOGITS = 2048 * VOCAB_BLOCK
-"""Most logits of a block: 16 MiB in float32; larger ones would only be farther from the caches."""
+"""Most logits of a block: 16 MiB in float32; larger blocks would only fit the caches worse."""
 PAIR_BYTES = 80
-"""What indices and statistics take of a pair, its row's included."""
+"""Bytes per pair of indices and statistics, its row's included."""
 MOST_FALL = -1e30
 """Stands for -inf (the maximum before the first block, a barred token), whose product with 0 would be NaN."""
 
@@ -96,16 +96,16 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 class Statistics:
-    """Of each row, over the blocks of its logits so far: the largest, the mass ``sum exp(z - top)``, and the moment
-    ``sum (z - top) exp(z - top)``."""
+    """Statistics of each row over the blocks of its logits so far: the largest (``top``), the mass ``sum exp(z - top)``
+    and the moment ``sum (z - top) exp(z - top)``."""
 
     def __init__(self, n_rows, device, dtype):
         self.top = torch.full((n_rows,), float("-inf"), dtype=dtype, device=device)
         self.mass, self.moment = torch.zeros_like(self.top), torch.zeros_like(self.top)
 
     def add(self, z, r: slice = slice(None), entropy=True, barred=True, keep=False, scratch=None) -> torch.Tensor:
-        """Take in a block of the rows ``r``, which becomes ``exp(z - base)`` unless it is to be kept. Returns ``base``,
-        the largest of each row so far. ``barred``: some may be -inf, as with a bias. ``scratch`` has the block's shape.
+        """Add a block of the rows ``r``; it becomes ``exp(z - base)`` unless ``keep``. Returns ``base``, the largest
+        logit of each row so far. ``barred``: some may be -inf, as with a bias. ``scratch`` has the block's shape.
         """
         top, mass, moment = self.top[r], self.mass[r], self.moment[r]
         new_top = torch.maximum(top, z.amax(1))
@@ -123,7 +123,7 @@ class Statistics:
         return base
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Largest logit, log mass, entropy (of meaning if every block took it in).
+        """Largest logit, log mass, and entropy (valid if every block was added with ``entropy``).
 
         The log-sum-exp stays in two parts: their sum would lose the digits that large logits have no room for.
         """
@@ -170,7 +170,7 @@ class Blocks:
         return self._states[1, : r.stop - r.start].zero_()
 
     def upcast(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight of a block, in the dtype of the logits."""
+        """A block of the weight, in the dtype of the logits."""
         return weight if self._weight is None else self._weight[: len(weight)].copy_(weight)
 
 
@@ -185,7 +185,7 @@ def block_logits(x, weight, bias, temperature, softcap, out):
 
 
 def slope_of(z, temperature, softcap):
-    """Slope of the scaled logits in the raw ones, from the scaled ones: a number without soft-capping."""
+    """Derivative of the scaled logits in the raw ones, computed from the scaled ones; a number without soft-capping."""
     if not softcap:
         return 1 / temperature
     t = z * (temperature / softcap)
@@ -193,7 +193,7 @@ def slope_of(z, temperature, softcap):
 
 
 def softmax_gradient_(z, top, log_mass, d_logp, entropy):
-    """Logits [rows, columns] become, in place, their gradient as if no label lay among them:
+    """Turn logits [rows, columns] in place into their gradient, as if no label lay among them:
     ``-p (d_logp + d_entropy (log p + H))``; ``entropy`` is (H, d_entropy) of each row, or None."""
     below = z.sub_(top[:, None])
     if entropy is None:

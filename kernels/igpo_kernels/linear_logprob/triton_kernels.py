@@ -9,25 +9,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from igpo_kernels.triton_math import soft_capped
+
 LENGTHS = ("n_rows", "first_row", "n_vocab", "first_vocab", "n_cells", "n_tiles")
-"""Never specialised on: a kernel compiles once whatever a batch holds. A model's own sizes (n_hidden, strides) are."""
+"""Arguments without specialisation, so that a kernel compiles once for all batches. A model's own sizes (n_hidden,
+strides) are specialised."""
 
 
 @triton.jit
 def tile_of(index, row_tiles, vocab_tiles, GROUP_ROWS: tl.constexpr):
-    """Tiles in bands of GROUP_ROWS row tiles, so that programs at work together share weights and rows in L2."""
+    """Row tile and vocabulary tile, in bands of GROUP_ROWS row tiles: concurrent programs share weights and rows in
+    L2."""
     band = index // (GROUP_ROWS * vocab_tiles)
     height = tl.minimum(row_tiles - band * GROUP_ROWS, GROUP_ROWS)
     within = index % (GROUP_ROWS * vocab_tiles)
     return band * GROUP_ROWS + within % height, within // height
-
-
-@triton.jit
-def capped(z, softcap, CAPPED: tl.constexpr):
-    """``softcap * tanh(z / softcap)``, from one exponential that may overflow to inf without harm."""
-    if CAPPED:
-        z = softcap * (1 - 2 / (1 + tl.exp(z * (2 / softcap))))
-    return z
 
 
 @triton.jit
@@ -65,7 +61,7 @@ def tile_products(
 ):  # fmt: skip
     """Raw logits without bias of a tile, as two halves [BLOCK_ROWS, BLOCK_VOCAB / 2].
 
-    An epilogue by halves keeps the accumulator's registers from doubling.
+    An epilogue over halves keeps the accumulator's registers from doubling.
     """
     acc = tl.zeros((BLOCK_ROWS, BLOCK_VOCAB), dtype=tl.float32)
     for k in range(0, n_hidden, BLOCK_HIDDEN):
@@ -77,15 +73,15 @@ def tile_products(
 
 @triton.jit
 def scaled(z, bias_ptr, columns, n_vocab, inverse_temperature, softcap, CAPPED: tl.constexpr):
-    """Raw logits to what the softmax sees."""
+    """Raw logits to the softmax's input."""
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=columns < n_vocab, other=0.0).to(tl.float32)[None, :]
-    return capped(z, softcap, CAPPED) * inverse_temperature
+    return soft_capped(z, softcap, CAPPED) * inverse_temperature
 
 
 @triton.jit
 def finite(top):
-    """A base to subtract: 0 where every logit so far is -inf (barred), of which -inf would make NaN."""
+    """A base to subtract: 0 where every logit so far is -inf (barred), because -inf - -inf is NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
@@ -134,7 +130,7 @@ def combine_tiles(
     tile_top_ptr, tile_mass_ptr, tile_moment_ptr, top_ptr, log_mass_ptr, entropy_ptr, n_rows, n_tiles,
     BLOCK_ROWS: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of the tiles to each row's largest logit, log mass and entropy [U], always in the same order."""
+    """Combine the tiles' statistics into each row's largest logit, log mass and entropy [U], in a fixed order."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     top = tl.full((BLOCK_ROWS,), float("-inf"), dtype=tl.float32)
     mass = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
@@ -183,7 +179,7 @@ def cell_logits(
     z = tl.sum(acc, axis=1)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + label, mask=mine, other=0.0).to(tl.float32)
-    tl.store(logit_ptr + cells, capped(z, softcap, CAPPED) * inverse_temperature, mask=mine)
+    tl.store(logit_ptr + cells, soft_capped(z, softcap, CAPPED) * inverse_temperature, mask=mine)
 
 
 @triton.jit
@@ -208,7 +204,7 @@ def tile_gradients(
     CAPPED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
     GROUP_ROWS: tl.constexpr, FLATTEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Recomputed logits of a vocabulary chunk to the gradient of the raw logits, as if no label lay in it."""
+    """Gradient of the raw logits of a vocabulary chunk, from recomputed logits, as if no label lay in it."""
     row_tiles, vocab_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_vocab, BLOCK_VOCAB)
     for index in tl.range(tl.program_id(0), row_tiles * vocab_tiles, tl.num_programs(0), flatten=FLATTEN):
         row_tile, vocab_tile = tile_of(index, row_tiles, vocab_tiles, GROUP_ROWS)
@@ -248,7 +244,7 @@ def cell_gradients(
     first_row, n_rows, first_vocab, n_vocab, n_cells, inverse_temperature, softcap,
     CAPPED: tl.constexpr, BLOCK_CELLS: tl.constexpr,
 ):  # fmt: skip
-    """Write (not add: rounded once) the gradient of every cell that lies in the chunk."""
+    """Write the gradient of every cell in the chunk; it replaces the chunk's value, so that it is rounded once."""
     cells = tl.program_id(0) * BLOCK_CELLS + tl.arange(0, BLOCK_CELLS)
     row = tl.load(row_ptr + cells, mask=cells < n_cells, other=-1) - first_row
     label = tl.load(label_ptr + cells, mask=cells < n_cells, other=-1) - first_vocab

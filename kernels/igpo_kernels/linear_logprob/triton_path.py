@@ -1,7 +1,7 @@
 """linear_logprob on a GPU: Triton kernels around the tensor cores, no logits in memory in the forward.
 
-Forward: one persistent kernel makes logits tile by tile and keeps three numbers a row and tile; a second combines them;
-the labels' logits are dot products of their own. Backward: a chunk of the vocabulary at a time, one kernel recomputes
+Forward: one persistent kernel computes logits tile by tile and keeps three numbers per row and tile; a second combines
+them; the labels' logits are dot products of their own. Backward: per chunk of the vocabulary, one kernel recomputes
 the logits and writes their gradient in the inputs' dtype, two cuBLAS products consume it. No atomics: results repeat
 bitwise.
 """
@@ -23,14 +23,14 @@ from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Config, Tunable, V
 from igpo_kernels.workspace import workspace_bytes
 
 SMALL_ROWS = 64
-"""Up to here the weight is read once and the op is bound by memory: shape class ``small``."""
+"""Most rows of shape class ``small``: the weight is read once and the op is bound by memory."""
 INTERPRETER_PROGRAMS = 3
 LEAST_WIDTH = 4096
-"""Vocabulary entries that a chunk of the backward should have: cuBLAS reads and writes dx once a chunk."""
+"""Vocabulary entries that a chunk of the backward should have: cuBLAS reads and writes dx once per chunk."""
 ALIGNMENT = 16
-"""Rows that kernels read start at multiples of so many bytes and are multiples of so many elements long."""
+"""Row alignment for which kernels are compiled: start address in bytes, length in elements."""
 PAIR_BYTES = 160
-"""What indices and statistics take of a pair, its row's and cell's included."""
+"""Bytes per pair of indices and statistics, its row's and cell's included."""
 
 
 def linear_logprob(hidden, weight, labels, rows, bias, temperature, softcap, entropy):
@@ -131,7 +131,7 @@ class _LinearLogprob(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Cells:
-    """Pairs grouped: rows are distinct, a cell is a distinct (row, label), both in ascending order."""
+    """Pairs grouped by row and by cell: a cell is a distinct (row, label); both are in ascending order."""
 
     distinct: torch.Tensor
     """Row of hidden [U]."""
@@ -161,7 +161,7 @@ class Cells:
         return segment_sums(values[self.order].float(), self.pairs_in_row)
 
     def by_cell(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums [C], likewise."""
+        """Sums [C] of ``values`` [M], likewise."""
         return segment_sums(values[self.order].float(), self.pairs_in_cell)
 
 
@@ -177,7 +177,7 @@ def budget_of(cells: Cells) -> int:
 
 
 def aligned(matrix: torch.Tensor) -> bool:
-    """Whether kernels may read the matrix where it lies: they ship compiled for such rows only."""
+    """Whether kernels may read the matrix in place: they ship compiled for aligned rows only."""
     sizes = matrix.data_ptr(), matrix.stride(0), matrix.shape[1]
     return matrix.stride(1) == 1 and all(size % ALIGNMENT == 0 for size in sizes)
 
@@ -187,12 +187,12 @@ def aligned_size(matrix: torch.Tensor) -> int:
 
 
 def buffer_of(matrix: torch.Tensor, rows: int) -> torch.Tensor:
-    """Aligned zeros for so many rows of the matrix; columns beyond its own add nothing to a product."""
+    """Aligned zeros for ``rows`` rows of the matrix; the padding columns add nothing to a product."""
     return matrix.new_zeros(rows, aligned_size(matrix))
 
 
 def packed_bytes(hidden: torch.Tensor, n_rows: int) -> int:
-    """Bytes a row that rows_of copies: none where the distinct rows are all of ``hidden``, in order and aligned."""
+    """Bytes per row that ``rows_of`` copies: 0 where the distinct rows are all of ``hidden``, in order and aligned."""
     return 0 if n_rows == len(hidden) and aligned(hidden) else aligned_size(hidden) * hidden.element_size()
 
 
@@ -223,7 +223,7 @@ class Head:
     @classmethod
     def of(cls, hidden, weight, bias, temperature, softcap, n_rows) -> Head:
         arch, dtype = arch_of(hidden.device), DTYPE_NAMES[hidden.dtype]
-        # With both a bias and soft-capping (no model known has both) large tiles would spill registers.
+        # With both a bias and soft-capping (no known model has both) large tiles would spill registers.
         size = "small" if n_rows <= SMALL_ROWS or (bias is not None and softcap) else "large"
         weight, bias = weight.detach(), None if bias is None else bias.detach().contiguous()
         if not aligned(weight):
@@ -250,7 +250,7 @@ class Head:
     def backward_chunks(self, hidden: torch.Tensor, n_rows: int, vocab: int, budget: int) -> tuple[int, int]:
         """Rows and vocabulary entries of a block: half the bytes for x and its gradient, the rest for dz."""
         block, element = self.backward["BLOCK_VOCAB"], hidden.element_size()
-        gradient_bytes = 4 if element == 4 else 4 + element  # float32, and what it is cast to
+        gradient_bytes = 4 if element == 4 else 4 + element  # float32, and the dtype that it is cast to
         row_bytes = packed_bytes(hidden, n_rows) + hidden.shape[1] * gradient_bytes
         height = min(even(budget // 2 // max(row_bytes, LEAST_WIDTH * element)), max(1, n_rows))
         most = max(1, (budget - height * row_bytes) // (height * element * block))
@@ -313,7 +313,8 @@ class Head:
 
 
 def even(height: int) -> int:
-    """Row blocks start at multiples of 16, so that what they point to stays aligned (and kernels compile once)."""
+    """Round ``height`` so that row blocks start at multiples of 16: their pointers stay aligned, kernels compile
+    once."""
     return max(16, height - height % 16)
 
 
@@ -340,7 +341,7 @@ KERNELS = {
     "linear_logprob_cells": kernels.cell_logits,
     "linear_logprob_cell_gradients": kernels.cell_gradients,
 }
-"""By table of configurations."""
+"""Kernel by table of configurations."""
 
 
 def variants() -> Iterator[Variant]:
@@ -351,7 +352,7 @@ def variants() -> Iterator[Variant]:
             for features, given in FEATURES.items():
                 signature, constexprs = typed(fn, config, dtype, given)
                 if constexprs in seen or (size, features) == ("large", "full"):
-                    continue  # a kernel without these arguments, and what Head.of never launches
+                    continue  # a kernel without these arguments, and combinations that Head.of never launches
                 seen.append(constexprs)
                 yield Variant(
                     "linear_logprob", table, arch, dtype, f"{size}/{features}", fn, signature, constexprs,
@@ -386,7 +387,7 @@ def typed(fn, config: Config, dtype: str, given: tuple[str, ...]) -> tuple[dict,
 
 TUNED_ROWS = {"small": 64, "large": 4096}
 TUNED_HIDDEN, TUNED_VOCAB = 4096, 65_536
-"""What the tuner times: a chunk of the vocabulary, a multiple of every tile."""
+"""Vocabulary entries that the tuner times: a chunk, a multiple of every tile."""
 
 
 def tunables() -> Iterator[Tunable]:

@@ -1,4 +1,4 @@
-"""LM head to clipped loss and gradients, without [M, V] logits and without a second look at them."""
+"""LM head to clipped loss and gradients, without [M, V] logits and without computing logits twice."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def linear_policy_loss(
     ref_logp: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """``policy_loss(*linear_logprob(hidden, weight, ...), ...)`` in 6 * M * H * V FLOPs, loss and gradients together.
+    """``policy_loss(*linear_logprob(hidden, weight, ...), ...)``, loss and gradients together in 6 * M * H * V FLOPs.
 
     The gradients are made in the forward and handed out by one backward, which only scales them.
 
@@ -46,7 +46,7 @@ def linear_policy_loss(
             ``old_logp=None`` is ratio 1.
         temperature, softcap, backend: as in ``linear_logprob``.
     Returns:
-        The loss (a scalar), and ``policy_loss``'s sums with ``logp`` [M] (no gradient) beside them; float32 or wider.
+        The loss (a scalar), and ``policy_loss``'s sums together with ``logp`` [M] (no gradient); float32 or wider.
     Raises:
         ValueError: shapes, dtypes or values that do not fit, and settings that need the whole sequence before the first
             gradient (sequence-level ratio or importance weights): use linear_logprob and policy_loss for those.

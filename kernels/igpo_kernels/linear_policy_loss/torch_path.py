@@ -2,30 +2,33 @@
 
 For a chunk of distinct rows: logits and their statistics, the loss and its slope in each log-probability and entropy,
 the logits' gradient in their place, and two products into dhidden and dweight: 6 * U * H * V FLOPs for loss and
-gradients. Both sweeps go panel by panel of the vocabulary, so that what is done to a panel finds it in the caches.
+gradients. Both sweeps go through the vocabulary panel by panel, so that a panel is still in the caches when it is used.
 Unless something else needs the logits themselves (an entropy, soft-capping), the first sweep leaves exp(z - base) in
-their place, base being the row's largest logit up to that panel: the second then only multiplies.
+their place, base being the row's largest logit up to that panel, and the second sweep only multiplies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
 from igpo_kernels.autograd import first_order
 from igpo_kernels.linear_logprob.torch_path import Statistics, block_logits, slope_of, softmax_gradient_
 from igpo_kernels.policy_loss.gradients import hand_out
-from igpo_kernels.policy_loss.reference import policy_loss
+from igpo_kernels.policy_loss.reference import METRICS, policy_loss
+from igpo_kernels.policy_loss.settings import LossSettings
 from igpo_kernels.workspace import workspace_bytes
 
-METRICS = ("policy", "tokens", "clipped", "ratio", "ratio_max", "kl", "mismatch", "entropy")
 PANEL = 1024
-"""Columns that are worked on at a time: with a chunk's hundred rows they fit a core's own cache."""
+"""Columns per panel: with a chunk's hundred rows they fit a core's own cache."""
 TEMPORARIES = 4
-"""Panels that live beside a chunk's logits."""
+"""Temporaries of a panel's size beside a chunk's logits."""
 PAIR_BYTES, CHUNK_PAIR_BYTES = 32, 320
-"""What a pair takes: its place in the order of rows and its row's; and, while its chunk is at work, its loss."""
+"""Bytes per pair: its place in the order of rows and its row's; and, while its chunk is in work, its loss."""
 
 
 def linear_policy_loss(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap):
@@ -38,89 +41,29 @@ def linear_policy_loss(hidden, weight, bias, labels, rows, pair_inputs, settings
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap):
-        compute = torch.promote_types(hidden.dtype, torch.float32)
-        new = lambda *shape: torch.empty(shape, dtype=compute, device=hidden.device)  # noqa: E731
-        d_hidden, d_weight, d_bias = (
-            torch.zeros(x.shape, dtype=dtype, device=x.device) if needed else None
-            for x, dtype, needed in zip(
-                (hidden, weight, bias), (hidden.dtype, compute, compute), ctx.needs_input_grad, strict=False
-            )
-        )
-        differentiate = any(ctx.needs_input_grad)
+        compute, differentiate = torch.promote_types(hidden.dtype, torch.float32), any(ctx.needs_input_grad)
+        gradients = Gradients(hidden, weight, bias, compute, ctx.needs_input_grad)
         distinct, pair_row = torch.unique(rows, return_inverse=True)
         pair_row, order = pair_row.sort(stable=True)
-        loss, logp_all = new().zero_(), new(len(labels))
-        sums = {name: torch.zeros_like(loss) for name in METRICS}
-        vocab, size = weight.shape
         height, panel = chunk_shape(hidden, weight, len(labels), len(distinct), compute)
-        columns = [slice(c, min(c + panel, vocab)) for c in range(0, vocab, panel)]
-        needs_logits = bool(softcap or settings.entropy)
-        buffer, scratch, states = new(height * vocab), new(height * panel), new(2, height, size)
-        upcast = None if weight.dtype == compute else new(panel, size)
-        weight_of = lambda c: weight[c] if upcast is None else upcast[: c.stop - c.start].copy_(weight[c])  # noqa: E731
+        keep_logits = bool(softcap or settings.entropy)
+        head = Head(weight, bias, temperature, softcap, height, panel, compute, keep_logits)
+        loss, logp = hidden.new_zeros((), dtype=compute), hidden.new_empty(len(labels), dtype=compute)
+        sums = {name: torch.zeros_like(loss) for name in METRICS}
         for start in range(0, len(distinct), height):
-            at = distinct[start : start + height]
-            edges = torch.tensor([start, start + len(at)], device=at.device)
-            lo, hi = torch.searchsorted(pair_row, edges).tolist()
-            by_label = labels[order[lo:hi]].argsort(stable=True)
-            pairs, row = order[lo:hi][by_label], pair_row[lo:hi][by_label] - start
-            label = labels[pairs]
-            edges = torch.searchsorted(label, torch.arange(0, vocab + panel, panel, device=at.device)).tolist()
-            of_panel = [slice(a, b) for a, b in pairwise(edges)]
-            cells = [(row[part], label[part] - c.start) for part, c in zip(of_panel, columns, strict=True)]
-            x = states[0, : len(at)].copy_(hidden[at])
-            z = buffer[: len(at) * vocab].view(len(at), vocab)
-            statistics = Statistics(len(at), hidden.device, compute)
-            target, bases = new(len(pairs)), new(len(columns), len(at))
-            for c, part, cell, base in zip(columns, of_panel, cells, bases, strict=True):
-                part_bias = None if bias is None else bias[c]
-                block = block_logits(x, weight_of(c), part_bias, temperature, softcap, z[:, c])
-                target[part] = block[cell]
-                below = scratch[: block.numel()].view(block.shape)
-                base.copy_(statistics.add(block, barred=bias is not None, keep=needs_logits, scratch=below))
-            top, log_mass, row_entropy = statistics.finish()
-            logp = (target - top[row] - log_mass[row]).requires_grad_(differentiate)
-            entropy = row_entropy[row].requires_grad_(differentiate)
-            chunk = {name: value if value is None else value[pairs] for name, value in pair_inputs.items()}
-            with torch.set_grad_enabled(differentiate):
-                part, metrics = policy_loss(logp, settings=settings, entropy=entropy, sequence=None, **chunk)
-            loss = loss + part.detach()
-            logp_all[pairs] = logp.detach()
+            chunk = sort_pairs(distinct[start : start + height], start, pair_row, order, labels, head.columns)
+            swept = first_sweep(head, hidden, chunk)
+            inputs = {name: value if value is None else value[chunk.pairs] for name, value in pair_inputs.items()}
+            part, metrics, logp[chunk.pairs], slopes = chunk_loss(swept, chunk.row, inputs, settings, differentiate)
+            loss += part
             for name in METRICS:
                 combine = torch.maximum if name == "ratio_max" else torch.add
                 sums[name] = combine(sums[name], metrics[name])
-            if not differentiate:
-                continue
-            d_logp, d_entropy = torch.autograd.grad(part, (logp, entropy))
-            del part
-            row_d_logp = torch.zeros_like(top).index_add_(0, row, d_logp)
-            row_d_entropy = torch.zeros_like(top).index_add_(0, row, d_entropy)
-            pull = d_logp * slope_of(target, temperature, softcap)
-            of_entropy = (row_entropy, row_d_entropy) if settings.entropy else None
-            factor = bases.sub_(top).sub_(log_mass).exp_().mul_(row_d_logp / -temperature)
-            dx = states[1, : len(at)].zero_()
-            for c, part, cell, of_row in zip(columns, of_panel, cells, factor, strict=True):
-                dz = z[:, c]
-                if needs_logits:
-                    slope = slope_of(dz, temperature, softcap)
-                    dz = softmax_gradient_(dz, top, log_mass, row_d_logp, of_entropy)
-                    dz = dz.mul_(slope) if softcap or slope != 1 else dz
-                else:
-                    dz *= of_row[:, None]
-                dz.index_put_(cell, pull[part], accumulate=True)
-                if d_hidden is not None:
-                    dx.addmm_(dz, weight_of(c))
-                if d_weight is not None:
-                    d_weight[c].addmm_(dz.T, x)
-                if d_bias is not None:
-                    d_bias[c] += dz.sum(0)
-            if d_hidden is not None:
-                d_hidden.index_copy_(0, at, dx.to(hidden.dtype))
-        ctx.mark_non_differentiable(logp_all, *sums.values())
-        ctx.gradients = [
-            None if g is None else g.to(x.dtype) for g, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
-        ]
-        return loss, logp_all, *sums.values()
+            if differentiate:
+                second_sweep(head, chunk, swept, slopes, settings, gradients)
+        ctx.mark_non_differentiable(logp, *sums.values())
+        ctx.gradients = gradients.of(hidden, weight, bias)
+        return loss, logp, *sums.values()
 
     @staticmethod
     @first_order("linear_policy_loss")
@@ -132,12 +75,154 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return *gradients, *[None] * 6
 
 
+class Gradients:
+    """Gradients that chunks add to: hidden's [N, H] in its dtype, the weight's [V, H] and the bias's [V] in ``dtype``;
+    None where none is needed."""
+
+    def __init__(self, hidden, weight, bias, dtype: torch.dtype, needed: Sequence[bool]):
+        dtypes = (hidden.dtype, dtype, dtype)
+        self.hidden, self.weight, self.bias = (
+            torch.zeros(x.shape, dtype=dtype, device=x.device) if need else None
+            for x, dtype, need in zip((hidden, weight, bias), dtypes, needed, strict=False)
+        )
+
+    def of(self, *inputs: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """The gradients of hidden, weight and bias in the inputs' dtypes."""
+        pairs = zip((self.hidden, self.weight, self.bias), inputs, strict=True)
+        return [None if gradient is None else gradient.to(x.dtype) for gradient, x in pairs]
+
+
+class Head:
+    """The LM head, its panels, and the buffers that all chunks of up to ``height`` rows share."""
+
+    def __init__(self, weight, bias, temperature, softcap, height, panel, dtype: torch.dtype, keep_logits: bool):
+        vocab, size = weight.shape
+        new = partial(torch.empty, dtype=dtype, device=weight.device)
+        self.weight, self.bias, self.temperature, self.softcap = weight, bias, temperature, softcap
+        self.keep_logits, self.dtype = keep_logits, dtype
+        self.columns = [slice(c, min(c + panel, vocab)) for c in range(0, vocab, panel)]
+        self._logits, self._scratch, self._states = new(height * vocab), new(height * panel), new(2, height, size)
+        self._upcast = None if weight.dtype == dtype else new(panel, size)
+
+    def logits(self, rows: int) -> torch.Tensor:
+        return self._logits[: rows * len(self.weight)].view(rows, -1)
+
+    def scratch(self, block: torch.Tensor) -> torch.Tensor:
+        return self._scratch[: block.numel()].view(block.shape)
+
+    def states(self, rows: int) -> torch.Tensor:
+        return self._states[0, :rows]
+
+    def states_gradient(self, rows: int) -> torch.Tensor:
+        return self._states[1, :rows].zero_()
+
+    def panel_weight(self, c: slice) -> torch.Tensor:
+        return self.weight[c] if self._upcast is None else self._upcast[: c.stop - c.start].copy_(self.weight[c])
+
+
+class Chunk(NamedTuple):
+    """Some distinct rows and their m pairs, in the order of their labels."""
+
+    rows: torch.Tensor
+    """Rows of hidden [U]."""
+    pairs: torch.Tensor
+    """Places of the pairs in the inputs [m]."""
+    row: torch.Tensor
+    """Each pair's row in the chunk [m]."""
+    label: torch.Tensor
+    panels: list[tuple[slice, slice, tuple[torch.Tensor, torch.Tensor]]]
+    """Each panel's columns, its pairs, and their (row, column in the panel)."""
+
+
+def sort_pairs(rows: torch.Tensor, start: int, pair_row, order, labels, columns: list[slice]) -> Chunk:
+    """The chunk of the distinct ``rows``, the first of which is number ``start``; ``order`` sorts pairs by row, and
+    ``pair_row`` is the row of each in that order."""
+    edges = torch.tensor([start, start + len(rows)], device=rows.device)
+    low, high = torch.searchsorted(pair_row, edges).tolist()
+    by_label = labels[order[low:high]].argsort(stable=True)
+    pairs, row = order[low:high][by_label], pair_row[low:high][by_label] - start
+    label = labels[pairs]
+    edges = torch.tensor([*(c.start for c in columns), columns[-1].stop], device=rows.device)
+    parts = [slice(a, b) for a, b in pairwise(torch.searchsorted(label, edges).tolist())]
+    cells = [(row[part], label[part] - c.start) for part, c in zip(parts, columns, strict=True)]
+    return Chunk(rows, pairs, row, label, list(zip(columns, parts, cells, strict=True)))
+
+
+class Swept(NamedTuple):
+    """Results of the first sweep over a chunk of U rows, m pairs and P panels."""
+
+    target: torch.Tensor
+    """Each pair's logit [m]."""
+    top: torch.Tensor
+    log_mass: torch.Tensor
+    entropy: torch.Tensor
+    """Statistics of each row's distribution [U]."""
+    bases: torch.Tensor
+    """Base of each panel's exponentials [P, U]."""
+
+
+def first_sweep(head: Head, hidden: torch.Tensor, chunk: Chunk) -> Swept:
+    """Fill the chunk's logits panel by panel, and leave ``exp(z - base)`` in their place unless they are kept."""
+    x = head.states(len(chunk.rows)).copy_(hidden[chunk.rows])
+    z = head.logits(len(chunk.rows))
+    statistics = Statistics(len(chunk.rows), hidden.device, head.dtype)
+    target, bases = z.new_empty(len(chunk.pairs)), z.new_empty(len(chunk.panels), len(chunk.rows))
+    for (c, part, cell), base in zip(chunk.panels, bases, strict=True):
+        bias = None if head.bias is None else head.bias[c]
+        block = block_logits(x, head.panel_weight(c), bias, head.temperature, head.softcap, z[:, c])
+        target[part] = block[cell]
+        scratch = head.scratch(block)
+        base.copy_(statistics.add(block, barred=bias is not None, keep=head.keep_logits, scratch=scratch))
+    return Swept(target, *statistics.finish(), bases)
+
+
+def chunk_loss(swept: Swept, row: torch.Tensor, inputs: dict, settings: LossSettings, differentiate: bool):
+    """Loss, metrics and log-probabilities of a chunk's pairs, without a graph; and the loss's slopes in these
+    log-probabilities and in the pairs' entropies, None unless asked for."""
+    logp = (swept.target - swept.top[row] - swept.log_mass[row]).requires_grad_(differentiate)
+    entropy = swept.entropy[row].requires_grad_(differentiate)
+    with torch.set_grad_enabled(differentiate):
+        loss, metrics = policy_loss(logp, settings=settings, entropy=entropy, sequence=None, **inputs)
+    slopes = torch.autograd.grad(loss, (logp, entropy)) if differentiate else None
+    return loss.detach(), metrics, logp.detach(), slopes
+
+
+def second_sweep(
+    head: Head, chunk: Chunk, swept: Swept, slopes: tuple, settings: LossSettings, gradients: Gradients
+) -> None:
+    """Turn the chunk's logits into their gradient, panel by panel, and add its products to ``gradients``."""
+    (d_logp, d_entropy), (target, top, log_mass, entropy, bases) = slopes, swept
+    x, z, dx = (f(len(chunk.rows)) for f in (head.states, head.logits, head.states_gradient))
+    row_d_logp = torch.zeros_like(top).index_add_(0, chunk.row, d_logp)
+    row_d_entropy = torch.zeros_like(top).index_add_(0, chunk.row, d_entropy)
+    pull = d_logp * slope_of(target, head.temperature, head.softcap)
+    row_entropy = (entropy, row_d_entropy) if settings.entropy else None
+    factor = bases.sub_(top).sub_(log_mass).exp_().mul_(row_d_logp / -head.temperature)
+    for (c, part, cell), row_factor in zip(chunk.panels, factor, strict=True):
+        dz = z[:, c]
+        if head.keep_logits:
+            slope = slope_of(dz, head.temperature, head.softcap)
+            dz = softmax_gradient_(dz, top, log_mass, row_d_logp, row_entropy)
+            dz = dz.mul_(slope) if head.softcap or slope != 1 else dz
+        else:
+            dz *= row_factor[:, None]
+        dz.index_put_(cell, pull[part], accumulate=True)
+        if gradients.hidden is not None:
+            dx.addmm_(dz, head.panel_weight(c))
+        if gradients.weight is not None:
+            gradients.weight[c].addmm_(dz.T, x)
+        if gradients.bias is not None:
+            gradients.bias[c] += dz.sum(0)
+    if gradients.hidden is not None:
+        gradients.hidden.index_copy_(0, chunk.rows, dx.to(gradients.hidden.dtype))
+
+
 def chunk_shape(
     hidden: torch.Tensor, weight: torch.Tensor, pairs: int, rows: int, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """Rows whose logits fill the workspace, with a panel's temporaries and the rows themselves; columns of a panel.
+    """Rows per chunk, whose logits, temporaries and states fill the workspace, and columns per panel.
 
-    Pairs are taken to be spread evenly over rows. However many they are, half of the workspace is left for logits.
+    Assumes pairs spread evenly over rows. Half of the workspace is left for logits, however many pairs there are.
     """
     (vocab, size), workspace = weight.shape, workspace_bytes(hidden.device)
     panel, fixed = min(vocab, PANEL), PAIR_BYTES * pairs

@@ -1,7 +1,7 @@
 """linear_policy_loss's device code: from a row of raw logits to the loss of its pairs and the row's gradient.
 
-One program a distinct row. The gradient takes the logits' own memory, so a tile is read by every thread (barrier)
-before any writes it. Values are float32; NaN stays NaN.
+One program per distinct row. The gradient overwrites the logits, so every thread has read a tile (barrier) before any
+thread writes it. Values are float32; NaN stays NaN.
 """
 
 import triton
@@ -17,7 +17,7 @@ from igpo_kernels.policy_loss.triton_kernels import (
 )
 
 LOWEST = tl.constexpr(-1e30)
-"""Stands for -inf where it meets a factor of 0."""
+"""Stands for -inf where a factor may be 0."""
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def above_lowest(x):
 
 @triton.jit
 def logit_and_slope(raw, softcap, inverse_temperature, CAPPED: tl.constexpr):
-    """Raw logits to what the softmax sees, and the slope of it."""
+    """Raw logits to the softmax's input, and its derivative in them."""
     if CAPPED:
         t = 1 - 2 / (1 + tl.exp(raw * (2 / softcap)))
         return t * softcap * inverse_temperature, (1 - t * t) * inverse_temperature
@@ -45,7 +45,7 @@ def logits_at(row_ptr, bias_ptr, at, mask, softcap, inverse_temperature, CAPPED:
 
 @triton.jit
 def softmax_of(row_ptr, bias_ptr, n_vocab, softcap, inverse_temperature, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest logit, log of the mass below it, entropy. The first two stay apart: their sum would lose digits."""
+    """Largest logit, log of the mass below it, entropy. The first two stay separate: their sum would lose digits."""
     tops = tl.full([BLOCK], float("-inf"), tl.float32)
     masses, moments = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, n_vocab, BLOCK):
@@ -88,7 +88,7 @@ def row_loss_kernel(
     top, log_mass, entropy = softmax_of(row_ptr, bias_ptr, n_vocab, softcap, inverse_temperature, CAPPED, BLOCK)
     begin, end = tl.load(offset_ptr + row), tl.load(offset_ptr + row + 1)
     scale = 1.0 if scale_ptr is None else tl.load(scale_ptr)
-    # What the row's pairs add up to in its gradient: -p (logp_slope + entropy_slope (log p + entropy)).
+    # Sums over the row's pairs, in its gradient -p (logp_slope + entropy_slope (log p + entropy)).
     logp_slope, entropy_slope = 0.0, 0.0
     total = no_terms(PAIRS)
     for start in range(begin, end, PAIRS):
@@ -135,7 +135,7 @@ def row_loss_kernel(
 
 @triton.jit
 def joined(sum_a, begins_a, sum_b, begins_b):
-    """Running sums that begin anew where a label does."""
+    """Segmented sum: it begins anew at each label."""
     return tl.where(begins_b != 0, sum_b, sum_a + sum_b), begins_a | begins_b
 
 
@@ -150,7 +150,7 @@ def add_labels(
     d_row_ptr, label_ptr, order_ptr, logp_ptr, d_logp_ptr, begin, end, logp_slope, entropy_slope,
     log_sum, entropy, softcap, inverse_temperature, CAPPED: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient at each label anew, the onehots of all its pairs included; the last of them writes.
+    """Overwrite the gradient at each label, with the one-hots of all its pairs; the last of these pairs writes.
 
     The row's pairs are in the order of their labels.
     """

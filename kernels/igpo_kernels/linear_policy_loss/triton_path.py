@@ -1,7 +1,7 @@
 """linear_policy_loss on a GPU, by chunks of distinct rows: cuBLAS, one Triton kernel, cuBLAS twice.
 
 Logits of a chunk in float32 (see the README), the row kernel turns them into d_logits in their own memory, two products
-give dhidden and dweight: 6 * U * H * V FLOPs. Nothing is added by atomics: results repeat bitwise as cuBLAS does.
+give dhidden and dweight: 6 * U * H * V FLOPs. No atomics: results repeat bitwise if cuBLAS's do.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ import torch
 from igpo_kernels.autograd import first_order
 from igpo_kernels.linear_policy_loss.triton_kernels import row_loss_kernel
 from igpo_kernels.policy_loss.gradients import hand_out
+from igpo_kernels.policy_loss.reference import METRICS
 from igpo_kernels.policy_loss.settings import LossSettings
 from igpo_kernels.policy_loss.triton_kernels import SUMS
-from igpo_kernels.policy_loss.triton_path import METRICS, bounds, finish, scale_
+from igpo_kernels.policy_loss.triton_path import bounds, finish, scale_
 from igpo_kernels.products import product
 from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Tunable, Variant, arch_of, config_for, configs
 from igpo_kernels.workspace import workspace_bytes
 
 ALIGN = 16
-"""Rows of logits start at a multiple of this many elements."""
+"""Alignment of rows of logits, in elements."""
 PAIR_BYTES = 72
-"""Workspace a pair takes beside the logits: its place, row and offset 24, its row's partial sums 36, slope 4, and 8."""
+"""Bytes of workspace per pair beside the logits: its place, row and offset 24, its row's partial sums 36, slope 4, and
+8."""
 
 
 def linear_policy_loss(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap):
@@ -105,9 +107,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
 
 def chunk_rows(count: int, pairs: int, vocab: int, hidden: torch.Tensor) -> int:
-    """Rows a chunk, so that their logits, hidden states and gradients fit the workspace; chunks of equal height.
+    """Rows per chunk, so that their logits, hidden states and gradients fit the workspace; chunks have equal height.
 
-    However many the pairs, half of the workspace is left for it.
+    Half of the workspace is left for them, however many pairs there are.
     """
     row_bytes = 4 * (-(-vocab // ALIGN) * ALIGN) + hidden.shape[1] * (hidden.element_size() + 4)
     workspace = workspace_bytes(hidden.device)
@@ -175,7 +177,7 @@ def tunables() -> Iterator[Tunable]:
 
 
 def _workload(device: torch.device, dtype: str):
-    # Few hidden sizes, so that the products, which no configuration changes, take little of the time.
+    # A small hidden size, so that the products, which no configuration changes, take little of the time.
     n, hidden, vocab = 1536, 64, 151_936
     x, weight = (torch.randn(rows, hidden, device=device, dtype=DTYPES[dtype]) for rows in (n, vocab))
     rows, labels = torch.arange(n, device=device), torch.randint(0, vocab, (n,), device=device)

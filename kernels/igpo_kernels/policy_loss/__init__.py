@@ -10,7 +10,7 @@ from igpo_kernels.checks import check_tensors
 from igpo_kernels.policy_loss import reference
 from igpo_kernels.policy_loss.settings import LossSettings
 
-# Elementwise over M numbers: beside an LM head nothing to win on a CPU, so the definition is the torch path.
+# Elementwise over M numbers, which on a CPU costs nothing beside an LM head: the definition is the torch path.
 IMPLEMENTATIONS = {
     "reference": reference.policy_loss,
     "torch": reference.policy_loss,
@@ -34,15 +34,15 @@ def policy_loss(
     """``sum_m w_m * (c_m * max(-r_m A_m, -clip(r_m) A_m) + kl * k3_m - entropy * H_m)``, ``r_m = exp(logp - old)``.
 
     Args:
-        logp: [M], with gradient; like every input of floats of any float dtype, but on Triton not float64.
+        logp: [M], with gradient. Inputs may have any float dtype; on Triton logp may not be float64.
         old_logp: [M], or None for ratio 1 (the gradient is then the policy gradient's).
-        advantages: [M], one per token. weights: [M], global: they are the aggregation, nothing is divided here. A pair
-            of weight 0 adds nothing to anything, whatever its other numbers are.
-        engine_logp: [M], what the rollout engine sampled with; gives ``mismatch`` and, with
+        advantages: [M], one per token. weights: [M], global: they define the aggregation, nothing is divided here. A
+            pair of weight 0 adds nothing to any result, whatever its other numbers are.
+        engine_logp: [M], of the rollout engine that sampled; gives ``mismatch`` and, with
             ``settings.importance``, the correction c_m (of old_logp, or of logp without gradient).
         ref_logp: [M] of the reference policy, for ``settings.kl``.
         entropy: [M], with gradient, for ``settings.entropy``.
-        sequence: int64 [M], which rollout a pair belongs to, from 0; needed by sequence-level settings. A rollout's
+        sequence: int64 [M], the rollout to which a pair belongs, from 0; needed by sequence-level settings. A rollout's
             pairs must all be here.
     Returns:
         The loss (a scalar), and sums over pairs of non-zero weight: ``tokens``, ``clipped``, ``ratio``, ``kl``,
@@ -65,13 +65,13 @@ def policy_loss(
 
 
 def check_inputs(op: str, shape: torch.Size, settings: LossSettings, inputs: dict, exempt: tuple = ()) -> None:
-    """Every given input has one number a pair, and what the settings need is given."""
+    """Check that every given input has one number per pair, and that the inputs which the settings need are given."""
     if len(shape) != 1:
         raise ValueError(f"{op}: logp is {tuple(shape)}; give one dimension: flatten() it and every other input")
     check_tensors(op, **inputs)
     for name, x in inputs.items():
         if x is not None and x.shape != shape:
-            raise ValueError(f"{op}: {name} is {tuple(x.shape)}, the pairs {tuple(shape)}; give one number a pair")
+            raise ValueError(f"{op}: {name} is {tuple(x.shape)}, the pairs {tuple(shape)}; give one number per pair")
     needs = {
         "ref_logp": settings.kl, "entropy": settings.entropy, "engine_logp": settings.importance != "none",
         "sequence": settings.sequence_ratio or settings.importance == "sequence",

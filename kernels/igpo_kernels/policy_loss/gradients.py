@@ -1,4 +1,4 @@
-"""Gradients that a forward made, for its backward."""
+"""Hands gradients that a forward computed to its backward."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def hand_out(ctx, op: str) -> tuple[torch.Tensor | None, ...]:
-    """``ctx.gradients``, which are then the caller's: scaled in place, kept by nobody else.
+    """Return ``ctx.gradients``, which the caller then owns and may scale in place.
 
     Raises:
         RuntimeError: a second backward.
@@ -14,6 +14,6 @@ def hand_out(ctx, op: str) -> tuple[torch.Tensor | None, ...]:
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:
         raise RuntimeError(
-            f"{op}: a second backward; the forward makes the gradients and they are given away once: call {op} again"
+            f"{op}: a second backward; the forward computes the gradients and hands them out once: call {op} again"
         )
     return gradients

@@ -6,15 +6,18 @@ import math
 
 import torch
 
+METRICS = ("policy", "tokens", "clipped", "ratio", "ratio_max", "kl", "mismatch", "entropy")
+"""Names and order of the sums that every implementation returns beside the loss."""
+
 
 def sequence_count(lowest: int, highest: int) -> int:
     if lowest < 0:
-        raise ValueError(f"policy_loss: sequence holds {lowest}; count sequences from 0, leave out what has none")
+        raise ValueError(f"policy_loss: sequence holds {lowest}; number sequences from 0, leave out pairs without one")
     return highest + 1
 
 
 def _per_sequence(x, active, sequence, reduce):
-    """Each pair's sum or mean of x, 0 where not active, over its sequence."""
+    """Sum or mean of x over each pair's sequence; x is 0 where not active."""
     n = sequence_count(*torch.stack(sequence.aminmax()).tolist()) if len(sequence) else 0
     total = x.new_zeros(n).index_add(0, sequence, x)
     if reduce == "mean":
@@ -45,10 +48,10 @@ def policy_loss(logp, *, old_logp, advantages, weights, settings, engine_logp, r
     if settings.sequence_ratio:
         # Value and gradient of the sequence's mean: GSPO.
         log_ratio = _per_sequence(log_ratio.where(~dropped, 0.0), active * ~dropped, sequence, "mean")
-    # A ratio so large is clipped, if anything clips it; overflowing, it would make 0 * inf of its gradient.
-    most = math.log(torch.finfo(logp.dtype).max) / 2
-    held = (log_ratio > most) & ((advantages >= 0) | (settings.dual_clip is not None) | dropped)
-    ratio = torch.where(held, most, log_ratio).exp()
+    # Larger ratios are held where a clip applies anyway: overflowing, they would make the gradient 0 * inf.
+    largest = math.log(torch.finfo(logp.dtype).max) / 2
+    held = (log_ratio > largest) & ((advantages >= 0) | (settings.dual_clip is not None) | dropped)
+    ratio = torch.where(held, largest, log_ratio).exp()
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
     surrogate = torch.maximum(-ratio * advantages, -clipped * advantages)
     if settings.dual_clip is not None:

@@ -23,25 +23,25 @@ class LossSettings:
     clip_high: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]; below 0, no lower than ``-clip_low``."""
     dual_clip: float | None = None
-    """Where the advantage is negative, the surrogate loss is at most ``dual_clip * |advantage|``; above 1."""
+    """Bound of the surrogate loss where the advantage is negative: ``dual_clip * |advantage|``; above 1."""
     kl: float = 0.0
     """Coefficient of k3 to the reference, ``exp(ref - logp) - (ref - logp) - 1``."""
     entropy: float = 0.0
     """Coefficient of the entropy bonus."""
     sequence_ratio: bool = False
     """GSPO: one ratio per rollout, ``exp(mean(logp - old_logp))``. Its gradient reaches all tokens of the rollout
-    alike, also where advantages differ between them; verl's ``gspo`` (GSPO-token) keeps each token's
+    alike, even where their advantages differ; verl's ``gspo`` (GSPO-token) keeps each token's
     own advantage there."""
     importance: str = "none"
     """``none``, ``token`` or ``sequence``: weigh by pi_train / pi_engine of the token, or of the whole rollout."""
     importance_mode: str = "truncate"
-    """``truncate``: min(weight, cap). ``mask``: drop where the weight exceeds the cap, from the mean of a sequence's
-    ratio too."""
+    """``truncate``: min(weight, cap). ``mask``: drop pairs whose weight exceeds the cap, also from the mean of a
+    sequence's ratio."""
     importance_cap: float = 2.0
 
     @property
     def needs_sequence(self) -> bool:
-        """Whether the loss must know which rollout a pair belongs to, and see all of a rollout's pairs at once."""
+        """Whether the loss needs ``sequence``, and all pairs of a rollout at once."""
         return self.sequence_ratio or self.importance == "sequence"
 
     def __post_init__(self):

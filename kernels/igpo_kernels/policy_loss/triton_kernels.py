@@ -1,6 +1,6 @@
-"""policy_loss's device code: what one pair adds, the pass over tokens, statistics of sequences, the last sum.
+"""policy_loss's device code: the terms of one pair, the pass over tokens, statistics of sequences, the final sum.
 
-Every value is float32. Selections are written so that NaN stays NaN: a comparison with NaN is false and keeps it.
+Every value is float32. Selections are written so that NaN stays NaN: comparisons with NaN are false.
 """
 
 import triton
@@ -32,7 +32,7 @@ def load(pointer, at, mask):
 
 @triton.jit
 def surrogate_of(ratio, advantage, low, high, dual_clip):
-    """The clipped surrogate, and its slope in the log ratio."""
+    """The clipped surrogate, and its derivative in the log ratio."""
     free = tl.where((advantage == 0) & (ratio == float("inf")), 0.0, -ratio * advantage)
     clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
     bound = -clipped * advantage
@@ -51,13 +51,13 @@ def importance_weight(gap, cap, MASKED: tl.constexpr):
 
 @triton.jit
 def pair_terms(logp, log_ratio, gap, correction, advantage, weight, ref_logp, entropy, low, high, dual_clip, kl, bonus):
-    """The gradient in logp, and what the pair adds to each of the sums. A pair of weight 0 adds nothing.
+    """The gradient in logp, and the pair's terms in each of the sums. A pair of weight 0 adds nothing.
 
     ref_logp, entropy and dual_clip may be None.
     """
     ratio = tl.exp(log_ratio)
     surrogate, slope = surrogate_of(ratio, advantage, low, high, dual_clip)
-    factor = weight * correction  # 0 where importance drops the pair, also where its ratio overflows
+    factor = weight * correction  # 0 where importance drops the pair, even if its ratio overflows
     policy = tl.where(factor == 0, 0.0, factor * surrogate)
     loss = policy
     d_logp = tl.where(factor == 0, 0.0, factor * slope)
@@ -194,7 +194,7 @@ def policy_loss_finish_kernel(partial_ptr, sums_ptr, columns, BLOCK: tl.constexp
 
 @triton.jit(do_not_specialize=["n"])
 def policy_loss_scale_kernel(gradient_ptr, factor_ptr, n: tl.int64, BLOCK: tl.constexpr):
-    """Multiply n numbers by a scalar in place, rounded once; none is touched where it is 1."""
+    """Multiply n numbers by a scalar in place, rounded once; a scalar of 1 touches no memory."""
     factor = tl.load(factor_ptr)
     if factor != 1.0:
         program, programs = tl.program_id(0), tl.num_programs(0)
@@ -217,7 +217,7 @@ def policy_loss_sequence_kernel(
 ):  # fmt: skip
     """Per sequence: mean log ratio, summed engine gap, mean slope; its pairs are order[offset[s] : offset[s + 1]].
 
-    Pairs of weight 0 are none of it, nor in ratio and slope those whose own importance is masked.
+    Pairs of weight 0 are left out, and from ratio and slope also pairs whose own importance is masked.
     """
     s = tl.program_id(0)
     begin, end = tl.load(offset_ptr + s), tl.load(offset_ptr + s + 1)

@@ -1,8 +1,9 @@
 """policy_loss on Triton: one pass over the tokens, then one small sum of the blocks' partial sums.
 
-20 bytes a token (logp, old_logp, advantages, weights in; the gradient out), 4 more for each further input. Sums are
+20 bytes per token (logp, old_logp, advantages, weights in; the gradient out), 4 more for each further input. Sums are
 in float32 and in a fixed order: results are bitwise equal from run to run. Sequence statistics cost a sort of
-``sequence`` and a launch before it. The backward hands the gradient out: it passes over it only to scale it, in place.
+``sequence`` and a launch before it. The backward hands the gradient out, and reads it only where it must be scaled, in
+place.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton
 
 from igpo_kernels.autograd import first_order
 from igpo_kernels.policy_loss.gradients import hand_out
-from igpo_kernels.policy_loss.reference import sequence_count
+from igpo_kernels.policy_loss.reference import METRICS, sequence_count
 from igpo_kernels.policy_loss.settings import LossSettings
 from igpo_kernels.policy_loss.triton_kernels import (
     SUMS,
@@ -25,8 +26,6 @@ from igpo_kernels.policy_loss.triton_kernels import (
     policy_loss_sequence_kernel,
 )
 from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Config, Tunable, Variant, arch_of, config_for, configs
-
-METRICS = ("policy", "tokens", "clipped", "ratio", "ratio_max", "kl", "mismatch", "entropy")
 
 
 def policy_loss(logp, *, old_logp, advantages, weights, settings, engine_logp, ref_logp, entropy, sequence):
@@ -76,7 +75,8 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """``gradient *= factor``, a dense tensor by a float32 scalar, rounded once; at 1 no pass over memory."""
+    """``gradient *= factor``, a dense tensor by a float32 scalar, rounded once; a factor of 1 costs no pass over
+    memory."""
     config = config_for("policy_loss_scale", arch_of(gradient.device), "any", DTYPE_NAMES.get(gradient.dtype, "fp32"))
     n = gradient.numel()
     policy_loss_scale_kernel[(programs_for(n, config),)](gradient, factor, n, BLOCK=config["BLOCK"], **config.options())
@@ -92,7 +92,7 @@ def bounds(settings: LossSettings) -> tuple[float, float]:
 
 
 def finish(partials: torch.Tensor, arch: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss and the metrics [8] of partial sums [9, columns]."""
+    """The loss and the metrics [8] from partial sums [9, columns]."""
     sums = partials.new_empty(SUMS.value)
     config = config_for("policy_loss_finish", arch, "any", "fp32")
     policy_loss_finish_kernel[(SUMS.value,)](partials, sums, partials.shape[1], **config.launch())
@@ -161,7 +161,7 @@ def _variants(kernel: str, fn, features: str) -> Iterator[Variant]:
 
 
 def tunables() -> Iterator[Tunable]:
-    """The passes over 16M tokens. The last sum takes microseconds, and sequence statistics are the time of a sort."""
+    """The passes over 16M tokens; the final sum takes microseconds, and sequence statistics the time of a sort."""
     space = {
         "num_warps": [4, 8, 16], "num_stages": [1], "BLOCK": [512, 1024, 2048, 4096], "PROGRAMS": [2, 3, 4, 6, 8],
     }  # fmt: skip

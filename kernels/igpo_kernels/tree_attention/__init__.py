@@ -23,9 +23,9 @@ IMPLEMENTATIONS = {
 }
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
-"""Most numbers of a head that the Triton kernels and flash-attn take."""
+"""Largest head size that the Triton kernels and flash-attn support."""
 LARGEST_GROUP = 16
-"""Most query heads to a key head that the Triton kernels take."""
+"""Most query heads per key head that the Triton kernels support."""
 log = logging.getLogger(__name__)
 
 
@@ -46,7 +46,7 @@ def tree_attention(
         k, v: [N, Hkv, D], Hkv dividing Hq (grouped queries: head h reads key head h // (Hq / Hkv)); of q's dtype, on
             q's device. Any strides. Under ``torch.autocast`` all three are cast to its dtype first, as torch's
             scaled_dot_product_attention does; float64 is not.
-        plan: of N tokens.
+        plan: a TreePlan of N tokens.
         scale: above 0; default ``D ** -0.5``.
         softcap: ``c * tanh(score / c)`` where above 0 (Gemma-2); 0 or None is none.
         window: keys at least this many *positions* back are hidden (Mistral); 1 or more.
@@ -55,8 +55,8 @@ def tree_attention(
     Returns:
         [N, Hq, D], in q's dtype. Differentiable once in q, k, v; a second time raises RuntimeError.
     Raises:
-        ValueError: shapes, dtypes, devices or numbers other than these; a backend that there is not, or that does not
-            take the plan, the heads, the dtype or the device.
+        ValueError: other shapes, dtypes, devices or numbers; an unknown backend, or one that does not support the
+            plan, the heads, the dtype or the device.
     """
     op = "tree_attention"
     check_tensors(op, q=q, k=k, v=v)
@@ -103,14 +103,14 @@ def _check(q, k, v, plan, scale, softcap, window) -> None:
 
 
 def automatic(device: torch.device, dtype: torch.dtype, head_dim: int, group: int = 1, sequences: bool = False) -> str:
-    """What ``backend="auto"`` stands for.
+    """The backend that ``backend="auto"`` chooses.
 
-    On a CPU, or a GPU without configurations, ``torch``; so too for dtypes, heads of more than ``LARGEST_HEAD`` numbers
-    and groups of more than ``LARGEST_GROUP`` query heads that the Triton kernels do not take. For plans whose trees are
-    single sequences ``flash``, where flash-attn's function imports and takes the dtype. Else ``triton``.
+    ``torch`` on a CPU or a GPU without configurations, and for dtypes, head sizes over ``LARGEST_HEAD`` and groups of
+    more than ``LARGEST_GROUP`` query heads, which the Triton kernels do not support. ``flash`` for plans whose trees
+    are single sequences, if flash-attn's function imports and supports the dtype. Else ``triton``.
 
     Args:
-        head_dim: numbers of a head. group: query heads to a key head.
+        head_dim: head size. group: query heads per key head.
         sequences: ``plan.is_sequences``.
     """
     name = resolve("auto", device, IMPLEMENTATIONS, (dtype,))
@@ -122,8 +122,8 @@ def automatic(device: torch.device, dtype: torch.dtype, head_dim: int, group: in
 
 
 def backend_for(plan: TreePlan, device: torch.device, dtype: torch.dtype, head_dim: int, group: int = 1) -> str:
-    """``automatic`` for a plan: decided once and kept on it, so call it as soon as the plan is built; logged once a
-    process. ``tree_attention`` asks it for every call with ``backend="auto"``."""
+    """``automatic`` for a plan: decided once and kept on it, so call it as soon as the plan is built; logged once per
+    process. ``tree_attention`` calls it for every call with ``backend="auto"``."""
 
     def decide() -> str:
         sequences = plan.is_sequences
@@ -136,7 +136,7 @@ def backend_for(plan: TreePlan, device: torch.device, dtype: torch.dtype, head_d
 
 
 def _flash_attn_imports() -> bool:
-    """The package alone does not say so: ``flash_attn.cute`` may be all that is installed."""
+    """Whether the function imports: an installed package may hold ``flash_attn.cute`` alone."""
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
     except ImportError:

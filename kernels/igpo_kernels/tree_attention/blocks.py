@@ -1,4 +1,4 @@
-"""Which key blocks each query tile visits, from the plan alone: built once per (plan, window, block sizes)."""
+"""Key blocks that each query tile visits, from the plan alone: built once per (plan, window, block sizes)."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ from igpo_kernels.plan import TreePlan
 
 @dataclass(frozen=True)
 class BlockLists:
-    """For each row, the runs of columns to visit: rows are query tiles and columns key blocks, or the other way round.
+    """Runs of columns to visit per row: rows are query tiles and columns key blocks, or the other way round.
 
     A pair is *full* if every query of the tile sees every key of the block, *masked* if only some pairs are visible;
-    pairs without any are in no run. A run is of one kind and as long as can be. Tensors are int32.
+    pairs without any are in no run. A run is of one kind and as long as possible. Tensors are int32.
     """
 
     order: torch.Tensor
-    """Rows by falling number of visits: long rows start first [rows]."""
+    """Rows by descending number of visits, so that long rows start first [rows]."""
     offset: torch.Tensor
     """Row r's full runs are ``runs[offset[2 * r] : offset[2 * r + 1]]``, its masked ones follow, up to
     ``offset[2 * r + 2]`` [2 * rows + 1]."""
     runs: torch.Tensor
-    """First column and the one past the last, rising within a row's kind [R, 2]."""
-    visits: int
-    """(tile, block) pairs in all runs."""
+    """First column and the one past the last, ascending within a row's kind [R, 2]."""
 
     def columns(self, row: int, masked: bool) -> list[int]:
-        """What a row visits with a mask, or without."""
+        """Columns that a row visits with a mask, or without."""
         at = 2 * row + masked
         runs = self.runs[self.offset[at] : self.offset[at + 1]].tolist()
         return [column for start, stop in runs for column in range(start, stop)]
@@ -39,7 +37,7 @@ def block_lists(
     plan: TreePlan, window: int | None, queries: int, keys: int, *, by_key: bool = False, device="cpu"
 ) -> BlockLists:
     """The runs for tiles of ``queries`` and blocks of ``keys`` tokens, both counted from the pack's start, as tensors
-    on ``device``: one row a tile, or with ``by_key`` one row a block."""
+    on ``device``: one row per tile, or with ``by_key`` one row per block."""
     key = ("blocks", window, queries, keys, by_key, str(device))
     return plan.cached(key, lambda: _block_lists(plan, window, queries, keys, by_key, device))
 
@@ -55,17 +53,17 @@ def _block_lists(plan: TreePlan, window: int | None, queries: int, keys: int, by
     visits = np.bincount(place // 2, runs[:, 1] - runs[:, 0], rows)
     arrays = np.argsort(-visits, kind="stable"), offset, runs
     tensors = (torch.from_numpy(array.astype(np.int32)).to(device) for array in arrays)
-    return BlockLists(*tensors, int(visits.sum()))
+    return BlockLists(*tensors)
 
 
 def visible_area(plan: TreePlan, window: int | None = None) -> int:
-    """(query, key) pairs that see each other: what no tiling can avoid."""
+    """Number of visible (query, key) pairs: the work that no tiling can avoid."""
     path = plan.position_ids - plan.position_ids[plan.tree_start] + 1
     return int((path if window is None else np.minimum(path, window)).sum())
 
 
 def _bounds(plan: TreePlan, queries: int, keys: int) -> np.ndarray:
-    """Of each key block without a window: the tiles ``[0]:[3]`` see it, ``[1]:[2]`` of them all of it [blocks, 4].
+    """Bounds [blocks, 4] of each key block without a window: tiles ``[0]:[3]`` see some of it, ``[1]:[2]`` all of it.
 
     The tiles that see a block are a range, from the tile of its first key to that of its keys' last descendant; and so
     are the tiles that see all of it: behind its last key, before any key's subtree ends.
@@ -80,31 +78,32 @@ def _bounds(plan: TreePlan, queries: int, keys: int) -> np.ndarray:
     return np.stack([first, np.where(none, stop, full_first), np.where(none, stop, full_stop), stop], 1)
 
 
-# Runs are made as (place, runs): place [R], rising, is 2 * row for a full run and 2 * row + 1 for a masked one.
+# Runs are made as (place, runs): place [R], ascending, is 2 * row for a full run and 2 * row + 1 for a masked one.
 
 
 def _runs_of_blocks(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """By key: a full run at most, with a masked one before and behind it."""
+    """Runs by key: at most one full run per block, with a masked one before and behind it."""
     place = np.add.outer(2 * np.arange(len(bounds)), [0, 1, 1])
     runs = bounds[:, [[1, 2], [0, 1], [2, 3]]]
-    some = runs[..., 0] < runs[..., 1]
-    return place[some], runs[some]
+    visited = runs[..., 0] < runs[..., 1]
+    return place[visited], runs[visited]
 
 
 def _runs_of_tiles(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """By query: a run starts at block b for the tiles that visit b and not b - 1, and stops for those that visit b - 1
-    and not b. Neighbouring blocks differ by few tiles, so nothing as large as all pairs is made."""
-    made = []
+    """Runs by query: a run starts at block b for the tiles that visit b and not b - 1, and stops for the tiles that
+    visit b - 1 and not b. Neighbouring blocks differ by few tiles, so nothing as large as all pairs is made."""
+    runs = []
     for masked, columns in enumerate(([1, 2], [0, 1, 2, 3])):
         ranges = np.pad(bounds[:, columns], ((1, 1), (0, 0)))
         tile, start = _by_place(*_differences(ranges[1:], ranges[:-1]))
         _, stop = _by_place(*_differences(ranges[:-1], ranges[1:]))
-        made.append((2 * tile + masked, np.stack([start, stop], 1)))
-    return _by_place(*map(np.concatenate, zip(*made, strict=True)))
+        runs.append((2 * tile + masked, np.stack([start, stop], 1)))
+    return _by_place(*map(np.concatenate, zip(*runs, strict=True)))
 
 
 def _runs_within(plan: TreePlan, window: int, bounds, queries: int, keys: int, by_key: bool) -> tuple:
-    """With a window, which counts positions: pair by pair, of those whose nearest positions are within it."""
+    """Runs with a window, which counts positions: each (tile, block) whose nearest positions are within it is
+    decided."""
     sizes, beyond = (queries, keys), np.iinfo(np.int64).max
     lowest_of_query, lowest_of_key = (_blocks(plan.position_ids, size, beyond).min(1) for size in sizes)
     highest_of_query, highest_of_key = (_blocks(plan.position_ids, size, -1).max(1) for size in sizes)
@@ -131,8 +130,8 @@ def _by_place(place: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _differences(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(tile, block) of the tiles in a block's ranges ``inside`` and in none of ``outside``, by rising block; both are
-    [blocks, 2 * ranges], rising."""
+    """(tile, block) of the tiles in a block's ranges ``inside`` and in none of ``outside``, by ascending block; both
+    are [blocks, 2 * ranges], ascending."""
     between = np.pad(outside, ((0, 0), (1, 1)))
     between[:, -1] = np.iinfo(np.int64).max
     first = np.maximum(inside[:, 0::2, None], between[:, None, 0::2])
@@ -142,14 +141,14 @@ def _differences(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _expand(first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of each range first:stop, one range after the other, and which range each is from."""
+    """The numbers of each range first:stop, one range after the other, and the index of each one's range."""
     count = np.maximum(stop - first, 0)
-    of = np.repeat(np.arange(len(first)), count)
-    return np.arange(len(of)) + (first - np.cumsum(count) + count)[of], of
+    owner = np.repeat(np.arange(len(first)), count)
+    return np.arange(len(owner)) + (first - np.cumsum(count) + count)[owner], owner
 
 
 def _blocks(values: np.ndarray, size: int, fill: int) -> np.ndarray:
-    """[blocks, size], the last one filled up."""
+    """``values`` as [blocks, size], the last block filled up."""
     return np.concatenate([values, np.full(-len(values) % size, fill)]).reshape(-1, size)
 
 

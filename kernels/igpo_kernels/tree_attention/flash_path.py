@@ -22,7 +22,7 @@ def tree_attention(q, k, v, plan, scale, softcap, window):
 
 
 def _sequences(plan: TreePlan, device: torch.device) -> tuple[torch.Tensor, int]:
-    """Where each tree starts and the last one ends, int32 [trees + 1], and the longest tree's length."""
+    """Offsets of the trees, int32 [trees + 1], and the longest tree's length."""
 
     def make():
         if not plan.is_sequences:

@@ -1,4 +1,4 @@
-"""Which keys each block of queries reads, from the plan alone: built once per (plan, window)."""
+"""Keys that each tile of queries reads, from the plan alone: built once per (plan, window)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from igpo_kernels.plan import TreePlan
 
 TILE = 256
-"""Most queries a tile holds."""
+"""Most queries of a tile."""
 WASTE = 1.15
-"""Runs share a tile while its area is at most this many times the areas that they would have alone ..."""
+"""Runs share a tile while its area is at most this many times their areas in tiles of their own ..."""
 SMALL = 4096
-"""... plus this many (query, key) cells: what a tile of its own costs in overhead."""
+"""... plus this many (query, key) cells: the overhead of a tile of its own."""
 TILE_CELLS = 1 << 21
 """Most cells of a tile: far from the root it holds fewer queries, so that its mask takes at most 8 MiB in float32."""
 CACHED_CELLS = 1 << 22
@@ -32,9 +32,9 @@ class Tile(NamedTuple):
     """Packed indices of the keys, in order; few ranges, so that gathering them copies long pieces."""
     n_keys: int
     fresh: tuple[slice, ...]
-    """The last of ``runs``: the keys but for the leading ones that the tile before has too, in the same places."""
+    """The last of ``runs``: the keys without the leading ones that the tile before has in the same places."""
     is_path: bool
-    """Every query sees all keys up to itself."""
+    """Whether every query sees all keys up to itself."""
 
     def keys_of(self, x: torch.Tensor) -> torch.Tensor:
         """The keys' rows of ``x`` [N, ...]: a view where they are one range."""
@@ -42,7 +42,7 @@ class Tile(NamedTuple):
 
 
 def tiles(plan: TreePlan, window: int | None) -> list[Tile]:
-    """Tiles that cover every query once, each with a superset of the keys it sees.
+    """Tiles that cover every query once, each with a superset of the keys that its queries see.
 
     For a query q >= start, any visible key k < start has ``k < start <= q < subtree_end[k]``: it lies on the path
     to ``start``. So a tile's keys are that path and the tile itself.
@@ -51,7 +51,7 @@ def tiles(plan: TreePlan, window: int | None) -> list[Tile]:
 
 
 def _tiles(plan: TreePlan, window: int | None) -> list[Tile]:
-    made, keys = [], np.empty(0, np.int64)
+    tile_list, keys = [], np.empty(0, np.int64)
     for start, stop in _cuts(plan, window):
         before, keys = keys, _keys(plan, window, start, stop)
         shared = min(len(before), len(keys))
@@ -59,12 +59,13 @@ def _tiles(plan: TreePlan, window: int | None) -> list[Tile]:
         shared = int(differs[0]) if len(differs) else shared
         length = plan.position_ids[stop - 1] - plan.position_ids[keys[0]] + 1
         is_path = (plan.subtree_end[keys] >= stop).all() and (window is None or length <= window)
-        made.append(Tile(start, stop, _runs(keys), len(keys), _runs(keys[shared:]), bool(is_path)))
-    return made
+        tile_list.append(Tile(start, stop, _runs(keys), len(keys), _runs(keys[shared:]), bool(is_path)))
+    return tile_list
 
 
 def mask(plan: TreePlan, number: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """0 where tile ``number``'s queries see its keys, -inf elsewhere: [tile, keys], a view of one that paths share."""
+    """0 where tile ``number``'s queries see its keys, -inf elsewhere: [tile, keys], a view of a mask that paths
+    share."""
     tile = tiles(plan, window)[number]
     if _shares(tile):
         return _path_mask(plan, tile, window, dtype, device)
@@ -86,7 +87,7 @@ def _fork_mask(plan: TreePlan, tile: Tile, window: int | None, dtype: torch.dtyp
     query = torch.arange(tile.start, tile.stop, device=device)[:, None]
     index = tile.keys_of(torch.arange(plan.n_tokens, device=device))
     end = tile.keys_of(plan.tensor("subtree_end", device))
-    # What lies before the tile is seen by its first query, and by all where no subtree ends inside the tile.
+    # Keys before the tile are seen by its first query, and by all queries unless a subtree ends inside the tile.
     before = tile.n_keys - len(query)
     first = 0 if window is not None or bool((end[:before] < tile.stop).any()) else before
     hidden = (index[first:] > query) | (query >= end[first:])
@@ -102,7 +103,7 @@ def _shares(tile: Tile) -> bool:
 
 
 def _path_mask(plan: TreePlan, tile: Tile, window: int | None, dtype: torch.dtype, device: torch.device):
-    """Paths differ in how many keys lie before the tile: each takes its part of one mask that has the most."""
+    """The mask of a path: a view of one mask for the most keys before a tile, which all paths share."""
 
     def make() -> torch.Tensor:
         sharing = [t for t in tiles(plan, window) if _shares(t)]
@@ -117,7 +118,7 @@ def _path_mask(plan: TreePlan, tile: Tile, window: int | None, dtype: torch.dtyp
 
 
 def _cuts(plan: TreePlan, window: int | None) -> list[tuple[int, int]]:
-    """Cut the row into tiles: a run (a path without a fork) alone, or with its neighbours where that wastes little."""
+    """Cut the row into tiles: a run (a path without a fork) alone, or with its neighbours if that wastes little."""
     depth = plan.position_ids - plan.position_ids[plan.tree_start]
     index = np.arange(1, plan.n_tokens)
     continues = (depth[1:] == depth[:-1] + 1) & (plan.subtree_end[:-1] > index)

@@ -1,9 +1,9 @@
 """Tree attention without an N x N mask: tile by tile, work proportional to the visible area.
 
 Each tile of queries attends to the path above it and to itself, as many heads at a time as the workspace has room for.
-Tiles come depth-first: most of a tile's path is the path of the one before, whose keys and values stay where they are.
-On a CPU that runs through ATen's flash attention, forward and backward (the backward needs only the output and its
-log-sum-exp); with soft-capping or on another device through plain products, recomputed in the backward.
+Tiles come depth-first: most of a tile's path is the path of the tile before, whose keys and values stay in place.
+On a CPU it runs ATen's flash attention, forward and backward (the backward needs only the output and its
+log-sum-exp); with soft-capping or on another device it runs plain products, recomputed in the backward.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def tree_attention(q, k, v, plan, scale, softcap, window):
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, plan, scale, softcap, window):
-        # ATen's flash attention takes numbers of a head to lie side by side, and does not ask.
+        # ATen's flash attention assumes contiguous heads, and does not check.
         q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = []
@@ -76,7 +76,7 @@ class _TreeAttention(torch.autograd.Function):
 
 
 class _Heads(NamedTuple):
-    """Some key heads, and query heads of each one's group."""
+    """A range of key heads, and a range of query heads in each one's group."""
 
     of_keys: slice
     of_queries: slice
@@ -90,7 +90,7 @@ class _Heads(NamedTuple):
             yield tile, mask(plan, number, window, k.dtype, k.device), *path
 
     def queries(self, x: torch.Tensor, tile: Tile) -> torch.Tensor:
-        """The tile's of [N, Hq, D], as a view [h, g, tile, D]."""
+        """The tile's part of ``x`` [N, Hq, D], as a view [h, g, tile, D]."""
         rows = x[tile.start : tile.stop].unflatten(1, (-1, self.group))
         return rows[:, self.of_keys, self.of_queries].permute(1, 2, 0, 3)
 
@@ -119,7 +119,7 @@ def _paths(x: torch.Tensor, every: list[Tile]) -> Iterator[torch.Tensor]:
 
 
 def _pieces(plan, window, q, k, softcap) -> Iterator[_Heads]:
-    """All heads, in pieces whose temporaries take half the workspace: masks, those kept included, have the rest."""
+    """All heads, in pieces whose temporaries take half the workspace; masks, cached ones included, take the rest."""
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     width = torch.promote_types(q.dtype, torch.float32).itemsize
     scores = 0 if _uses_flash(q, softcap) else 4
@@ -138,7 +138,7 @@ def _uses_flash(q: torch.Tensor, softcap: float) -> bool:
 
 
 def _summed(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Over the heads of a group: [h, g, keys, D] -> [h, keys, D]."""
+    """Sum over the heads of a group: [h, g, keys, D] -> [h, keys, D]."""
     return grad[:, 0] if grad.shape[1] == 1 else grad.sum(1, dtype=dtype)
 
 

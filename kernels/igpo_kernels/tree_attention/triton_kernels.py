@@ -1,12 +1,12 @@
 """The Triton kernels of tree attention; triton_path.py launches them, README.md derives them.
 
-A tile holds, of ``BLOCK_M // group`` consecutive queries, the ``group`` heads that share a key head: row r is query
-``r // group``, head ``r % group``, for any group size. Scores are in units of log 2. Statistics and gradients
+A tile holds ``BLOCK_M // group`` consecutive queries in each of the ``group`` heads that share a key head: row r is
+query ``r // group``, head ``r % group``, for any group size. Scores are in units of log 2. Statistics and gradients
 accumulate in float32.
 
 A program walks its row of a BlockLists: full runs, then masked ones. The innermost loop is over consecutive blocks, so
-that it loads nothing but what it works on, and Triton pipelines it. In half precision that loop hoists nothing
-(``disable_licm``): what LLVM would keep in registers across it, the accumulators have no room for.
+that it loads no indices and Triton pipelines it. In half precision that loop hoists nothing (``disable_licm``): the
+accumulators leave no registers for values that LLVM would keep across it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from igpo_kernels.linear_logprob.triton_kernels import capped
+from igpo_kernels.triton_math import soft_capped
 
 LENGTHS = ("n_tokens", "window", "heads", "kv_heads", "group")
-"""Never specialised on: a kernel compiles once whatever a pack holds, and for any grouping of heads."""
+"""Arguments without specialisation, so that a kernel compiles once for all packs and any grouping of heads."""
 
 
 @triton.jit
 def tile_rows(tile, head, n_tokens, group, BLOCK_M: tl.constexpr):
-    """Of each row of a tile: its query, its query head, and whether it is one at all."""
+    """Each row's query, its query head, and whether the row holds a query."""
     row = tl.arange(0, BLOCK_M)
     queries = BLOCK_M // group
     query = tile * queries + row // group
@@ -85,7 +85,7 @@ def load_keys(
     BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     WINDOWED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """A block of one head's keys and values, and which of them each query sees: all, unless MASKED."""
+    """A block of one head's keys and values, and the mask of visible ones: all, unless MASKED."""
     first = block * BLOCK_N
     k_block = load_block(k, k_token_stride, k_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
     v_block = load_block(v, v_token_stride, v_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
@@ -98,20 +98,20 @@ def load_keys(
 
 @triton.jit
 def softcapped(products, scale, softcap, CAPPED: tl.constexpr):
-    """Products of queries and keys to what ``unit`` times is the score in units of log 2."""
+    """Products of queries and keys to scores that ``unit`` brings to units of log 2."""
     if CAPPED:
-        products = capped(products * scale, softcap, CAPPED)
+        products = soft_capped(products * scale, softcap, CAPPED)
     return products
 
 
 @triton.jit
 def attend(acc, top, mass, q, k, v, visible, unit, scale, softcap, CAPPED: tl.constexpr, MASKED: tl.constexpr):
-    """One block into the running maximum, mass and weighted values of a tile."""
+    """Add one block to the running maximum, mass and weighted values of a tile."""
     s = softcapped(tl.dot(q, k.T, input_precision="ieee"), scale, softcap, CAPPED)
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, axis=1) * unit)
-    if MASKED:  # a row may see nothing of what was visited so far: -inf - -inf would be NaN
+    if MASKED:  # a row may have seen no key so far: -inf - -inf would be NaN
         new_top = tl.maximum(new_top, -1e30)
     p = tl.exp2(s * unit - new_top[:, None])
     fall = tl.exp2(top - new_top)
@@ -129,7 +129,7 @@ def attention_forward(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Output [N, Hq, D] and log2-sum-exp2 [Hq, N] of one tile and key head a program, longest tiles first."""
+    """Output [N, Hq, D] and log2-sum-exp2 [Hq, N], one tile and key head per program, longest tiles first."""
     HALF: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
     tile, head = tl.load(order_ptr + tl.program_id(0) // kv_heads), tl.program_id(0) % kv_heads
     query, q_head, live = tile_rows(tile, head, n_tokens, group, BLOCK_M)
@@ -160,7 +160,7 @@ def attention_deltas(
     out_ptr, d_out_ptr, delta_ptr, d_out_token_stride, d_out_head_stride, n_tokens, heads,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """``sum_d out * d_out`` [Hq, N]: what the softmax's gradient subtracts."""
+    """``sum_d out * d_out`` [Hq, N], which the softmax's gradient subtracts."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < n_tokens.to(tl.int64) * heads
     token, head = row % n_tokens, row // n_tokens
@@ -202,7 +202,7 @@ def attention_backward_q(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries [N, Hq, D], one tile and key head a program."""
+    """Gradient of the queries [N, Hq, D], one tile and key head per program."""
     HALF: tl.constexpr = d_q_ptr.dtype.element_ty != tl.float32
     tile, head = tl.load(order_ptr + tl.program_id(0) // kv_heads), tl.program_id(0) % kv_heads
     query, q_head, live = tile_rows(tile, head, n_tokens, group, BLOCK_M)
@@ -237,7 +237,7 @@ def key_gradients(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Queries of one head into the gradients of a block of keys; products are made transposed, keys down."""
+    """Add one head's queries to the gradients of a block of keys; products are transposed, keys down."""
     first = tile * BLOCK_M
     q_block = load_block(q, q_token_stride, q_head_stride, first, n_tokens, head, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
     d_out_block = load_block(
@@ -246,7 +246,7 @@ def key_gradients(
     query = first + tl.arange(0, BLOCK_M)
     live = query < n_tokens
     at = head.to(tl.int64) * n_tokens + query
-    log_mass = tl.load(mass_ptr + at, mask=live, other=float("inf"))  # a query that is none weighs nothing
+    log_mass = tl.load(mass_ptr + at, mask=live, other=float("inf"))  # rows without a query weigh nothing
     delta = tl.load(delta_ptr + at, mask=live, other=0.0)
     s = softcapped(tl.dot(k, q_block.T, input_precision="ieee"), scale, softcap, CAPPED)
     p = tl.exp2(s * unit - log_mass[None, :])
@@ -275,7 +275,7 @@ def attention_backward_kv(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values [N, Hkv, D], one key block and head a program: every sum in a fixed order."""
+    """Gradients of keys and values [N, Hkv, D], one key block and head per program: every sum in a fixed order."""
     HALF: tl.constexpr = d_k_ptr.dtype.element_ty != tl.float32
     block, head = tl.load(order_ptr + tl.program_id(0) // kv_heads), tl.program_id(0) % kv_heads
     key = block * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,7 +1,7 @@
 """Tree attention on a GPU: flash attention over the blocks that a plan's mask leaves.
 
-Forward: one program a query tile and key head. Backward: gradients of queries by query tile, of keys and values by key
-block, each in a kernel of its own, so that every sum has a fixed order: results repeat bitwise.
+Forward: one program per query tile and key head. Backward: gradients of queries by query tile, of keys and values by
+key block, each in a kernel of its own, so that every sum has a fixed order: results repeat bitwise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from igpo_kernels.tree_attention.blocks import block_lists
 from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Config, Tunable, Variant, arch_of, config_for, configs
 
 TMA_BYTES = 16
-"""What descriptors ask of addresses and strides."""
+"""Alignment in bytes of addresses and strides that descriptors need."""
 
 
 def tree_attention(q, k, v, plan, scale, softcap, window):
@@ -35,8 +35,8 @@ def tree_attention(q, k, v, plan, scale, softcap, window):
     heads_a_group = q.shape[1] // k.shape[1]
     if q.shape[2] > LARGEST_HEAD or heads_a_group > LARGEST_GROUP:
         raise ValueError(
-            f"tree_attention: the triton backend takes heads of up to {LARGEST_HEAD} numbers, up to {LARGEST_GROUP} to "
-            f"a key head; got {q.shape[2]} and {heads_a_group}; pass backend='torch'"
+            f"tree_attention: the triton backend takes heads of up to {LARGEST_HEAD} numbers, up to {LARGEST_GROUP} "
+            f"query heads per key head; got {q.shape[2]} and {heads_a_group}; pass backend='torch'"
         )
     return _TreeAttention.apply(q, k, v, plan, scale, softcap, window)
 
@@ -88,7 +88,7 @@ class _TreeAttention(torch.autograd.Function):
 
 
 class Launch:
-    """What the kernels of one call share."""
+    """Arguments that the kernels of one call share."""
 
     def __init__(self, q, k, plan: TreePlan, scale: float, softcap: float, window: int | None):
         n, heads, self.head_dim = q.shape
@@ -122,7 +122,7 @@ class Launch:
         return self.plan.cached((name, torch.int32, str(self.device)), make)
 
     def sources(self, tma: int, rows: int, *tensors: torch.Tensor) -> tuple[int, list]:
-        """Tensors as descriptors of ``rows`` of one head; as pointers where the strides' alignment rules TMA out."""
+        """Tensors as descriptors of ``rows`` of one head; as pointers if the strides' alignment rules TMA out."""
         aligned = all(
             x.data_ptr() % TMA_BYTES == 0 and all(s * x.element_size() % TMA_BYTES == 0 for s in x.stride()[:2])
             for x in tensors
@@ -133,13 +133,13 @@ class Launch:
 
 
 def addressable(x: torch.Tensor) -> torch.Tensor:
-    """``x`` [N, heads, D], copied where descriptors and kernels could not read it: numbers of a head apart, or tokens
-    or heads that are one in memory (an expanded gradient)."""
+    """``x`` [N, heads, D], copied if descriptors and kernels cannot read it: heads that are not contiguous, or tokens
+    or heads that share memory (an expanded gradient)."""
     return x if x.stride(2) == 1 and all(x.stride()) else x.clone(memory_format=torch.contiguous_format)
 
 
 def strides(*tensors: torch.Tensor) -> list[int]:
-    """Of the tokens and of the heads of each [N, heads, D]."""
+    """Token and head strides of each [N, heads, D]."""
     return [stride for x in tensors for stride in x.stride()[:2]]
 
 
@@ -162,7 +162,7 @@ USED = {
     "fp16": {"plain": (64, 96, 128, 192, 256), "windowed": (64, 96, 128, 256)},
     "fp32": {"plain": HEAD_DIMS, "capped_windowed": HEAD_DIMS},
 }  # fmt: skip
-"""Head sizes that are compiled ahead of time, by dtype and features: those of models in use. None with soft-capping is
+"""Head sizes of models in use, which are compiled ahead of time, by dtype and features. No model with soft-capping is
 trained in fp16, which its scores overflow."""
 KERNELS = {
     "forward": kernels.attention_forward,
@@ -220,7 +220,7 @@ def typed(fn, config: Config, dtype: str, head_dim: int, features: str) -> tuple
 
 
 def tunables() -> Iterator[Tunable]:
-    """Each kernel on two trees of 16k tokens with 16 branches each, 16 query heads to 4 key heads."""
+    """Each kernel on two trees of 16k tokens with 16 branches each, 16 query heads over 4 key heads."""
     blocks = [32, 64, 128]
     space = {"BLOCK_M": blocks, "BLOCK_N": blocks, "num_warps": [4, 8], "num_stages": [1, 2, 3, 4], "TMA": [0, 1]}
     for part in ("forward", "backward_q", "backward_kv"):

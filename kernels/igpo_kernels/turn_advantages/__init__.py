@@ -45,10 +45,10 @@ def turn_advantages(
         n_tokens: M, which is ``token_offsets[-1]``; read from there, which a GPU waits for, if not given.
         backend: ``auto``, ``torch``, ``reference`` or ``triton``.
     Returns:
-        Advantages [S], or [M] with ``token_offsets``, of rewards' dtype and device; computed in float64.
+        Advantages [S], or [M] with ``token_offsets``, in rewards' dtype, on their device; computed in float64.
     Raises:
         ValueError: shapes or dtypes that do not fit, gamma outside [0, 1], unknown backend. On a CPU also values: a
-            non-finite reward, offsets or kinds that do not fit. On a GPU looking at them would stop the host: there
+            non-finite reward, offsets or kinds that do not fit. On a GPU reading them would make the host wait: there
             a non-finite reward leaves no advantage of its pool finite (others of its group may stay so; with
             ``scope="group"`` those of other groups do), and the rest is the caller's promise.
     """

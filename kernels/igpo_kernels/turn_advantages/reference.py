@@ -18,18 +18,18 @@ Scope = Literal["group", "batch"]
 
 @dataclass(frozen=True)
 class Normaliser:
-    """How turn rewards become zero-one scaled numbers before they are discounted.
+    """Settings of the normalisation of turn rewards, which comes before the discount.
 
     >>> Normaliser(gate=0.02, center=False, min_std=0.05).pool
     'separate'
     """
 
     pool: Pool = "separate"
-    """Gains and outcomes apart, in one pool, or apart with the gains brought to the outcomes' size."""
+    """Gains and outcomes in separate pools, in a joint one, or separate with gains brought to the outcomes' size."""
     gate: float = 0.0
     """Gains smaller in magnitude count as 0."""
     center: bool = True
-    """Subtract the pool's mean from gains; outcomes always lose theirs."""
+    """Subtract the pool's mean from gains; from outcomes it is always subtracted."""
     min_std: float = 1e-6
     """Added to the standard deviation that divides gains; in a joint pool, to that of all its rewards."""
     outcome_min_std: float = 0.0
@@ -41,11 +41,11 @@ class Normaliser:
     outcome_weight: float = 1.0
     """Multiplies normalised outcomes, likewise."""
     scale_std: bool = True
-    """False divides nothing (Dr. GRPO)."""
+    """Whether to divide by standard deviations (Dr. GRPO does not)."""
     leave_one_out: bool = False
-    """Outcomes lose the mean of the others in their pool instead of the mean of all (RLOO)."""
+    """Subtract from an outcome the mean of the others in its pool, not of all (RLOO)."""
     scope: Scope = "group"
-    """What a pool spans: one group, or the whole batch."""
+    """Span of a pool: one group, or the whole batch."""
 
     def __post_init__(self):
         for name, known in (("pool", get_args(Pool)), ("scope", get_args(Scope))):
@@ -58,7 +58,7 @@ class Normaliser:
 
     @property
     def outcome_floor(self) -> float:
-        """What is added to the standard deviation that divides outcomes: a joint pool has one floor."""
+        """Floor added to the standard deviation that divides outcomes; a joint pool has only ``min_std``."""
         return self.min_std if self.pool == "joint" else self.outcome_min_std
 
 
@@ -103,7 +103,7 @@ def turn_advantages_reference(
 
 
 def _normalise(pool: list[float], kinds: list[int], n: Normaliser) -> list[float]:
-    # Decided before any mean is taken: the rounded mean of equal numbers can differ from them.
+    # Tested before any mean is taken: the rounded mean of equal numbers can differ from them.
     if not pool or max(pool) == min(pool):
         return [0.0] * len(pool)
     mean = fsum(pool) / len(pool)

@@ -44,7 +44,7 @@ def turn_advantages_torch(
     if n.scale_std:
         std = (variance + n.min_var).sqrt()
         z = z / torch.where(gain, std + n.min_std, std + n.outcome_floor)
-    # Equal rewards are told by their spread: their rounded mean, and so their variance, can be off zero.
+    # Equal rewards are recognised by their spread: their rounded mean, and so their variance, can be off zero.
     z = z.masked_fill((spread == 0) | (variance == 0), 0.0)
 
     if n.pool == "scaled_separate":
@@ -62,7 +62,7 @@ def turn_advantages_torch(
 
 
 def _statistics(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Mean, population variance, count, max - min of each segment, repeated for its elements: [4, len(x)]."""
+    """Mean, population variance, count and max - min of each segment, repeated for its elements: [4, len(x)]."""
 
     def each(per_segment: torch.Tensor) -> torch.Tensor:
         return per_segment.repeat_interleave(lengths, output_size=len(x))

@@ -1,7 +1,8 @@
-"""turn_advantages's device code: one program a pool of groups, from rewards to advantages of turns and of their tokens.
+"""turn_advantages's device code: one program per pool of groups, from rewards to advantages of turns and of their
+tokens.
 
-All arithmetic is float64. Scalars are annotated so, as Triton passes a bare Python float in float32, and takes a
-literal for float32 where it is compared or an argument.
+All arithmetic is float64. Scalars are annotated because Triton passes a bare Python float in float32, and takes a
+literal for float32 if it is compared or an argument.
 """
 
 import triton
@@ -33,8 +34,8 @@ def load_tile(reward_ptr, kind_ptr, base, begin, end, gate, BLOCK: tl.constexpr)
     """Turns base .. base + BLOCK - 1, the last first: rewards after the gate in their own dtype, 0 outside the group;
     which turns are gains, which outcomes.
 
-    Backwards, as the discounted sum runs so, and Triton's reverse scan costs eight times the exchanges of a forward
-    one. In quads, as a thread then holds neighbours and most of the scan is its own.
+    Tiles run backwards because the discounted sum does, and Triton's reverse scan costs eight times the exchanges of a
+    forward one. They come in quads so that a thread holds neighbours and does most of the scan alone.
     """
     turn, inside = quads(base, begin, end, BLOCK)
     x = tl.load(reward_ptr + turn, mask=inside, other=0)
@@ -53,7 +54,7 @@ def store_tile(advantage_ptr, base, begin, end, advantage, BLOCK: tl.constexpr):
 
 @triton.jit
 def pools(gain, outcome, JOINT: tl.constexpr):
-    """Whose statistics gains get, and outcomes."""
+    """Membership masks of the gains' pool and of the outcomes' pool."""
     if JOINT:
         return gain | outcome, gain | outcome
     else:
@@ -99,8 +100,8 @@ def statistics(
 ):
     """Mean and population variance of the gains' pool and of the outcomes'.
 
-    A rounded mean can lie outside the numbers it is of. Held between the smallest and the largest it is exact for equal
-    numbers, which then deviate by exactly 0.
+    A rounded mean can lie outside the range of its numbers. Held between the smallest and the largest it is exact for
+    equal numbers, which then deviate by exactly 0.
     """
     low_g = tl.full([], float("inf"), reward_ptr.dtype.element_ty)
     high_g, low_o, high_o = -low_g, low_g, -low_g
@@ -125,7 +126,7 @@ def statistics(
 
 @triton.jit
 def scale_of(variance, numerator, min_var, floor, scale_std):
-    """What a deviation is multiplied by. A variance of 0: equal rewards, or squares that underflow."""
+    """Factor of a deviation. A variance of 0 means equal rewards, or squares that underflow."""
     divisor = tl.where(scale_std != 0, tl.sqrt(variance + min_var) + floor, 1.0)
     return tl.where(variance == 0, 0.0, numerator / divisor)
 
@@ -134,7 +135,8 @@ def scale_of(variance, numerator, min_var, floor, scale_std):
 def factor_of_gains(
     reward_ptr, kind_ptr, begin, end, top, tiles, gate, shift_g, scale_g, shift_o, scale_o, BLOCK: tl.constexpr
 ):
-    """What brings gains to the size of outcomes: mean sizes after ``(x - shift) * scale``, as scales per turn."""
+    """Factor that brings gains to the size of outcomes: mean sizes after ``(x - shift) * scale``, as scales per
+    turn."""
     size_g = tl.full([], 0.0, tl.float64)
     size_o = size_g
     for tile in range(tiles):
@@ -148,13 +150,13 @@ def factor_of_gains(
 
 @triton.jit
 def then_earlier(decay_late, sum_late, decay_early, sum_early):
-    """Two adjacent runs of turns as one. A of a run's first turn is ``sum + decay * (A of the turn after the run)``."""
+    """Join two adjacent runs of turns. A of a run's first turn is ``sum + decay * (A of the turn after the run)``."""
     return decay_late * decay_early, sum_early + decay_early * sum_late
 
 
 @triton.jit
 def advantages_of_tile(x, gain, outcome, shift_g, scale_g, shift_o, scale_o, gamma, after):
-    """A_t of a tile, given A of the turn after it."""
+    """A_t of a tile's turns, given A of the turn after it."""
     x = x.to(tl.float64)
     z = tl.where(gain, (x - shift_g) * scale_g, tl.where(outcome, (x - shift_o) * scale_o, 0.0))
     decay = tl.where(outcome, 0.0, 1.0).to(tl.float64) * gamma
@@ -166,13 +168,13 @@ def advantages_of_tile(x, gain, outcome, shift_g, scale_g, shift_o, scale_o, gam
 def spread_to_tokens(
     advantage_ptr, token_offset_ptr, out_ptr, begin, end, first, stride, n_tokens, BLOCK: tl.constexpr
 ):
-    """Tiles ``first, first + stride, ...`` of the tokens of turns begin .. end - 1."""
+    """Write tiles ``first, first + stride, ...`` of the tokens of turns begin .. end - 1."""
     token_offset_ptr += begin
     turns = (end - begin).to(tl.int32)
     token_begin, token_end = tl.load(token_offset_ptr), tl.minimum(tl.load(token_offset_ptr + turns), n_tokens)
     for start in range(token_begin + first * BLOCK, token_end, stride * BLOCK):
         token = start + tl.arange(0, BLOCK)
-        # The last turn that starts at or before the token: any others that start there are empty.
+        # The last turn that starts at or before the token: other turns that start there are empty.
         turn, above = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32) + turns
         width = turns
         while width > 1:
@@ -230,7 +232,7 @@ def turn_advantages_kernel(
         store_tile(advantage_ptr, base, begin, end, advantage, BLOCK)
         after = tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, advantage, 0.0), 0)
     if token_offset_ptr is not None:
-        tl.debug_barrier()  # the advantages are read by other threads than wrote them
+        tl.debug_barrier()  # other threads read the advantages than wrote them
         spread_to_tokens(
             advantage_ptr, token_offset_ptr, out_ptr, begin, end, program % splits, splits, n_tokens, BLOCK
         )

@@ -1,7 +1,7 @@
 """turn_advantages on Triton: statistics, discounted sums and the broadcast to tokens in one launch.
 
-4 bytes a turn for a float32 reward, the kind's bytes, 4 for the advantage; 4 a token. Nothing else runs on the device
-if the inputs are contiguous.
+Memory traffic: per turn 4 bytes for a float32 reward, the kind's bytes and 4 for the advantage; per token 4. Nothing
+else runs on the device if the inputs are contiguous.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def turn_advantages_triton(
     return advantages if out is None else out
 
 
-# What a shipped variant normalises, and whether it spreads to tokens.
+# Pool of a shipped variant, and whether it spreads advantages to tokens.
 FEATURES = {
     "separate": ("separate", False),
     "joint": ("joint", False),
@@ -65,7 +65,7 @@ COUNTS = ("groups_per_pool", "splits", "n_tokens")
 
 
 def variants() -> Iterator[Variant]:
-    """Every pool, and the preset's pool with tokens; kinds of int64. Other knobs are arguments."""
+    """Variants of every pool, and of the preset's pool with tokens; kinds are int64. Other knobs are arguments."""
     fn = turn_advantages_kernel
     for arch, shape_class, dtype, config in configs("turn_advantages"):
         for features, (pool, tokens) in FEATURES.items():

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from igpo_kernels.linear_policy_loss.triton_kernels import row_loss_kernel
 
-SOURCES = sorted(Path(igpo_kernels.__file__).parent.glob("*/triton_*.py"))
+SOURCES = sorted(Path(igpo_kernels.__file__).parent.glob("**/triton_*.py"))
 ROWS = "n_rows n_tokens n_cells groups_per_pool splits first first_row columns heads kv_heads group window"
 """What changes from step to step, or from one model's layer to the next, by argument name; ``n`` is policy_loss's."""
 

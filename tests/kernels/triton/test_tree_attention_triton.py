@@ -88,7 +88,7 @@ TREES = {
 
 @pytest.mark.parametrize("trees", TREES.values(), ids=TREES.keys())
 def test_trees(trees):
-    check(pack(trees, pad_to=4))
+    check(pack(trees))
 
 
 @settings(max_examples=8, deadline=None)
@@ -206,7 +206,7 @@ def test_a_wrong_mask_is_seen(mutant):
 
 @pytest.mark.parametrize(("sizes", "dtype", "message"), [
     ((2, 1, 300), torch.float32, "heads of up to 256"),
-    ((17, 1, 16), torch.float32, "up to 16 to a key head"),
+    ((17, 1, 16), torch.float32, "up to 16 query heads per key head"),
     ((2, 1, 16), torch.float64, "takes torch.bfloat16"),
 ])  # fmt: skip
 def test_what_the_kernels_do_not_take_is_refused(sizes, dtype, message):
