@@ -420,6 +420,15 @@ def test_nothing_behind_a_link_is_deleted(tmp_path):
     assert (run / ".notes.tmp").is_dir() and not ours.exists() and not (run / ".config.yaml.tmp").is_symlink()
 
 
+@pytest.mark.parametrize("kind", ["step", "eval"])
+def test_half_written_rollouts_of_a_killed_session_go(run, kind):
+    half = run.rollouts / f".{kind}_000003.jsonl.tmp"
+    half.write_text("half")
+    run.close()
+    begun(run.path, settings_for())
+    assert not half.exists()
+
+
 @pytest.mark.parametrize("name", ["rollouts", "checkpoints", "discarded", "metrics.jsonl"])
 def test_something_else_of_the_name_of_a_part_is_one_line(tmp_path, name):
     begun(tmp_path, settings_for())
