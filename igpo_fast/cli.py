@@ -11,7 +11,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -175,8 +174,8 @@ def evaluate(
     from igpo_fast.run.display import bar
     from igpo_fast.setup import set_up
 
-    setup = set_up(settings, weights=weights)
-    agent = replace(setup.eval_agent, tool=NoSearch()) if no_search else setup.eval_agent
+    setup = set_up(settings, weights=weights, tool=NoSearch() if no_search else None)
+    agent = setup.eval_agent
     for warning in setup.warnings:
         typer.echo(f"warning: {warning}", err=True)
     agent.engine.load_weights(setup.lm.state_dict().items())

@@ -19,6 +19,7 @@ from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.errors import InputError
 from igpo_fast.rollouts.dialect import Dialect, make_dialect
 from igpo_fast.rollouts.rollout import Agent, Limits, opening
+from igpo_fast.rollouts.tools.base import Tool
 from igpo_fast.rollouts.tools.search import make_search
 from igpo_fast.sft import Progress, warm_start
 from igpo_fast.types import Question
@@ -67,6 +68,7 @@ def set_up(
     *,
     weights: str | None = None,
     tokenizer: str | None = None,
+    tool: Tool | None = None,
     sft_progress: Progress | None = None,
 ) -> Setup:
     """Make the parts that a command needs.
@@ -74,9 +76,11 @@ def set_up(
     Args:
         weights: a checkpoint or model directory that replaces the configured (and warm-started) model.
         tokenizer: a checkpoint whose tokenizer is used instead of that of ``weights``.
+        tool: searches in place of the configured one.
         sft_progress: called during a warm start, if one is trained.
     Raises:
         InputError: bad input of any kind, in one line.
+        ToolError: the tool does not answer; known before the model is loaded.
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -101,7 +105,8 @@ def set_up(
     branches = [branches_of(question) for question in data.train]
     answer_tokens = max(sum(len(branch.ids) for branch in answers) for answers in branches)
     longest_answer = max((len(branch.ids) for answers in branches for branch in answers), default=0)
-    tool = make_search(config, data)
+    tool = tool or make_search(config, data)
+    tool.check(data.train[0].question)
     lm = _load_model(config, weights, words)
     if not weights:
         lm = warm_start(config, lm, words, dialect, data, tool, sft_progress)

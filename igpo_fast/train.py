@@ -65,7 +65,6 @@ class Trainer:
         weights = None if config.algorithm.kl else checkpoint
         self.setup: Setup = set_up(config, weights=weights, tokenizer=checkpoint, sft_progress=display.warm_start)
         self.agent = self.setup.agent
-        self.agent.tool.check(self.setup.data.train[0].question)
         self.recipe = recipe_of(config.algorithm)
         self.passes = choose_passes(config, self.recipe, self.setup.answer_tokens)
         self.groups_per_pack = groups_per_pack(config, self.recipe, self.setup.answer_tokens)

@@ -22,6 +22,8 @@ from igpo_fast.contents import contents
 from igpo_fast.errors import InputError, StorageError
 from igpo_fast.files import sha256
 from igpo_fast.run.checkpoint import RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
+from igpo_fast.run.records import record_of
+from igpo_fast.types import ANSWER, SEARCH, Question, Rollout, Turn, TurnScores
 
 
 class Tokenizer:
@@ -333,8 +335,8 @@ def test_names_of_the_hub_are_told_by_fingerprint_and_commit(monkeypatch):
     }
 
 
-def test_what_a_made_up_world_does_not_read_is_not_looked_at(tmp_path):
-    assert contents(file_settings(tmp_path, "data.source=world", "model.tokenizer=world")) == {}
+def test_a_made_up_world_reads_no_files():
+    assert contents(settings_for("data.source=world", "model.tokenizer=world")) == {}
 
 
 def test_the_digest_of_a_file_is_its_sha256_and_of_a_folder_that_of_its_files(tmp_path):
@@ -361,9 +363,7 @@ def test_no_key_that_changes_the_training_is_a_session_s():
     assert sections == {
         "eval": ["every"],
         "model": ["device"],
-        "rollout": [
-            "gpu_memory", "mismatch_stop", "mismatch_warn", "server", "server_timeout", "tool_calls", "tool_timeout",
-        ],
+        "rollout": ["gpu_memory", "mismatch_stop", "mismatch_warn", "server", "server_timeout"],
         "run": ["cache", "dir", "tracker"],
         "search": ["backoff", "concurrency", "max_response_mb", "on_failure", "retries", "timeout", "url"],
         "train": ["checkpoint_every", "keep_checkpoints", "threads"],
@@ -420,6 +420,15 @@ def test_nothing_behind_a_link_is_deleted(tmp_path):
     assert (run / ".notes.tmp").is_dir() and not ours.exists() and not (run / ".config.yaml.tmp").is_symlink()
 
 
+@pytest.mark.parametrize("kind", ["step", "eval"])
+def test_half_written_rollouts_of_a_killed_session_go(run, kind):
+    half = run.rollouts / f".{kind}_000003.jsonl.tmp"
+    half.write_text("half")
+    run.close()
+    begun(run.path, settings_for())
+    assert not half.exists()
+
+
 @pytest.mark.parametrize("name", ["rollouts", "checkpoints", "discarded", "metrics.jsonl"])
 def test_something_else_of_the_name_of_a_part_is_one_line(tmp_path, name):
     begun(tmp_path, settings_for())
@@ -472,10 +481,39 @@ def test_rollouts_that_fail_half_way_leave_no_file(run):
     assert list(run.rollouts.glob("*.jsonl")) == []
 
 
+def test_rollouts_are_read_as_they_were_written(run):
+    turn = lambda text, action: Turn(np.array([3, 4]), np.array([-0.5, -1.0]), text, action, text, np.array([5]), "r")  # noqa: E731
+    question = Question("q", "Who?", ("a", "b"), dataset="NQ")
+    turns = turn("Who", SEARCH), turn("a", ANSWER)
+    rollouts = [Rollout(question, i, np.array([1, 2]), turns) for i in range(2)]
+    scores = TurnScores(np.array([-2.0, -1.5]), np.array([0.5]), 1.0, 1.0, 0.0, np.array([0.25, -1.0]))
+    run.write_rollouts(7, [record_of(rollout, scores) for rollout in rollouts])
+    run.write_rollouts(7, [record_of(rollouts[0])], "eval")
+    read = list(RunFolder(run.path).read_rollouts("step_000007"))
+    assert [(r.question, r.index, r.answer, c.gains.tolist()) for r, c in read] == [
+        (question, 0, "a", [0.5]), (question, 1, "a", [0.5]),
+    ]  # fmt: skip
+    assert [record_of(*pair) for pair in read] == [record_of(rollout, scores) for rollout in rollouts]
+    ((rollout, credit),) = run.read_rollouts("eval_000007")
+    assert credit is None and record_of(rollout) == record_of(rollouts[0])
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"id": 1, "turns": 2}', '{"version": 2}', '{"version": "x"}'])
+def test_what_is_no_rollout_is_named(run, line):
+    path = run.rollouts / "step_000001.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(InputError) as error:
+        list(run.read_rollouts("step_000001"))
+    assert str(error.value).startswith(f"{path}:1: not ") and "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"step_000002\.jsonl: not there; give the name of a file in "):
+        list(run.read_rollouts("step_000002"))
+
+
 def fill(run, last, torn=b""):
     for step in range(last + 1):
         run.append_metrics({"step": step})
         run.write_rollouts(step, [{"step": step}])
+        run.write_rollouts(step, [{"step": step}], "eval")
     with open(run.metrics, "ab") as file:
         file.write(torn)
 
@@ -489,15 +527,15 @@ def test_rewind_keeps_up_to_the_step_and_loses_nothing(tmp_path_factory, last, s
         fill(run, last, torn)
         folder = rewind(run, step)
         kept = min(step, last)
+        names = lambda steps: [f"{kind}_{s:06d}.jsonl" for kind in ("eval", "step") for s in steps]  # noqa: E731
         assert [row["step"] for row in run.read_metrics()] == list(range(kept + 1))
-        assert sorted(p.name for p in run.rollouts.iterdir()) == [f"step_{s:06d}.jsonl" for s in range(kept + 1)]
+        assert sorted(p.name for p in run.rollouts.iterdir()) == names(range(kept + 1))
         assert run.metrics.read_bytes()[-1:] == b"\n"
         assert (folder is None) == (kept == last and not torn)
         if folder:
             late = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
             assert late == [b'{"step":%d}' % s for s in range(kept + 1, last + 1)] + [torn] * bool(torn)
-            moved = [f"step_{s:06d}.jsonl" for s in range(kept + 1, last + 1)]
-            assert sorted(p.name for p in (folder / "rollouts").iterdir()) == moved
+            assert sorted(p.name for p in (folder / "rollouts").iterdir()) == names(range(kept + 1, last + 1))
         assert rewind(run, step) is None
 
 

@@ -3,7 +3,7 @@
     config.yaml                 the resolved configuration
     begun.yaml, contents.json   configuration and digests of the data when the run began, which must not change
     metrics.jsonl               one object per step
-    rollouts/step_000007.jsonl  one object per rollout
+    rollouts/step_000007.jsonl  one object per rollout; eval_000030.jsonl: what the policy said on held-out questions
     checkpoints/step_000020/    weights that ``from_pretrained`` loads, tokenizer, state.pt, manifest.json
     discarded/1/                rows and rollouts that a killed session wrote after its last checkpoint
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +40,8 @@ from igpo_fast.files import (
     write_manifest,
 )  # fmt: skip
 from igpo_fast.jsonl import json_bytes, json_line, json_value
+from igpo_fast.run.records import rollout_of
+from igpo_fast.types import Rollout, TurnScores
 
 
 class RunFolder:
@@ -102,7 +104,7 @@ class RunFolder:
         at_top = [temporary_of(path) for path in (self._stored, self._begun, self._contents, self.metrics)]
         moved = [temporary_of(folder / "metrics.jsonl") for folder in _real(self.discarded)]
         named = [*_real(self.rollouts), *_real(self.checkpoints)]
-        return at_top + moved + [path for path in named if re.fullmatch(r"\.step_\d+(\.jsonl)?\.tmp", path.name)]
+        return at_top + moved + [path for path in named if re.fullmatch(r"\.(step|eval)_\d+(\.jsonl)?\.tmp", path.name)]
 
     def saved(self) -> dict[int, Path]:
         """Step -> folder of every checkpoint, oldest first."""
@@ -144,6 +146,25 @@ class RunFolder:
         with atomic(path) as file:
             file.writelines(map(json_line, records))
         return path
+
+    def read_rollouts(self, name: str) -> Iterator[tuple[Rollout, TurnScores | None]]:
+        """The rollouts of ``rollouts/NAME.jsonl`` (``step_000007``, ``eval_000030``), each with what it earned: None
+        where it was only evaluated.
+
+        Raises:
+            InputError: no such file, or a line that is not a rollout's record.
+            StorageError: the operating system refuses.
+        """
+        path = self.rollouts / f"{name}.jsonl"
+        if not path.exists():
+            raise InputError(f"{path}: not there; give the name of a file in {self.rollouts}, without .jsonl")
+        for number, line in enumerate(_content(path).splitlines(), start=1):
+            record = json_value(line, where := f"{path}:{number}")
+            try:
+                yield rollout_of(record)
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise InputError(f"{where}: not a rollout's record ({reason}); restore the file") from None
 
     def missing_rollouts(self, step: int) -> str | None:
         """A note if rollouts of finished steps up to ``step`` are missing; training does not read them."""

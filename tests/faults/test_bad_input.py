@@ -146,7 +146,7 @@ def test_missing_configuration(here):
     assert line == "absent.yaml: cannot read the configuration (No such file or directory); give an existing file"
 
 
-# --- data: the run exists, its input has changed ---
+# --- data ---
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "eval.jsonl", "corpus.jsonl"])
@@ -158,7 +158,7 @@ def test_missing_file(here, name):
 @pytest.mark.parametrize("name", ["train.jsonl", "eval.jsonl", "corpus.jsonl"])
 def test_empty_file(here, name):
     Path(name).write_text("\n")
-    assert re.fullmatch(rf"{name}: no (questions|passages); give at least one (row|line)", refused())
+    assert re.fullmatch(rf"{name}: no (questions|passages); give at least one (row|line)", refused("run.dir=new"))
 
 
 BROKEN = [
@@ -169,18 +169,19 @@ BROKEN = [
     ),
     (
         {"question": "Where? " * 200},
-        r"question q2: its prompt of \d+ tokens and a turn of 8 exceed rollout\.max_tokens=256; raise it, or .*",
+        r"question q2: its prompt of \d+ tokens and a turn of 16 exceed rollout\.max_tokens=256; raise it, or .*",
     ),
     ({"id": "q1"}, r"train\.jsonl line 3: id 'q1' occurs twice; make ids unique"),
 ]
 
 
 @pytest.mark.parametrize("change, expected", BROKEN, ids=["no answers", "no tokens", "long prompt", "same id"])
-@pytest.mark.parametrize("more", [[], ["run.dir=new"], ["train.steps=3"]], ids=["done", "new", "longer"])
-def test_a_broken_question_is_found_before_training(here, change, expected, more):
-    """Also one that this session would never have drawn."""
+def test_a_broken_question_is_found_before_training(here, change, expected):
+    """Also one that this session would never have drawn. The run that the file was whole for only wants it back."""
     write("train.jsonl", [*QUESTIONS[:2], QUESTIONS[2] | change, *QUESTIONS[3:8]])
-    assert re.fullmatch(expected, refused(*more))
+    assert re.fullmatch(expected, refused("run.dir=new"))
+    for more in ([], ["train.steps=3"]):
+        assert refused(*more).startswith("train.jsonl (data.train): holds something else than when run began; restore")
 
 
 def test_a_long_prompt_among_the_evaluation_questions(here):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
+from igpo_fast import sft
 from igpo_fast.engines.torch import TorchEngine
-from igpo_fast.errors import DivergedError, EngineError, InputError, RunError
+from igpo_fast.errors import DivergedError, EngineError, InputError, RunError, StorageError
+from igpo_fast.run import session as run_session
 from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.train import train
 from igpo_fast.update.learner import Learner
@@ -173,3 +177,48 @@ def test_between_two_updates_of_a_step_the_run_goes_back_to_its_last_checkpoint(
     assert rows(tmp_path / "run") == rows(reference)
     last = f"checkpoints/step_{STEPS:06d}/model.safetensors"
     assert (tmp_path / "run" / last).read_bytes() == (reference / last).read_bytes()
+
+
+def test_a_refusal_while_saving_is_what_the_user_is_told(monkeypatch, undisturbed, cache, tmp_path):
+    """The disk is full when step 3 of the rollouts fails: the refusal ends the run, and carries what it hid."""
+    refused = StorageError("checkpoints: cannot write (No space left on device); make room")
+
+    def refusing(*arguments):
+        raise refused
+
+    monkeypatch.setattr(run_session, "save_checkpoint", refusing)
+    with pytest.raises(StorageError) as caught:
+        session(monkeypatch, tmp_path, cache, "rollouts", 3)
+    assert caught.value is refused and caught.value.__context__ is GONE
+    assert list(RunFolder(tmp_path).saved()) == [] and [row["step"] for row in rows(tmp_path)] == [0, 1, 2]
+    monkeypatch.undo()
+    train(settings(tmp_path, cache, *OPTIONS), Recorder())
+    assert rows(tmp_path) == rows(undisturbed)
+    assert sorted(p.name for p in (tmp_path / "discarded/1/rollouts").iterdir()) == [
+        "eval_000002.jsonl", "step_000001.jsonl", "step_000002.jsonl",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)], ids=lambda error: type(error).__name__)
+def test_who_ends_the_process_waits_for_no_checkpoint(monkeypatch, cache, tmp_path, error):
+    with pytest.raises(type(error)):
+        session(monkeypatch, tmp_path, cache, "sync", 3, error)
+    assert list(RunFolder(tmp_path).saved()) == []
+    assert sorted(p.name for p in (tmp_path / "rollouts").glob("step_*"))[-1] == "step_000003.jsonl"
+
+
+@pytest.mark.parametrize("kl, trained", [("0", 0), ("0.001", 1)])
+def test_a_resume_trains_the_warm_start_again_only_for_a_reference(monkeypatch, cache, tmp_path, kl, trained):
+    """The cache is gone when the run goes on: without a KL term its checkpoint is all that is needed."""
+    options = (*OPTIONS, f"algorithm.kl={kl}", "sft.clean_steps=3")
+    reference, folder = tmp_path / "undisturbed", tmp_path / "run"
+    train(settings(reference, tmp_path / "cache", *options, "train.steps=4"), Recorder())
+    train(settings(folder, tmp_path / "cache", *options, "train.steps=2"), Recorder())
+    shutil.rmtree(tmp_path / "cache")
+    calls, real = [], sft.train
+    monkeypatch.setattr(sft, "train", lambda *arguments: (calls.append(1), real(*arguments)))
+    train(settings(folder, tmp_path / "cache", *options, "train.steps=4"), Recorder())
+    assert len(calls) == trained
+    assert [row["step"] for row in rows(folder)] == [0, 1, 2, 3, 4]
+    last = "checkpoints/step_000004/model.safetensors"
+    assert (folder / last).read_bytes() == (reference / last).read_bytes()

@@ -96,9 +96,9 @@ def run(folder, cache, service, *overrides, port=0):
 
 
 def turns(folder):
-    """What was said and found, by (step, question, index); each once."""
+    """What was said and found in training, by (step, question, index); each once."""
     found = {}
-    for path in sorted(RunFolder(folder).rollouts.iterdir()):
+    for path in sorted(RunFolder(folder).rollouts.glob("step_*")):
         for line in path.read_text().splitlines():
             record = json.loads(line)
             key = (path.name, record["id"], record["index"])
@@ -291,7 +291,9 @@ def test_a_warm_start_never_learns_from_a_failure(tmp_path, corpus_of_questions)
         "model.hidden_size=32", "model.layers=1", "sft.clean_steps=2", "sft.batch_size=2", "rollout.max_tokens=2048",
         "train.questions=2",
     ]  # fmt: skip
-    with Server((404, {})) as server, pytest.raises(ToolError, match=r"^warm start: a search"):
+    found = {"result": [[{"document": {"id": "p", "contents": "A\nb"}, "score": 1.0}]]}
+    # The first request is the look at the server before anything begins.
+    with Server((200, found), (404, {})) as server, pytest.raises(ToolError, match=r"^warm start: a search"):
         train(config.load(None, [*overrides, f"search.url={server.url}"]), Recorder())
     assert not list((tmp_path / "cache").glob("*"))
 

@@ -8,12 +8,14 @@ import gc
 import httpx
 import pytest
 
+from igpo_fast import setup
+from igpo_fast.data.load import load_data
 from igpo_fast.engines.base import Sampling
 from igpo_fast.errors import ToolError
 from igpo_fast.rollouts.batch import finished_groups
 from igpo_fast.rollouts.dialect import make_dialect
 from igpo_fast.rollouts.rollout import Agent, Limits
-from igpo_fast.rollouts.tools.search import Bm25Search, HttpSearch
+from igpo_fast.rollouts.tools.search import Bm25Search, HttpSearch, NoSearch, make_search
 from igpo_fast.setup import set_up
 from igpo_fast.types import Question
 from tests.clock import JumpingLoop
@@ -156,11 +158,25 @@ def test_a_step_after_another_has_its_own_loop():
     assert tool.counts["calls"] == 8
 
 
-def test_a_runs_tool_is_the_one_it_asks_for(tmp_path, tmp_path_factory):
-    cache = tmp_path_factory.getbasetemp() / "warm-start"
-    tools = [
-        set_up(settings(tmp_path, cache, *more)).agent.tool
-        for more in ((), ("search.url=http://127.0.0.1:9/retrieve", "search.timeout=7"))
-    ]
+NOBODY = ("search.url=http://127.0.0.1:9/retrieve", "search.timeout=7", "search.retries=0")
+
+
+def test_a_runs_tool_is_the_one_it_asks_for(tmp_path):
+    tools = [make_search(config := settings(tmp_path, tmp_path, *more), load_data(config)) for more in ((), NOBODY)]
     assert isinstance(tools[0], Bm25Search)
     assert isinstance(tools[1], HttpSearch) and tools[1]._timeout == 7
+
+
+def test_a_tool_that_does_not_answer_is_known_before_the_model_is_loaded(tmp_path, monkeypatch):
+    class Loaded(Exception):
+        pass
+
+    def load(*arguments):
+        raise Loaded
+
+    monkeypatch.setattr(setup, "_load_model", load)
+    config = settings(tmp_path, tmp_path, *NOBODY)
+    with pytest.raises(ToolError, match=r"^search\.url=http://127\.0\.0\.1:9/retrieve: no answer"):
+        set_up(config)
+    with pytest.raises(Loaded):  # who does not search needs no server
+        set_up(config, tool=NoSearch())

@@ -226,7 +226,7 @@ def test_each_packed_token_is_read_exactly_once_in_one_pass_mode():
         n = plan.n_decisions
         inputs = LossInputs(np.full(n, 1 / n, np.float32), None)
         policy(plan, inputs, lambda answer_logp, n=n: np.ones(n, np.float32)).loss.backward()
-    assert read == [plan.n_tokens for plan in plans] and policy.tokens_read == sum(read)
+    assert read == [plan.n_tokens for plan in plans]
     decisions = sum(r.decision_tokens for r in case.rollouts)
     answers = sum(
         len(r.turns) * sum(b.stop - b.start for b in case.branches[case.group_of[i]])
