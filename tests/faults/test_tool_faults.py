@@ -156,8 +156,7 @@ def test_a_step_after_another_has_its_own_loop():
     assert tool.counts["calls"] == 8
 
 
-def test_a_runs_tool_is_the_one_it_asks_for(tmp_path, tmp_path_factory):
-    cache = tmp_path_factory.getbasetemp() / "warm-start"
+def test_a_runs_tool_is_the_one_it_asks_for(tmp_path, cache):
     tools = [
         set_up(settings(tmp_path, cache, *more)).agent.tool
         for more in ((), ("search.url=http://127.0.0.1:9/retrieve", "search.timeout=7"))
