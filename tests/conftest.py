@@ -26,7 +26,8 @@ FUZZ = 10
 
 def pytest_configure(config):
     # Without a profile of its own a seed would be ignored: the same examples come in every run.
-    if config.getoption("--hypothesis-seed") is not None and not config.getoption("--hypothesis-profile"):
+    seed, profile = (config.getoption(f"--hypothesis-{name}", None) for name in ("seed", "profile"))
+    if seed is not None and not profile:
         settings.load_profile("fuzz")
 
 
