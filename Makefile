@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-seeds test slow lint docs mutants bare aot gpu clean
+.PHONY: demo demo-seeds test fuzz slow gate lint docs mutants bare aot gpu clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,11 +27,20 @@ demo-seeds: $(VENV)/.installed
 test slow aot: export PATH := $(abspath $(BIN)):$(PATH)
 
 test: $(VENV)/.installed $(VENV)/.vllm
-	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm and not aot"
 	$(BIN)/python -m pytest -m vllm
+
+# Property tests with other examples in every run, and more of them. A run again: make fuzz SEED=number
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "hypothesis and not gpu and not vllm" --hypothesis-profile=fuzz \
+		$(if $(SEED),--hypothesis-seed=$(SEED))
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+# Every shipped Triton variant compiled, on two cores in some six minutes; what the suite then need not compile.
+gate: $(VENV)/.installed
+	$(BIN)/python -m igpo_kernels.inspect --jobs 2 --write
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -52,10 +61,11 @@ bare:
 	build/bare/venv/bin/pip install --quiet "torch==2.13.0" build/bare/*.whl
 	cd build/bare && venv/bin/python ../../tests/bare.py
 
-# Every kernel compiled ahead of time into a library, without a GPU.
+# Experimental, for no GPU has run it yet: every kernel compiled ahead of time into a library, without a GPU.
 aot: $(VENV)/.installed
 	cmake -B build/aot -DPython3_EXECUTABLE="$(abspath $(BIN))/python"
 	cmake --build build/aot && ctest --test-dir build/aot --output-on-failure
+	$(BIN)/python -m pytest -m aot
 
 # On a machine with a GPU, under its own Python: tests, benches and tuning; results in OUT. WHEELS: folder of missing packages.
 OUT ?= build/gpu

@@ -56,8 +56,14 @@ class ScriptedEngine:
     def release(self, key: tuple[int, ...]) -> None:
         self.released.append(key)
 
+    def sleep(self) -> None:
+        pass
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        raise NotImplementedError
+        self.version += 1
+
+    def counts(self) -> dict[str, float]:
+        return {}
 
 
 class ScriptedTool(Tool):

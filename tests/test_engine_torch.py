@@ -167,19 +167,6 @@ def test_noise_is_indexed_by_the_token_in_the_rollout(lm):
     assert (one(TorchEngine(lm), 1, prompt, 8).ids == ids[len(prompt) :]).all()
 
 
-def test_first_tokens_follow_the_policy(lm):
-    n, prompt = 4000, prompts(1)[0]
-    engine = TorchEngine(lm, max_slots=n, max_tokens=32)
-    drawn = run(*(engine.generate(request(k, prompt, 1, temperature=1.3)) for k in range(n)))
-    counts = np.bincount([g.ids[0] for g in drawn], minlength=V)
-    expected = n * np.exp(plain_logp(lm, prompt, 1.3)[-1].astype(np.float64))
-    likely = expected > 5
-    dof = likely.sum()
-    assert dof > 10
-    chi2 = ((counts - expected) ** 2 / expected)[likely].sum()
-    assert chi2 < dof + 4 * np.sqrt(2 * dof)
-
-
 def test_noise_is_uniform_and_its_streams_unrelated():
     streams = np.array([noise.stream((7, 0, 0, k)) for k in range(200)])
     u = np.array([noise.uniform(streams, np.full(200, i)) for i in range(300)])

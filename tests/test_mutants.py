@@ -8,25 +8,27 @@ import pytest
 
 from tests.mutants import MUTANTS, ROOT, Mutant
 
-NAMED_TESTS = sorted({test for mutant in MUTANTS for test in mutant.tests})
 
-
-def test_names_are_unique():
+def test_every_fault_fits_its_source_once():
     assert [name for name, count in Counter(m.name for m in MUTANTS).items() if count > 1] == []
+    assert [m.misfit(ROOT) for m in MUTANTS if m.misfit(ROOT)] == []
+    assert [m.name for m in MUTANTS if m.old == m.new or not m.tests] == []
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
-def test_every_fault_fits_its_source_once(mutant):
-    assert mutant.misfit(ROOT) is None
-    assert mutant.old != mutant.new and mutant.tests
-
-
-@pytest.mark.parametrize("name", NAMED_TESTS)
-def test_every_named_test_exists(name):
+def exists(name):
     file, *parts = name.split("::")
-    assert parts and "[" not in name, "name functions, not files or parameters"
-    module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
-    assert callable(functools.reduce(getattr, parts, module))
+    try:
+        module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+        return bool(parts) and callable(functools.reduce(getattr, parts, module))
+    except pytest.skip.Exception:  # what the whole file needs is not installed
+        return True
+    except (ImportError, AttributeError):
+        return False
+
+
+def test_every_named_test_exists():
+    named = sorted({test for mutant in MUTANTS for test in mutant.tests})
+    assert [name for name in named if "[" in name or not exists(name)] == [], "name functions, not files or parameters"
 
 
 def test_a_fault_that_no_longer_fits_is_named(tmp_path):

@@ -1,6 +1,6 @@
 """The compile-only gate: every shipped Triton configuration, for every architecture, without a device.
 
-    python -m igpo_kernels.inspect [--op policy_loss] [--arch sm_90] [--jobs 2]
+    python -m igpo_kernels.inspect [--op policy_loss] [--arch sm_90] [--jobs 2] [--new] [--write]
 
 One line per variant: registers, spilled bytes, shared memory, whether it can be built ahead of time, and its faults.
 The last line is ``N variants, M hold``; the exit code is 0 only if all do. A variant holds if
@@ -12,6 +12,9 @@ The last line is ``N variants, M hold``; the exit code is 0 only if all do. A va
 - with a dot of fp32: no TF32,
 - declared ahead-of-time: it asks for no scratch memory, which only the JIT launcher hands out.
 
+``holds.json`` keeps what the compiler said of the variants that hold, by a key of all that the compiler reads (`key`).
+``--new`` compiles only variants that it lacks; ``--write`` adds what was compiled to it and drops what no longer ships.
+
 Needs a process without TRITON_INTERPRET.
 """
 
@@ -20,22 +23,31 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib
 import io
+import json
 import multiprocessing
 import re
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from inspect import getsource
 from pathlib import Path
 
 import triton
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 
+from igpo_kernels.aot.library import settle
 from igpo_kernels.triton_variants import Config, Variant
+
+HOLDS = Path(__file__).with_name("holds.json")
+"""Facts of the variants that hold, by key."""
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -47,11 +59,25 @@ SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gf
 TENSOR_COLUMNS = 512
 """Tensor memory of a Blackwell multiprocessor."""
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+MARKS = ("mma.sync", "wgmma", "tcgen05", "mfma", "tf32", "xf32")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the compiler said of a program. Bytes, except registers a thread and columns of tensor memory; ``marks`` are
+    those of MARKS in its assembly, and ``serialized`` if ptxas said so."""
+
+    registers: int
+    spilled: int
+    shared: int
+    scratch: int
+    tensor_columns: int
+    marks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Report:
-    """The compiler's figures for a variant, which holds if ``faults`` is empty. In bytes; registers are per thread."""
+    """What the gate says of a variant, which holds if ``faults`` is empty. In bytes; registers are per thread."""
 
     name: tuple[str, ...]
     registers: int = 0
@@ -69,8 +95,8 @@ def shipped() -> list[Variant]:
     return [variant for module in modules for variant in module.variants()]
 
 
-def compile_variant(variant: Variant) -> tuple[triton.compiler.CompiledKernel, str]:
-    """The compiled kernel, and the output of ptxas (empty on AMD)."""
+def source_of(variant: Variant) -> ASTSource:
+    """What Triton compiles."""
     fn = variant.fn
     signature = {name: "constexpr" for name in variant.constexprs}
     attributes = {}
@@ -79,27 +105,51 @@ def compile_variant(variant: Variant) -> tuple[triton.compiler.CompiledKernel, s
         if divisor:
             attributes[(fn.arg_names.index(name),)] = [["tt.divisibility", int(divisor)]]
     signature = {name: signature[name] for name in fn.arg_names}
-    source = ASTSource(fn, signature, dict(variant.constexprs), attributes)
-    options = Config({}, variant.num_warps, variant.num_stages).options()
+    return ASTSource(fn, signature, dict(variant.constexprs), attributes)
+
+
+def options_of(variant: Variant) -> dict:
+    return Config({}, variant.num_warps, variant.num_stages).options()
+
+
+def key(variant: Variant) -> str:
+    """A hash of all that decides `Facts`: the source of the kernel and of what it calls, constants, types, options,
+    target, the releases of Triton and ptxas, and `measure`. Variants of one key are one program.
+
+    A key holds on every machine: of Triton's build it has the release only, for wheels differ by Python version.
+    """
+    settle()
+    parts = (
+        triton.__version__, _target_key(variant.arch), source_of(variant).hash(), sorted(options_of(variant).items()),
+        sorted(get_cache_invalidating_env_vars().items()), getsource(measure), MARKS,
+    )  # fmt: skip
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+@functools.cache
+def _target_key(arch: str) -> str:
+    return make_backend(TARGETS[arch]).hash()
+
+
+def compile_variant(variant: Variant) -> tuple[triton.compiler.CompiledKernel, str]:
+    """The compiled kernel, and what ptxas printed (empty on AMD)."""
     said = io.StringIO()
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
         # A fresh cache, so that ptxas runs: what it says is not cached.
         triton.knobs.cache.dir = cache
         triton.knobs.nvidia.dump_ptxas_log = True
         with contextlib.redirect_stdout(said):
-            kernel = triton.compile(source, target=TARGETS[variant.arch], options=options)
+            kernel = triton.compile(source_of(variant), target=TARGETS[variant.arch], options=options_of(variant))
     return kernel, said.getvalue()
 
 
-def check(variant: Variant) -> Report:
-    """Compile a variant and check it against the gate; a compiler's error is a fault, too."""
-    name = (variant.op, variant.kernel, variant.arch, variant.dtype, variant.shape_class)
-    try:
-        kernel, log = compile_variant(variant)
-    except Exception as error:  # whatever a compiler raises, the gate reports
-        while error.__cause__:  # Triton shows the source first, and the reason below it
-            error = error.__cause__
-        return Report(name, faults=(f"does not compile: {str(error).strip().splitlines()[0]}",))
+def measure(variant: Variant) -> Facts:
+    """Compile a variant.
+
+    Raises:
+        Exception: whatever the compiler raises.
+    """
+    kernel, log = compile_variant(variant)
     nvidia = variant.arch.startswith("sm_")
     code = kernel.asm["ptx" if nvidia else "amdgcn"]
     if nvidia:
@@ -108,48 +158,84 @@ def check(variant: Variant) -> Report:
     else:
         spilled = 4 * max(map(int, re.findall(r"\.vgpr_spill_count:\s*(\d+)", code)))
         registers = max(map(int, re.findall(r"\.vgpr_count:\s*(\d+)", code)))
-    metadata = kernel.metadata._asdict()  # scratch and tensor memory: not every backend has them
-    shared, scratch = metadata["shared"], metadata.get("global_scratch_size", 0)
-    tensor_columns = metadata.get("tmem_size") or 0
+    metadata = kernel.metadata._asdict()  # scratch and tensor memory: not of every backend
+    marks = [mark for mark in MARKS if mark in code] + ["serialized"] * ("serialized" in log)
+    return Facts(
+        registers, spilled, metadata["shared"], metadata.get("global_scratch_size", 0), metadata.get("tmem_size") or 0,
+        tuple(marks),
+    )  # fmt: skip
+
+
+def report(variant: Variant, facts: Facts | str) -> Report:
+    """Hold a variant to the gate; ``facts`` that are a text are a compiler's error."""
+    name = (variant.op, variant.kernel, variant.arch, variant.dtype, variant.shape_class)
+    if isinstance(facts, str):
+        return Report(name, faults=(f"does not compile: {facts}",))
     faults = []
-    if spilled and not variant.may_spill:
-        faults.append(f"spills {spilled} bytes")
-    if "serialized" in log:
+    if facts.spilled and not variant.may_spill:
+        faults.append(f"spills {facts.spilled} bytes")
+    if "serialized" in facts.marks:
         faults.append("wgmma serialized")
-    if shared > SHARED_BYTES[variant.arch]:
-        faults.append(f"shared memory {shared} > {SHARED_BYTES[variant.arch]}")
-    if tensor_columns > TENSOR_COLUMNS:
-        faults.append(f"tensor memory {tensor_columns} > {TENSOR_COLUMNS} columns")
-    if variant.has_dot and variant.dtype != "fp32" and MATRIX_INSTRUCTION[variant.arch] not in code:
+    if facts.shared > SHARED_BYTES[variant.arch]:
+        faults.append(f"shared memory {facts.shared} > {SHARED_BYTES[variant.arch]}")
+    if facts.tensor_columns > TENSOR_COLUMNS:
+        faults.append(f"tensor memory {facts.tensor_columns} > {TENSOR_COLUMNS} columns")
+    if variant.has_dot and variant.dtype != "fp32" and MATRIX_INSTRUCTION[variant.arch] not in facts.marks:
         faults.append(f"no {MATRIX_INSTRUCTION[variant.arch]}")
-    if variant.has_dot and variant.dtype == "fp32" and re.search(r"tf32|xf32", code):
+    if variant.has_dot and variant.dtype == "fp32" and {"tf32", "xf32"} & set(facts.marks):
         faults.append("TF32")
-    if variant.ahead_of_time and scratch:
-        faults.append(f"{scratch} bytes of scratch: not ahead of time")
-    ahead = variant.ahead_of_time and not scratch
-    return Report(name, registers, spilled, shared, ahead, tuple(faults))
+    if variant.ahead_of_time and facts.scratch:
+        faults.append(f"{facts.scratch} bytes of scratch: not ahead of time")
+    ahead = variant.ahead_of_time and not facts.scratch
+    return Report(name, facts.registers, facts.spilled, facts.shared, ahead, tuple(faults))
 
 
-def check_shipped(index: int) -> Report:
-    """Check the variant of that number: a variant's function cannot be sent to another process."""
-    return check(shipped()[index])
+def try_measure(variant: Variant) -> Facts | str:
+    """`measure`, or the first line of what the compiler raised."""
+    try:
+        return measure(variant)
+    except Exception as error:  # whatever a compiler raises, the gate reports
+        while error.__cause__:  # Triton shows the source first, and the reason below it
+            error = error.__cause__
+        return str(error).strip().splitlines()[0]
 
 
-def check_all(indices: Iterable[int], jobs: int = 1) -> list[Report]:
-    """Reports of shipped variants, by number. Variants that differ only in the name of their class are compiled
-    once."""
-    programs = {i: repr(replace(shipped()[i], shape_class="")) for i in indices}
-    one_of = {program: i for i, program in programs.items()}
-    if jobs == 1:
-        reports = list(map(check_shipped, one_of.values()))
+def check(variant: Variant) -> Report:
+    """Compile a variant and hold it to the gate; a compiler's error is a fault, too."""
+    return report(variant, try_measure(variant))
+
+
+def measure_shipped(index: int) -> Facts | str:
+    """By number: a variant's function does not travel between processes."""
+    return try_measure(shipped()[index])
+
+
+def check_all(keys: Mapping[int, str], jobs: int = 1, known: Mapping[str, Facts] | None = None) -> list[tuple]:
+    """(key, facts, report) of shipped variants, given their keys by number. Each program is compiled once, and none
+    whose facts are ``known``."""
+    found = dict(known or {})
+    missing = {key: i for i, key in keys.items() if key not in found}
+    if jobs == 1 or len(missing) < 2:
+        found.update(zip(missing, map(measure_shipped, missing.values()), strict=True))
     else:
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            reports = list(pool.map(check_shipped, one_of.values()))
-    found = dict(zip(one_of, reports, strict=True))
-    return [
-        replace(found[program], name=(*found[program].name[:-1], shipped()[i].shape_class))
-        for i, program in programs.items()
-    ]
+            found.update(zip(missing, pool.map(measure_shipped, missing.values()), strict=True))
+    return [(key, found[key], report(shipped()[i], found[key])) for i, key in keys.items()]
+
+
+def read_holds() -> dict[str, Facts]:
+    """Facts by key; none where there is no file."""
+    table = json.loads(HOLDS.read_text()) if HOLDS.exists() else {}
+    return {key: Facts(**{**facts, "marks": tuple(facts["marks"])}) for key, facts in table.items()}
+
+
+def write_holds(known: Mapping[str, Facts], checked: Sequence[tuple]) -> None:
+    """Write what is ``known`` and what was checked (see `check_all`), without what has a fault or ships no more."""
+    failing = {key for key, _, report in checked if report.faults}
+    facts = {**known, **{key: facts for key, facts, _ in checked}}
+    keys = dict.fromkeys(key(variant) for variant in shipped())
+    rows = [f'"{k}": {json.dumps(asdict(facts[k]))}' for k in keys if k in facts and k not in failing]
+    HOLDS.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
 def lines(reports: list[Report]) -> Iterable[str]:
@@ -170,11 +256,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--op", help="only this op")
     parser.add_argument("--arch", choices=TARGETS, help="only this architecture")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--new", action="store_true", help=f"compile only what {HOLDS.name} lacks")
+    parser.add_argument("--write", action="store_true", help=f"keep what holds in {HOLDS.name}")
     args = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
-    chosen = [i for i, v in enumerate(shipped()) if args.op in (None, v.op) and args.arch in (None, v.arch)]
-    reports = check_all(chosen, args.jobs)
+    known = read_holds()
+    chosen = {i: key(v) for i, v in enumerate(shipped()) if args.op in (None, v.op) and args.arch in (None, v.arch)}
+    checked = check_all(chosen, args.jobs, known if args.new else {})
+    if args.write:
+        write_holds(known, checked)
+    reports = [report for _, _, report in checked]
     print("\n".join(lines(reports)))
     print(f"{len(reports)} variants, {sum(not r.faults for r in reports)} hold")
     return 0 if reports and not any(r.faults for r in reports) else 1

@@ -24,11 +24,6 @@ TWO = ("algorithm.passes=two", "train.token_budget=600", "eval.every=0", "train.
 """Two passes, a group a pack at most."""
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "warm-start"
-
-
 @pytest.fixture
 def trainer_of(tmp_path, cache):
     return lambda *overrides: Trainer(settings(tmp_path, cache, *TWO, *overrides), Recorder())

@@ -15,11 +15,6 @@ GAP = 0.3
 ONE_STEP = ("train.steps=1", "eval.every=0", "eval.questions=2", "algorithm.kl=0", "algorithm.entropy=0")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture(autouse=True)
 def shifted(monkeypatch):
     real = TorchEngine._sample

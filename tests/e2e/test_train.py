@@ -45,11 +45,6 @@ RUNS = {
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "warm-start"
-
-
-@pytest.fixture(scope="session")
 def run_of(tmp_path_factory, cache):
     """A finished run of ``RUNS`` by name, made once."""
     made = {}

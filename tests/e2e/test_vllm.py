@@ -45,11 +45,6 @@ def quickstart(folder: Path, cache: Path, *overrides: str):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def run(tmp_path_factory, cache):
     folder = tmp_path_factory.mktemp("run")
     display = Recorder()

@@ -129,12 +129,11 @@ def session(folder, cache, overrides, fault=None, *where):
 
 
 @pytest.fixture(scope="module")
-def run_both(tmp_path_factory):
+def run_both(cache):
     """Runs a session of each mode, both at once; returns their exit codes."""
     # Not forked from here: this process may have threads, and on a GPU machine a CUDA context.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.test_kill"])
-    cache = tmp_path_factory.getbasetemp() / "warm-start"
 
     def run(folder, *fault, modes=tuple(MODES)):
         children = [context.Process(target=session, args=(folder / mode, cache, MODES[mode], *fault)) for mode in modes]

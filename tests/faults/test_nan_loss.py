@@ -56,8 +56,7 @@ def equal(a, b):
 
 @pytest.mark.parametrize("spoil", ["loss", "gradient", "hidden states"])
 @pytest.mark.parametrize("mode", MODES)
-def test_the_update_is_skipped_and_counted(monkeypatch, tmp_path, tmp_path_factory, mode, spoil):
-    cache = tmp_path_factory.getbasetemp() / "warm-start"
+def test_the_update_is_skipped_and_counted(monkeypatch, tmp_path, cache, mode, spoil):
     passes = {"one": (3,), "two": (5, 6)}[mode]  # all of step 3
     run = Run(monkeypatch, settings(tmp_path / "run", cache, *MODES[mode], "algorithm.kl=0"), spoil, passes)
 
@@ -75,8 +74,7 @@ def test_the_update_is_skipped_and_counted(monkeypatch, tmp_path, tmp_path_facto
     assert len(list((run.folder / "rollouts").glob("step_*"))) == STEPS
 
 
-def test_values_that_are_not_finite_are_no_gains(monkeypatch, tmp_path, tmp_path_factory):
-    cache = tmp_path_factory.getbasetemp() / "warm-start"
+def test_values_that_are_not_finite_are_no_gains(monkeypatch, tmp_path, cache):
     config = settings(tmp_path / "run", cache, *MODES["one"], "algorithm.kl=0")
     run = Run(monkeypatch, config, "hidden states", (3,))
     gains = 16 * (run.rows[3]["turns/mean"] - 1)
@@ -85,8 +83,7 @@ def test_values_that_are_not_finite_are_no_gains(monkeypatch, tmp_path, tmp_path
     assert [row["reward/ig_nan"] for row in run.rows[1:] if row["step"] != 3] == [0.0] * (STEPS - 1)
 
 
-def test_one_spoiled_update_of_two_costs_only_itself(monkeypatch, tmp_path, tmp_path_factory):
-    cache = tmp_path_factory.getbasetemp() / "warm-start"
+def test_one_spoiled_update_of_two_costs_only_itself(monkeypatch, tmp_path, cache):
     run = Run(monkeypatch, settings(tmp_path / "run", cache, *MODES["two"]), "loss", (5,))
     assert run.rows[3]["loss/skipped"] == 1
     assert not equal(run.weights[3], run.weights[2])

@@ -22,11 +22,6 @@ GONE = EngineError("rollout.server: no replica answers")
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "warm-start"
-
-
-@pytest.fixture(scope="module")
 def undisturbed(cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     train(settings(folder, cache, *OPTIONS), Recorder())

@@ -75,11 +75,6 @@ class Told(Recorder):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("warm-start")
-
-
-@pytest.fixture(scope="module")
 def clean(passages, cache, tmp_path_factory):
     """Turns of a run without faults, by step, question and index."""
     folder = tmp_path_factory.mktemp("clean") / "run"

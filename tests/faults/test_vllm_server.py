@@ -68,11 +68,6 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def servers(tmp_path_factory, cache):
     folder = tmp_path_factory.mktemp("served")
     setup = set_up(settings(folder, cache, *OPTIONS))

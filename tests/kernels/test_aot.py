@@ -21,6 +21,7 @@ from igpo_kernels import triton_variants
 from igpo_kernels.aot import build, library, load
 from igpo_kernels.aot.__main__ import main
 
+pytestmark = pytest.mark.aot
 ROOT = Path(__file__).parents[2]
 
 

@@ -19,6 +19,7 @@ from triton.runtime.driver import driver
 from igpo_kernels import tune
 from igpo_kernels.linear_logprob import triton_path
 
+pytestmark = pytest.mark.aot
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 KERNELS = sorted(path.stem for path in TABLES.glob("*.json"))
 

@@ -1,0 +1,65 @@
+"""What every Dialect owes (igpo_fast/rollouts/dialect/base.py)."""
+
+import numpy as np
+import pytest
+
+from igpo_fast.types import ANSWER, INVALID, SEARCH, Passage, Question, ToolResult
+
+ODD = ("", " ", "<", "</", "<search>", "</search>", "<answer></answer>", "{", "[]", "\ud800", "\x00", "a" * 9999)
+
+
+class DialectContract:
+    """Fixture: ``dialect``. Its tokenizer knows the words of ``question``, ``passage`` and ``argument``."""
+
+    question = Question("q7", "A B born ?", ("C D", "A B", "D"))
+    passage = Passage("p1", "A B", "A B born C D")
+    argument = "A B"
+    quotes = True
+    """Whether its tokenizer can write what ends a turn as plain text."""
+
+    def result(self, *texts):
+        return ToolResult(tuple(Passage(f"p{i}", "", text) for i, text in enumerate(texts)) or (self.passage,))
+
+    def test_pieces_are_tokens_and_the_same_every_time(self, dialect):
+        pieces = [
+            lambda: dialect.prompt(self.question),
+            lambda: dialect.response(SEARCH, self.result())[0],
+            lambda: dialect.response(SEARCH, ToolResult(()))[0],
+            lambda: dialect.response(INVALID, None)[0],
+            lambda: dialect.response(INVALID, None, ended=False)[0],
+        ]
+        for piece in pieces:
+            ids = piece()
+            assert ids.dtype == np.int32 and ids.ndim == 1 and len(ids)
+            assert ids.tolist() == piece().tolist()
+
+    @pytest.mark.parametrize("action", [SEARCH, ANSWER])
+    def test_written_turns_parse_back_and_end_at_a_stop(self, dialect, action):
+        text = dialect.write(action, self.argument)
+        assert dialect.parse(text) == (action, self.argument)
+        ids = dialect.encode(text)
+        assert ids[-1] in dialect.stop_ids or text.endswith(tuple(dialect.stop_strings))
+        assert dialect.parse(dialect.decode(ids)) == (action, self.argument)
+
+    def test_any_text_parses(self, dialect):
+        whole = dialect.write(SEARCH, self.argument)
+        for text in (*ODD, *(whole[:n] for n in range(len(whole))), whole[1:], whole * 2):
+            action, argument = dialect.parse(text)
+            assert action in (SEARCH, ANSWER, INVALID) and isinstance(argument, str)
+            assert (action == INVALID) <= (argument == "")
+
+    def test_what_ends_turns_is_not_read_in_a_passage(self, dialect):
+        spelled = [dialect.decode(np.array([stop])) for stop in dialect.stop_ids]
+        ends = lambda ids: int(np.isin(ids, dialect.stop_ids).sum())  # noqa: E731
+        plain, _ = dialect.response(SEARCH, self.result("A"))
+        for text in (*spelled, *dialect.stop_strings, *dialect.tags) if self.quotes else ():
+            ids, _ = dialect.response(SEARCH, self.result(f"A {text} B"))
+            assert ends(ids) == ends(plain), text
+
+    def test_branches_force_the_accepted_answers(self, dialect):
+        branches = dialect.branches(self.question)
+        assert len(branches) == min(dialect.max_answers, len(self.question.answers))
+        for branch, answer in zip(branches, self.question.answers, strict=False):
+            assert 0 <= branch.start < branch.stop == len(branch.ids)
+            assert branch.stop - branch.start <= dialect.max_answer_tokens
+            assert dialect.decode(branch.ids[branch.start :]).strip() == answer
