@@ -16,7 +16,7 @@ STEPS = 6
 SETTINGS = (
     "model.device=cpu", "model.hidden_size=48", "model.layers=1", "model.heads=3", "model.kv_heads=1",
     "model.ffn_size=64",
-    "rollout.group_size=4", "rollout.max_turns=3", "rollout.max_turn_tokens=16",
+    "rollout.group_size=4", "rollout.max_turns=3", "rollout.max_turn_tokens=8",
     f"train.steps={STEPS}", "train.questions=4", "train.lr=1e-3", "train.checkpoint_every=2", "train.threads=1",
     "eval.every=2", "eval.questions=8",
 )  # fmt: skip

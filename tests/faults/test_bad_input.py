@@ -169,7 +169,7 @@ BROKEN = [
     ),
     (
         {"question": "Where? " * 200},
-        r"question q2: its prompt of \d+ tokens and a turn of 16 exceed rollout\.max_tokens=256; raise it, or .*",
+        r"question q2: its prompt of \d+ tokens and a turn of 8 exceed rollout\.max_tokens=256; raise it, or .*",
     ),
     ({"id": "q1"}, r"train\.jsonl line 3: id 'q1' occurs twice; make ids unique"),
 ]
