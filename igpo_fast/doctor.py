@@ -24,7 +24,7 @@ from igpo_fast.model import build, device_of, kernels_of, probe, separate_passes
 from igpo_fast.pretrained import read_config
 from igpo_fast.run.memory import kv_bytes_per_token, training_bytes
 from igpo_fast.setup import set_up
-from igpo_fast.update.scoring import Policy
+from igpo_fast.update.policy import Policy
 from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack, triton_variants
 from igpo_kernels.backend import chosen
 

@@ -37,8 +37,8 @@ from igpo_fast.rollouts.dialect import CHAT_SYSTEM, SEARCH_TOOL, TODAY, Dialect,
 from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.trajectories import Message, Record, read_records
 from igpo_fast.update.packs import answer_means
+from igpo_fast.update.policy import Policy
 from igpo_fast.update.rewards import Answers, Basis, information_gain, values_of
-from igpo_fast.update.scoring import Policy
 from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack
 
 BUDGETS = dict(max_passage_tokens=128, max_answer_tokens=64, max_answers=4)

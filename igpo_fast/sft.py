@@ -30,7 +30,7 @@ from igpo_fast.rollouts.tools.base import Tool, close
 from igpo_fast.rollouts.tools.search import Bm25Search
 from igpo_fast.types import ANSWER, SEARCH, Question
 from igpo_fast.update.learner import Learner
-from igpo_fast.update.scoring import SupervisedInputs
+from igpo_fast.update.policy import SupervisedInputs
 from igpo_kernels import RolloutTokens, Tree, pack
 
 Progress = Callable[[int, int, float], None]

@@ -26,7 +26,7 @@ from igpo_fast.types import Batch, Evaluation, Group, Question
 from igpo_fast.update.advantages import recipe_of
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.losses import loss_settings_of
-from igpo_fast.update.packs import Packer, Scored
+from igpo_fast.update.packs import Packer, Readings
 from igpo_fast.update.passes import choose_passes, groups_per_pack, most_decision_tokens
 from igpo_fast.update.schedule import schedule_factor
 from igpo_fast.update.update import Updater
@@ -46,8 +46,8 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
             with run.step(step) as metrics:
                 questions = trainer.questions(step)
                 finished = trainer.rollouts(questions, step, metrics)
-                batch, scored = trainer.collect(finished, step, metrics)
-                batch = trainer.update(batch, scored, metrics)
+                batch, readings = trainer.collect(finished, step, metrics)
+                batch = trainer.update(batch, readings, metrics)
                 run.write_rollouts(batch)
                 trainer.sync(metrics)
                 if trainer.evaluation_due(step):
@@ -128,7 +128,7 @@ class Trainer:
         if warning:
             self.display.warn(warning)
 
-    def collect(self, finished: Iterator[tuple[int, Group]], step: int, metrics: StepMetrics) -> tuple[Batch, Scored]:
+    def collect(self, finished: Iterator[tuple[int, Group]], step: int, metrics: StepMetrics) -> tuple[Batch, Readings]:
         """The groups to train on, and the first pass's results for those that it has already read.
 
         With ``rollout.overlap`` groups are scored while others wait for their tools, in packs that do not depend on the
@@ -139,16 +139,16 @@ class Trainer:
         asked = wanted + rollout.oversample
         by_gains = rollout.skip_collapsed and self.recipe.needs_values
         groups: dict[int, Group] = {}
-        found: Scored = {}
+        readings: Readings = {}
         with closing(finished):
             for finished_range in in_ranges(finished, self.groups_per_pack, asked):
                 groups |= finished_range
                 if self.passes == "two" and rollout.overlap:
                     needed = tuple(group for place, group in finished_range.items() if by_gains or place < wanted)
-                    self.update.score(Batch(step, needed), found, metrics)
+                    self.update.read(Batch(step, needed), readings, metrics)
         if by_gains:
-            self.update.score(Batch(step, tuple(groups.values())), found, metrics)
-        avoided = {i for i in groups if rollout.skip_collapsed and self.packer.collapsed(groups[i], found)}
+            self.update.read(Batch(step, tuple(groups.values())), readings, metrics)
+        avoided = {i for i in groups if rollout.skip_collapsed and self.packer.collapsed(groups[i], readings)}
         kept = sorted(sorted(groups, key=lambda i: (i in avoided, i))[:wanted])
         if not kept:
             raise RunError(
@@ -157,7 +157,7 @@ class Trainer:
             )
         if rollout.oversample or rollout.straggler_share < 1:
             metrics.set({"group/sampled": asked, "group/dropped": asked - len(kept)})
-        return Batch(step, tuple(groups[i] for i in kept)), found
+        return Batch(step, tuple(groups[i] for i in kept)), readings
 
     def sync(self, metrics: StepMetrics) -> None:
         """Send the new weights to the engine; the row gets ``time/sync`` and the engine's counts of the step.

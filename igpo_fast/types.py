@@ -177,7 +177,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class TurnScores:
+class Credit:
     """Values, gains, rewards and advantages of one rollout, per turn (algorithm.md's v, ig, r and A)."""
 
     values: np.ndarray
@@ -194,11 +194,11 @@ class TurnScores:
 
 @dataclass(frozen=True)
 class Batch:
-    """The rollouts that one step trains on, with their scores."""
+    """The rollouts that one step trains on, and what they earned."""
 
     step: int
     groups: tuple[Group, ...]
-    scores: tuple[TurnScores, ...] = field(default=())
+    credits: tuple[Credit, ...] = field(default=())
     """One per rollout, in the order of ``rollouts``; empty until scored."""
 
     @property

@@ -12,9 +12,9 @@ from igpo_fast.update.advantages import (
     Recipe,
     collapsed,
     collapsed_outcome,
+    credit_rollouts,
     recipe_of,
     reward_metrics,
-    score_rollouts,
 )
 
 QUESTION = Question("q", "Where?", ("new york city",))
@@ -39,7 +39,7 @@ def preset(name: str) -> Recipe:
 
 
 def scored(recipe: Recipe, groups=(GROUP,), values=VALUES):
-    return [s.advantages.tolist() for s in score_rollouts(groups, values, recipe)]
+    return [s.advantages.tolist() for s in credit_rollouts(groups, values, recipe)]
 
 
 def close(expected):
@@ -147,7 +147,7 @@ def test_reinforce_pp_normalises_over_the_batch():
 
 def test_reinforce_pp_is_a_z_score_over_tokens():
     """numpy's, over an array of a number a token."""
-    scores = score_rollouts((GROUP, OTHER), None, Recipe(algorithm="reinforce_pp", min_var=0.0, outcome_min_std=0.0))
+    scores = credit_rollouts((GROUP, OTHER), None, Recipe(algorithm="reinforce_pp", min_var=0.0, outcome_min_std=0.0))
     rollouts = GROUP.rollouts + OTHER.rollouts
     tokens = np.concatenate([[s.outcome] * r.decision_tokens for s, r in zip(scores, rollouts, strict=True)])
     for s in scores:
@@ -189,7 +189,7 @@ def test_one_turn_question_reduces_to_outcome_only():
 
 
 def test_em_outcome_and_format_penalty():
-    scores = score_rollouts([GROUP], VALUES, Recipe(outcome="em", format_penalty=-1.0))
+    scores = credit_rollouts([GROUP], VALUES, Recipe(outcome="em", format_penalty=-1.0))
     assert [s.outcome for s in scores] == [1.0, 0.0, -1.0]
     assert [s.f1 for s in scores] == [1.0, 0.5, 0.0]
     assert [s.em for s in scores] == [1.0, 0.0, 0.0]
@@ -197,7 +197,7 @@ def test_em_outcome_and_format_penalty():
 
 def test_undefined_values_cost_their_gains_only():
     values = [np.array([0.1, np.nan, 0.7]), np.array([0.1, 0.5]), VALUES[2]]
-    scores = score_rollouts([GROUP], values, Recipe())
+    scores = credit_rollouts([GROUP], values, Recipe())
     assert scores[0].gains.tolist() == [0.0, 0.0]
     assert [len(s.advantages) for s in scores] == [3, 2, 1]
     assert all(np.isfinite(s.advantages).all() for s in scores)
@@ -205,9 +205,9 @@ def test_undefined_values_cost_their_gains_only():
 
 
 def test_values_reported_or_absent_for_outcome_only():
-    with_values = score_rollouts([GROUP], VALUES, Recipe(algorithm="grpo"))
+    with_values = credit_rollouts([GROUP], VALUES, Recipe(algorithm="grpo"))
     assert with_values[0].gains == pytest.approx([0.2, 0.4])
-    without = score_rollouts([GROUP], None, Recipe(algorithm="grpo"))
+    without = credit_rollouts([GROUP], None, Recipe(algorithm="grpo"))
     assert [s.gains.size for s in without] == [0, 0, 0]
     assert [s.values.shape for s in without] == [(3,), (2,), (1,)]
     assert all(np.isnan(s.values).all() for s in without)
@@ -216,17 +216,17 @@ def test_values_reported_or_absent_for_outcome_only():
 
 def test_refuses_missing_or_misshapen_values():
     with pytest.raises(ValueError, match="needs answer values"):
-        score_rollouts([GROUP], None, Recipe())
+        credit_rollouts([GROUP], None, Recipe())
     for bad in (VALUES[:2], [VALUES[1], VALUES[0], VALUES[2]]):
         with pytest.raises(ValueError, match="values_per_rollout"):
-            score_rollouts([GROUP], bad, Recipe())
+            credit_rollouts([GROUP], bad, Recipe())
 
 
 def test_metrics():
     groups = [GROUP, OTHER]
     values = [VALUES[0], np.array([0.3, 0.1]), VALUES[2], np.array([0.9])]
     # Gains {.2, .4}, {-.2}; the second group cannot spread.
-    assert reward_metrics(groups, score_rollouts(groups, values, Recipe())) == pytest.approx(
+    assert reward_metrics(groups, credit_rollouts(groups, values, Recipe())) == pytest.approx(
         {
             "reward/outcome": (1 + 0.5 - 2 + 1) / 4,
             "reward/f1": 2.5 / 4,
@@ -250,10 +250,10 @@ def test_metrics():
 
 def test_the_share_of_gains_that_a_gate_drops():
     # Gains {.2, .4}, {0}: not zero are two; none (no gate), none, one and both are dropped.
-    scores = score_rollouts([GROUP], VALUES, Recipe())
+    scores = credit_rollouts([GROUP], VALUES, Recipe())
     shares = [reward_metrics([GROUP], scores, gate).get("reward/ig_gated") for gate in (0.0, 0.1, 0.3, 0.5)]
     assert shares == [None, 0.0, 0.5, 1.0]
-    nothing = score_rollouts([OTHER], [np.array([0.9])], Recipe())
+    nothing = credit_rollouts([OTHER], [np.array([0.9])], Recipe())
     assert "reward/ig_gated" not in reward_metrics([OTHER], nothing, 0.1)
 
 
@@ -278,7 +278,7 @@ def test_truncated_rollouts_are_told_from_malformed_ones():
     ended = ["tokens", "turns", "turns", ""]
     rollouts = tuple(replace(rollout(i, 1, None), truncated=why) for i, why in enumerate(ended))
     group = Group(QUESTION, (*rollouts, rollout(4, 1, "york")))
-    metrics = reward_metrics([group], score_rollouts([group], None, Recipe(algorithm="grpo")))
+    metrics = reward_metrics([group], credit_rollouts([group], None, Recipe(algorithm="grpo")))
     assert [metrics[f"turns/{key}"] for key in ("format_error", "truncated_tokens", "truncated_turns")] == [
         0.8,
         0.2,
@@ -287,24 +287,24 @@ def test_truncated_rollouts_are_told_from_malformed_ones():
 
 
 def test_metrics_without_values_have_no_gain_keys():
-    metrics = reward_metrics([GROUP], score_rollouts([GROUP], None, Recipe(algorithm="grpo")))
+    metrics = reward_metrics([GROUP], credit_rollouts([GROUP], None, Recipe(algorithm="grpo")))
     assert metrics and not [key for key in metrics if key.startswith(("reward/ig", "value/"))]
 
 
 def test_a_mean_over_nothing_is_absent():
-    metrics = reward_metrics([OTHER], score_rollouts([OTHER], [np.array([0.9])], Recipe()))
+    metrics = reward_metrics([OTHER], credit_rollouts([OTHER], [np.array([0.9])], Recipe()))
     assert np.isfinite(list(metrics.values())).all()
     assert not {"reward/ig_mean", "reward/ig_abs", "reward/ig_zero"} & set(metrics)
     assert metrics["value/first"] == metrics["value/last"] == 0.9
-    undefined = reward_metrics([GROUP], score_rollouts([GROUP], [np.full(n, np.nan) for n in (3, 2, 1)], Recipe()))
+    undefined = reward_metrics([GROUP], credit_rollouts([GROUP], [np.full(n, np.nan) for n in (3, 2, 1)], Recipe()))
     assert undefined["reward/ig_nan"] == 3.0 and not {"value/first", "value/last"} & set(undefined)
 
 
 def test_equal_outcomes_still_learn_from_gains():
     group = Group(QUESTION, (rollout(0, 2, "york"), rollout(1, 2, "york")))
     values = [np.array([0.1, 0.5]), np.array([0.1, 0.10005])]
-    learning = score_rollouts([group], values, Recipe())
+    learning = credit_rollouts([group], values, Recipe())
     assert (collapsed_outcome([group], learning), collapsed([group], learning)) == (1.0, 0.0)
     assert reward_metrics([group], learning)["reward/ig_zero"] == 0.5
-    gated = score_rollouts([group], values, Recipe(gate=0.9))
+    gated = credit_rollouts([group], values, Recipe(gate=0.9))
     assert collapsed([group], gated) == 1.0

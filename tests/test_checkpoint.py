@@ -23,7 +23,7 @@ from igpo_fast.errors import InputError, StorageError
 from igpo_fast.files import sha256
 from igpo_fast.run.checkpoint import RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
 from igpo_fast.run.records import record_of
-from igpo_fast.types import ANSWER, SEARCH, Question, Rollout, Turn, TurnScores
+from igpo_fast.types import ANSWER, SEARCH, Credit, Question, Rollout, Turn
 
 
 class Tokenizer:
@@ -486,7 +486,7 @@ def test_rollouts_are_read_as_they_were_written(run):
     question = Question("q", "Who?", ("a", "b"), dataset="NQ")
     turns = turn("Who", SEARCH), turn("a", ANSWER)
     rollouts = [Rollout(question, i, np.array([1, 2]), turns) for i in range(2)]
-    scores = TurnScores(np.array([-2.0, -1.5]), np.array([0.5]), 1.0, 1.0, 0.0, np.array([0.25, -1.0]))
+    scores = Credit(np.array([-2.0, -1.5]), np.array([0.5]), 1.0, 1.0, 0.0, np.array([0.25, -1.0]))
     run.write_rollouts(7, [record_of(rollout, scores) for rollout in rollouts])
     run.write_rollouts(7, [record_of(rollouts[0])], "eval")
     read = list(RunFolder(run.path).read_rollouts("step_000007"))

@@ -9,7 +9,7 @@ from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).parents[1]
 LIGHT = [
-    "igpo_fast.model", "igpo_fast.update.learner", "igpo_fast.update.scoring", "igpo_fast.update.packs",
+    "igpo_fast.model", "igpo_fast.update.learner", "igpo_fast.update.policy", "igpo_fast.update.packs",
     "igpo_fast.update.advantages", "igpo_fast.update.rewards", "igpo_fast.update.losses",
 ]  # fmt: skip
 

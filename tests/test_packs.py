@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from igpo_fast.update.packs import advantages_of_pairs, answer_means, decision_runs, of_pairs
-from igpo_fast.update.scoring import make_trees
+from igpo_fast.update.policy import make_trees
 from igpo_kernels import ANSWER, pack_within
 from tests.trees import random_branches, random_group
 

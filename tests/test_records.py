@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from igpo_fast.run.records import VERSION, record_of, rollout_of
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Question, Rollout, Turn, TurnScores
+from igpo_fast.types import ANSWER, INVALID, SEARCH, Credit, Question, Rollout, Turn
 
 NUMBER = st.floats(-1e3, 1e3)
 IDS = st.lists(st.integers(0, 1 << 20), max_size=4)
@@ -42,7 +42,7 @@ def scored_rollouts(draw):
     array = lambda n: np.array(draw(st.lists(number, min_size=n, max_size=n)), np.float64)  # noqa: E731
     values = array(len(made))
     gains = np.diff(values) if np.isfinite(values[0]) else np.empty(0)
-    return rollout, TurnScores(values, gains, draw(NUMBER), 0.5, 1.0, array(len(made)))
+    return rollout, Credit(values, gains, draw(NUMBER), 0.5, 1.0, array(len(made)))
 
 
 @given(scored_rollouts(), st.booleans())

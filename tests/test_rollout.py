@@ -13,7 +13,7 @@ from igpo_fast.rollouts.batch import rollout_groups
 from igpo_fast.rollouts.dialect import make_dialect
 from igpo_fast.rollouts.rollout import Agent, Limits, question_key, run_rollout
 from igpo_fast.run.records import record_of
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Question, TurnScores
+from igpo_fast.types import ANSWER, INVALID, SEARCH, Credit, Question
 from tests.scripted import ScriptedEngine, ScriptedTool, ids_of, words_tokenizer
 
 DIALECT = make_dialect("tags", words_tokenizer(), max_passage_tokens=8, max_answer_tokens=4, max_answers=2)
@@ -238,7 +238,7 @@ class TestFaults:
 
 class TestRecord:
     rollout = run(say("<search> A B </search>", "<search> D </search>", "<answer> C D </answer>"))
-    scores = TurnScores(
+    scores = Credit(
         values=np.array([0.25, np.nan, 0.5]),
         gains=np.array([0.0, 0.125]),
         outcome=1.0,

@@ -41,7 +41,7 @@ from igpo_fast.files import (
 )  # fmt: skip
 from igpo_fast.jsonl import json_bytes, json_line, json_value
 from igpo_fast.run.records import rollout_of
-from igpo_fast.types import Rollout, TurnScores
+from igpo_fast.types import Credit, Rollout
 
 
 class RunFolder:
@@ -147,7 +147,7 @@ class RunFolder:
             file.writelines(map(json_line, records))
         return path
 
-    def read_rollouts(self, name: str) -> Iterator[tuple[Rollout, TurnScores | None]]:
+    def read_rollouts(self, name: str) -> Iterator[tuple[Rollout, Credit | None]]:
         """The rollouts of ``rollouts/NAME.jsonl`` (``step_000007``, ``eval_000030``), each with what it earned: None
         where it was only evaluated.
 

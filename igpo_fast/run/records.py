@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from igpo_fast.jsonl import finite
-from igpo_fast.types import Question, Rollout, Turn, TurnScores
+from igpo_fast.types import Credit, Question, Rollout, Turn
 
 VERSION = 1
 """Version of records; increased when a key changes its meaning or is removed, not when one is added."""
 
 
-def record_of(rollout: Rollout, scores: TurnScores | None = None) -> dict[str, Any]:
+def record_of(rollout: Rollout, credit: Credit | None = None) -> dict[str, Any]:
     """The JSON object of a rollout.
 
     ``values`` are v_0 .. v_{T-1}; a turn's ``value`` is the one after it and ``info_gain`` its increase, both null
@@ -23,10 +23,10 @@ def record_of(rollout: Rollout, scores: TurnScores | None = None) -> dict[str, A
     advantages of a rollout that was only evaluated.
     """
     question, unscored = rollout.question, [None] * len(rollout.turns)
-    values = _numbers(scores.values) if scores else unscored
-    gains = _numbers(scores.gains) if scores and len(scores.gains) else unscored[1:]
-    advantages = _numbers(scores.advantages) if scores else unscored
-    outcome, f1, em = _numbers([scores.outcome, scores.f1, scores.em]) if scores else [None] * 3
+    values = _numbers(credit.values) if credit else unscored
+    gains = _numbers(credit.gains) if credit and len(credit.gains) else unscored[1:]
+    advantages = _numbers(credit.advantages) if credit else unscored
+    outcome, f1, em = _numbers([credit.outcome, credit.f1, credit.em]) if credit else [None] * 3
     return {
         "version": VERSION,
         "id": question.id,
@@ -64,8 +64,8 @@ def record_of(rollout: Rollout, scores: TurnScores | None = None) -> dict[str, A
     }
 
 
-def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, TurnScores | None]:
-    """The rollout of a record and its scores; None in their place if it was not scored.
+def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, Credit | None]:
+    """The rollout of a record and its credit; None in their place if it was not scored.
 
     A null becomes NaN again, so ``record_of`` gives the same record. The question's ``hops`` and ``steps`` are not
     kept.
@@ -100,7 +100,7 @@ def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, TurnScores | None]:
     if record["outcome"] is None:
         return rollout, None
     gains = [turn["info_gain"] for turn in record["turns"][:-1]]
-    scores = TurnScores(
+    credit = Credit(
         values=_array(record["values"], np.float64),
         gains=_array([] if record["values"][0] is None else gains, np.float64),
         outcome=record["outcome"],
@@ -108,7 +108,7 @@ def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, TurnScores | None]:
         em=record["em"],
         advantages=_array([turn["advantage"] for turn in record["turns"]], np.float64),
     )
-    return rollout, scores
+    return rollout, credit
 
 
 def _numbers(values: Sequence[float] | np.ndarray) -> list[float | None]:

@@ -135,7 +135,7 @@ class Session:
 
     def write_rollouts(self, batch: Batch) -> None:
         """Write a trained batch's rollouts: its step is finished."""
-        self.folder.write_rollouts(batch.step, map(record_of, batch.rollouts, batch.scores))
+        self.folder.write_rollouts(batch.step, map(record_of, batch.rollouts, batch.credits))
         self._finished = batch.step
 
     def write_evaluation(self, step: int, evaluation: Evaluation) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from igpo_fast.types import Answers, Basis, Group, Normalisation, Outcome, Pool, TurnScores
+from igpo_fast.types import Answers, Basis, Credit, Group, Normalisation, Outcome, Pool
 from igpo_fast.update.rewards import exact_match, f1_score, information_gain, outcome
 from igpo_kernels.turn_advantages import GAIN, OUTCOME, Normaliser, turn_advantages
 
@@ -58,7 +58,7 @@ class Recipe:
     algorithm: str = "igpo"
     """A key of ``ALGORITHMS``."""
     basis: Basis = "log_prob"
-    """Basis for ``rewards.values_of``, whose results ``score_rollouts`` takes."""
+    """Basis for ``rewards.values_of``, whose results ``credit_rollouts`` takes."""
     answers: Answers = "first"
     """Answers for ``rewards.values_of``."""
     pool: Pool = "separate"
@@ -118,10 +118,10 @@ def recipe_of(algorithm: config.Algorithm) -> Recipe:
     return Recipe(**{f.name: getattr(algorithm, keys.get(f.name, f.name)) for f in fields(Recipe)})
 
 
-def score_rollouts(
+def credit_rollouts(
     groups: Sequence[Group], values_per_rollout: Sequence[np.ndarray] | None, recipe: Recipe
-) -> tuple[TurnScores, ...]:
-    """Rewards and advantages of every turn, one ``TurnScores`` per rollout in the groups' order.
+) -> tuple[Credit, ...]:
+    """Rewards and advantages of every turn, one ``Credit`` per rollout in the groups' order.
 
     Args:
         groups: at least one, each with at least one rollout.
@@ -135,13 +135,13 @@ def score_rollouts(
     turns = [len(rollout.turns) for rollout in rollouts]
     if values_per_rollout is None:
         if recipe.needs_values:
-            raise ValueError(f"score_rollouts: algorithm {recipe.algorithm} needs answer values; got None")
+            raise ValueError(f"credit_rollouts: algorithm {recipe.algorithm} needs answer values; got None")
         values = [np.full(n, np.nan) for n in turns]
         gains = [np.empty(0) for _ in turns]
     else:
         values = [np.asarray(v, dtype=np.float64) for v in values_per_rollout]
         if [v.shape for v in values] != [(n,) for n in turns]:
-            raise ValueError("score_rollouts: values_per_rollout must hold one [T] array per rollout, in order")
+            raise ValueError("credit_rollouts: values_per_rollout must hold one [T] array per rollout, in order")
         gains = [information_gain(v)[0] for v in values]
 
     outcomes = [outcome(r, recipe.outcome, recipe.f1_normalisation, recipe.format_penalty) for r in rollouts]
@@ -165,7 +165,7 @@ def score_rollouts(
             recipe.normaliser,
         ).numpy()
     return tuple(
-        TurnScores(
+        Credit(
             values=values[i],
             gains=gains[i],
             outcome=outcomes[i],
@@ -188,23 +188,23 @@ def _normalised_over_tokens(outcomes: Sequence[float], tokens: Sequence[int], no
     return advantages.numpy()[np.cumsum(tokens) - 1]
 
 
-def _scores_of_groups(groups: Sequence[Group], scores: Sequence[TurnScores]) -> Iterator[list[TurnScores]]:
-    remaining = iter(scores)
+def _credits_of_groups(groups: Sequence[Group], credits: Sequence[Credit]) -> Iterator[list[Credit]]:
+    remaining = iter(credits)
     for group in groups:
         yield list(islice(remaining, len(group.rollouts)))
 
 
-def collapsed_outcome(groups: Sequence[Group], scores: Sequence[TurnScores]) -> float:
+def collapsed_outcome(groups: Sequence[Group], credits: Sequence[Credit]) -> float:
     """Share of groups whose outcomes are all equal."""
-    return float(np.mean([len({s.outcome for s in group}) == 1 for group in _scores_of_groups(groups, scores)]))
+    return float(np.mean([len({s.outcome for s in group}) == 1 for group in _credits_of_groups(groups, credits)]))
 
 
-def collapsed(groups: Sequence[Group], scores: Sequence[TurnScores]) -> float:
+def collapsed(groups: Sequence[Group], credits: Sequence[Credit]) -> float:
     """Share of groups whose advantages are all exactly 0, which have no gradient."""
-    return float(np.mean([not any(s.advantages.any() for s in group) for group in _scores_of_groups(groups, scores)]))
+    return float(np.mean([not any(s.advantages.any() for s in group) for group in _credits_of_groups(groups, credits)]))
 
 
-def reward_metrics(groups: Sequence[Group], scores: Sequence[TurnScores], gate: float = 0.0) -> dict[str, float]:
+def reward_metrics(groups: Sequence[Group], credits: Sequence[Credit], gate: float = 0.0) -> dict[str, float]:
     """One step's metrics.jsonl keys about rewards, groups and turns; a mean over nothing is absent.
 
     Args:
@@ -215,13 +215,13 @@ def reward_metrics(groups: Sequence[Group], scores: Sequence[TurnScores], gate: 
         ``reward/ig_*`` and ``value/*``: only if values were scored, over finite ones.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    gains = np.concatenate([s.gains for s in scores])
-    scored = [s for s in scores if s.gains.size or not np.isnan(s.values).all()]
+    gains = np.concatenate([s.gains for s in credits])
+    scored = [s for s in credits if s.gains.size or not np.isnan(s.values).all()]
     sizes = np.abs(gains)
     means = {
-        "reward/outcome": [s.outcome for s in scores],
-        "reward/f1": [s.f1 for s in scores],
-        "reward/em": [s.em for s in scores],
+        "reward/outcome": [s.outcome for s in credits],
+        "reward/f1": [s.f1 for s in credits],
+        "reward/em": [s.em for s in credits],
         "reward/ig_mean": gains,
         "reward/ig_abs": sizes,
         "reward/ig_zero": sizes < ZERO_GAIN,
@@ -235,8 +235,8 @@ def reward_metrics(groups: Sequence[Group], scores: Sequence[TurnScores], gate: 
         "turns/truncated_turns": [rollout.truncated == "turns" for rollout in rollouts],
     }
     metrics = {key: float(np.mean(numbers)) for key, numbers in means.items() if len(numbers)}
-    metrics["group/collapsed_outcome"] = collapsed_outcome(groups, scores)
-    metrics["group/collapsed"] = collapsed(groups, scores)
+    metrics["group/collapsed_outcome"] = collapsed_outcome(groups, credits)
+    metrics["group/collapsed"] = collapsed(groups, credits)
     if scored:
         metrics["reward/ig_nan"] = float(sum(information_gain(s.values)[1] for s in scored))
     return metrics

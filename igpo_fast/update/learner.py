@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from igpo_fast.update.scoring import LossInputs, PackScores, Policy, SupervisedInputs
+from igpo_fast.update.policy import LossInputs, PackResult, Policy, SupervisedInputs
 from igpo_kernels import LossSettings, TreePlan
 
 
@@ -63,7 +63,7 @@ class Learner:
         """Learning rate of the next update."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def __call__(self, plan: TreePlan, inputs: LossInputs | SupervisedInputs, advantages_of=None) -> PackScores:
+    def __call__(self, plan: TreePlan, inputs: LossInputs | SupervisedInputs, advantages_of=None) -> PackResult:
         """One training pass over a pack: ``Policy.forward``."""
         return self.policy(plan, inputs, advantages_of)
 

@@ -13,7 +13,7 @@ from igpo_kernels import LossSettings
 
 if TYPE_CHECKING:
     from igpo_fast import config
-    from igpo_fast.update.scoring import LossInputs
+    from igpo_fast.update.policy import LossInputs
 
 
 def loss_settings_of(algorithm: config.Algorithm) -> LossSettings:

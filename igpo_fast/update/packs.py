@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from igpo_fast.types import Batch, Group, Question, Rollout, TurnScores
-from igpo_fast.update.advantages import Recipe, collapsed, score_rollouts
+from igpo_fast.types import Batch, Credit, Group, Question, Rollout
+from igpo_fast.update.advantages import Recipe, collapsed, credit_rollouts
+from igpo_fast.update.policy import Policy, make_trees
 from igpo_fast.update.rewards import values_of
-from igpo_fast.update.scoring import Policy, make_trees
 from igpo_kernels import Branch, TreePlan, pack_within
 
 
@@ -27,7 +27,7 @@ class Pack(NamedTuple):
         return {"tokens/packed": self.plan.n_tokens, "tokens/scored": self.plan.n_pairs - self.plan.n_decisions}
 
 
-class Found(NamedTuple):
+class Reading(NamedTuple):
     """A scoring pass's results for one rollout."""
 
     values: np.ndarray | None
@@ -36,7 +36,7 @@ class Found(NamedTuple):
     """Log-probabilities of its decision tokens: float32 [decision tokens]."""
 
 
-Scored = dict[tuple[str, int], Found]
+Readings = dict[tuple[str, int], Reading]
 """Results by the question's id and the rollout's index."""
 
 
@@ -90,35 +90,37 @@ class Packer:
         means = answer_means(plan, answer_logp)
         return {i: values_of(mean, self._recipe.basis, self._recipe.answers) for i, mean in means.items()}
 
-    def score(self, batch: Batch, found: Scored) -> list[Pack]:
-        """Run the first of two passes over groups that are not in ``found`` yet.
+    def read(self, batch: Batch, readings: Readings) -> list[Pack]:
+        """Run the first of two passes over groups that are not in ``readings`` yet.
 
         Returns:
             The packs that were read.
         """
-        new = Batch(batch.step, tuple(group for group in batch.groups if rollout_key(group.rollouts[0]) not in found))
+        new = Batch(
+            batch.step, tuple(group for group in batch.groups if rollout_key(group.rollouts[0]) not in readings)
+        )
         packs, rollouts = self.packs(new, range(len(new.groups)), scored=True), new.rollouts
         for plan, _ in packs:
             result = self._policy(plan)
             values = self.values(plan, result.answer_logp)
             numbers, starts = decision_runs(plan)
             for i, logp in zip(numbers, np.split(result.decision_logp, starts[1:]), strict=True):
-                found[rollout_key(rollouts[i])] = Found(values.get(i), logp)
+                readings[rollout_key(rollouts[i])] = Reading(values.get(i), logp)
         return packs
 
-    def scores(self, groups: Sequence[Group], found: Scored) -> tuple[TurnScores, ...]:
-        """Rewards and advantages of the groups' rollouts; outcome-only algorithms need no ``found``."""
+    def credits(self, groups: Sequence[Group], readings: Readings) -> tuple[Credit, ...]:
+        """Rewards and advantages of the groups' rollouts; outcome-only algorithms need no ``readings``."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        values = [found[rollout_key(rollout)].values for rollout in rollouts] if self._recipe.needs_values else None
-        return score_rollouts(groups, values, self._recipe)
+        values = [readings[rollout_key(rollout)].values for rollout in rollouts] if self._recipe.needs_values else None
+        return credit_rollouts(groups, values, self._recipe)
 
-    def collapsed(self, group: Group, found: Scored) -> bool:
+    def collapsed(self, group: Group, readings: Readings) -> bool:
         """Whether a group's advantages are all 0; equal outcomes are not enough if gains differ."""
-        return collapsed([group], self.scores([group], found)) == 1
+        return collapsed([group], self.credits([group], readings)) == 1
 
 
 def rollout_key(rollout: Rollout) -> tuple[str, int]:
-    """A rollout's key in ``Scored``."""
+    """A rollout's key in ``Readings``."""
     return rollout.question.id, rollout.index
 
 
@@ -135,10 +137,10 @@ def of_pairs(plan: TreePlan, per_rollout: Mapping[int, np.ndarray] | Sequence[np
     return np.concatenate([per_rollout[i] for i in decision_runs(plan)[0]]).astype(np.float32)
 
 
-def advantages_of_pairs(plan: TreePlan, scores: Mapping[int, TurnScores] | Sequence[TurnScores]) -> np.ndarray:
+def advantages_of_pairs(plan: TreePlan, credits: Mapping[int, Credit] | Sequence[Credit]) -> np.ndarray:
     """A_t of each decision pair's turn: float32 [D]."""
     numbers, starts = decision_runs(plan)
-    advantages = [scores[i].advantages for i in numbers]
+    advantages = [credits[i].advantages for i in numbers]
     first = np.cumsum([0, *map(len, advantages[:-1])])  # start of each rollout in the concatenation
     n = plan.n_decisions
     place = np.repeat(first, np.diff(starts, append=n)) + plan.turn[:n]

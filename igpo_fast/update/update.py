@@ -15,12 +15,12 @@ from typing import Protocol
 import numpy as np
 
 from igpo_fast.errors import DivergedError
-from igpo_fast.types import Aggregation, Batch, TurnScores
-from igpo_fast.update.advantages import Recipe, reward_metrics, score_rollouts
+from igpo_fast.types import Aggregation, Batch, Credit
+from igpo_fast.update.advantages import Recipe, credit_rollouts, reward_metrics
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.losses import importance_counts, measured, token_weights
-from igpo_fast.update.packs import Pack, Packer, Scored, advantages_of_pairs, of_pairs, rollout_key
-from igpo_fast.update.scoring import LossInputs
+from igpo_fast.update.packs import Pack, Packer, Readings, advantages_of_pairs, of_pairs, rollout_key
+from igpo_fast.update.policy import LossInputs
 
 PerRollout = Mapping[int, np.ndarray]
 """A float32 per decision token, by a rollout's number in the batch."""
@@ -65,8 +65,8 @@ class Updater:
         self._most_tokens = most_tokens
         self._progress = progress
 
-    def __call__(self, batch: Batch, found: Scored, row: Row) -> Batch:
-        """Score groups that are not in ``found`` yet and take the batch's optimiser steps.
+    def __call__(self, batch: Batch, readings: Readings, row: Row) -> Batch:
+        """Score groups that are not in ``readings`` yet and take the batch's optimiser steps.
 
         Returns:
             The batch with its rollouts' rewards and advantages.
@@ -74,8 +74,8 @@ class Updater:
             DivergedError: ``mismatch_stop`` is exceeded; nothing has changed.
         """
         one_pass = self._passes == "one"
-        scores = self._one_pass(batch, row) if one_pass else self._two_passes(batch, found, row)
-        row.set(reward_metrics(batch.groups, scores, self._recipe.gate))
+        credits = self._one_pass(batch, row) if one_pass else self._two_passes(batch, readings, row)
+        row.set(reward_metrics(batch.groups, credits, self._recipe.gate))
         separate = self._packer.separate_tokens(batch)
         row.set(
             {
@@ -83,9 +83,9 @@ class Updater:
                 "sharing/ratio": separate / row["tokens/packed"],
             }
         )
-        return Batch(batch.step, batch.groups, scores)
+        return Batch(batch.step, batch.groups, credits)
 
-    def _one_pass(self, batch: Batch, row: Row) -> tuple[TurnScores, ...]:
+    def _one_pass(self, batch: Batch, row: Row) -> tuple[Credit, ...]:
         self._progress.phase("train")
         row.set({"time/score": 0.0})
         everything = range(len(batch.groups))
@@ -93,44 +93,44 @@ class Updater:
             packs = self._packer.packs(batch, everything, scored=True)
             weights = self._weights(batch, everything)
             if not self._recipe.needs_values:  # known beforehand, from the whole batch
-                known = score_rollouts(batch.groups, None, self._recipe)
-                self._step(batch, packs, weights, row, scores=dict(enumerate(known)))
+                known = credit_rollouts(batch.groups, None, self._recipe)
+                self._step(batch, packs, weights, row, credits=dict(enumerate(known)))
                 return known
             first = np.cumsum([0, *(len(group.rollouts) for group in batch.groups)])
-            scores: dict[int, TurnScores] = {}
+            credits: dict[int, Credit] = {}
 
             def advantages_of(pack: Pack, answer_logp: np.ndarray) -> np.ndarray:
                 values = self._packer.values(pack.plan, answer_logp)
                 inside = [i for g in pack.groups for i in range(first[g], first[g + 1])]
                 groups = [batch.groups[g] for g in pack.groups]
-                scored = score_rollouts(groups, [values[i] for i in inside], self._recipe)
-                scores.update(zip(inside, scored, strict=True))
-                return advantages_of_pairs(pack.plan, scores)
+                scored = credit_rollouts(groups, [values[i] for i in inside], self._recipe)
+                credits.update(zip(inside, scored, strict=True))
+                return advantages_of_pairs(pack.plan, credits)
 
-            self._step(batch, packs, weights, row, scores=scores, advantages_of=advantages_of)
-        return tuple(scores[i] for i in range(len(batch.rollouts)))
+            self._step(batch, packs, weights, row, credits=credits, advantages_of=advantages_of)
+        return tuple(credits[i] for i in range(len(batch.rollouts)))
 
-    def _two_passes(self, batch: Batch, found: Scored, row: Row) -> tuple[TurnScores, ...]:
+    def _two_passes(self, batch: Batch, readings: Readings, row: Row) -> tuple[Credit, ...]:
         updates = min(self._updates, len(batch.groups))
         self._progress.phase("score")
-        self.score(batch, found, row)
-        old_logp = {i: found[rollout_key(rollout)].logp for i, rollout in enumerate(batch.rollouts)}
+        self.read(batch, readings, row)
+        old_logp = {i: readings[rollout_key(rollout)].logp for i, rollout in enumerate(batch.rollouts)}
         differences = [np.abs(old_logp[i] - rollout.logp) for i, rollout in enumerate(batch.rollouts)]
         self._check_mismatch(batch.step, float(np.concatenate(differences).mean()))
-        scores = self._packer.scores(batch.groups, found)
+        credits = self._packer.credits(batch.groups, readings)
         self._progress.phase("train", total=updates)
         with row.timed("train"):
             for share in np.array_split(np.arange(len(batch.groups)), updates):
                 packs = self._packer.packs(batch, share, scored=False)
                 weights = self._weights(batch, share)
-                self._step(batch, packs, weights, row, scores=dict(enumerate(scores)), old_logp=old_logp)
+                self._step(batch, packs, weights, row, credits=dict(enumerate(credits)), old_logp=old_logp)
                 self._progress.advance()
-        return scores
+        return credits
 
-    def score(self, batch: Batch, found: Scored, row: Row) -> None:
-        """Run the first of two passes over groups that are not in ``found`` yet."""
+    def read(self, batch: Batch, readings: Readings, row: Row) -> None:
+        """Run the first of two passes over groups that are not in ``readings`` yet."""
         with row.timed("score"):
-            for pack in self._packer.score(batch, found):
+            for pack in self._packer.read(batch, readings):
                 row.add(pack.tokens)
 
     def _step(
@@ -140,7 +140,7 @@ class Updater:
         weights: np.ndarray,
         row: Row,
         *,
-        scores: Mapping[int, TurnScores],
+        credits: Mapping[int, Credit],
         advantages_of: Callable[[Pack, np.ndarray], np.ndarray] | None = None,
         old_logp: PerRollout | None = None,
     ) -> None:
@@ -151,7 +151,7 @@ class Updater:
             plan = pack.plan
             inputs = LossInputs(
                 weights=weights[plan.rollout[: plan.n_decisions]].astype(np.float32),
-                advantages=None if advantages_of else advantages_of_pairs(plan, scores),
+                advantages=None if advantages_of else advantages_of_pairs(plan, credits),
                 old_logp=None if old_logp is None else of_pairs(plan, old_logp),
                 engine_logp=of_pairs(plan, engine_logp),
                 ref_logp=self._learner.reference(plan),

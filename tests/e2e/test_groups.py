@@ -15,8 +15,8 @@ from igpo_fast.rollouts import batch
 from igpo_fast.rollouts.tools.base import Tool
 from igpo_fast.run.metrics import StepMetrics
 from igpo_fast.train import Trainer, train
+from igpo_fast.update.policy import Policy
 from igpo_fast.update.rewards import f1_score
-from igpo_fast.update.scoring import Policy
 from tests.clock import JumpingLoop
 from tests.tiny import Recorder, rows, settings
 
@@ -109,7 +109,7 @@ class TestOverlap:
         for key in early:
             assert early[key].values.tolist() == early_too[key].values.tolist()
             assert early[key].logp.tolist() == early_too[key].logp.tolist()
-        for scores, same in zip(batch.scores, batch_too.scores, strict=True):
+        for scores, same in zip(batch.credits, batch_too.credits, strict=True):
             assert scores.advantages.tolist() == same.advantages.tolist()
         assert all(torch.equal(weights[name], weights_too[name]) for name in weights)
 
@@ -120,7 +120,7 @@ class TestOverlap:
         assert early == {}
         overlapped, early, row_too = step_of(trainer_of(), in_order(groups, (2, 0, 1, 3)))
         assert len(early) == 16
-        for scores, same in zip(batch.scores, overlapped.scores, strict=True):
+        for scores, same in zip(batch.credits, overlapped.credits, strict=True):
             np.testing.assert_allclose(scores.values, same.values, rtol=1e-6)
             np.testing.assert_allclose(scores.advantages, same.advantages, atol=1e-4)
         assert row["tokens/packed"] == row_too["tokens/packed"]
@@ -234,7 +234,7 @@ class TestStragglers:
         slow_search.seconds = seconds
         batch, _, row = step_of(trainer_of(*self.OPTIONS, *mode, "train.token_budget=16384"))
         assert row["rollout/stragglers"] == 2
-        assert sum(len(group.rollouts) for group in batch.groups) == 14 == len(batch.scores)
+        assert sum(len(group.rollouts) for group in batch.groups) == 14 == len(batch.credits)
         assert row["group/dropped"] == 4 - len(batch.groups) <= 1
         assert row["loss/grad_norm"] > 0
 

@@ -21,7 +21,7 @@ from igpo_fast.rollouts.tools.search import make_search
 from igpo_fast.run.records import record_of
 from igpo_fast.sft import NOISY, WRITTEN, _from_steps, write
 from igpo_fast.types import Group, Question, Rollout, Turn
-from igpo_fast.update.scoring import make_trees
+from igpo_fast.update.policy import make_trees
 from igpo_kernels import RolloutTokens, Tree, pack
 from igpo_kernels.tree_attention.blocks import block_lists, visible_area
 from tests.kernels.test_blocks import shipped_tiles, visits

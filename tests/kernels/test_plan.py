@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_fast.update.scoring import make_trees
+from igpo_fast.update.policy import make_trees
 from igpo_kernels import ANSWER, DECISION, Branch, RolloutTokens, Tree, pack, pack_within
 from tests.trees import random_branches, random_group
 

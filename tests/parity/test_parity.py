@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from igpo_fast.model import use_attend
-from igpo_fast.update.advantages import Recipe, score_rollouts
+from igpo_fast.update.advantages import Recipe, credit_rollouts
 from igpo_fast.update.losses import token_weights
 from igpo_fast.update.packs import answer_means
+from igpo_fast.update.policy import LossInputs, Policy, make_trees
 from igpo_fast.update.rewards import values_of
-from igpo_fast.update.scoring import LossInputs, Policy, make_trees
 from igpo_kernels import LossSettings, Tree, pack
 from tests.parity import naive
 from tests.trees import VOCAB, random_branches, random_group
@@ -150,7 +150,7 @@ def test_one_pass_gradients(packs, aggregation, backend="auto", groups=5):
 
         def advantages_of(answer_logp, plan=plan, groups=groups, at=at):
             means = answer_means(plan, answer_logp)
-            scores = score_rollouts(groups, [values_of(means[i], "prob", "max") for i in at], recipe)
+            scores = credit_rollouts(groups, [values_of(means[i], "prob", "max") for i in at], recipe)
             of = dict(zip(at, scores, strict=True))
             n = plan.n_decisions
             pairs = zip(plan.rollout[:n], plan.turn[:n], strict=True)
@@ -158,7 +158,7 @@ def test_one_pass_gradients(packs, aggregation, backend="auto", groups=5):
 
         inputs = LossInputs(weights[plan.rollout[: plan.n_decisions]], None)
         policy(plan, inputs, advantages_of).loss.backward()
-    scores = score_rollouts(case.groups, case.naive_values(plain, "prob"), recipe)
+    scores = credit_rollouts(case.groups, case.naive_values(plain, "prob"), recipe)
     case.naive_loss(plain, [s.advantages for s in scores], None, settings, aggregation).backward()
     assert_same_gradients(gradients(ours), gradients(plain))
 

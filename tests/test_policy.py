@@ -1,4 +1,4 @@
-"""scoring.py and sft.py: which implementation of the kernels they ask for. (What they compute: tests/parity.)"""
+"""policy.py and sft.py: which implementation of the kernels they ask for. (What they compute: tests/parity.)"""
 
 from __future__ import annotations
 

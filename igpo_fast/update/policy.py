@@ -52,7 +52,7 @@ class SupervisedInputs:
 
 
 @dataclass(frozen=True)
-class PackScores:
+class PackResult:
     """Results of a pass over a pack."""
 
     answer_logp: np.ndarray
@@ -91,7 +91,7 @@ class Policy(torch.nn.Module):
         plan: TreePlan,
         inputs: LossInputs | SupervisedInputs | None = None,
         advantages_of: AdvantagesOf | None = None,
-    ) -> PackScores:
+    ) -> PackResult:
         """One pass over a pack.
 
         Args:
@@ -111,16 +111,16 @@ class Policy(torch.nn.Module):
             if plan.n_pairs > n:
                 answer_logp = self._logp(hidden.detach(), plan, slice(n, None)).double().cpu().numpy()
             if inputs is None:
-                return PackScores(answer_logp, self._logp(hidden, plan, slice(0, n)).float().cpu().numpy())
+                return PackResult(answer_logp, self._logp(hidden, plan, slice(0, n)).float().cpu().numpy())
         if isinstance(inputs, SupervisedInputs):
             weight = torch.as_tensor(inputs.weights, device=device)
             logp = self._logp(hidden, plan, slice(0, n))
             weight = weight.to(logp.dtype)
-            return PackScores(answer_logp, loss=-(weight * logp).sum() / weight.sum())
+            return PackResult(answer_logp, loss=-(weight * logp).sum() / weight.sum())
         if inputs.advantages is None:
             inputs = replace(inputs, advantages=advantages_of(answer_logp))
         loss, sums, logp = self._loss(hidden, plan, inputs)
-        return PackScores(
+        return PackResult(
             answer_logp, logp.float().cpu().numpy(), loss, {name: float(value) for name, value in sums.items()}
         )
 
