@@ -21,9 +21,16 @@ from igpo_fast.rollouts.dialect import Dialect, make_dialect
 from igpo_fast.rollouts.rollout import Agent, Limits, opening
 from igpo_fast.rollouts.tools.base import Tool
 from igpo_fast.rollouts.tools.search import make_search
-from igpo_fast.sft import Progress, warm_start
+from igpo_fast.sft import Progress as SftProgress
+from igpo_fast.sft import warm_start
 from igpo_fast.types import Question
 from igpo_fast.update.advantages import ALGORITHMS, recipe_of
+from igpo_fast.update.learner import Learner
+from igpo_fast.update.losses import loss_settings_of
+from igpo_fast.update.packs import Packer
+from igpo_fast.update.passes import choose_passes, groups_per_pack, most_decision_tokens
+from igpo_fast.update.schedule import schedule_factor
+from igpo_fast.update.update import Progress, Updater
 from igpo_kernels import Branch, triton_variants
 from igpo_kernels.huggingface import heads_of
 from igpo_kernels.tree_attention import automatic
@@ -69,7 +76,7 @@ def set_up(
     weights: str | None = None,
     tokenizer: str | None = None,
     tool: Tool | None = None,
-    sft_progress: Progress | None = None,
+    sft_progress: SftProgress | None = None,
 ) -> Setup:
     """Make the parts that a command needs.
 
@@ -128,6 +135,38 @@ def set_up(
         concurrency=config.rollout.concurrency,
     )
     return Setup(config, data, words, lm, agent, branches_of, answer_tokens, tuple(filter(None, warnings)))
+
+
+def make_learner(config: Config, lm: PreTrainedModel) -> Learner:
+    """The owner of ``lm``'s weights in a run."""
+    train = config.train
+    factor = partial(
+        schedule_factor,
+        warmup=train.warmup_steps * train.updates,
+        total=train.steps * train.updates,
+        schedule=train.lr_schedule,
+    )
+    return Learner(
+        lm, temperature=config.rollout.temperature, settings=loss_settings_of(config.algorithm),
+        backend=config.model.kernels, lr=train.lr, factor=factor, betas=train.betas, weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+    )  # fmt: skip
+
+
+def make_updater(setup: Setup, learner: Learner, progress: Progress) -> Updater:
+    """What takes a batch's optimiser steps.
+
+    Raises:
+        InputError: a number of passes that the configuration cannot have.
+    """
+    config, recipe = setup.config, recipe_of(setup.config.algorithm)
+    passes = choose_passes(config, recipe, setup.answer_tokens)
+    packer = Packer(learner.policy, setup.branches_of, recipe, passes, config.train.token_budget)
+    return Updater(
+        learner, packer, recipe, passes=passes, groups_per_pack=groups_per_pack(config, recipe, setup.answer_tokens),
+        updates=config.train.updates, aggregation=config.algorithm.aggregation,
+        most_tokens=most_decision_tokens(config), mismatch_stop=config.rollout.mismatch_stop, progress=progress,
+    )  # fmt: skip
 
 
 def _load_model(config: Config, weights: str | None, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from functools import partial
 
 from igpo_fast.config import Config
 from igpo_fast.data.load import question_order
@@ -21,14 +20,9 @@ from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.run.display import Display
 from igpo_fast.run.metrics import StepMetrics
 from igpo_fast.run.session import Session
-from igpo_fast.setup import Setup, set_up
+from igpo_fast.setup import Setup, make_learner, make_updater, set_up
 from igpo_fast.types import Batch, Evaluation, Group, Question
-from igpo_fast.update.advantages import recipe_of
-from igpo_fast.update.learner import Learner
-from igpo_fast.update.losses import loss_settings_of
-from igpo_fast.update.packs import Packer, Readings
-from igpo_fast.update.passes import choose_passes, groups_per_pack, most_decision_tokens
-from igpo_fast.update.schedule import schedule_factor
+from igpo_fast.update.packs import Readings
 from igpo_fast.update.update import Updater
 
 
@@ -65,28 +59,9 @@ class Trainer:
         weights = None if config.algorithm.kl else checkpoint
         self.setup: Setup = set_up(config, weights=weights, tokenizer=checkpoint, sft_progress=display.warm_start)
         self.agent = self.setup.agent
-        self.recipe = recipe_of(config.algorithm)
-        self.passes = choose_passes(config, self.recipe, self.setup.answer_tokens)
-        self.groups_per_pack = groups_per_pack(config, self.recipe, self.setup.answer_tokens)
-        t, updates = config.train, config.train.updates
-        self.learner = Learner(
-            self.setup.lm, temperature=config.rollout.temperature, settings=loss_settings_of(config.algorithm),
-            backend=config.model.kernels, lr=t.lr, betas=t.betas, weight_decay=t.weight_decay,
-            max_grad_norm=t.max_grad_norm,
-            factor=partial(
-                schedule_factor, warmup=t.warmup_steps * updates, total=t.steps * updates, schedule=t.lr_schedule
-            ),
-        )  # fmt: skip
-        self.packer = Packer(
-            self.learner.policy, self.setup.branches_of, self.recipe, self.passes, config.train.token_budget
-        )
-        self.update = Updater(
-            self.learner, self.packer, self.recipe, passes=self.passes, updates=updates,
-            aggregation=config.algorithm.aggregation, most_tokens=most_decision_tokens(config),
-            mismatch_stop=config.rollout.mismatch_stop,
-            progress=self.display,
-        )  # fmt: skip
-        self.display.note(self.setup.summary(self.passes))
+        self.learner = make_learner(config, self.setup.lm)
+        self.update: Updater = make_updater(self.setup, self.learner, display)
+        self.display.note(self.setup.summary(self.update.passes))
         for warning in self.setup.warnings:
             display.warn(warning)
 
@@ -137,18 +112,18 @@ class Trainer:
         """
         rollout, wanted = self.config.rollout, self.config.train.questions
         asked = wanted + rollout.oversample
-        by_gains = rollout.skip_collapsed and self.recipe.needs_values
+        by_gains = rollout.skip_collapsed and self.update.recipe.needs_values
         groups: dict[int, Group] = {}
         readings: Readings = {}
         with closing(finished):
-            for finished_range in in_ranges(finished, self.groups_per_pack, asked):
+            for finished_range in in_ranges(finished, self.update.groups_per_pack, asked):
                 groups |= finished_range
-                if self.passes == "two" and rollout.overlap:
+                if self.update.passes == "two" and rollout.overlap:
                     needed = tuple(group for place, group in finished_range.items() if by_gains or place < wanted)
                     self.update.read(Batch(step, needed), readings, metrics)
         if by_gains:
             self.update.read(Batch(step, tuple(groups.values())), readings, metrics)
-        avoided = {i for i in groups if rollout.skip_collapsed and self.packer.collapsed(groups[i], readings)}
+        avoided = {i for i in groups if rollout.skip_collapsed and self.update.packer.collapsed(groups[i], readings)}
         kept = sorted(sorted(groups, key=lambda i: (i in avoided, i))[:wanted])
         if not kept:
             raise RunError(

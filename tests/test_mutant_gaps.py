@@ -143,7 +143,7 @@ def test_a_one_pass_update_has_the_naive_gradient(monkeypatch, packs):
     case, (ours, plain) = Case(7), models()
     options = ["algorithm.passes=one", "algorithm.entropy=0.01", f"train.token_budget={budget(case, packs)}"]
     run = Updates(monkeypatch, case, ours, *options)
-    scores = credit_rollouts(case.groups, case.naive_values(plain, "prob"), run.trainer.recipe)
+    scores = credit_rollouts(case.groups, case.naive_values(plain, "prob"), run.trainer.update.recipe)
     for ours_scored, expected in zip(run.scores, scores, strict=True):
         np.testing.assert_allclose(ours_scored.values, expected.values, atol=1e-4)
         np.testing.assert_allclose(ours_scored.advantages, expected.advantages, atol=1e-3)
@@ -159,7 +159,7 @@ def test_a_two_pass_step_has_the_naive_gradient_of_each_share(monkeypatch, updat
     case, (ours, plain) = Case(7), models()
     options = ["algorithm.passes=two", f"train.updates={updates}", f"train.token_budget={budget(case, 'several')}"]
     run = Updates(monkeypatch, case, ours, *options)
-    scores = credit_rollouts(case.groups, case.naive_values(plain, "prob"), run.trainer.recipe)
+    scores = credit_rollouts(case.groups, case.naive_values(plain, "prob"), run.trainer.update.recipe)
     for share, gradients in zip(np.array_split(np.arange(len(case.groups)), updates), run.gradients, strict=True):
         inside = np.flatnonzero(np.isin(case.group_of, share))
         assert_same_gradients(gradients, naive_gradients(case, plain, scores, LossSettings(), inside))

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Literal
-
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -32,8 +28,3 @@ def schedule_factor(update: int, warmup: int, total: int, schedule: Schedule) ->
         return 1.0
     left = max(0.0, (total - update) / max(1, total - warmup))
     return left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
-
-
-def make_scheduler(optimizer: Optimizer, schedule: Schedule, warmup: int, total: int) -> LambdaLR:
-    """A scheduler with ``schedule_factor`` times the optimiser's learning rate, stepped once per update."""
-    return LambdaLR(optimizer, partial(schedule_factor, warmup=warmup, total=total, schedule=schedule))

@@ -50,6 +50,7 @@ class Updater:
 
     Args:
         passes: ``one`` or ``two``, chosen once per run.
+        groups_per_pack: whole groups that surely fit a pack: they are read together.
         most_tokens: decision tokens of the longest rollout that the limits allow.
         updates: optimiser steps per batch, each on its share of the groups; one pass takes one.
         mismatch_stop: largest mean difference between the engine's and the trainer's log-probabilities over the
@@ -57,13 +58,12 @@ class Updater:
     """
 
     def __init__(
-        self, learner: Learner, packer: Packer, recipe: Recipe, *, passes: str, updates: int, aggregation: Aggregation,
-        most_tokens: int, mismatch_stop: float, progress: Progress,
+        self, learner: Learner, packer: Packer, recipe: Recipe, *, passes: str, groups_per_pack: int, updates: int,
+        aggregation: Aggregation, most_tokens: int, mismatch_stop: float, progress: Progress,
     ):  # fmt: skip
-        self._learner, self._packer, self._recipe, self._passes = learner, packer, recipe, passes
-        self._updates, self._aggregation, self._mismatch_stop = updates, aggregation, mismatch_stop
-        self._most_tokens = most_tokens
-        self._progress = progress
+        self.packer, self.recipe, self.passes, self.groups_per_pack = packer, recipe, passes, groups_per_pack
+        self._learner, self._updates, self._aggregation = learner, updates, aggregation
+        self._most_tokens, self._mismatch_stop, self._progress = most_tokens, mismatch_stop, progress
 
     def __call__(self, batch: Batch, readings: Readings, row: Row) -> Batch:
         """Score groups that are not in ``readings`` yet and take the batch's optimiser steps.
@@ -73,10 +73,10 @@ class Updater:
         Raises:
             DivergedError: ``mismatch_stop`` is exceeded; nothing has changed.
         """
-        one_pass = self._passes == "one"
+        one_pass = self.passes == "one"
         credits = self._one_pass(batch, row) if one_pass else self._two_passes(batch, readings, row)
-        row.set(reward_metrics(batch.groups, credits, self._recipe.gate))
-        separate = self._packer.separate_tokens(batch)
+        row.set(reward_metrics(batch.groups, credits, self.recipe.gate))
+        separate = self.packer.separate_tokens(batch)
         row.set(
             {
                 "tokens/rollout": sum(len(rollout.ids) for rollout in batch.rollouts),
@@ -90,20 +90,20 @@ class Updater:
         row.set({"time/score": 0.0})
         everything = range(len(batch.groups))
         with row.timed("train"):
-            packs = self._packer.packs(batch, everything, scored=True)
+            packs = self.packer.packs(batch, everything, scored=True)
             weights = self._weights(batch, everything)
-            if not self._recipe.needs_values:  # known beforehand, from the whole batch
-                known = credit_rollouts(batch.groups, None, self._recipe)
+            if not self.recipe.needs_values:  # known beforehand, from the whole batch
+                known = credit_rollouts(batch.groups, None, self.recipe)
                 self._step(batch, packs, weights, row, credits=dict(enumerate(known)))
                 return known
             first = np.cumsum([0, *(len(group.rollouts) for group in batch.groups)])
             credits: dict[int, Credit] = {}
 
             def advantages_of(pack: Pack, answer_logp: np.ndarray) -> np.ndarray:
-                values = self._packer.values(pack.plan, answer_logp)
+                values = self.packer.values(pack.plan, answer_logp)
                 inside = [i for g in pack.groups for i in range(first[g], first[g + 1])]
                 groups = [batch.groups[g] for g in pack.groups]
-                scored = credit_rollouts(groups, [values[i] for i in inside], self._recipe)
+                scored = credit_rollouts(groups, [values[i] for i in inside], self.recipe)
                 credits.update(zip(inside, scored, strict=True))
                 return advantages_of_pairs(pack.plan, credits)
 
@@ -117,11 +117,11 @@ class Updater:
         old_logp = {i: readings[rollout_key(rollout)].logp for i, rollout in enumerate(batch.rollouts)}
         differences = [np.abs(old_logp[i] - rollout.logp) for i, rollout in enumerate(batch.rollouts)]
         self._check_mismatch(batch.step, float(np.concatenate(differences).mean()))
-        credits = self._packer.credits(batch.groups, readings)
+        credits = self.packer.credits(batch.groups, readings)
         self._progress.phase("train", total=updates)
         with row.timed("train"):
             for share in np.array_split(np.arange(len(batch.groups)), updates):
-                packs = self._packer.packs(batch, share, scored=False)
+                packs = self.packer.packs(batch, share, scored=False)
                 weights = self._weights(batch, share)
                 self._step(batch, packs, weights, row, credits=dict(enumerate(credits)), old_logp=old_logp)
                 self._progress.advance()
@@ -130,7 +130,7 @@ class Updater:
     def read(self, batch: Batch, readings: Readings, row: Row) -> None:
         """Run the first of two passes over groups that are not in ``readings`` yet."""
         with row.timed("score"):
-            for pack in self._packer.read(batch, readings):
+            for pack in self.packer.read(batch, readings):
                 row.add(pack.tokens)
 
     def _step(

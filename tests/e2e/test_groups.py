@@ -96,7 +96,7 @@ class TestOverlap:
         # A range of two groups each: those that finish apart are scored together.
         options = ("train.token_budget=1100", "train.questions=6", "algorithm.basis=prob")
         trainer = trainer_of(*options)
-        assert trainer.groups_per_pack == 2
+        assert trainer.update.groups_per_pack == 2
         groups = dict(trainer.rollouts(trainer.questions(1), 1, StepMetrics(1)))
         results = []
         for order in (range(6), (5, 0, 4, 1, 3, 2)):
