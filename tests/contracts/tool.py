@@ -2,7 +2,7 @@
 
 import asyncio
 
-from igpo_fast.rollouts.tools.base import FOUND, settle
+from igpo_fast.rollouts.tools.base import FOUND, take_counts
 from igpo_fast.types import Passage, ToolResult
 
 
@@ -47,7 +47,7 @@ class ToolContract:
 
     def test_counts_are_metrics_and_begin_anew(self, tool):
         asyncio.run(tool(self.query, self.corpus))
-        counts, _ = settle(tool, "step 1")
+        counts, _ = take_counts(tool, "step 1")
         assert set(counts) == {f"tool/{name}" for name in tool.counted} and set(FOUND) <= set(tool.counted)
         assert counts["tool/calls"] == 1
-        assert set(settle(tool, "step 2")[0].values()) == {0.0}
+        assert set(take_counts(tool, "step 2")[0].values()) == {0.0}

@@ -106,9 +106,9 @@ def test_the_key_follows_every_source_that_matters(tmp_path):
     # A copy of the kernels with one comment in a function that others call, and one number of warps changed.
     package = tmp_path / "igpo_kernels"
     shutil.copytree(TABLES.parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    callee = package / "linear_logprob/triton_kernels.py"
-    above, name, below = callee.read_text().partition("def capped(")
-    callee.write_text(above + name + below.replace("return z", "return z  # as any other source", 1))
+    callee = package / "triton_math.py"
+    above, name, below = callee.read_text().partition("def soft_capped(")
+    callee.write_text(above + name + below.replace("return x", "return x  # as any other source", 1))
     table = json.loads((package / "configs/turn_advantages.json").read_text())
     table["sm_90"]["any"]["fp32"]["num_warps"] *= 2
     (package / "configs/turn_advantages.json").write_text(json.dumps(table))
