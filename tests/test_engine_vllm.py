@@ -326,7 +326,7 @@ def test_a_replica_listens_on_this_machine_unless_it_has_a_key(more, key, expect
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "host", ""])
 def test_without_a_key_other_machines_are_kept_out(host):
-    with pytest.raises(SystemExit, match=r"whoever reaches a replica sets its weights; set IGPO_REPLICA_KEY"):
+    with pytest.raises(SystemExit, match=r"anyone who reaches a replica can set its weights; set IGPO_REPLICA_KEY"):
         serve._take_key(["--host", host], {})
 
 

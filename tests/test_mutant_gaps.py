@@ -109,7 +109,7 @@ class Updates:
             branches_of=lambda question: branches[question.id],
             summary=lambda passes: "",
         )
-        monkeypatch.setattr(train, "set_up", lambda config, **_: setup)
+        monkeypatch.setattr(train, "set_up", lambda config, **_: setattr(setup, "config", config) or setup)
         settings = [f"rollout.temperature={TEMPERATURE}", "train.lr=1e-12", "train.max_grad_norm=1e9"]
         settings += ["rollout.group_size=2", "rollout.max_turns=2", "rollout.max_tokens=2"]
         settings += ["algorithm.preset=robust", "algorithm.answers=max", *overrides]
@@ -119,7 +119,7 @@ class Updates:
             lambda *_: self.gradients.append({name: p.grad.clone() for name, p in lm.named_parameters()})
         )
         metrics = StepMetrics(1)
-        self.scores = self.trainer.update(Batch(1, tuple(case.groups)), {}, metrics).scores
+        self.credits = self.trainer.update(Batch(1, tuple(case.groups)), {}, metrics).credits
         self.row = metrics.row()
 
 
@@ -144,7 +144,7 @@ def test_a_one_pass_update_has_the_naive_gradient(monkeypatch, packs):
     options = ["algorithm.passes=one", "algorithm.entropy=0.01", f"train.token_budget={budget(case, packs)}"]
     run = Updates(monkeypatch, case, ours, *options)
     scores = credit_rollouts(case.groups, case.naive_values(plain, "prob"), run.trainer.update.recipe)
-    for ours_scored, expected in zip(run.scores, scores, strict=True):
+    for ours_scored, expected in zip(run.credits, scores, strict=True):
         np.testing.assert_allclose(ours_scored.values, expected.values, atol=1e-4)
         np.testing.assert_allclose(ours_scored.advantages, expected.advantages, atol=1e-3)
     (gradients,) = run.gradients

@@ -94,7 +94,7 @@ class TestOverlap:
 
     def test_results_are_the_same_bits_whatever_finishes_first(self, trainer_of):
         # A range of two groups each: those that finish apart are scored together.
-        options = ("train.token_budget=1100", "train.questions=6", "algorithm.basis=prob")
+        options = ("train.token_budget=1000", "train.questions=6", "algorithm.basis=prob")
         trainer = trainer_of(*options)
         assert trainer.update.groups_per_pack == 2
         groups = dict(trainer.rollouts(trainer.questions(1), 1, StepMetrics(1)))

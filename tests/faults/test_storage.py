@@ -227,7 +227,7 @@ def test_two_processes_do_not_write_one_file(tmp_path):
     target = tmp_path / "out.jsonl"
     with atomic(target) as first:
         first.write(b"first")
-        with pytest.raises(InputError, match=r"out\.jsonl: another process writes it"), atomic(target) as second:
+        with pytest.raises(InputError, match=r"out\.jsonl: another process is writing it"), atomic(target) as second:
             second.write(b"second")
     assert target.read_bytes() == b"first" and list(tmp_path.iterdir()) == [target]
 

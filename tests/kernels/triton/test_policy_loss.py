@@ -207,7 +207,7 @@ def test_a_ratio_of_no_advantage_may_overflow(device):
 def test_negative_sequences_are_refused(setting, backend, device):
     case = make(4)
     case["sequence"] = torch.tensor([0, 0, 1, -1])
-    with pytest.raises(ValueError, match="sequence holds -1; count sequences from 0"):
+    with pytest.raises(ValueError, match="sequence holds -1; number sequences from 0"):
         run(case, SETTINGS[setting], backend, torch.float32, device)
 
 
