@@ -1,4 +1,4 @@
-"""The training loop: every line of ``train``'s loop is one arrow of the data flow.
+"""The training loop. Everything from trees to the optimiser step is update/update.py.
 
 questions -> rollouts -> trees -> ONE pass: answer log-probs, decision log-probs -> turn rewards
   -> turn advantages -> loss -> backward -> optimiser step -> weights to the engine

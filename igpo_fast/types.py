@@ -1,6 +1,6 @@
 """The data that flows through a training step, as frozen dataclasses.
 
-Dimension letters, used as suffixes of names throughout (``old_logp_M``, ``gains_T``):
+Dimension letters, in the shapes of docstrings (``float64 [T]``) and as suffixes of names (``logits_BV``):
 
     Q  questions in a batch            A  tokens of one accepted answer
     G  rollouts of one question        N  packed tokens
@@ -178,7 +178,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Credit:
-    """Values, gains, rewards and advantages of one rollout, per turn (algorithm.md's v, ig, r and A)."""
+    """Values, gains, rewards and advantages of one rollout, per turn (the paper's v, ig, r and A)."""
 
     values: np.ndarray
     """v_t at prefix_0 .. prefix_{T-1}, in the configured basis: float64 [T]; NaN where undefined."""

@@ -24,6 +24,7 @@ from igpo_fast.files import sha256
 from igpo_fast.run.checkpoint import RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
 from igpo_fast.run.records import record_of
 from igpo_fast.types import ANSWER, SEARCH, Credit, Question, Rollout, Turn
+from igpo_fast.update.learner import State
 
 
 class Tokenizer:
@@ -51,7 +52,7 @@ def update(lm, optimizer, scheduler):
 
 
 def save(run, step, parts, extra=None):
-    return save_checkpoint(run, step, parts[0], Tokenizer(), *parts[1:], extra or {"cursor": step})
+    return save_checkpoint(run, step, State(*parts), Tokenizer(), extra or {"cursor": step})
 
 
 def settings_for(*overrides):
@@ -88,7 +89,7 @@ def test_resumed_updates_equal_uninterrupted_ones(run, dtype):
     wanted = {name: p.clone() for name, p in parts[0].state_dict().items()}
 
     fresh = build(seed=1, dtype=dtype)
-    assert load_checkpoint(run, *fresh) == (1, {"cursor": 7, "order": [3, 1, 2]})
+    assert load_checkpoint(run, State(*fresh)) == (1, {"cursor": 7, "order": [3, 1, 2]})
     update(*fresh)
     for name, tensor in fresh[0].state_dict().items():
         assert torch.equal(tensor, wanted[name]), name
@@ -100,7 +101,7 @@ def test_tied_embeddings_stay_one_tensor_and_transformers_loads_the_folder(run):
     parts = build()
     folder = save(run, 1, parts)
     fresh = build(seed=1)
-    load_checkpoint(run, *fresh)
+    load_checkpoint(run, State(*fresh))
     lm = fresh[0]
     assert lm.lm_head.weight is lm.model.embed_tokens.weight
     assert lm.lm_head.weight in set(fresh[1].param_groups[0]["params"])
@@ -110,7 +111,7 @@ def test_tied_embeddings_stay_one_tensor_and_transformers_loads_the_folder(run):
 
 
 def test_no_checkpoint_is_none(run):
-    assert load_checkpoint(run, *build()) is None
+    assert load_checkpoint(run, State(*build())) is None
 
 
 def test_extra_that_could_not_be_read_back_fails_when_saved(run):
@@ -124,7 +125,7 @@ def test_newest_wins_and_old_ones_are_pruned(run):
     for step in (2, 4, 10):
         save(run, step, parts)
     assert list(run.saved()) == [4, 10]
-    assert load_checkpoint(run, *parts)[0] == 10
+    assert load_checkpoint(run, State(*parts))[0] == 10
 
 
 def test_saving_a_step_twice_leaves_the_first(run):
@@ -142,7 +143,9 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "config.json", "manifest.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "state.pt", "learner.pt", "config.json", "manifest.json", "tokenizer.json"]
+)
 @pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
 def test_a_damaged_checkpoint_is_named_and_never_passed_over(run, name, harm):
     parts = build()
@@ -158,7 +161,7 @@ def test_a_damaged_checkpoint_is_named_and_never_passed_over(run, name, harm):
         path.unlink()
     weights = {key: value.clone() for key, value in parts[0].state_dict().items()}
     with pytest.raises(InputError) as error:
-        load_checkpoint(run, *parts)
+        load_checkpoint(run, State(*parts))
     message = str(error.value)
     assert message.startswith(f"{path}: ") and "\n" not in message
     assert f"delete {path.parent} to go on from step 1" in message
@@ -169,7 +172,7 @@ def test_the_only_checkpoint_damaged_says_from_the_start(run):
     parts = build()
     flip(save(run, 1, parts) / "state.pt")
     with pytest.raises(InputError, match="to go on from the start"):
-        load_checkpoint(run, *parts)
+        load_checkpoint(run, State(*parts))
 
 
 def forge(folder, name, content):
@@ -195,9 +198,10 @@ def of_another_model(state):
     "name, content",
     [
         ("state.pt", lambda state: torch_file({})),
+        ("learner.pt", lambda state: torch_file({})),
         ("state.pt", lambda state: torch_file([1])),
-        ("state.pt", lambda state: torch_file(state | {"optimizer": {"state": {}, "param_groups": []}})),
-        ("state.pt", lambda state: torch_file(of_another_model(state))),
+        ("learner.pt", lambda state: torch_file(state | {"optimizer": {"state": {}, "param_groups": []}})),
+        ("learner.pt", lambda state: torch_file(of_another_model(state))),
         ("state.pt", lambda state: torch_file(state | {"rng": {"cpu": torch.zeros(3), "cuda": []}})),
         ("state.pt", lambda state: torch_file(state | {"extra": 3})),
         ("state.pt", lambda state: b"no zip"),
@@ -212,9 +216,9 @@ def test_a_checkpoint_of_something_else_is_one_line(run, name, content):
     parts = build()
     update(*parts)
     folder = save(run, 1, parts)
-    forge(folder, name, content(torch.load(folder / "state.pt")))
+    forge(folder, name, content(torch.load(folder / (name if name.endswith(".pt") else "state.pt"))))
     with pytest.raises(InputError) as error:
-        load_checkpoint(run, *parts)
+        load_checkpoint(run, State(*parts))
     assert str(error.value).startswith(f"{folder}: undamaged, but not a state of this run's model and optimiser (")
     assert "\n" not in str(error.value)
 
@@ -643,7 +647,7 @@ def session(folder, last, fault=None):
         die_at(*fault)
     with open_run(folder, settings_for()) as run:
         parts = build()
-        done = load_checkpoint(run, *parts)
+        done = load_checkpoint(run, State(*parts))
         run.begin()
         step = done[0] if done else 0
         rewind(run, step)

@@ -4,7 +4,7 @@
     begun.yaml, contents.json   configuration and digests of the data when the run began, which must not change
     metrics.jsonl               one object per step
     rollouts/step_000007.jsonl  one object per rollout; eval_000030.jsonl: what the policy said on held-out questions
-    checkpoints/step_000020/    weights that ``from_pretrained`` loads, tokenizer, state.pt, manifest.json
+    checkpoints/step_000020/    weights that ``from_pretrained`` loads, learner.pt, tokenizer, state.pt, manifest.json
     discarded/1/                rows and rollouts that a killed session wrote after its last checkpoint
 
 ``step`` is the 1-based number of the finished step; row 0 may hold an evaluation before training. The
@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -207,28 +208,37 @@ def open_run(path: str | Path, config: Config) -> RunFolder:
     return run
 
 
-def save_checkpoint(run: RunFolder, step: int, lm, tokenizer, optimizer, scheduler, extra: Mapping) -> Path:
+class Owner(Protocol):
+    """Who owns the weights (update/learner.Learner)."""
+
+    def save(self, folder: Path) -> None:
+        """Write weights, in a layout that ``from_pretrained`` loads, optimiser and schedule into a folder."""
+
+    def load(self, folder: Path) -> None:
+        """Read them back in place; raises whatever does not fit."""
+
+
+def save_checkpoint(run: RunFolder, step: int, owner: Owner, tokenizer, extra: Mapping) -> Path:
     """Save the state after ``step``, then drop all but the newest ``train.keep_checkpoints``.
 
     Args:
-        lm, tokenizer: anything with ``save_pretrained(folder)``; weights keep their dtype.
-        optimizer, scheduler: ``state_dict()`` is saved.
+        tokenizer: anything with ``save_pretrained(folder)``.
         extra: numbers, strings, tensors and plain containers of them.
     Returns:
         The checkpoint's folder; an existing one holds the same state and is left unchanged.
     Raises:
-        pickle.UnpicklingError: ``extra`` or the scheduler's state holds other objects.
+        pickle.UnpicklingError: ``extra`` holds other objects.
     """
     folder = run.checkpoints / f"step_{step:06d}"
     if folder.exists():
         return folder
-    rest = {"scheduler": scheduler.state_dict(), "extra": dict(extra), "rng": _rng_state()}
+    rest = {"extra": dict(extra), "rng": _rng_state()}
     _check_loadable(rest)
     with atomic_folder(folder) as temporary:
-        lm.save_pretrained(temporary)
+        owner.save(temporary)
         tokenizer.save_pretrained(temporary)
         with open(temporary / "state.pt", "wb") as file:  # given a path, torch.save hides the operating system's error
-            torch.save({"optimizer": optimizer.state_dict(), **rest}, file)
+            torch.save(rest, file)
         write_manifest(temporary, step=step, rows=_rows_now(run))
     for old in list(run.saved().values())[: -run.config.train.keep_checkpoints]:
         # Renamed first: a kill during the deletion must not leave a folder that looks like a checkpoint.
@@ -238,12 +248,9 @@ def save_checkpoint(run: RunFolder, step: int, lm, tokenizer, optimizer, schedul
     return folder
 
 
-def load_checkpoint(run: RunFolder, lm, optimizer, scheduler) -> tuple[int, dict] | None:
-    """Restore the newest checkpoint, bit for bit: weights, optimiser, scheduler and torch's generators.
+def load_checkpoint(run: RunFolder, owner: Owner) -> tuple[int, dict] | None:
+    """Restore the newest checkpoint, bit for bit: weights, optimiser, schedule and torch's generators.
 
-    Args:
-        lm: a model of the saved class, whose ``from_pretrained`` reads the weights; loaded in place, so that ties and
-            the optimiser's references stay valid.
     Returns:
         (step, extra), or None if there is no checkpoint.
     Raises:
@@ -254,14 +261,8 @@ def load_checkpoint(run: RunFolder, lm, optimizer, scheduler) -> tuple[int, dict
         return None
     try:
         with storage(folder, "read"):
-            saved, about = type(lm).from_pretrained(folder, dtype=lm.dtype, output_loading_info=True)
-            if unknown := sorted({*about["missing_keys"], *about["mismatched_keys"]}, key=str):
-                raise ValueError(f"no tensor {unknown[0]}")
-            lm.load_state_dict(saved.state_dict())
+            owner.load(folder)
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            optimizer.load_state_dict(state["optimizer"])
-            _check_shapes(optimizer)
-            scheduler.load_state_dict(state["scheduler"])
             torch.set_rng_state(state["rng"]["cpu"])
             for device, rng in zip(range(torch.cuda.device_count()), state["rng"]["cuda"], strict=False):
                 torch.cuda.set_rng_state(rng, device)
@@ -397,13 +398,6 @@ def _real(folder: Path) -> list[Path]:
     if folder.is_symlink() or not folder.is_dir():
         return []
     return [path for path in folder.iterdir() if not path.is_symlink()]
-
-
-def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
-    """ValueError for a state of other parameters, which would otherwise fail only at the next update."""
-    for parameter, state in optimizer.state.items():
-        if bad := [n for n, value in state.items() if value.ndim and value.shape != parameter.shape]:
-            raise ValueError(f"{bad[0]} has another shape than its parameter")
 
 
 def _rng_state() -> dict:

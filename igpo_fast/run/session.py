@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from igpo_fast.config import Config
 from igpo_fast.errors import RunError
-from igpo_fast.run.checkpoint import RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
+from igpo_fast.run.checkpoint import Owner, RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
 from igpo_fast.run.display import Display
 from igpo_fast.run.interrupt import Interrupted, stop_requested
 from igpo_fast.run.metrics import StepMetrics, ordered, tracker
@@ -24,13 +24,10 @@ from igpo_fast.run.signatures import warnings_for
 from igpo_fast.types import Batch, Evaluation
 
 
-class Owner(Protocol):
-    """The owner of the weights (update/learner.Learner)."""
+class Learner(Owner, Protocol):
+    """What a session asks of update/learner.Learner."""
 
-    updates: int
-    lm: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    steps: int
 
 
 class Session:
@@ -61,14 +58,14 @@ class Session:
     def __exit__(self, *exception) -> None:
         self._stack.close()
 
-    def resume(self, learner: Owner, tokenizer: PreTrainedTokenizerBase) -> int:
+    def resume(self, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> int:
         """Restore the newest checkpoint and move later rows and rollouts aside.
 
         Returns:
             The last finished step, 0 at the start.
         """
         self._learner, self._tokenizer = learner, tokenizer
-        loaded = load_checkpoint(self.folder, learner.lm, learner.optimizer, learner.scheduler)
+        loaded = load_checkpoint(self.folder, learner)
         self.folder.begin()
         step, extra = loaded or (0, {})
         moved = rewind(self.folder, step)
@@ -117,13 +114,14 @@ class Session:
         finished, and the checkpoint carries its row so far. Between two updates of one step nothing can be kept: the
         run goes back to its last checkpoint.
         """
-        metrics, updates = StepMetrics(number), self._learner.updates
+        metrics, steps = StepMetrics(number), self._learner.steps
         try:
             yield metrics
+            self._report(metrics.row())
         except Exception as error:
             if self._finished == number:
                 self._save(number, metrics.row())
-            elif self._learner.updates == updates and number > 1:
+            elif self._learner.steps == steps and number > 1:
                 self._save(number - 1)
             if isinstance(error, torch.OutOfMemoryError | MemoryError):
                 raise RunError(
@@ -131,7 +129,6 @@ class Session:
                     "rollout.concurrency, then resume with the same command"
                 ) from error
             raise
-        self._report(metrics.row())
 
     def write_rollouts(self, batch: Batch) -> None:
         """Write a trained batch's rollouts: its step is finished."""
@@ -146,8 +143,7 @@ class Session:
     def _save(self, step: int, row: Mapping[str, float] | None = None) -> None:
         """Write a finished step's checkpoint; ``row`` is its row so far if that cannot be written yet."""
         extra = {} if row is None else {"row": {key: np.asarray(value).item() for key, value in row.items()}}
-        learner = self._learner
-        save_checkpoint(self.folder, step, learner.lm, self._tokenizer, learner.optimizer, learner.scheduler, extra)
+        save_checkpoint(self.folder, step, self._learner, self._tokenizer, extra)
 
     def _report(self, row: dict[str, float]) -> None:
         self._rows.append(row)

@@ -15,7 +15,7 @@ PATIENCE = 3
 
 @dataclass(frozen=True)
 class Signature:
-    """A metric that, past a limit, indicates a known failure (algorithm.md, "What is known to go wrong")."""
+    """A metric that, past a limit, indicates a known way in which training fails."""
 
     key: str
     what: str

@@ -25,7 +25,7 @@ def groups_per_pack(config: Config, recipe: Recipe, answer_tokens: int) -> int:
 
 
 def choose_passes(config: Config, recipe: Recipe, answer_tokens: int) -> str:
-    """``one`` or ``two`` passes over a rollout's tokens per update (design.md); fixed for the run.
+    """``one`` or ``two`` passes over a rollout's tokens per update; fixed for the run.
 
     Args:
         answer_tokens: most tokens that forced answers take after one prefix.

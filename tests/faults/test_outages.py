@@ -217,3 +217,21 @@ def test_a_resume_trains_the_warm_start_again_only_for_a_reference(monkeypatch, 
     assert [row["step"] for row in rows(folder)] == [0, 1, 2, 3, 4]
     last = "checkpoints/step_000004/model.safetensors"
     assert (folder / last).read_bytes() == (reference / last).read_bytes()
+
+
+def test_a_row_that_cannot_be_written_costs_no_step(monkeypatch, undisturbed, cache, tmp_path):
+    """The rollouts of step 3 are on disk, its row is refused: the checkpoint carries it."""
+    append = RunFolder.append_metrics
+
+    def refusing(run, row):
+        if row["step"] == 3:
+            raise StorageError("metrics.jsonl: cannot write (no space)")
+        append(run, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_metrics", refusing)
+        with pytest.raises(StorageError, match="no space"):
+            train(settings(tmp_path, cache, *OPTIONS), Recorder())
+    assert list(RunFolder(tmp_path).saved()) == [3]
+    session(monkeypatch, tmp_path, cache)
+    same(tmp_path, undisturbed)

@@ -22,6 +22,7 @@ from igpo_fast.errors import InputError, StorageError
 from igpo_fast.files import append, atomic, atomic_folder, check_writable, storage
 from igpo_fast.run.checkpoint import load_checkpoint, open_run, rewind
 from igpo_fast.run.metrics import tracker
+from igpo_fast.update.learner import State
 from tests.test_checkpoint import build, save, settings_for, update
 from tests.tiny import SETTINGS, WORLD
 
@@ -59,7 +60,7 @@ def session(folder, last):
     """Train up to step ``last`` from wherever the folder stands, with a checkpoint a step."""
     with open_run(folder, settings_for()) as run:
         parts = build()
-        done = load_checkpoint(run, *parts)
+        done = load_checkpoint(run, State(*parts))
         run.begin()
         step = done[0] if done else 0
         rewind(run, step)

@@ -19,6 +19,7 @@ from igpo_fast.files import write_manifest
 from igpo_fast.rollouts.dialect import make_dialect
 from igpo_fast.run.checkpoint import load_checkpoint, open_run, rewind
 from igpo_fast.train import train
+from igpo_fast.update.learner import State
 from tests.families import tokenizer_of
 from tests.slow.odd import DEEP, LONG, VALUES, changed, damaged, harm, written
 from tests.slow.sweep import Case
@@ -150,7 +151,7 @@ def run_folder(folder: Path) -> Case:
         try:
             with open_run(bad, settings_for()) as run:
                 parts = build(seed=1)
-                done = load_checkpoint(run, *parts)
+                done = load_checkpoint(run, State(*parts))
                 run.begin()
                 step = done[0] if done else 0
                 rewind(run, step)
