@@ -292,7 +292,8 @@ def _evaluated(target: str, file: Path | None, overrides: list[str]) -> tuple[Co
     """The configuration to evaluate with, and the weights."""
     if not (Path(target) / "config.yaml").exists():
         if file is None:
-            raise InputError(f"{target}: not a run folder; give --config FILE to evaluate it as a model")
+            what = "not a run folder" if Path(target).exists() else "no such run folder"
+            raise InputError(f"{target}: {what}; give --config FILE to evaluate a model")
         return _load(file, [*overrides, f"model.path={json.dumps(target)}"]), target
     if file is not None:
         raise InputError(f"{target}: a run folder has its own configuration; leave --config out")

@@ -134,7 +134,7 @@ def device_of(name: str) -> str:
         return "cuda" if count else "cpu"
     here = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
     if name not in here:
-        raise InputError(f"model.device={name}: none here; use model.device=auto or one of {', '.join(here)}")
+        raise InputError(f"model.device={name}: no such device here; use model.device=auto or one of {', '.join(here)}")
     return name
 
 

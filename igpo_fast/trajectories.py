@@ -95,7 +95,7 @@ def _record(row: dict[str, Any], where: str) -> Record:
     if messages is None and {"prompt_ids", "turns"} <= row.keys():
         return Record(where, row, question, rollout=_rollout(row, question, where))
     if not _is_list_of(dict, messages):
-        raise InputError(f'{where}: no messages; fill "messages" with objects that have role and content')
+        raise InputError(f'{where}: "messages" is no list of messages; fill it with objects that have role and content')
     checked = [_message(message, number, where) for number, message in enumerate(messages, start=1)]
     prompt, turns = _split(checked, where)
     return Record(where, row, question, prompt, turns)

@@ -72,7 +72,7 @@ def test_a_device_that_is_not_there_is_the_last_line_but_the_threads(configured)
     found = checks(["model.device=cuda"], configured)
     assert list(found)[-2:] == ["device", "threads"]
     assert found["device"] == doctor.Check(
-        "device", "model.device=cuda: none here; use model.device=auto or one of cpu", ok=False
+        "device", "model.device=cuda: no such device here; use model.device=auto or one of cpu", ok=False
     )
 
 

@@ -31,6 +31,19 @@ def test_the_first_signal_is_answered_at_once(capfd, number, again):
         signal.signal(number, before)
 
 
+def test_the_second_may_be_the_other_signal(capfd):
+    ended = []
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
+    try:
+        with stop_requested() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.is_set() and not ended
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert ended
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_second_one_that_meets_the_engine_is_not_logged_by_asyncio(monkeypatch, caplog):
     lm = build(17, hidden_size=8, layers=1, heads=2, kv_heads=2, ffn_size=8, max_tokens=16, tie_embeddings=True, seed=0)
     engine = TorchEngine(lm, max_slots=1, max_tokens=16)

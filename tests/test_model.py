@@ -387,7 +387,9 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert model.device_of("auto") == model.device_of("cpu") == "cpu"
     for name in ("cuda", "cuda:0", "gpu", "mps", "meta", "", "cpu:1", "cuda:-1"):
-        with pytest.raises(InputError, match=f"^model.device={name}: none here; use model.device=auto or one of cpu$"):
+        with pytest.raises(
+            InputError, match=f"^model.device={name}: no such device here; use model.device=auto or one of cpu$"
+        ):
             model.device_of(name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [model.device_of(name) for name in ("auto", "cpu", "cuda:1")] == ["cuda", "cpu", "cuda:1"]

@@ -216,7 +216,7 @@ BAD = {
     "no answers": (json.dumps(GOOD | {"answers": []}), "no answers"),
     "a blank answer": (json.dumps(GOOD | {"answers": ["tiza", " "]}), "no answers"),
     "answers no list": (json.dumps(GOOD | {"answers": "tiza"}), "no answers"),
-    "no messages": (json.dumps(GOOD | {"messages": ["hello"]}), "no messages"),
+    "no messages": (json.dumps(GOOD | {"messages": ["hello"]}), "is no list of messages"),
     "no text": (json.dumps(GOOD | {"messages": [message("assistant", None)]}), "message 1 has no text"),
     "no turn": (json.dumps(GOOD | {"messages": [message("user", "?")]}), "no message of the assistant"),
     "a tool first": (

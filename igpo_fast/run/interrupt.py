@@ -28,7 +28,8 @@ def stop_requested() -> Iterator[threading.Event]:
 
     def ask(number, frame):
         event.set()
-        signal.signal(number, before[number])
+        for either, handler in before.items():  # the second may be the other one
+            signal.signal(either, handler)
         again = "press Ctrl-C again" if number == signal.SIGINT else "send SIGTERM again"
         _say(f"finishing this step, which is then saved; {again} to stop now")
 
