@@ -309,6 +309,8 @@ def _evaluated(target: str, file: Path | None, overrides: list[str]) -> tuple[Co
             f"{target}: {settings.eval.questions} questions wanted, but this run held out {held_out} and "
             "trained on the others; ask for fewer, or give data.eval=FILE"
         )
+    for changed in run.changed_contents(settings):
+        typer.echo(f"warning: {changed}", err=True)
     return settings, str(run.newest())  # verified: a damaged one is refused
 
 

@@ -118,7 +118,7 @@ class Chat:
         if not given:
             system = Message(0, "system", CHAT_SYSTEM)
             given, tools = [system, Message(0, "user", record.question.question)], [SEARCH_TOOL]
-        tools = _texts(tools, self.dialect.quote)
+        tools = _texts(tools, self.dialect.quote, self.dialect.quote)
         messages = [self._written(message) for message in given]
         before = self._render(record, messages, tools)
         pieces = [[self.dialect.encode(before)]]
@@ -146,7 +146,7 @@ class Chat:
     def _written(self, message: Message) -> dict[str, Any]:
         """A message in the template's form."""
         own = message.role != "tool"  # only tools may not write the template's delimiters
-        return _for_template(message, lambda text: self.dialect.quote(text, tags=not own))
+        return _for_template(message, lambda text: self.dialect.quote(text, tags=not own), self.dialect.quote)
 
     def _check_complete(self, record: Record, messages: list[Message], tools: list | None) -> None:
         """Refuse a template that leaves out part of a message: each text between tags is replaced by a mark, and all
@@ -161,7 +161,9 @@ class Chat:
                     marks[pieces[i]] = number
             return "".join(pieces)
 
-        copies = [_for_template(m, lambda text, number=m.number: marked(text, number)) for m in messages]
+        copies = [
+            _for_template(m, lambda text, number=m.number: marked(text, number), self.dialect.quote) for m in messages
+        ]
         rendered = self._render(record, copies, tools)
         for mark, number in marks.items():
             if mark not in rendered:
@@ -190,8 +192,8 @@ _MARK = secrets.token_hex(8)
 _TAG = re.compile(r"(<[^<>]{1,40}>)")
 
 
-def _for_template(message: Message, write: Callable[[str], str]) -> dict[str, Any]:
-    """A message as templates take it, its texts written by ``write``."""
+def _for_template(message: Message, write: Callable[[str], str], quote: Callable[[str], str]) -> dict[str, Any]:
+    """A message as templates take it, its texts written by ``write``, names of arguments by ``quote``."""
     # Templates have no environment role: messages not from a tool count as the user's.
     role = "user" if message.role == "environment" else message.role
     made: dict[str, Any] = {"role": role, "content": write(message.content)}
@@ -201,20 +203,25 @@ def _for_template(message: Message, write: Callable[[str], str]) -> dict[str, An
         made["tool_calls"] = [
             {
                 "type": "function",
-                "function": {"name": write(call["name"]), "arguments": _texts(call["arguments"], write)},
+                "function": {
+                    "name": write(call["name"]),
+                    "arguments": _texts(call["arguments"], write, quote),
+                },
             }
             for call in message.calls
         ]
     return made
 
 
-def _texts(value: Any, write: Callable[[str], str]) -> Any:
-    """A JSON value, its texts written by ``write``."""
+def _texts(value: Any, write: Callable[[str], str], quote: Callable[[str], str]) -> Any:
+    """A JSON value, its texts written by ``write``, the names in its objects by ``quote``."""
     if isinstance(value, str):
         return write(value)
     if isinstance(value, list):
-        return [_texts(entry, write) for entry in value]
-    return {key: _texts(entry, write) for key, entry in value.items()} if isinstance(value, dict) else value
+        return [_texts(entry, write, quote) for entry in value]
+    if isinstance(value, dict):
+        return {quote(key): _texts(entry, write, quote) for key, entry in value.items()}
+    return value
 
 
 WRITERS = {"tags": Tags, "chat": Chat}

@@ -105,9 +105,18 @@ def _is_list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
 
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Names under which servers give a turn's thoughts."""
+UNREAD = ("audio", "refusal", "images")
+"""Parts of a message that are no text of the policy's."""
+
+
 def _message(message: dict, number: int, where: str) -> Message:
-    role, content, calls, thought = (message.get(k) for k in ("role", "content", "tool_calls", "reasoning_content"))
+    role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
+    thought = next((message[key] for key in THOUGHTS if message.get(key)), None)
     where = f"{where}: message {number}"
+    if unread := [key for key in UNREAD if message.get(key)]:
+        raise InputError(f'{where} has "{unread[0]}", which cannot be scored; leave the line out')
     if _is_list_of(dict, content) and all(isinstance(part.get("text"), str) for part in content):
         content = "".join(part["text"] for part in content)  # OpenAI's text parts
     if content is None and (calls or thought):

@@ -3,6 +3,7 @@ import io
 import json
 import multiprocessing
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -685,3 +686,19 @@ def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert in_child(lambda: session(folder, 4)) == 0
     return folder
+
+
+def test_what_a_run_read_and_is_edited_since_is_told_by_name(tmp_path):
+    """To who evaluates: questions from elsewhere are none of the run's."""
+    settings = file_settings(tmp_path)
+    with open_run(tmp_path / "run", settings) as run:
+        run.begin()
+        assert run.changed_contents(settings) == []
+        source = pathlib.Path(settings.data.train)
+        source.write_text(source.read_text() + "\n")
+        (changed,) = run.changed_contents(settings)
+        assert changed.startswith(f"{source} (data.train): holds something else than when ")
+        other = tmp_path / "other.jsonl"
+        other.write_text(source.read_text())
+        elsewhere = settings.model_copy(update={"data": settings.data.model_copy(update={"train": str(other)})})
+        assert run.changed_contents(elsewhere) == []

@@ -167,6 +167,19 @@ class RunFolder:
                 reason = f"{type(error).__name__}: {error}"
                 raise InputError(f"{where}: not a rollout's record ({reason}); restore the file") from None
 
+    def changed_contents(self, config: Config) -> list[str]:
+        """What of the run's data, tokenizer and model holds something else than when it began, in words; what
+        ``config`` reads from elsewhere is not compared."""
+        if not self._contents.exists():
+            return []
+        begun = json_value(_content(self._contents), self._contents)
+        before, now = sources(self.config), sources(config)
+        return [
+            f"{now[key]} ({key}): holds something else than when {self.path} began"
+            for key, digest in contents(config).items()
+            if isinstance(begun, dict) and now[key] == before.get(key) and begun.get(key, digest) != digest
+        ]
+
     def missing_rollouts(self, step: int) -> str | None:
         """A note if rollouts of finished steps up to ``step`` are missing; training does not read them."""
         found = _numbered(self.rollouts, r"\.jsonl")
@@ -366,15 +379,8 @@ def _check_same(run: RunFolder, config: Config) -> None:
                     f"{run.path}: {key} was {before[key]!r} when this run began and is now {value!r}; "
                     "keep it, or give another run.dir="
                 )
-    if not run._contents.exists():
-        return
-    begun = json_value(_content(run._contents), run._contents)
-    for key, digest in contents(config).items():
-        if isinstance(begun, dict) and begun.get(key, digest) != digest:
-            raise InputError(
-                f"{sources(config)[key]} ({key}): holds something else than when {run.path} began; restore it, or give "
-                "another run.dir="
-            )
+    for changed in run.changed_contents(config):
+        raise InputError(f"{changed}; restore it, or give another run.dir=")
 
 
 def _values(config: Config) -> dict[str, object]:

@@ -159,3 +159,19 @@ def test_harmless_keywords_are_taken():
     )
     with pytest.raises(ValueError, match="asks for attention that is not causal"):
         call(is_causal=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_models_in_half_precision_are_taken(family, dtype):
+    use_tree_attention(make(family, **SIZES).to(dtype))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_grow_with_the_longest_sequence_are_refused(kind):
+    rope = dict(rope_type=kind, rope_theta=1e4, factor=2.0, original_max_position_embeddings=4096)
+    if kind == "longrope":
+        head = SIZES["hidden_size"] // SIZES["num_attention_heads"] // 2
+        rope |= dict(short_factor=[1.0] * head, long_factor=[4.0] * head)
+    with pytest.raises(ValueError, match=f"{kind} RoPE, whose frequencies depend on a forward's"):
+        use_tree_attention(make("llama", **SIZES, rope_parameters=rope))

@@ -48,6 +48,7 @@ def use_tree_attention(model: PreTrainedModel, verify: bool = True) -> PreTraine
 
 @torch.no_grad()
 def _verify(model: PreTrainedModel) -> None:
+    _refuse_growing_rope(model)
     trees = _small_trees(model.config.get_text_config().vocab_size)
     plan = pack(trees)
     heard = _Sharp(TreeAttend(plan))
@@ -62,11 +63,23 @@ def _verify(model: PreTrainedModel) -> None:
         separate.append(_hidden(model, alone, _Sharp(TreeAttend(alone), factor))[-1])
     separate = torch.stack(separate)
     error = float((packed - separate).abs().max() / separate.abs().max())
-    if not error <= (1e-4 if packed.dtype in (torch.float32, torch.float64) else 5e-2):
+    if not error <= (1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2):
         raise ValueError(
             f"{type(model).__name__}: a packed tree differs by {error:.1e} (relative) from separate sequences, so a "
             "layer reads more than the visible path; use a model whose every layer is softmax attention"
         )
+
+
+def _refuse_growing_rope(model: PreTrainedModel) -> None:
+    """Frequencies that depend on the longest path of a row differ between a pack and its sequences."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    for entry in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        kind = entry.get("rope_type", entry.get("type"))
+        if kind in ("dynamic", "longrope"):
+            raise ValueError(
+                f"{type(model).__name__} has {kind} RoPE, whose frequencies depend on a forward's longest sequence; "
+                "use a model with default, linear, llama3 or YaRN RoPE"
+            )
 
 
 def _hidden(model: PreTrainedModel, plan: TreePlan, attend: Attend) -> torch.Tensor:
