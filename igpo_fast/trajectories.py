@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from igpo_fast.data.rows import json_object
+from igpo_fast.data.rows import json_lines
 from igpo_fast.errors import InputError
 from igpo_fast.types import INVALID, Question, Rollout, Turn
 
@@ -58,27 +58,11 @@ def read_records(path: Path) -> Iterator[Record]:
         InputError: a file that cannot be read, a line that is not a trajectory.
     """
     try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _record(_object(line, f"{path} line {number}"), f"{path} line {number}")
+        with open(path, "rb") as lines:
+            for row in json_lines(lines, path):
+                yield _record(row.values, row.where)
     except OSError as error:
         raise InputError(f"{path}: cannot read it ({error.strerror}); give an existing file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; give JSON lines") from None
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json_object(line, where)
-        json.dumps(row, ensure_ascii=False).encode()
-    except InputError:
-        raise
-    except UnicodeEncodeError:
-        raise InputError(f"{where}: a text with half a character (a lone surrogate); correct it") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: JSON that is too large or nested too deep ({error}); correct it") from None
-    return row
 
 
 def _record(row: dict[str, Any], where: str) -> Record:

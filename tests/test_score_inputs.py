@@ -184,6 +184,12 @@ def test_json_that_no_parser_takes(tmp_path, line):
         list(read_records(source))
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes("\ufeff".encode() + json.dumps(row(ASKED, FOUND | {"role": "assistant"}, ANSWERED)).encode())
+    assert len(list(read_records(path))) == 1
+
+
 def test_verls_dumps_are_told_what_they_lack(refused):
     assert "verl" in refused({"input": "Who?", "output": "Goethe", "gts": "Goethe", "score": 1.0, "step": 3})
 
