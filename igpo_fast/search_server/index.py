@@ -9,7 +9,6 @@ DIR/CORPUS-KIND-KEY/    a complete index; the name of one in the making begins w
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import mmap
@@ -31,7 +30,7 @@ from igpo_fast.data.fields import BadField
 from igpo_fast.data.passages import passage_of
 from igpo_fast.data.rows import json_lines
 from igpo_fast.errors import InputError
-from igpo_fast.files import atomic, sync
+from igpo_fast.files import atomic, lock, sync
 from igpo_fast.types import Passage
 
 FORMAT = 2
@@ -177,11 +176,11 @@ def _stat(corpus: Path) -> dict[str, object]:
 def _locked(root: Path) -> Iterator[None]:
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / ".lock", "a+")  # noqa: SIM115 (closed below)
+        held = open(root / ".lock", "a+")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise InputError(f"{root}: cannot keep an index there ({error.strerror}); give another --index") from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held:
+        lock(held, wait=True)
         yield
 
 
