@@ -230,7 +230,7 @@ def score(
     )  # fmt: skip
     with bar("score") as advance:
         count = score_file(source, target, make_scorer, overwrite=overwrite, progress=advance)
-    typer.echo(f"scored {count:,} trajectories into {target}")
+    typer.echo(f"scored {count:,} {'trajectory' if count == 1 else 'trajectories'} into {target}")
 
 
 @search.command("serve")

@@ -24,14 +24,15 @@ def load(schema: type[Settings], file: str | Path | None, overrides: Sequence[st
         InputError: missing or malformed file, unknown key, wrong type or value.
     """
     values = {} if file is None else _sections(file)
-    where = f"{file or 'configuration'} with overrides" if overrides else str(file or "configuration")
+    overridden = set()
     for override in overrides:
         section, key, value = _override(override, schema)
         values.setdefault(section, {})[key] = value
+        overridden.add(f"{section}.{key}")
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, where, schema) from None
+        raise _explain(error, str(file or "configuration"), overridden, schema) from None
 
 
 def _sections(file: str | Path) -> dict[str, dict]:
@@ -91,11 +92,17 @@ def _nearest(path: tuple[str, ...], schema: type[BaseModel]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else "see docs/config.md for the known keys"
 
 
-def _explain(error: ValidationError, where: str, schema: type[BaseModel]) -> InputError:
+def _explain(error: ValidationError, file: str, overridden: set[str], schema: type[BaseModel]) -> InputError:
     first = error.errors()[0]
     path = tuple(str(part) for part in first["loc"])
     name = ".".join(path[:2])
-    if first["type"] == "extra_forbidden":
+    unknown = first["type"] == "extra_forbidden"
+    if unknown or len(path) > 1:  # the error is one key's, and not between keys
+        theirs = any(f"{key}.".startswith(f"{name}.") for key in overridden)
+        where = "command line" if theirs else file
+    else:
+        where = f"{file} with overrides" if overridden else file
+    if unknown:
         return InputError(f"{where}: unknown key {reprlib.repr(name)[1:-1]}; {_nearest(path, schema)}")
     message = first["msg"].removeprefix("Value error, ")
     own = first["type"] == "value_error"  # it says what it got

@@ -61,11 +61,11 @@ class Setup:
 
     def summary(self, passes: str) -> str:
         """A summary of the run, in one line."""
-        lm, a = self.lm, self.config.algorithm
+        lm, a, threads = self.lm, self.config.algorithm, torch.get_num_threads()
         return (
             f"{type(lm).__name__}, {sum(p.numel() for p in lm.parameters()):,} parameters, {lm.dtype} on {lm.device}; "
             f"{a.name} (preset {a.preset}), {passes} pass{'es' if passes == 'two' else ''} per update, engine "
-            f"{self.agent.engine.name}, kernels {_kernels(self.config, lm)}, {torch.get_num_threads()} threads, "
+            f"{self.agent.engine.name}, kernels {_kernels(self.config, lm)}, {threads} thread{'s' * (threads > 1)}, "
             f"{len(self.data.train):,} questions"
         )
 

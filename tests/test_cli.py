@@ -146,7 +146,7 @@ def test_score(run, tmp_path):
     source.write_text(json.dumps(row) + "\n")
     arguments = ["score", "--model", newest, "--input", source, "--output", target]
     result = igpo_fast_(*arguments)
-    assert result.exit_code == 0 and result.stdout == f"scored 1 trajectories into {target}\n"
+    assert result.exit_code == 0 and result.stdout == f"scored 1 trajectory into {target}\n"
     values = json.loads(target.read_text())["values"]
     assert len(values) == 2 and all(value < 0 for value in values)
     assert "--overwrite" in refused(*arguments)
@@ -223,7 +223,7 @@ def test_summary_hand_worked(tmp_path, monkeypatch):
     questions_at_hand(tmp_path, monkeypatch)
     settings = config.load(None, ["train.steps=8", "train.lr_schedule=constant"])
     assert run_summary(ROWS, Path("runs/a b"), settings).splitlines() == [
-        "learned     eval f1 0.020 ± 0.005 -> 0.420  ▁▂█  steps 0 to 8",
+        "results     eval f1 0.020 ± 0.005 -> 0.420  ▁▂█  steps 0 to 8",
         "            training f1 0.250 -> 0.650  turns 2.0 -> 3.0  collapsed groups 25% -> 35%",
         "run folder  runs/a b (config.yaml, metrics.jsonl, rollouts/, checkpoints/)",
         "try next    igpo-fast eval 'runs/a b' --no-search  # the same policy, search finds nothing",
@@ -239,12 +239,12 @@ def test_summary_offers_only_what_works():
          "model.tokenizer=bpe", "run.tracker=tensorboard"],
     )  # fmt: skip
     assert run_summary(ROWS[:1], Path("r"), settings).splitlines() == [
-        "learned     eval f1 0.020 ± 0.005 at step 0",
+        "results     eval f1 0.020 ± 0.005 at step 0",
         "run folder  r (config.yaml, metrics.jsonl, rollouts/, checkpoints/)",
         "try next    igpo-fast eval r --no-search  # the same policy, search finds nothing",
         "            tensorboard --logdir r/tensorboard",
     ]
-    assert "learned" not in run_summary([], Path("r"), settings)
+    assert "results" not in run_summary([], Path("r"), settings)
 
 
 def test_a_single_step_has_no_first_and_last():

@@ -29,7 +29,7 @@ def run_summary(rows: Sequence[Mapping], folder: Path, config: Config, program: 
         folder: the run folder.
         program: the command that calls this program.
     """
-    lines = [("learned", text) for text in (_evaluation(rows), _training(rows)) if text]
+    lines = [("results", text) for text in (_evaluation(rows), _training(rows)) if text]
     lines.append(("run folder", f"{folder} (config.yaml, metrics.jsonl, rollouts/, checkpoints/)"))
     lines += [("try next", command) for command in _commands(folder, config, program)]
     shown = ["" if i and lines[i - 1][0] == label else label for i, (label, _) in enumerate(lines)]

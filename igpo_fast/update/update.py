@@ -87,7 +87,6 @@ class Updater:
 
     def _one_pass(self, batch: Batch, row: Row) -> tuple[Credit, ...]:
         self._progress.phase("train")
-        row.set({"time/score": 0.0})
         everything = range(len(batch.groups))
         with row.timed("train"):
             packs = self.packer.packs(batch, everything, scored=True)

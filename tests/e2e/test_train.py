@@ -166,7 +166,7 @@ def test_an_update_in_one_pass_reads_what_the_scoring_pass_of_two_reads(run_of):
     assert one["tokens/rollout"] == two["tokens/rollout"]
     assert one["tokens/packed"] < two["tokens/packed"] < 2 * one["tokens/packed"]
     assert one["tokens/scored"] == two["tokens/scored"]
-    assert one["time/score"] == 0 < two["time/score"]
+    assert "time/score" not in one and two["time/score"] > 0
 
 
 # --- what it computes ---

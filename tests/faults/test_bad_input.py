@@ -132,13 +132,18 @@ def refused(*overrides, **options):
 )
 def test_configuration(here, overrides, expected):
     before = files(here)
-    assert re.fullmatch(rf"(config\.yaml[^:]*: )?{expected}", refused(*overrides))
+    assert re.fullmatch(rf"(config\.yaml with overrides: |command line: )?{expected}", refused(*overrides))
     assert files(here) == before
 
 
 def test_an_unknown_key_in_the_file(here):
     Path("config.yaml").write_text(CONFIG + "train: {learning_rate: 1}\n")
-    assert "config.yaml with overrides: unknown key train.learning_rate; " in refused()
+    assert refused().startswith("config.yaml: unknown key train.learning_rate; ")
+
+
+@pytest.mark.parametrize("override", ["train.stepz=9", "training.steps=9"])
+def test_an_unknown_key_of_the_command_line(here, override):
+    assert refused(override).startswith("command line: unknown key train")
 
 
 def test_missing_configuration(here):

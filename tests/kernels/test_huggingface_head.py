@@ -61,9 +61,10 @@ def test_logprobs_are_those_of_the_models_own_logits(family, temperature):
 def test_the_head_is_tried_once_and_its_weight_read_each_time():
     lm = make("granite", **READ["granite"])
     assert (head_of(lm).scale, head_of(lm).softcap) == (1 / 4, 0.0)
-    lm.forward = None  # not called again
+    forward, lm.forward = lm.forward, None  # not called again
+    lm.lm_head.weight = torch.nn.Parameter(torch.randn(53, 32))
     assert head_of(lm).weight is lm.lm_head.weight
-    lm.lm_head = torch.nn.Linear(32, 53)
+    lm.forward, lm.lm_head = forward, torch.nn.Linear(32, 53)
     assert head_of(lm).bias is lm.lm_head.bias
 
 
@@ -73,6 +74,43 @@ def test_a_head_that_does_more_is_refused():
     lm.lm_head.forward = lambda x: plain(x).sin()
     with pytest.raises(ValueError, match=r"LlamaForCausalLM: its logits are not softcap\(scale \*"):
         head_of(lm)
+
+
+class LowRank(torch.nn.Linear):
+    """A head with an adapter that adds nothing yet."""
+
+    def __init__(self, head: torch.nn.Linear):
+        super().__init__(head.in_features, head.out_features, bias=False)
+        self.a, self.b = torch.nn.Linear(32, 2, bias=False), torch.nn.Linear(2, 53, bias=False)
+        torch.nn.init.zeros_(self.b.weight)
+
+    def forward(self, x):
+        return super().forward(x) + self.b(self.a(x))
+
+
+def test_a_head_with_an_adapter_is_refused_even_while_it_adds_nothing():
+    lm = make("llama", **SIZES)
+    head_of(lm)
+    lm.lm_head = LowRank(lm.lm_head)
+    with pytest.raises(ValueError, match=r"has a\.weight, b\.weight beside weight and bias; merge the adapter"):
+        head_of(lm)
+
+
+def test_a_head_that_changed_after_it_was_tried_is_tried_again():
+    lm = make("gemma2", **READ["gemma2"])
+    assert head_of(lm).softcap == 30.0
+    lm.config.final_logit_softcapping = 20.0
+    assert head_of(lm).softcap == 20.0
+    hook = lm.lm_head.register_forward_hook(lambda module, given, logits: logits.sin())
+    with pytest.raises(ValueError, match=r"its logits are not softcap\(scale \*"):
+        head_of(lm)
+    hook.remove()
+    assert head_of(lm).softcap == 20.0
+
+
+def test_layers_between_the_decoder_and_the_head_are_refused():
+    with pytest.raises(ValueError, match=r"ElectraForCausalLM: its logits are not softcap\(scale \*"):
+        head_of(make("electra", **FEW, intermediate_size=64, is_decoder=True))
 
 
 @pytest.mark.parametrize("shape", [(3, 32), (2, 44, 32), (32,)])
@@ -91,6 +129,7 @@ REFUSED = {
              is_decoder=True),
         r"a packed tree differs by .* from separate sequences",
     ),
+    "bert-generation": (dict(FEW, intermediate_size=64), "BertGenerationSelfAttention asks for attention that is not"),
     "mamba": (dict(vocab_size=53, hidden_size=32, num_hidden_layers=2, state_size=4), "none of its layers called"),
     "qwen2_moe": (
         dict(SIZES, **EXPERTS, shared_expert_intermediate_size=16, use_sliding_window=True, sliding_window=40),

@@ -116,7 +116,7 @@ def attention(
             f"{ATTENTION}: {name} got {', '.join(unknown)}, which packed attention would ignore; use another model, or "
             "leave these arguments out of the forward"
         )
-    if is_causal is False:
+    if (getattr(module, "is_causal", None) if is_causal is None else is_causal) is False:
         raise ValueError(f"{ATTENTION}: {name} asks for attention that is not causal; a plan's attention is")
     if value.shape[-1] != key.shape[-1]:
         raise ValueError(

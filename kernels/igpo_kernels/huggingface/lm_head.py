@@ -33,10 +33,11 @@ class Head:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The LM head as ``model`` defines it, verified once per model on a few hidden states of its own forward.
+    """The LM head as ``model`` defines it, verified on a few hidden states of its own forward: at the first call, and
+    again when the head's module, its hooks or the config's scales have changed.
 
     Raises:
-        ValueError: the head computes more than ``Head`` can express.
+        ValueError: the head computes more than ``Head`` can express, or has weights of its own (an adapter).
     """
     name = type(model).__name__
     module = model.get_output_embeddings()
@@ -45,13 +46,26 @@ def head_of(model: PreTrainedModel) -> Head:
         raise ValueError(
             f"{name}: its LM head has no floating-point weight [V, H] to read; take the model's own logits"
         )
-    if model not in _measured:
-        _measured[model] = _measure(model, weight, bias)
-    return Head(weight, bias, *_measured[model])
+    if others := [key for key, _ in module.named_parameters() if key not in ("weight", "bias")]:
+        raise ValueError(
+            f"{name}: its LM head has {', '.join(others)} beside weight and bias; merge the adapter into the head, or "
+            "take the model's own logits"
+        )
+    state = _state(model, module)
+    if model not in _measured or _measured[model][0] != state:
+        _measured[model] = state, _measure(model, weight, bias)
+    return Head(weight, bias, *_measured[model][1])
 
 
-_measured: weakref.WeakKeyDictionary[PreTrainedModel, tuple[float, float]] = weakref.WeakKeyDictionary()
-"""Scale and soft cap of each model's head."""
+_measured: weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple, tuple[float, float]]] = weakref.WeakKeyDictionary()
+"""What each model's head was when it was verified, with its scale and soft cap."""
+
+
+def _state(model: PreTrainedModel, module: torch.nn.Module) -> tuple:
+    """What a verified head depends on, but for the values of its weights."""
+    config = model.config.get_text_config()
+    hooks = *module._forward_pre_hooks, *module._forward_hooks
+    return id(module), module.__dict__.get("forward"), hooks, *_stated(config, SOFTCAPS), *_scales(config)
 
 
 @torch.no_grad()
@@ -64,7 +78,10 @@ def _measure(model: PreTrainedModel, weight: torch.Tensor, bias: torch.Tensor | 
     plain = hidden.float() @ weight.float().T + (0 if bias is None else bias.float())
     with _decoder_gives(model, hidden[None]):
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=weight.device)
-        logits = model(input_ids=ids, use_cache=False, plan=None).logits[0].float()
+        try:
+            logits = model(input_ids=ids, use_cache=False, plan=None).logits[0].float()
+        except RuntimeError:  # layers between the decoder and the head, of another width
+            logits = torch.empty(0)
     tolerance = 1e-4 if weight.dtype == torch.float32 else 2e-2
     for softcap, scale in product(_stated(config, SOFTCAPS), _scales(config)):
         expected = scale * plain
