@@ -461,7 +461,7 @@ MUTANTS = [
          f"{HEADS}::test_a_head_that_changed_after_it_was_tried_is_tried_again"),
     ),
     *faults("kernels/igpo_kernels/huggingface/dispatch.py",
-        ("encoders taken as causal", "if is_causal is None else is_causal) is False", "if False else is_causal) is False",
+        ("encoders taken as causal", "is_causal is None else is_causal) is False", "False else is_causal) is False",
          f"{HEADS}::test_models_that_cannot_run_packed_are_refused_in_one_line"),
         ("the model's scaling ignored", "q.shape[-1] ** -0.5 if scaling is None else scaling", "q.shape[-1] ** -0.5",
          f"{GAPS}::test_a_models_own_scaling_is_used"),
