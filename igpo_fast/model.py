@@ -158,19 +158,6 @@ def check_positions(lm: PreTrainedModel, max_tokens: int, answer_tokens: int = 0
     return None
 
 
-def precision_warning(dtype: str, lr: float) -> str | None:
-    """A warning about training in ``dtype`` at ``lr``; None if it is fine.
-
-    An update of Adam is about ``lr``. bfloat16 keeps 8 bits, so a weight of 0.02 rounds away updates below 6e-5.
-    """
-    if dtype == "float32" or lr >= 1e-4:
-        return None
-    return (
-        f"model.dtype={dtype} at train.lr={lr:g}: most updates are smaller than a weight's rounding and are lost; "
-        "use model.dtype=float32"
-    )
-
-
 def use_attend(lm: PreTrainedModel) -> PreTrainedModel:
     """Set ``lm`` to run under ``hidden_states``; InputError, naming the layer type, if that is impossible."""
     lm.set_attn_implementation(ATTENTION)

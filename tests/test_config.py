@@ -480,7 +480,7 @@ def test_docs_show_every_key_in_its_section():
     [
         "| `lr` | number ≥ 1e-12 | `1e-06` | Peak learning rate of AdamW. |",
         "| `betas` | list of 2: number ≥ 0, < 1 | `[0.9, 0.999]` | AdamW's. |",
-        "| `dtype` | `float32`, `bfloat16` | `float32` |",
+        "| `precision` | `float32`, `bfloat16` | `float32` |",
         "| `path` | string or empty | empty |",
         "| `gamma` | number ≥ 0, ≤ 1 | `1.0` |",
         "| `robust` | `prob` | `separate` | `0.02` | `false` | `0.05` | `0.0` | `0.0` | `0.0` | `0.0` | `0.0` |",
