@@ -370,7 +370,7 @@ def test_no_key_that_changes_the_training_is_a_session_s():
     for section, key in (name.split(".") for name in sorted(config.session_keys())):
         sections.setdefault(section, []).append(key)
     assert sections == {
-        "eval": ["every"],
+        "distributed": ["engine", "offload", "zero_stage"], "eval": ["every"],
         "model": ["device"],
         "rollout": ["gpu_memory", "mismatch_stop", "mismatch_warn", "server", "server_timeout"],
         "run": ["cache", "dir", "tracker"],

@@ -29,11 +29,11 @@ def tree_cost(group: Group, answer_lengths: Sequence[int], tokens_per_pair: floa
     return float(tokens + tokens_per_pair * pairs)
 
 
-def attention_share(lm: PreTrainedModel) -> float:
+def attention_share(lm: PreTrainedModel, parameters: int) -> float:
     """What a query that sees a key costs, as a share of what a token costs in the model's matrices: 4 H L against 2 P
     FLOPs, for the H numbers of each of L layers and P parameters."""
     config = lm.config.get_text_config()
-    return 2 * config.hidden_size * config.num_hidden_layers / sum(p.numel() for p in lm.parameters())
+    return 2 * config.hidden_size * config.num_hidden_layers / parameters
 
 
 def shares(costs: Sequence[float], ranks: int) -> list[list[int]]:

@@ -92,6 +92,8 @@ class Learner:
         if self.settings.kl:
             frozen = copy.deepcopy(lm).requires_grad_(False)
             self._reference = Policy(frozen, temperature, self.settings, backend)
+        self.parameters = sum(p.numel() for p in lm.parameters())
+        """How many numbers the weights are."""
         self.steps = 0
         """Calls of ``step`` in this session: while it is unchanged, so are weights, optimiser and schedule."""
         self._lr, self._factor, self._max_grad_norm = lr, factor, max_grad_norm

@@ -77,7 +77,7 @@ class Packer:
     ):
         self._learner, self._branches_of, self._recipe = learner, branches_of, recipe
         self._passes, self._budget, self.ranks = passes, token_budget, ranks
-        self._tokens_per_pair = attention_share(learner.lm)
+        self._tokens_per_pair = attention_share(learner.lm, learner.parameters)
 
     def packs(self, batch: Batch, share: Sequence[int], scored: bool) -> list[Pack]:
         """This rank's packs of the groups ``share``, with answers if ``scored``. One-pass mode needs whole groups."""

@@ -152,8 +152,8 @@ class Updater:
             plan = pack.plan
             if pack.filler:
                 nothing = np.zeros(plan.n_decisions, np.float32)
-                self._learner.reference(plan)
-                self._learner.backward(self._learner(plan, LossInputs(nothing, nothing)).loss)
+                idle = LossInputs(nothing, nothing, engine_logp=nothing, ref_logp=self._learner.reference(plan))
+                self._learner.backward(self._learner(plan, idle).loss)
                 continue
             inputs = LossInputs(
                 weights=weights[plan.rollout[: plan.n_decisions]].astype(np.float32),

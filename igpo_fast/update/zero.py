@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-from deepspeed.zero import GatheredParameters, register_external_parameter
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, register_external_parameter
 
 from igpo_fast.ranks import Ranks
 from igpo_fast.update.learner import Learner
@@ -41,9 +42,10 @@ class _Pass(torch.nn.Module):
         super().__init__()
         self.lm = policy.lm
         self._policy = [policy]  # in a list: a submodule would have hooks of its own
-        head = policy.lm.get_output_embeddings()
-        self.outside = [p for p in (head.weight, head.bias) if p is not None]
         self.result: PackResult | None = None
+        head = policy.lm.get_output_embeddings()
+        for parameter in filter(lambda p: p is not None, (head.weight, head.bias)):
+            register_external_parameter(self, parameter)
 
     def forward(self, *arguments: Any) -> torch.Tensor | None:
         self.result = self._policy[0](*arguments)
@@ -83,9 +85,6 @@ class ZeroLearner(Learner):
         self.optimizer = inner
         inner.allowed = lambda: self._sound and math.isfinite(float(self._engine.optimizer._global_grad_norm))
         self._sound, self._applied = True, 0
-        if self._stage == 3:
-            for parameter in self._pass.outside:
-                register_external_parameter(self._pass, parameter)
 
     def _config(self) -> dict[str, Any]:
         half = self.lm.dtype == torch.bfloat16
@@ -107,9 +106,9 @@ class ZeroLearner(Learner):
         }
 
     def __call__(self, plan, inputs=None, advantages_of=None) -> PackResult:
-        self._engine(plan, inputs, advantages_of)
+        loss = self._engine(plan, inputs, advantages_of)  # with ZeRO's hooks, which the result's own loss lacks
         result, self._pass.result = self._pass.result, None
-        return result
+        return replace(result, loss=loss)
 
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss * self._ranks.size, scale_wrt_gas=False)
