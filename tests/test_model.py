@@ -175,9 +175,9 @@ def test_what_packed_attention_refuses_is_one_line_without_the_probe_too():
         model.hidden_states(lm, ids, ids, attend)
 
 
-@pytest.mark.parametrize("window", [7, 40])
+@pytest.mark.parametrize("window", [7, 40, 1000])
 def test_the_probe_sees_a_window_that_is_measured_in_packed_indices(monkeypatch, window):
-    """Also one that is longer than the probe's paths."""
+    """Also one that is longer than the whole pack."""
     lm = make(MistralConfig, sliding_window=window)
     original = huggingface.dispatch.tree_attention
 
