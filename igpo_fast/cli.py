@@ -109,9 +109,20 @@ def _options(
 
 
 @app.command()
-def train(overrides: Overrides = None, config: ConfigFile = None) -> None:
+def train(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    nproc: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Processes on this host, one per GPU; on several, torchrun."),
+    ] = 1,
+) -> None:
     """Train in run.dir, or resume training there."""
     settings = _load(config, overrides)
+    if nproc > 1 and "RANK" not in os.environ:
+        from igpo_fast.run.launch import launch
+
+        raise typer.Exit(launch([sys.executable, "-m", "igpo_fast", *sys.argv[1:]], nproc, Path(settings.run.dir)))
     from igpo_fast.run.interrupt import Interrupted
     from igpo_fast.run.summary import run_summary
     from igpo_fast.train import train as run_training
@@ -122,7 +133,8 @@ def train(overrides: Overrides = None, config: ConfigFile = None) -> None:
     except Interrupted as stop:
         typer.echo(f"interrupted: {stop}; the same command resumes from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    typer.echo(run_summary(run.read_metrics(), run.path, settings, _program()))
+    if run is not None:
+        typer.echo(run_summary(run.read_metrics(), run.path, settings, _program()))
 
 
 @app.command()

@@ -27,9 +27,11 @@ from igpo_fast.update.packs import Readings
 from igpo_fast.update.update import Updater
 
 
-def train(config: Config, display: Display | None = None) -> RunFolder:
+def train(config: Config, display: Display | None = None) -> RunFolder | None:
     """Train in ``config.run.dir``, or resume training there.
 
+    Returns:
+        The run folder; None in a process that is not the run's first.
     Raises:
         RunError: ends the run with one line; every finished step is kept.
         Interrupted: the user asked to stop; a checkpoint was written first.
@@ -49,7 +51,7 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
                 if trainer.evaluation_due(step):
                     with metrics.timed("eval"):
                         metrics.set(run.write_evaluation(step, trainer.evaluate()))
-    return run.folder
+    return run.folder if ranks.first else None
 
 
 class Trainer:

@@ -21,6 +21,7 @@ from igpo_fast.ranks import Ranks
 from igpo_fast.run.checkpoint import Owner, RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
 from igpo_fast.run.display import Display
 from igpo_fast.run.interrupt import Interrupted, stop_requested
+from igpo_fast.run.launch import log_of, redirect
 from igpo_fast.run.metrics import StepMetrics, ordered, tracker
 from igpo_fast.run.records import record_of
 from igpo_fast.run.signatures import warnings_for
@@ -49,10 +50,14 @@ class Session:
     def __enter__(self) -> Session:
         self._stack = ExitStack()
         try:
-            self._stack.enter_context(self.display)
             self.folder = RunFolder(self.config.run.dir)
+            if self.ranks.first:
+                self._stack.enter_context(self.display)
             self.checkpoint: str | None = self.ranks.first_alone(self._open)
             """The folder of the newest checkpoint, if there is one."""
+            if not self.ranks.first:
+                redirect(log_of(self.folder.path, self.ranks.number))
+                self._stack.enter_context(self.display)
         except BaseException:
             self._stack.close()
             raise

@@ -15,13 +15,13 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, register_external_parameter
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters, register_external_parameter
 
 from igpo_fast.ranks import Ranks
 from igpo_fast.update.learner import Learner

@@ -90,7 +90,9 @@ def replay(way: Way, make_learner, moment, ranks: Ranks) -> dict:
         before = now
     weights = {name: weight.clone() for name, weight in learner.weights()}
     packs = ranks.gather(len(packer.packs(Batch(9, tuple(case.groups)), range(GROUPS), scored=way.passes == "one")))
-    kept = ranks.gather(sum(not p.filler for p in packer.packs(Batch(9, tuple(case.groups)), range(GROUPS), scored=True)))
+    kept = ranks.gather(
+        sum(not p.filler for p in packer.packs(Batch(9, tuple(case.groups)), range(GROUPS), scored=True))
+    )
     return dict(norms=norms, gradients=gradients, rows=rows, weights=weights, packs=packs, kept=kept)
 
 
