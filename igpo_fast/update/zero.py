@@ -7,7 +7,9 @@ the module that owns it, so one module owns the model and all use of the LM head
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters, register_external_parameter
 from deepspeed.utils import (
+    logger,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
@@ -28,6 +31,8 @@ from igpo_fast.update.learner import Learner
 from igpo_fast.update.policy import PackResult, Policy
 from igpo_fast.update.states import read_states, read_weights, write_states
 
+logger.setLevel(logging.ERROR)  # it warns of optimisers that it has not tested, ours among them
+warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # its calls of torch
 WHOLE = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a weight, but for its count of steps."""
 

@@ -89,10 +89,8 @@ def replay(way: Way, make_learner, moment, ranks: Ranks) -> dict:
         gradients.append({name: (now[name] - BETA * before[name]) / (1 - BETA) for name in names})
         before = now
     weights = {name: weight.clone() for name, weight in learner.weights()}
-    packs = ranks.gather(len(packer.packs(Batch(9, tuple(case.groups)), range(GROUPS), scored=way.passes == "one")))
-    kept = ranks.gather(
-        sum(not p.filler for p in packer.packs(Batch(9, tuple(case.groups)), range(GROUPS), scored=True))
-    )
+    last = packer.packs(Batch(9, tuple(case.groups)), range(GROUPS), scored=True)
+    packs, kept = ranks.gather(len(last)), ranks.gather(sum(not pack.filler for pack in last))
     return dict(norms=norms, gradients=gradients, rows=rows, weights=weights, packs=packs, kept=kept)
 
 
