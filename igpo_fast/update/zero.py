@@ -130,15 +130,24 @@ class ZeroLearner(Learner):
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight by its name, in the model's order, whole while it is the iterator's turn."""
         for name, weight in self.lm.state_dict(keep_vars=True).items():
-            with GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+            with self._gathered(weight):
                 yield name, weight.detach()
+
+    @staticmethod
+    def _gathered(weight: torch.Tensor, **options):
+        """A context in which a weight is whole; no more than that under stages 1 and 2."""
+        return GatheredParameters([weight], enabled=hasattr(weight, "ds_id"), **options)
 
     def save(self, folder: Path) -> None:
         """Write the model and, each rank its part, the optimiser's state into ``folder`` (states.py)."""
-        first = self._ranks.first
-        whole = {name: weight.to("cpu", copy=True) for name, weight in self.weights() if first or None}
-        if first:
-            self.lm.save_pretrained(folder, state_dict=whole)
+        whole: dict[int, torch.Tensor] = {}  # a tied weight once: transformers writes it once, too
+        for weight in self.lm.state_dict(keep_vars=True).values():
+            with self._gathered(weight):
+                if self._ranks.first and id(weight) not in whole:
+                    whole[id(weight)] = weight.detach().to("cpu", copy=True)
+        if self._ranks.first:
+            named = self.lm.state_dict(keep_vars=True).items()
+            self.lm.save_pretrained(folder, state_dict={name: whole[id(weight)] for name, weight in named})
         states = {}
         for number, (name, p) in enumerate(self._trained().items()):
             state = {} if self.lm.dtype == torch.float32 else {"master": safe_get_full_fp32_param(p)}
@@ -154,7 +163,7 @@ class ZeroLearner(Learner):
         weights, trained = read_weights(self.lm, folder), self._trained()
         states, counts = read_states(folder, trained)
         for name, p in self.lm.state_dict(keep_vars=True).items():
-            with GatheredParameters([p], modifier_rank=0, enabled=hasattr(p, "ds_id")):
+            with self._gathered(p, modifier_rank=0):
                 p.data.copy_(weights[name])
         self._applied = int(max((state["step"] for state in states.values() if "step" in state), default=0))
         if self._applied:
