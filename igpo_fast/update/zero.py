@@ -106,6 +106,7 @@ class ZeroLearner(Learner):
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": half, "check_grad_overflow": False},
             "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
             "zero_optimization": zero,
             "steps_per_print": None,
         }

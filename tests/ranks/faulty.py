@@ -1,4 +1,4 @@
-"""``python -m tests.ranks.faulty RANK STEP train ...``: the command line, but sampling fails on one rank at one step."""
+"""``python -m tests.ranks.faulty RANK STEP train ...``: the command line; sampling fails on one rank at one step."""
 
 from __future__ import annotations
 

@@ -42,6 +42,7 @@ class Way(NamedTuple):
 
 
 WAYS = [Way(*way) for way in itertools.product(("one", "two"), (True, False))]
+HALF = Way("one", True, "bfloat16")
 
 
 def model(way: Way) -> torch.nn.Module:
@@ -115,7 +116,7 @@ def main(folder: Path) -> None:
     ranks = Ranks()
     torch.manual_seed(0)
     np.random.seed(0)
-    for stage, way in itertools.product((1, 2, 3), WAYS):
+    for stage, way in itertools.product((1, 2, 3), (*WAYS, HALF)):
         make = partial(ZeroLearner, ranks=ranks, stage=stage)
         found = replay(way, make, lambda learner, p: safe_get_full_optimizer_state(p, "exp_avg"), ranks)
         if ranks.first:
