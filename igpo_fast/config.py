@@ -103,7 +103,10 @@ class Model(Section):
     @model_validator(mode="after")
     def _check_heads(self):
         if self.heads % self.kv_heads or self.hidden_size % self.heads:
-            raise ValueError("model.kv_heads must divide model.heads, and model.heads model.hidden_size")
+            raise ValueError(
+                f"model.heads={self.heads} must divide model.hidden_size={self.hidden_size}, and "
+                f"model.kv_heads={self.kv_heads} must divide model.heads; change one of them"
+            )
         if self.hidden_size // self.heads % 2:
             raise ValueError(
                 f"model.hidden_size={self.hidden_size} over model.heads={self.heads} gives heads of "

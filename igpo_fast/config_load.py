@@ -56,7 +56,8 @@ def _override(override: str, schema: type[BaseModel]) -> tuple[str, str, Any]:
     section, dot, key = name.partition(".")
     shown = _short(masked(override))
     if not equals or not dot:
-        raise InputError(f"{shown}: overrides are written section.key=value, like train.steps=10")
+        hint = f"; a file is given as --config {name}" if Path(name).is_file() else ""
+        raise InputError(f"{shown}: overrides are written section.key=value, like train.steps=10{hint}")
     kinds = _kinds(section, key, schema)
     if value.strip() in ("null", "~") and type(None) in kinds:
         return section, key, None
@@ -106,6 +107,8 @@ def _explain(error: ValidationError, file: str, overridden: set[str], schema: ty
         return InputError(f"{where}: unknown key {reprlib.repr(name)[1:-1]}; {_nearest(path, schema)}")
     message = first["msg"].removeprefix("Value error, ")
     own = first["type"] == "value_error"  # it says what it got
+    if message == "Field required" and len(path) > 2:
+        message = "too few numbers"
     got = "" if own or isinstance(first["input"], (dict, BaseModel)) else f", got {_short(first['input'])}"
     prefix = "" if not name or message.startswith(f"{name}.") else f"{name}: "
     return InputError(masked(f"{where}: {prefix}{message}{got}"))

@@ -387,6 +387,8 @@ def score_file(
             is writing it.
         StorageError: the operating system refuses to write it; if possible, raised before a model is loaded.
     """
+    if target.exists() and source.exists() and target.samefile(source):
+        raise InputError(f"{target}: is the input; give another --output")
     if target.exists() and not (overwrite and target.is_file()):
         raise InputError(f"{target}: exists; give another --output, or --overwrite the file")
     if not target.parent.is_dir():

@@ -260,7 +260,7 @@ def test_files_that_cannot_be(tmp_path):
     source = write(tmp_path / "in.jsonl", [GOOD])
     cases = [
         (tmp_path / "none.jsonl", tmp_path / "out", "cannot read it"),
-        (source, source, "exists; give another --output, or --overwrite"),
+        (source, source, "is the input; give another --output"),
         (write(tmp_path / "empty.jsonl", []), tmp_path / "out", "no trajectories"),
         (source, tmp_path / "nowhere" / "out", r"out: cannot write there \(no such folder\); give another --output"),
     ]

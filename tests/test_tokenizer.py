@@ -110,7 +110,8 @@ def test_no_tokenizer_is_one_line(tmp_path, monkeypatch, key, content):
         folder.mkdir()
         (folder / "tokenizer.json").write_text(content)
         (folder / "tokenizer_config.json").write_text(content)
-    with pytest.raises(InputError, match=f"{key}={folder}: no tokenizer can be loaded") as caught:
+    expected = "no tokenizer can be loaded" if content else "no such folder; give a Hugging Face directory or name"
+    with pytest.raises(InputError, match=f"{key}={folder}: {expected}") as caught:
         load_tokenizer(config.load(None, [f"{key}={folder}"]), EMPTY)
     assert "\n" not in str(caught.value)
 

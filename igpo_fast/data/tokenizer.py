@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,8 @@ def _pretrained(path: str, key: str) -> PreTrainedTokenizerFast:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         tokenizer.decode(tokenizer(SAMPLE, add_special_tokens=False).input_ids)  # a damaged configuration shows here
     except Exception as error:  # the files may hold anything, and other libraries read them
+        if os.path.isabs(path) and not os.path.exists(path):
+            raise InputError(f"{key}={path}: no such folder; give a Hugging Face directory or name") from error
         raise InputError(
             f"{key}={path}: no tokenizer can be loaded ({reason_of(error)}); give a Hugging Face directory or name"
         ) from error

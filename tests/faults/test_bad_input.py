@@ -136,6 +136,14 @@ def test_configuration(here, overrides, expected):
     assert files(here) == before
 
 
+def test_a_configuration_without_its_option(here):
+    assert refused("config.yaml").endswith("like train.steps=10; a file is given as --config config.yaml")
+
+
+def test_too_few_numbers(here):
+    assert refused("train.betas=[0.9]") == "command line: train.betas: too few numbers, got [0.9]"
+
+
 def test_an_unknown_key_in_the_file(here):
     Path("config.yaml").write_text(CONFIG + "train: {learning_rate: 1}\n")
     assert refused().startswith("config.yaml: unknown key train.learning_rate; ")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from igpo_kernels import pack
 from igpo_kernels.huggingface import head_of, heads_of, logprobs, model_inputs, use_tree_attention
@@ -108,6 +108,44 @@ def test_a_head_that_changed_after_it_was_tried_is_tried_again():
     assert head_of(lm).softcap == 20.0
 
 
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+CHANGES = {
+    "the head's class": lambda lm: setattr(lm.lm_head, "__class__", Doubled),
+    "the model's forward": lambda lm: setattr(lm, "forward", doubled(lm.forward)),
+    "a hook of the model": lambda lm: lm.register_forward_hook(lambda module, given, out: halved(out)),
+    "a number of the model": lambda lm: setattr(lm, "logit_scale", 2.0),
+}
+
+
+def doubled(forward):
+    return lambda *args, **more: halved(forward(*args, **more), 2.0)
+
+
+def halved(out, factor=0.5):
+    out.logits = factor * out.logits
+    return out
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_code_that_changed_after_the_head_was_tried_is_seen(change):
+    lm = make("cohere2", **READ["cohere2"])
+    assert head_of(lm).scale == 0.25
+    CHANGES[change](lm)
+    with pytest.raises(ValueError, match=r"its logits are not softcap\(scale \*"):
+        head_of(lm)
+
+
+def test_a_head_with_buffers_of_its_own_is_refused():
+    lm = make("llama", **SIZES)
+    lm.lm_head.register_buffer("b", torch.zeros(53, 2))
+    with pytest.raises(ValueError, match="its LM head has b beside weight and bias"):
+        head_of(lm)
+
+
 def test_layers_between_the_decoder_and_the_head_are_refused():
     with pytest.raises(ValueError, match=r"ElectraForCausalLM: its logits are not softcap\(scale \*"):
         head_of(make("electra", **FEW, intermediate_size=64, is_decoder=True))
@@ -159,6 +197,13 @@ def test_models_that_cannot_run_packed_are_refused_in_one_line(family):
     with pytest.raises(ValueError, match=message) as error:
         use_tree_attention(make(family.split()[0], **config))
     assert "\n" not in str(error.value)
+
+
+def test_a_model_whose_decoder_is_a_head_is_refused():
+    ids = dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 1)
+    lm = AutoModelForMaskedLM.from_config(AutoConfig.for_model("modernbert", **FEW, intermediate_size=64, **ids))
+    with pytest.raises(ValueError, match="ModernBertForMaskedLM: it has no decoder of transformers' kind"):
+        use_tree_attention(lm)
 
 
 @pytest.mark.parametrize("family, config", [

@@ -63,9 +63,16 @@ def heads_of(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
-    """The decoder, whose last hidden state the LM head reads."""
+    """The decoder, whose last hidden state the LM head reads.
+
+    Raises:
+        ValueError: the model has none.
+    """
     decoder = model.get_decoder()
-    return model.model if decoder is model and hasattr(model, "model") else decoder
+    decoder = model.model if decoder is model and hasattr(model, "model") else decoder
+    if not isinstance(decoder, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__}: it has no decoder of transformers' kind; give a causal LM")
+    return decoder
 
 
 UNSAID: Any = object()

@@ -46,7 +46,8 @@ def head_of(model: PreTrainedModel) -> Head:
         raise ValueError(
             f"{name}: its LM head has no floating-point weight [V, H] to read; take the model's own logits"
         )
-    if others := [key for key, _ in module.named_parameters() if key not in ("weight", "bias")]:
+    held = (*module.named_parameters(), *module.named_buffers())
+    if others := [key for key, _ in held if key not in ("weight", "bias")]:
         raise ValueError(
             f"{name}: its LM head has {', '.join(others)} beside weight and bias; merge the adapter into the head, or "
             "take the model's own logits"
@@ -62,10 +63,15 @@ _measured: weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple, tuple[float, 
 
 
 def _state(model: PreTrainedModel, module: torch.nn.Module) -> tuple:
-    """What a verified head depends on, but for the values of its weights."""
+    """What a verified head depends on, but for the values of its weights: code, hooks and numbers of the model and of
+    its head, and what the config states."""
     config = model.config.get_text_config()
-    hooks = *module._forward_pre_hooks, *module._forward_hooks
-    return id(module), module.__dict__.get("forward"), hooks, *_stated(config, SOFTCAPS), *_scales(config)
+    owners = []
+    for owner in (model, module):
+        numbers = {k: v for k, v in vars(owner).items() if isinstance(v, int | float) and k != "training"}
+        hooks = *owner._forward_pre_hooks, *owner._forward_hooks
+        owners.append((id(owner), type(owner), vars(owner).get("forward"), hooks, numbers))
+    return *owners, _stated(config, SOFTCAPS), _scales(config)
 
 
 @torch.no_grad()
