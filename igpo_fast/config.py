@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
@@ -532,6 +532,9 @@ class Config(Section):
     train: Train = Train()
     eval: Eval = Eval()
     distributed: Distributed = Distributed()
+
+    renamed: ClassVar[dict[str, str]] = {"model.dtype": "train.precision"}
+    """Keys of earlier versions, for messages."""
 
     @model_validator(mode="before")
     @classmethod

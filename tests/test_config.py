@@ -161,6 +161,7 @@ def test_unknown_keys_get_the_nearest_name(override, near):
         ("algorithm.dual_clip=.nan", "algorithm.dual_clip"),
         ("rollout.top_k=5", "rollout.top_k; did you mean search.top_k or eval.top_k?"),
         ("rollout.repetition_penalty=1", "did you mean eval.repetition_penalty?"),
+        ("model.dtype=bfloat16", "unknown key model.dtype; it is train.precision now"),
         ("train.updates=3", "train.updates=3 must divide train.questions=16"),
         ("world.max_hops=2", "world.min_hops=3 exceeds world.max_hops=2"),
         ("model.kv_heads=3", "model.kv_heads"),
