@@ -12,8 +12,9 @@ from igpo_fast.types import Group
 
 
 def tree_cost(group: Group, answer_lengths: Sequence[int], tokens_per_pair: float) -> float:
-    """Cost of reading a group's tree, in tokens: its packed tokens, and attention's part of the work. What rollouts share
-    beyond their prompt is counted for each. The last token of a path is a label only and is not read.
+    """Cost of reading a group's tree, in tokens: its packed tokens, and attention's part of the work.
+
+    What rollouts share beyond their prompt is counted for each. A path's last token is a label only and is not read.
 
     Args:
         answer_lengths: tokens of each answer's branch; none if no answers are scored.
@@ -23,7 +24,7 @@ def tree_cost(group: Group, answer_lengths: Sequence[int], tokens_per_pair: floa
     ends = np.array([len(rollout.ids) - 1 for rollout in group.rollouts])
     tokens = prompt + (ends - prompt).sum()
     pairs = _triangle(prompt) + (_triangle(ends) - _triangle(prompt)).sum()
-    boundaries = np.concatenate([rollout.boundaries for rollout in group.rollouts])
+    boundaries = np.concatenate([[prompt], *(rollout.boundaries[1:] for rollout in group.rollouts)])
     for length in (length - 1 for length in answer_lengths):
         tokens += length * len(boundaries)
         pairs += (length * boundaries + _triangle(length)).sum()
