@@ -209,6 +209,33 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=_path, help="A run folder.")],
+    output: Annotated[Path, typer.Argument(metavar="DIR", parser=_path, help="A new folder.")],
+) -> None:
+    """Write a run's newest checkpoint as a Hugging Face folder, adapters merged, for transformers and vLLM."""
+    from igpo_fast.run.checkpoint import RunFolder
+
+    folder = RunFolder(run)
+    newest = folder.newest()  # verified: a damaged one is refused
+    if newest is None:
+        raise InputError(f"{folder.checkpoints}: no checkpoint yet; train for longer")
+    import torch
+
+    from igpo_fast.data.load import Data
+    from igpo_fast.data.tokenizer import load_tokenizer
+    from igpo_fast.model import load as load_model
+
+    _quiet()
+    with _new_folder(output):
+        precision = getattr(torch, folder.config.train.precision)
+        lm = load_model(str(newest), dtype=precision, check=False, source=f"checkpoint {newest}")
+        lm.save_pretrained(output)
+        load_tokenizer(folder.config, Data((), (), {}), str(newest)).save_pretrained(output)
+    typer.echo(f"{newest}, {sum(p.numel() for p in lm.parameters()):,} parameters in {lm.dtype}, is in {output}")
+
+
+@app.command()
 def score(
     model: Annotated[str, typer.Option(metavar="DIR", help="A Hugging Face causal LM.")],
     source: Annotated[Path, path_option("--input", metavar="FILE", help="Trajectories, JSON lines.")],

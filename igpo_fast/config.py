@@ -91,6 +91,13 @@ class Model(Section):
     """Width of the built model's feed-forward layers."""
     tie_embeddings: bool = True
     """Share one matrix between embeddings and LM head of the built model."""
+    lora_rank: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Rank of LoRA adapters, the only weights that are then trained; 0 trains all weights."""
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = 32.0
+    """Adapters count `lora_alpha` / `lora_rank` times."""
+    lora_targets: NonEmpty | tuple[NonEmpty, ...] = "all-linear"
+    """Layers that get adapters: ends of their names, like `[q_proj, v_proj]`; `all-linear` is every one but the LM
+    head."""
     device: Annotated[Device, SESSION] = "auto"
     """`auto` takes CUDA if there is one; else `cpu`, `cuda` or `cuda:N`."""
     kernels: Literal["auto", "torch", "reference", "triton"] = "auto"

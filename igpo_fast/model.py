@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from igpo_fast import adapter
 from igpo_fast.errors import InputError, reason_of
 from igpo_fast.pretrained import read_model
 from igpo_kernels import Branch, RolloutTokens, Tree, pack
@@ -114,12 +116,15 @@ def load(
     """A causal LM from a Hugging Face directory or name, set to run under ``hidden_states``.
 
     Args:
+        path: or a checkpoint that holds an adapter, which is merged into its base model.
         check: run ``probe``.
         source: how messages name the folder; ``model.path=PATH`` if None.
     Raises:
         InputError: nothing loads from there, or the probe refuses the architecture.
     """
-    lm = read_model(AutoModelForCausalLM, path, dtype=dtype, source=source).to(device).eval()
+    base = adapter.base_of(Path(path)) if Path(path, adapter.CONFIG).exists() else path
+    lm = read_model(AutoModelForCausalLM, base, dtype=dtype, source=source)
+    lm = (lm if base == path else adapter.merge(lm, Path(path))).to(device).eval()
     return probe(lm) if check else use_attend(lm)
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from igpo_fast import model
+from igpo_fast import adapter, model
 from igpo_fast.config import PRESETS, Config
 from igpo_fast.data.load import Data, load_data, question_order, without_long
 from igpo_fast.data.tokenizer import check_known, load_tokenizer
@@ -80,6 +80,7 @@ def set_up(
     tool: Tool | None = None,
     sft_progress: SftProgress | None = None,
     ranks: Ranks | None = None,
+    trained: bool = False,
 ) -> Setup:
     """Make the parts that a command needs.
 
@@ -88,6 +89,8 @@ def set_up(
         tokenizer: a checkpoint whose tokenizer is used instead of that of ``weights``.
         tool: searches in place of the configured one.
         sft_progress: called during a warm start, if one is trained.
+        ranks: the run's processes.
+        trained: the model is about to be trained, so it gets adapters if the configuration wants them.
     Raises:
         InputError: bad input of any kind, in one line.
         ToolError: the tool does not answer; known before the model is loaded.
@@ -130,8 +133,12 @@ def set_up(
         *data.warnings,
         model.check_positions(lm, config.rollout.max_tokens, longest_answer),
     )
+    engine = _make_engine(config, lm, words, uses_deepspeed(config, ranks) and config.distributed.zero_stage == 3)
+    if config.model.lora_rank and trained:
+        m = config.model
+        adapter.add(lm, m.lora_rank, m.lora_alpha, m.lora_targets, config.train.seed)
     agent = Agent(
-        engine=_make_engine(config, lm, words, uses_deepspeed(config, ranks) and config.distributed.zero_stage == 3),
+        engine=engine,
         tool=tool,
         dialect=dialect,
         limits=limits,

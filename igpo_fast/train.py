@@ -62,10 +62,15 @@ class Trainer:
 
     def __init__(self, config: Config, display: Display, checkpoint: str | None = None, ranks: Ranks | None = None):
         self.config, self.display, self.ranks = config, display, ranks or Ranks()
-        # The reference is the model before training, which a resumed run makes again.
-        weights = None if config.algorithm.kl else checkpoint
+        # The reference and an adapter's base are the model before training, which a resumed run makes again.
+        weights = None if config.algorithm.kl or config.model.lora_rank else checkpoint
         self.setup: Setup = set_up(
-            config, weights=weights, tokenizer=checkpoint, sft_progress=display.warm_start, ranks=self.ranks
+            config,
+            weights=weights,
+            tokenizer=checkpoint,
+            sft_progress=display.warm_start,
+            ranks=self.ranks,
+            trained=True,
         )
         self.agent = self.setup.agent
         self.learner = make_learner(config, self.setup.lm, self.ranks)
@@ -175,7 +180,8 @@ class Trainer:
 
     def _send_weights(self) -> None:
         def send() -> None:
-            weights = self.learner.weights()
+            shared = getattr(self.agent.engine, "lm", None) is self.learner.lm
+            weights = iter(()) if shared else self.learner.weights()
             try:
                 self.agent.engine.load_weights(weights)
             finally:

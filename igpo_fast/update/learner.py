@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from igpo_fast import adapter
 from igpo_fast.update.policy import LossInputs, PackResult, Policy, SupervisedInputs
 from igpo_fast.update.states import read_states, read_weights, write_states
 from igpo_kernels import LossSettings, TreePlan
@@ -68,7 +69,8 @@ class Learner:
     Args:
         lm: trained in place, in its dtype over float32 masters.
         temperature: divides every logit.
-        settings: settings of the policy loss; with a KL coefficient a frozen copy of ``lm`` is kept as reference.
+        settings: settings of the policy loss. With a KL coefficient the reference is a frozen copy of ``lm``, or, if it
+            has adapters, ``lm`` without them.
         backend: implementation of igpo_kernels.
         factor: the learning rate of update 0, 1, .. as a share of ``lr``.
     """
@@ -88,8 +90,8 @@ class Learner:
     ):
         self.settings = settings or LossSettings()
         self.policy = Policy(lm, temperature, self.settings, backend)
-        self._reference = None
-        if self.settings.kl:
+        self._reference, self._adapted = None, adapter.adapted(lm)
+        if self.settings.kl and not self._adapted:
             frozen = copy.deepcopy(lm).requires_grad_(False)
             self._reference = Policy(frozen, temperature, self.settings, backend)
         self.parameters = sum(p.numel() for p in lm.parameters())
@@ -124,6 +126,9 @@ class Learner:
 
     def reference(self, plan: TreePlan) -> np.ndarray | None:
         """The reference's log-probability of each decision pair: float32 [D]; None without a KL term."""
+        if self.settings.kl and self._adapted:
+            with adapter.off(self.lm):
+                return self(plan).decision_logp
         return None if self._reference is None else self._reference(plan).decision_logp
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -155,13 +160,16 @@ class Learner:
         return norm if sound else None
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight by its name, in the model's order."""
-        yield from self.lm.state_dict().items()
+        """Every weight by its name, in the model's order, adapters merged into theirs."""
+        yield from adapter.merged(self.lm) if self._adapted else self.lm.state_dict().items()
 
     def save(self, folder: Path) -> None:
-        """Write the model, in a layout that ``from_pretrained`` loads, and the optimiser's state into ``folder``
-        (states.py)."""
-        self.lm.save_pretrained(folder)
+        """Write the model, in a layout that ``from_pretrained`` loads, or its adapter, and the optimiser's state into
+        ``folder`` (states.py)."""
+        if self._adapted:
+            adapter.save(self.lm, folder, {n: p for n, p in self.lm.state_dict().items() if adapter.is_adapter(n)})
+        else:
+            self.lm.save_pretrained(folder)
         states = {}
         for name, master in self._masters.of.items():
             moments = self.optimizer.state.get(master, {})
@@ -177,7 +185,7 @@ class Learner:
             ValueError: the folder lacks a tensor, or has one of another shape.
             Exception: whatever transformers and unpickling raise for a damaged folder.
         """
-        self.lm.load_state_dict(read_weights(self.lm, folder))
+        self.lm.load_state_dict(read_weights(self.lm, folder), strict=not self._adapted)
         states, counts = read_states(folder, self._masters.of)
         for name, master in self._masters.of.items():
             state = states[name]

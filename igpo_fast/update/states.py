@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from igpo_fast import adapter
+
 States = Mapping[str, Mapping[str, torch.Tensor]]
 """Weight's name -> kind of state (master, exp_avg, exp_avg_sq, step) -> tensor."""
 
@@ -51,12 +53,15 @@ def read_states(folder: Path, names: Iterable[str]) -> tuple[dict[str, dict[str,
 
 
 def read_weights(lm: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
-    """The weights in ``folder``, in the dtype of ``lm``, by the names of its ``state_dict``.
+    """The weights in ``folder`` (the adapters' of a model with adapters), in the dtype of ``lm``, by the names of its
+    ``state_dict``.
 
     Raises:
         ValueError: the folder lacks a tensor, or has one of another shape.
         Exception: whatever transformers raises for a damaged folder.
     """
+    if adapter.adapted(lm):
+        return adapter.read(lm, folder)
     saved, about = type(lm).from_pretrained(folder, dtype=lm.dtype, output_loading_info=True)
     if unknown := sorted({*about["missing_keys"], *about["mismatched_keys"]}, key=str):
         raise ValueError(f"no tensor {unknown[0]}")

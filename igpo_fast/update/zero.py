@@ -26,6 +26,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 
+from igpo_fast import adapter
 from igpo_fast.ranks import Ranks
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.policy import PackResult, Policy
@@ -130,25 +131,36 @@ class ZeroLearner(Learner):
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight by its name, in the model's order, whole while it is the iterator's turn."""
+        if self._adapted:
+            yield from adapter.merged(self.lm, self._gathered)
+            return
         for name, weight in self.lm.state_dict(keep_vars=True).items():
-            with self._gathered(weight):
+            with self._gathered([weight]):
                 yield name, weight.detach()
 
     @staticmethod
-    def _gathered(weight: torch.Tensor, **options):
-        """A context in which a weight is whole; no more than that under stages 1 and 2."""
-        return GatheredParameters([weight], enabled=hasattr(weight, "ds_id"), **options)
+    def _gathered(weights: list[torch.Tensor], **options):
+        """A context in which weights are whole; no more than that under stages 1 and 2."""
+        return GatheredParameters(weights, enabled=hasattr(weights[0], "ds_id"), **options)
+
+    def _saved(self) -> dict[str, torch.Tensor]:
+        """The weights that a checkpoint holds, by name."""
+        named = self.lm.state_dict(keep_vars=True)
+        return {n: p for n, p in named.items() if adapter.is_adapter(n)} if self._adapted else named
 
     def save(self, folder: Path) -> None:
         """Write the model and, each rank its part, the optimiser's state into ``folder`` (states.py)."""
         whole: dict[int, torch.Tensor] = {}  # a tied weight once: transformers writes it once, too
-        for weight in self.lm.state_dict(keep_vars=True).values():
-            with self._gathered(weight):
+        for weight in self._saved().values():
+            with self._gathered([weight]):
                 if self._ranks.first and id(weight) not in whole:
                     whole[id(weight)] = weight.detach().to("cpu", copy=True)
         if self._ranks.first:
-            named = self.lm.state_dict(keep_vars=True).items()
-            self.lm.save_pretrained(folder, state_dict={name: whole[id(weight)] for name, weight in named})
+            held = {name: whole[id(weight)] for name, weight in self._saved().items()}
+            if self._adapted:
+                adapter.save(self.lm, folder, held)
+            else:
+                self.lm.save_pretrained(folder, state_dict=held)
         states = {}
         for number, (name, p) in enumerate(self._trained().items()):
             state = {} if self.lm.dtype == torch.float32 else {"master": safe_get_full_fp32_param(p)}
@@ -163,8 +175,8 @@ class ZeroLearner(Learner):
     def load(self, folder: Path) -> None:
         weights, trained = read_weights(self.lm, folder), self._trained()
         states, counts = read_states(folder, trained)
-        for name, p in self.lm.state_dict(keep_vars=True).items():
-            with self._gathered(p, modifier_rank=0):
+        for name, p in self._saved().items():
+            with self._gathered([p], modifier_rank=0):
                 p.data.copy_(weights[name])
         self._applied = int(max((state["step"] for state in states.values() if "step" in state), default=0))
         if self._applied:

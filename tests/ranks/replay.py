@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from igpo_fast import adapter
 from igpo_fast.model import build
 from igpo_fast.ranks import Ranks
 from igpo_fast.run.display import Display
@@ -35,14 +36,15 @@ class Way(NamedTuple):
 
     passes: str
     tied: bool
+    lora: bool = False
     dtype: str = "float32"
 
     def __str__(self) -> str:
-        return f"{self.passes}-{'tied' if self.tied else 'untied'}-{self.dtype}"
+        return f"{self.passes}-{'tied' if self.tied else 'untied'}-{'lora' if self.lora else 'whole'}-{self.dtype}"
 
 
-WAYS = [Way(*way) for way in itertools.product(("one", "two"), (True, False))]
-HALF = Way("one", True, "bfloat16")
+WAYS = [Way(*way) for way in itertools.product(("one", "two"), (True, False), (False, True))]
+HALF = Way("one", True, False, "bfloat16")
 
 
 def model(way: Way) -> torch.nn.Module:
@@ -54,6 +56,12 @@ def model(way: Way) -> torch.nn.Module:
         for weight in lm.parameters():
             if weight.ndim == 2:
                 weight *= 5
+        if way.lora:
+            adapter.add(lm, 2, 4.0, "all-linear")
+            generator = torch.Generator().manual_seed(2)
+            for name, weight in lm.named_parameters():
+                if ".lora_B" in name:
+                    weight.normal_(std=0.3, generator=generator)
     return lm.to(getattr(torch, way.dtype))
 
 
@@ -66,7 +74,7 @@ def replay(way: Way, make_learner, moment, ranks: Ranks) -> dict:
     """
     case = Case(7, GROUPS)
     lm = model(way)
-    names = [name for name, _ in lm.named_parameters()]
+    names = [name for name, parameter in lm.named_parameters() if parameter.requires_grad]
     settings = LossSettings(entropy=0.01, kl=0.05)
     learner = make_learner(
         lm, temperature=1.3, settings=settings, lr=1e-3, factor=lambda step: 1.0, betas=(BETA, 0.999),
@@ -86,7 +94,7 @@ def replay(way: Way, make_learner, moment, ranks: Ranks) -> dict:
         updater(Batch(step, tuple(case.groups)), {}, row)
         rows.append({key: value for key, value in row.row().items() if not key.startswith(("time", "memory"))})
         norms.append(rows[-1]["loss/grad_norm"])
-        now = {name: moment(learner, p).clone() for name, p in learner.lm.named_parameters()}
+        now = {name: moment(learner, p).clone() for name, p in learner.lm.named_parameters() if name in names}
         gradients.append({name: (now[name] - BETA * before[name]) / (1 - BETA) for name in names})
         before = now
     weights = {name: weight.clone() for name, weight in learner.weights()}

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from igpo_fast import model
 from tests.ranks.launch import start
 from tests.tiny import SETTINGS, STEPS, WORLD, files, rows
 
@@ -80,6 +82,36 @@ def test_a_run_resumes_in_other_ranks_and_stages(tmp_path, cache, alone, before,
     wanted = load_file(alone() / LAST / "model.safetensors")
     for name, weight in load_file(tmp_path / "run" / LAST / "model.safetensors").items():
         torch.testing.assert_close(weight, wanted[name], rtol=1e-3, atol=1e-4)
+
+
+LORA = ("model.lora_rank=4", "model.lora_alpha=8", "train.lr=1e-2")
+
+
+def test_an_adapter_is_trained_resumed_evaluated_and_exported(tmp_path, cache, alone):
+    """On two ranks under ZeRO-3, which samples with merged weights; alone the engine runs the adapter itself."""
+    pytest.importorskip("peft")
+    folder, out = tmp_path / "run", tmp_path / "out"
+    for steps in (3, STEPS):
+        train(folder, cache, *LORA, f"train.steps={steps}", "eval.every=2", "distributed.zero_stage=3", ranks=2)
+    same(folder, alone(*LORA))
+    newest = folder / LAST
+    assert (newest / "adapter_model.safetensors").exists() and not (newest / "model.safetensors").exists()
+    for command in (
+        ["export", str(folder), str(out)],
+        ["eval", str(folder), "--json"],
+        ["eval", str(alone(*LORA)), "--json"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "igpo_fast", *command], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["eval/f1"] == rows(alone(*LORA))[-1]["eval/f1"]
+    exported = AutoModelForCausalLM.from_pretrained(out).eval()
+    merged = model.load(str(newest), check=False)
+    merged.set_attn_implementation("sdpa")
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(exported(ids).logits, merged(ids).logits)
+    assert len(AutoTokenizer.from_pretrained(out)) == exported.config.vocab_size
 
 
 @pytest.mark.parametrize("rank", [0, 1])
