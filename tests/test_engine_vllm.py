@@ -344,7 +344,7 @@ def replicas():
         replica.dead or replica.kill()
 
 
-def servers(*replicas, timeout=1.0, **options):
+def servers(*replicas, timeout=20.0, **options):
     options = dict(decode=str, dtype=torch.float32, max_tokens=64, timeout=timeout) | options
     return VllmServers([r.url for r in replicas], **options)
 
