@@ -91,7 +91,7 @@ def test_an_adapter_is_trained_resumed_evaluated_and_exported(tmp_path, cache, a
     """On two ranks under ZeRO-3, which samples with merged weights; alone the engine runs the adapter itself."""
     pytest.importorskip("peft")
     folder, out = tmp_path / "run", tmp_path / "out"
-    for steps in (3, STEPS):
+    for steps in (4, STEPS):
         train(folder, cache, *LORA, f"train.steps={steps}", "eval.every=2", "distributed.zero_stage=3", ranks=2)
     same(folder, alone(*LORA))
     newest = folder / LAST
