@@ -73,6 +73,7 @@ class Trainer:
             trained=True,
         )
         self.agent = self.setup.agent
+        self._stragglers: Counter[str] = Counter()  # counts of the last rollouts
         self.learner = make_learner(config, self.setup.lm, self.ranks)
         self.update: Updater = make_updater(self.setup, self.learner, display, self.ranks)
         self.display.note(self.setup.summary(self.update.passes))
