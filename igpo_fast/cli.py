@@ -109,9 +109,20 @@ def _options(
 
 
 @app.command()
-def train(overrides: Overrides = None, config: ConfigFile = None) -> None:
+def train(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    nproc: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Processes on this host, one per GPU; on several, torchrun."),
+    ] = 1,
+) -> None:
     """Train in run.dir, or resume training there."""
     settings = _load(config, overrides)
+    if nproc > 1 and "RANK" not in os.environ:
+        from igpo_fast.run.launch import launch
+
+        raise typer.Exit(launch([sys.executable, "-m", "igpo_fast", *sys.argv[1:]], nproc, Path(settings.run.dir)))
     from igpo_fast.run.interrupt import Interrupted
     from igpo_fast.run.summary import run_summary
     from igpo_fast.train import train as run_training
@@ -122,7 +133,8 @@ def train(overrides: Overrides = None, config: ConfigFile = None) -> None:
     except Interrupted as stop:
         typer.echo(f"interrupted: {stop}; the same command resumes from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    typer.echo(run_summary(run.read_metrics(), run.path, settings, _program()))
+    if run is not None:
+        typer.echo(run_summary(run.read_metrics(), run.path, settings, _program()))
 
 
 @app.command()
@@ -194,6 +206,33 @@ def evaluate(
         f"eval f1 {found['eval/f1']:.3f} ± {found['eval/f1_se']:.3f}  em {found['eval/em']:.3f}  "
         f"turns {found['eval/turns']:.1f}  ({count} questions, {search}, {weights})"
     )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=_path, help="A run folder.")],
+    output: Annotated[Path, typer.Argument(metavar="DIR", parser=_path, help="A new folder.")],
+) -> None:
+    """Write a run's newest checkpoint as a Hugging Face folder, adapters merged, for transformers and vLLM."""
+    from igpo_fast.run.checkpoint import RunFolder
+
+    folder = RunFolder(run)
+    newest = folder.newest()  # verified: a damaged one is refused
+    if newest is None:
+        raise InputError(f"{folder.checkpoints}: no checkpoint yet; train for longer")
+    import torch
+
+    from igpo_fast.data.load import Data
+    from igpo_fast.data.tokenizer import load_tokenizer
+    from igpo_fast.model import load as load_model
+
+    _quiet()
+    with _new_folder(output):
+        precision = getattr(torch, folder.config.train.precision)
+        lm = load_model(str(newest), dtype=precision, check=False, source=f"checkpoint {newest}")
+        lm.save_pretrained(output)
+        load_tokenizer(folder.config, Data((), (), {}), str(newest)).save_pretrained(output)
+    typer.echo(f"{newest}, {sum(p.numel() for p in lm.parameters()):,} parameters in {lm.dtype}, is in {output}")
 
 
 @app.command()

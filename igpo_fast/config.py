@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
@@ -91,8 +91,13 @@ class Model(Section):
     """Width of the built model's feed-forward layers."""
     tie_embeddings: bool = True
     """Share one matrix between embeddings and LM head of the built model."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of weights and activations."""
+    lora_rank: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Rank of LoRA adapters, the only weights that are then trained; 0 trains all weights."""
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = 32.0
+    """Adapters count `lora_alpha` / `lora_rank` times."""
+    lora_targets: NonEmpty | tuple[NonEmpty, ...] = "all-linear"
+    """Layers that get adapters: ends of their names, like `[q_proj, v_proj]`; `all-linear` is every one but the LM
+    head."""
     device: Annotated[Device, SESSION] = "auto"
     """`auto` takes CUDA if there is one; else `cpu`, `cuda` or `cuda:N`."""
     kernels: Literal["auto", "torch", "reference", "triton"] = "auto"
@@ -221,7 +226,7 @@ class Rollout(Section):
     server_timeout: Annotated[Seconds, SESSION] = 300.0
     """Seconds that a turn on a replica may take, and that a batch waits if no replica answers."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Dtype of vLLM; `auto` is the trainer's `model.dtype`. Weights are rounded to it when they are sent. With a
+    """Dtype of vLLM; `auto` is `train.precision`. Weights are rounded to it when they are sent. With a
     lower precision than the trainer's, log-probabilities differ (`mismatch/*`): set `algorithm.importance`."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1), SESSION] = 0.5
     """Share of the GPU that vLLM in this process takes for weights and cache; while training it sleeps."""
@@ -442,6 +447,9 @@ class Train(Section):
     """Optimiser updates per batch, each on its share of the questions."""
     token_budget: Tokens = 16384
     """Most packed tokens per forward."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Dtype that the trainer computes in. The weights that AdamW updates, its states and the sums of gradients are
+    float32 in both; bfloat16 weights are those, rounded after each update."""
     lr: LearningRate = 1e-6
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -470,6 +478,24 @@ class Train(Section):
                 f"train.warmup_steps={self.warmup_steps} exceeds train.steps={self.steps}, so train.lr is never "
                 "reached; lower train.warmup_steps"
             )
+        return self
+
+
+class Distributed(Section):
+    engine: Annotated[Literal["auto", "none", "deepspeed"], SESSION] = "auto"
+    """Owner of the weights: plain torch in one process (`none`), or DeepSpeed's ZeRO in any number. `auto` takes
+    DeepSpeed on GPUs and with several processes."""
+    zero_stage: Annotated[Literal[1, 2, 3], SESSION] = 2
+    """What DeepSpeed shares out over the processes: optimiser states and masters (1), gradients too (2), weights too
+    (3)."""
+    offload: Annotated[Literal["none", "optimizer", "all"], SESSION] = "none"
+    """What DeepSpeed keeps in the CPU's memory: optimiser states and masters, or with `all` and `zero_stage=3` the
+    weights too."""
+
+    @model_validator(mode="after")
+    def _check_offload(self):
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError("distributed.offload=all keeps weights elsewhere, which needs distributed.zero_stage=3")
         return self
 
 
@@ -512,6 +538,10 @@ class Config(Section):
     algorithm: Algorithm = Algorithm()
     train: Train = Train()
     eval: Eval = Eval()
+    distributed: Distributed = Distributed()
+
+    renamed: ClassVar[dict[str, str]] = {"model.dtype": "train.precision"}
+    """Keys of earlier versions, for messages."""
 
     @model_validator(mode="before")
     @classmethod

@@ -88,6 +88,8 @@ def _nearest(path: tuple[str, ...], schema: type[BaseModel]) -> str:
     known = {f"{s}.{k}": k for s, f in schema.model_fields.items() for k in f.annotation.model_fields}
     known |= {section: section for section in schema.model_fields}
     wanted = ".".join(path)
+    if now := getattr(schema, "renamed", {}).get(wanted):
+        return f"it is {now} now"
     elsewhere = [full for full, key in known.items() if key == path[-1] and len(path) > 1]
     near = elsewhere or difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else "see docs/config.md for the known keys"

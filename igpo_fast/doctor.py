@@ -56,7 +56,7 @@ def diagnose(config: Config, *, configured: bool) -> Iterator[Check]:
     except InputError:
         return
     if not configured:
-        dtype = getattr(torch, config.model.dtype)
+        dtype = getattr(torch, config.train.precision)
         yield from _kernels(chosen(config.model.kernels, device, dtype), device)
     yield _parity("parity, a tiny Qwen2", lambda: probe(_tiny().to(device)), config.model.kernels)
     if configured:
@@ -162,7 +162,7 @@ def _memory(config: Config) -> Iterator[Check]:
     except Exception:  # loading the model comes next and gives a better message
         return
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    engine_dtype = config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
+    engine_dtype = config.train.precision if config.rollout.dtype == "auto" else config.rollout.dtype
     kv = kv_bytes_per_token(lm, getattr(torch, engine_dtype)) / 1e6
     on_gpu = device_of(config.model.device) != "cpu"
     total, there = sum(parts.values()), torch.cuda.mem_get_info()[1] if on_gpu else math.inf

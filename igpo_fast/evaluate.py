@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from igpo_fast.errors import InputError
+from igpo_fast.ranks import Ranks
 from igpo_fast.rollouts.batch import rollout_groups
 from igpo_fast.rollouts.rollout import Agent
 from igpo_fast.rollouts.tools.base import take_counts
-from igpo_fast.types import Evaluation, Question, Rollout
+from igpo_fast.types import Evaluation, Group, Question, Rollout
 from igpo_fast.update.rewards import exact_match, f1_score
 
 EVAL_STEP = -1
@@ -22,8 +24,9 @@ def evaluate(
     questions: Sequence[Question],
     f1_normalisation: str,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
-    """One rollout per question.
+    """One rollout per question; ``ranks`` share the questions out.
 
     Returns:
         ``eval/f1``, ``eval/em`` and ``eval/turns``, means over questions, and ``eval/f1_se``, the standard error of the
@@ -36,9 +39,17 @@ def evaluate(
     """
     if not questions:
         raise InputError("evaluation: there are no questions; give data.eval, or raise eval.questions")
-    groups = rollout_groups(agent, questions, 1, EVAL_STEP, progress=progress)
-    rollouts = tuple(group.rollouts[0] for group in groups)
-    counts, _ = take_counts(agent.tool, "evaluation")
+    ranks = ranks or Ranks()
+
+    def sample() -> tuple[tuple[Group, ...], Counter]:
+        groups = rollout_groups(agent, ranks.share(questions), 1, EVAL_STEP, progress=progress)
+        return groups, agent.tool.counts
+
+    told = ranks.together(sample)
+    shares = [groups for groups, _ in told]
+    rollouts = tuple(shares[i % ranks.size][i // ranks.size].rollouts[0] for i in range(len(questions)))
+    agent.tool.counts = sum((counts for _, counts in told), Counter())
+    counts, _ = ranks.together(lambda: take_counts(agent.tool, "evaluation"))[0]
     sets: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
         sets.setdefault(rollout.question.dataset, []).append(rollout)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from igpo_fast import adapter
 from igpo_fast.errors import InputError, reason_of
 from igpo_fast.pretrained import read_model
 from igpo_kernels import Branch, RolloutTokens, Tree, pack
@@ -114,12 +116,15 @@ def load(
     """A causal LM from a Hugging Face directory or name, set to run under ``hidden_states``.
 
     Args:
+        path: or a checkpoint that holds an adapter, which is merged into its base model.
         check: run ``probe``.
         source: how messages name the folder; ``model.path=PATH`` if None.
     Raises:
         InputError: nothing loads from there, or the probe refuses the architecture.
     """
-    lm = read_model(AutoModelForCausalLM, path, dtype=dtype, source=source).to(device).eval()
+    base = adapter.base_of(Path(path)) if Path(path, adapter.CONFIG).exists() else path
+    lm = read_model(AutoModelForCausalLM, base, dtype=dtype, source=source)
+    lm = (lm if base == path else adapter.merge(lm, Path(path))).to(device).eval()
     return probe(lm) if check else use_attend(lm)
 
 
@@ -156,19 +161,6 @@ def check_positions(lm: PreTrainedModel, max_tokens: int, answer_tokens: int = 0
     if max_tokens + answer_tokens > most:
         raise InputError(f"{where}, and forced answers take {answer_tokens}; use at most {most - answer_tokens}")
     return None
-
-
-def precision_warning(dtype: str, lr: float) -> str | None:
-    """A warning about training in ``dtype`` at ``lr``; None if it is fine.
-
-    An update of Adam is about ``lr``. bfloat16 keeps 8 bits, so a weight of 0.02 rounds away updates below 6e-5.
-    """
-    if dtype == "float32" or lr >= 1e-4:
-        return None
-    return (
-        f"model.dtype={dtype} at train.lr={lr:g}: most updates are smaller than a weight's rounding and are lost; "
-        "use model.dtype=float32"
-    )
 
 
 def use_attend(lm: PreTrainedModel) -> PreTrainedModel:

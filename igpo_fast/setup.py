@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,14 +10,15 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from igpo_fast import model
+from igpo_fast import adapter, model
 from igpo_fast.config import PRESETS, Config
 from igpo_fast.data.load import Data, load_data, question_order, without_long
 from igpo_fast.data.tokenizer import check_known, load_tokenizer
 from igpo_fast.engines import vllm
 from igpo_fast.engines.base import Engine, Sampling
 from igpo_fast.engines.torch import TorchEngine
-from igpo_fast.errors import InputError
+from igpo_fast.errors import InputError, reason_of
+from igpo_fast.ranks import Ranks
 from igpo_fast.rollouts.dialect import Dialect, make_dialect
 from igpo_fast.rollouts.rollout import Agent, Limits, opening
 from igpo_fast.rollouts.tools.base import Tool
@@ -77,6 +79,8 @@ def set_up(
     tokenizer: str | None = None,
     tool: Tool | None = None,
     sft_progress: SftProgress | None = None,
+    ranks: Ranks | None = None,
+    trained: bool = False,
 ) -> Setup:
     """Make the parts that a command needs.
 
@@ -85,10 +89,13 @@ def set_up(
         tokenizer: a checkpoint whose tokenizer is used instead of that of ``weights``.
         tool: searches in place of the configured one.
         sft_progress: called during a warm start, if one is trained.
+        ranks: the run's processes.
+        trained: the model is about to be trained, so it gets adapters if the configuration wants them.
     Raises:
         InputError: bad input of any kind, in one line.
         ToolError: the tool does not answer; known before the model is loaded.
     """
+    ranks = ranks or Ranks()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     data = load_data(config)
@@ -114,8 +121,10 @@ def set_up(
     longest_answer = max((len(branch.ids) for answers in branches for branch in answers), default=0)
     tool = tool or make_search(config, data)
     tool.check(data.train[0].question)
-    lm = _load_model(config, weights, words)
+    lm = _load_model(config, weights, words, ranks)
     if not weights:
+        if ranks.size > 1:  # the others then read what the first has trained
+            ranks.first_alone(lambda: warm_start(config, lm, words, dialect, data, tool, sft_progress) and None)
         lm = warm_start(config, lm, words, dialect, data, tool, sft_progress)
     if config.model.gradient_checkpointing:
         model.recompute_layers(lm)
@@ -123,10 +132,13 @@ def set_up(
         *settings_warnings(config),
         *data.warnings,
         model.check_positions(lm, config.rollout.max_tokens, longest_answer),
-        model.precision_warning(config.model.dtype, config.train.lr),
     )
+    engine = _make_engine(config, lm, words, uses_deepspeed(config, ranks) and config.distributed.zero_stage == 3)
+    if config.model.lora_rank and trained:
+        m = config.model
+        adapter.add(lm, m.lora_rank, m.lora_alpha, m.lora_targets, config.train.seed)
     agent = Agent(
-        engine=_make_engine(config, lm, words),
+        engine=engine,
         tool=tool,
         dialect=dialect,
         limits=limits,
@@ -137,8 +149,12 @@ def set_up(
     return Setup(config, data, words, lm, agent, branches_of, answer_tokens, tuple(filter(None, warnings)))
 
 
-def make_learner(config: Config, lm: PreTrainedModel) -> Learner:
-    """The owner of ``lm``'s weights in a run."""
+def make_learner(config: Config, lm: PreTrainedModel, ranks: Ranks) -> Learner:
+    """The owner of ``lm``'s weights in a run.
+
+    Raises:
+        InputError: several processes with ``distributed.engine=none``, or DeepSpeed is not installed.
+    """
     train = config.train
     factor = partial(
         schedule_factor,
@@ -146,14 +162,41 @@ def make_learner(config: Config, lm: PreTrainedModel) -> Learner:
         total=train.steps * train.updates,
         schedule=train.lr_schedule,
     )
-    return Learner(
-        lm, temperature=config.rollout.temperature, settings=loss_settings_of(config.algorithm),
+    made = partial(
+        Learner, temperature=config.rollout.temperature, settings=loss_settings_of(config.algorithm),
         backend=config.model.kernels, lr=train.lr, factor=factor, betas=train.betas, weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
     )  # fmt: skip
+    if not uses_deepspeed(config, ranks):
+        return made(lm)
+    try:
+        from igpo_fast.update.zero import ZeroLearner
+    except ImportError as error:
+        raise InputError(
+            f"distributed.engine=deepspeed: DeepSpeed does not import ({reason_of(error)}); install "
+            "igpo-fast[deepspeed]"
+        ) from error
+    distributed = config.distributed
+    return ZeroLearner(lm, ranks=ranks, stage=distributed.zero_stage, offload=distributed.offload, **made.keywords)
 
 
-def make_updater(setup: Setup, learner: Learner, progress: Progress) -> Updater:
+def uses_deepspeed(config: Config, ranks: Ranks) -> bool:
+    """Whether the learner is DeepSpeed's: by ``auto`` with several processes or on a GPU.
+
+    Raises:
+        InputError: several processes with ``distributed.engine=none``.
+    """
+    engine = config.distributed.engine
+    if engine == "none" and ranks.size > 1:
+        raise InputError(
+            f"distributed.engine=none trains in one process, and {ranks.size} have started; use auto or deepspeed"
+        )
+    return engine == "deepspeed" or (
+        engine == "auto" and (ranks.size > 1 or model.device_of(config.model.device) != "cpu")
+    )
+
+
+def make_updater(setup: Setup, learner: Learner, progress: Progress, ranks: Ranks) -> Updater:
     """What takes a batch's optimiser steps.
 
     Raises:
@@ -161,7 +204,7 @@ def make_updater(setup: Setup, learner: Learner, progress: Progress) -> Updater:
     """
     config, recipe = setup.config, recipe_of(setup.config.algorithm)
     passes = choose_passes(config, recipe, setup.answer_tokens)
-    packer = Packer(learner.policy, setup.branches_of, recipe, passes, config.train.token_budget)
+    packer = Packer(learner, setup.branches_of, recipe, passes, config.train.token_budget, ranks)
     return Updater(
         learner, packer, recipe, passes=passes, groups_per_pack=groups_per_pack(config, recipe, setup.answer_tokens),
         updates=config.train.updates, aggregation=config.algorithm.aggregation,
@@ -169,11 +212,15 @@ def make_updater(setup: Setup, learner: Learner, progress: Progress) -> Updater:
     )  # fmt: skip
 
 
-def _load_model(config: Config, weights: str | None, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def _load_model(
+    config: Config, weights: str | None, tokenizer: PreTrainedTokenizerFast, ranks: Ranks
+) -> PreTrainedModel:
     device = model.device_of(config.model.device)
+    if device == "cuda" and ranks.size > 1:
+        device = f"cuda:{ranks.local}"
     if config.model.kernels == "triton" and device == "cpu" and not triton_variants.runs_on_cpu():
         raise InputError("model.kernels=triton: needs a GPU, and the model is on the CPU; use model.kernels=auto")
-    dtype = getattr(torch, config.model.dtype)
+    dtype = getattr(torch, config.train.precision)
     if path := weights or config.model.path:
         source = f"checkpoint {weights}" if weights else None
         return model.load(path, dtype=dtype, device=device, check=config.model.probe, source=source)
@@ -181,11 +228,14 @@ def _load_model(config: Config, weights: str | None, tokenizer: PreTrainedTokeni
     return model.probe(lm) if config.model.probe else lm
 
 
-def _make_engine(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Engine:
+def _make_engine(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, sharded: bool) -> Engine:
+    """``sharded``: ``lm`` will keep a part of each weight only, so the embedded engine needs a model of its own."""
     if config.rollout.engine == "vllm":
         return vllm.make_engine(config, lm, tokenizer.decode)
     slots, tokens = config.rollout.concurrency, config.rollout.max_tokens
-    return TorchEngine(lm, decode=tokenizer.decode, max_slots=slots, max_tokens=tokens)
+    return TorchEngine(
+        copy.deepcopy(lm) if sharded else lm, decode=tokenizer.decode, max_slots=slots, max_tokens=tokens
+    )
 
 
 def _check_questions(config: Config, data: Data, dialect: Dialect, limits: Limits) -> None:

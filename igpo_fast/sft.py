@@ -67,7 +67,7 @@ def warm_start(
             write_manifest(temporary)
     check_manifest(folder, f"delete {folder}, and the warm start is trained again")
     # Read back even if just trained, so that the first run and later ones start from the same bytes.
-    dtype = getattr(torch, config.model.dtype)
+    dtype = getattr(torch, config.train.precision)
     source = f"the cached warm start {folder}; delete it"
     return load(str(folder), dtype=dtype, device=str(lm.device), check=False, source=source)
 
@@ -84,7 +84,18 @@ def _fingerprint(config: Config, tokenizer, data: Data) -> str:
     rollout = config.rollout.model_dump(include={"dialect", "system", "thinking", "max_turns", "max_tokens"})
     words = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template)
     held = {k: v for k, v in (sources(config) | contents(config)).items() if not k.startswith("data.eval")}
-    text = repr((sections, rollout, config.algorithm.wrapper, config.train.seed, __version__, words, held))
+    text = repr(
+        (
+            sections,
+            rollout,
+            config.algorithm.wrapper,
+            config.train.seed,
+            config.train.precision,
+            __version__,
+            words,
+            held,
+        )
+    )
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=6)
     if config.data.source == "files":  # eval.questions decides which of them are trained on
         for question in data.train:

@@ -14,6 +14,7 @@ from igpo_fast.config import Config
 from igpo_fast.data.load import question_order
 from igpo_fast.errors import RunError
 from igpo_fast.evaluate import evaluate
+from igpo_fast.ranks import Ranks
 from igpo_fast.rollouts.batch import Stragglers, finished_groups, in_ranges
 from igpo_fast.rollouts.tools.base import take_counts
 from igpo_fast.run.checkpoint import RunFolder
@@ -26,15 +27,18 @@ from igpo_fast.update.packs import Readings
 from igpo_fast.update.update import Updater
 
 
-def train(config: Config, display: Display | None = None) -> RunFolder:
+def train(config: Config, display: Display | None = None) -> RunFolder | None:
     """Train in ``config.run.dir``, or resume training there.
 
+    Returns:
+        The run folder; None in a process that is not the run's first.
     Raises:
         RunError: ends the run with one line; every finished step is kept.
         Interrupted: the user asked to stop; a checkpoint was written first.
     """
-    with Session(config, display or Display(config.train.steps)) as run:
-        trainer = Trainer(config, run.display, run.checkpoint)
+    ranks = Ranks()
+    with Session(config, display or Display(config.train.steps), ranks) as run:
+        trainer = Trainer(config, run.display, run.checkpoint, ranks)
         trainer.resume(run)
         for step in run.steps():
             with run.step(step) as metrics:
@@ -47,20 +51,31 @@ def train(config: Config, display: Display | None = None) -> RunFolder:
                 if trainer.evaluation_due(step):
                     with metrics.timed("eval"):
                         metrics.set(run.write_evaluation(step, trainer.evaluate()))
-    return run.folder
+    return run.folder if ranks.first else None
 
 
 class Trainer:
-    """The state of training, with one method per arrow of the flow."""
+    """The state of training, with one method per arrow of the flow.
 
-    def __init__(self, config: Config, display: Display, checkpoint: str | None = None):
-        self.config, self.display = config, display
-        # The reference is the model before training, which a resumed run makes again.
-        weights = None if config.algorithm.kl else checkpoint
-        self.setup: Setup = set_up(config, weights=weights, tokenizer=checkpoint, sft_progress=display.warm_start)
+    Every rank has one. Each samples and trains on its share; what it returns is the whole.
+    """
+
+    def __init__(self, config: Config, display: Display, checkpoint: str | None = None, ranks: Ranks | None = None):
+        self.config, self.display, self.ranks = config, display, ranks or Ranks()
+        # The reference and an adapter's base are the model before training, which a resumed run makes again.
+        weights = None if config.algorithm.kl or config.model.lora_rank else checkpoint
+        self.setup: Setup = set_up(
+            config,
+            weights=weights,
+            tokenizer=checkpoint,
+            sft_progress=display.warm_start,
+            ranks=self.ranks,
+            trained=True,
+        )
         self.agent = self.setup.agent
-        self.learner = make_learner(config, self.setup.lm)
-        self.update: Updater = make_updater(self.setup, self.learner, display)
+        self._stragglers: Counter[str] = Counter()  # counts of the last rollouts
+        self.learner = make_learner(config, self.setup.lm, self.ranks)
+        self.update: Updater = make_updater(self.setup, self.learner, display, self.ranks)
         self.display.note(self.setup.summary(self.update.passes))
         for warning in self.setup.warnings:
             display.warn(warning)
@@ -68,7 +83,7 @@ class Trainer:
     def resume(self, run: Session) -> None:
         """Resume after the newest checkpoint, or begin: the engine gets the weights, the first row its evaluation."""
         step = run.resume(self.learner, self.setup.tokenizer)
-        self.agent.engine.load_weights(self.learner.weights())
+        self._send_weights()
         if run.row_is_missing:
             run.complete_row(run.write_evaluation(step, self.evaluate()) if self.evaluation_due(step) else {})
 
@@ -79,12 +94,13 @@ class Trainer:
         return [train[i] for i in question_order(len(train), asked, step - 1, config.seed)]
 
     def rollouts(self, questions: Sequence, step: int, metrics: StepMetrics) -> Iterator[tuple[int, Group]]:
-        """Groups and their places, as they finish, each when the engine is idle (``finished_groups``)."""
+        """This rank's groups and their places, as they finish, each when the engine is idle (``finished_groups``)."""
         rollout, counts = self.config.rollout, Counter()
-        self.display.phase("rollout", total=len(questions) * rollout.group_size)
+        mine = self.ranks.share(questions)
+        self.display.phase("rollout", total=len(mine) * rollout.group_size)
         limited = rollout.straggler_share < 1
         groups = finished_groups(
-            self.agent, questions, rollout.group_size, step, counts=counts,
+            self.agent, mine, rollout.group_size, step, counts=counts,
             progress=lambda done, total: self.display.advance(),
             enough=self.config.train.questions if rollout.keep == "arrival" else None,
             stragglers=Stragglers(rollout.straggler_share, rollout.straggler_factor) if limited else None,
@@ -92,47 +108,64 @@ class Trainer:
         with closing(groups):
             while True:
                 with metrics.timed("rollout"):
-                    group = next(groups, None)
-                if group is None:
+                    found = next(groups, None)
+                if found is None:
                     break
-                yield group
+                place, group = found
+                yield place * self.ranks.size + self.ranks.number, group
         self.agent.engine.sleep()
-        metrics.set(counts if limited else {})
-        counts, warning = take_counts(self.agent.tool, f"step {step}")
-        metrics.set(counts)
-        if warning:
-            self.display.warn(warning)
+        self._stragglers = counts if limited else Counter()
 
     def collect(self, finished: Iterator[tuple[int, Group]], step: int, metrics: StepMetrics) -> tuple[Batch, Readings]:
         """The groups to train on, and the first pass's results for those that it has already read.
 
         With ``rollout.overlap`` groups are scored while others wait for their tools, in packs that do not depend on the
         finishing order. One-pass mode cannot begin so early: its backward would add gradients in finishing order, and
-        weights that depend on all tokens of the batch are not known yet.
+        weights that depend on all tokens of the batch are not known yet. Neither can several ranks, whose passes may
+        wait for each other.
         """
         rollout, wanted = self.config.rollout, self.config.train.questions
         asked = wanted + rollout.oversample
         by_gains = rollout.skip_collapsed and self.update.recipe.needs_values
-        groups: dict[int, Group] = {}
+        early = self.update.passes == "two" and rollout.overlap and self.ranks.size == 1
         readings: Readings = {}
-        with closing(finished):
-            for finished_range in in_ranges(finished, self.update.groups_per_pack, asked):
-                groups |= finished_range
-                if self.update.passes == "two" and rollout.overlap:
-                    needed = tuple(group for place, group in finished_range.items() if by_gains or place < wanted)
-                    self.update.read(Batch(step, needed), readings, metrics)
+
+        def sample() -> dict[int, Group]:
+            mine: dict[int, Group] = {}
+            with closing(finished):
+                for finished_range in in_ranges(finished, self.update.groups_per_pack, asked):
+                    mine |= finished_range
+                    if early:
+                        needed = tuple(group for place, group in finished_range.items() if by_gains or place < wanted)
+                        self.update.read(Batch(step, needed), readings, metrics)
+            return mine
+
+        groups: dict[int, Group] = {}
+        for theirs in self.ranks.together(sample):
+            groups |= theirs
+        self._count(step, metrics)
         if by_gains:
             self.update.read(Batch(step, tuple(groups.values())), readings, metrics)
         avoided = {i for i in groups if rollout.skip_collapsed and self.update.packer.collapsed(groups[i], readings)}
         kept = sorted(sorted(groups, key=lambda i: (i in avoided, i))[:wanted])
         if not kept:
-            raise RunError(
+            raise self.ranks.on_all(RunError(
                 f"step {step}: stragglers left no group with two rollouts; raise rollout.straggler_factor or "
                 "rollout.straggler_share"
-            )
+            ))  # fmt: skip
         if rollout.oversample or rollout.straggler_share < 1:
             metrics.set({"group/sampled": asked, "group/dropped": asked - len(kept)})
         return Batch(step, tuple(groups[i] for i in kept)), readings
+
+    def _count(self, step: int, metrics: StepMetrics) -> None:
+        """Add what the ranks' tools and stragglers counted to the row; warns if searches failed."""
+        told = self.ranks.gather((self._stragglers, self.agent.tool.counts))
+        stragglers, calls = (sum(counts, Counter()) for counts in zip(*told, strict=True))
+        self.agent.tool.counts = calls
+        counts, warning = self.ranks.together(lambda: take_counts(self.agent.tool, f"step {step}"))[0]
+        metrics.set({key: stragglers[key] for key in self._stragglers} | counts)
+        if warning:
+            self.display.warn(warning)
 
     def sync(self, metrics: StepMetrics) -> None:
         """Send the new weights to the engine; the row gets ``time/sync`` and the engine's counts of the step.
@@ -142,9 +175,21 @@ class Trainer:
         """
         try:
             with metrics.timed("sync"):
-                self.agent.engine.load_weights(self.learner.weights())
+                self._send_weights()
         finally:
             metrics.set(self.agent.engine.counts())
+
+    def _send_weights(self) -> None:
+        def send() -> None:
+            shared = getattr(self.agent.engine, "lm", None) is self.learner.lm
+            weights = iter(()) if shared else self.learner.weights()
+            try:
+                self.agent.engine.load_weights(weights)
+            finally:
+                for _ in weights:  # other ranks wait for each weight
+                    pass
+
+        self.ranks.together(send)
 
     def evaluation_due(self, step: int) -> bool:
         """Whether to evaluate: at the start, at the end and every ``eval.every`` steps."""
@@ -154,10 +199,10 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Evaluate on held-out questions; warns if searches failed."""
         questions = self.setup.data.eval
-        self.display.phase("evaluation", total=len(questions))
+        self.display.phase("evaluation", total=len(self.ranks.share(questions)))
         normalisation = self.config.algorithm.f1_normalisation
         evaluation = evaluate(
-            self.setup.eval_agent, questions, normalisation, lambda done, total: self.display.advance()
+            self.setup.eval_agent, questions, normalisation, lambda done, total: self.display.advance(), self.ranks
         )
         if failures := evaluation.metrics.get("eval/search_failures"):
             self.display.warn(

@@ -22,10 +22,13 @@ from igpo_fast import config
 from igpo_fast.contents import contents
 from igpo_fast.errors import InputError, StorageError
 from igpo_fast.files import sha256
+from igpo_fast.ranks import Ranks
 from igpo_fast.run.checkpoint import RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
 from igpo_fast.run.records import record_of
 from igpo_fast.types import ANSWER, SEARCH, Credit, Question, Rollout, Turn
-from igpo_fast.update.learner import State
+from igpo_fast.update.learner import Learner
+
+LEARNER = "learner-00000-of-00001.pt"
 
 
 class Tokenizer:
@@ -34,26 +37,27 @@ class Tokenizer:
 
 
 def build(seed=0, dtype=torch.float32):
-    """A tiny tied model with an optimiser that has state."""
+    """A learner of a tiny tied model."""
     torch.manual_seed(seed)
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     lm = Qwen2ForCausalLM(Qwen2Config(vocab_size=32, num_key_value_heads=1, tie_word_embeddings=True, **sizes))
-    lm.to(dtype)
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    return lm, optimizer, scheduler
+    return Learner(lm.to(dtype), lr=1e-2, factor=lambda step: 1 / (1 + step), weight_decay=0.01)
 
 
-def update(lm, optimizer, scheduler):
+def update(learner):
     ids = torch.randint(32, (2, 8))
-    lm(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    scheduler.step()
+    learner.backward(learner.lm(input_ids=ids, labels=ids).loss)
+    learner.step()
 
 
-def save(run, step, parts, extra=None):
-    return save_checkpoint(run, step, State(*parts), Tokenizer(), extra or {"cursor": step})
+def save(run, step, learner, extra=None):
+    return save_checkpoint(run, step, learner, Tokenizer(), extra or {"cursor": step}, Ranks())
+
+
+def load(run, learner):
+    """(step, extra) of the newest checkpoint; None if there is none."""
+    newest = run.newest()
+    return newest and load_checkpoint(newest, learner)
 
 
 def settings_for(*overrides):
@@ -83,36 +87,36 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resumed_updates_equal_uninterrupted_ones(run, dtype):
-    parts = build(dtype=dtype)
-    update(*parts)
-    save(run, 1, parts, {"cursor": 7, "order": [3, 1, 2]})
-    update(*parts)
-    wanted = {name: p.clone() for name, p in parts[0].state_dict().items()}
+    learner = build(dtype=dtype)
+    update(learner)
+    save(run, 1, learner, {"cursor": 7, "order": [3, 1, 2]})
+    update(learner)
+    wanted = {name: p.clone() for name, p in learner.lm.state_dict().items()}
 
     fresh = build(seed=1, dtype=dtype)
-    assert load_checkpoint(run, State(*fresh)) == (1, {"cursor": 7, "order": [3, 1, 2]})
-    update(*fresh)
-    for name, tensor in fresh[0].state_dict().items():
+    assert load(run, fresh) == (1, {"cursor": 7, "order": [3, 1, 2]})
+    update(fresh)
+    for name, tensor in fresh.lm.state_dict().items():
         assert torch.equal(tensor, wanted[name]), name
-    assert fresh[0].dtype == dtype
-    assert fresh[2].get_last_lr() == parts[2].get_last_lr()
+    assert fresh.lm.dtype == dtype
+    assert fresh.lr == learner.lr
 
 
 def test_tied_embeddings_stay_one_tensor_and_transformers_loads_the_folder(run):
-    parts = build()
-    folder = save(run, 1, parts)
+    learner = build()
+    folder = save(run, 1, learner)
     fresh = build(seed=1)
-    load_checkpoint(run, State(*fresh))
-    lm = fresh[0]
+    load(run, fresh)
+    lm = fresh.lm
     assert lm.lm_head.weight is lm.model.embed_tokens.weight
-    assert lm.lm_head.weight in set(fresh[1].param_groups[0]["params"])
+    assert lm.lm_head.weight in set(fresh.optimizer.param_groups[0]["params"])
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.arange(6)[None]
-    assert torch.equal(loaded(ids).logits, parts[0](ids).logits)
+    assert torch.equal(loaded(ids).logits, learner.lm(ids).logits)
 
 
 def test_no_checkpoint_is_none(run):
-    assert load_checkpoint(run, State(*build())) is None
+    assert load(run, build()) is None
 
 
 def test_extra_that_could_not_be_read_back_fails_when_saved(run):
@@ -122,17 +126,17 @@ def test_extra_that_could_not_be_read_back_fails_when_saved(run):
 
 
 def test_newest_wins_and_old_ones_are_pruned(run):
-    parts = build()
+    learner = build()
     for step in (2, 4, 10):
-        save(run, step, parts)
+        save(run, step, learner)
     assert list(run.saved()) == [4, 10]
-    assert load_checkpoint(run, State(*parts))[0] == 10
+    assert load(run, learner)[0] == 10
 
 
 def test_saving_a_step_twice_leaves_the_first(run):
-    parts = build()
-    before = tree(save(run, 1, parts))
-    assert tree(save(run, 1, parts)) == before
+    learner = build()
+    before = tree(save(run, 1, learner))
+    assert tree(save(run, 1, learner)) == before
 
 
 # --- damage ---
@@ -145,13 +149,13 @@ def flip(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "state.pt", "learner.pt", "config.json", "manifest.json", "tokenizer.json"]
+    "name", ["model.safetensors", "state.pt", LEARNER, "config.json", "manifest.json", "tokenizer.json"]
 )
 @pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
 def test_a_damaged_checkpoint_is_named_and_never_passed_over(run, name, harm):
-    parts = build()
-    save(run, 1, parts)
-    path = save(run, 2, parts) / name
+    learner = build()
+    save(run, 1, learner)
+    path = save(run, 2, learner) / name
     if harm == "flip" and name == "manifest.json":
         path.write_text(path.read_text().replace('"step": 2', '"step": 3'))
     elif harm == "flip":
@@ -160,20 +164,20 @@ def test_a_damaged_checkpoint_is_named_and_never_passed_over(run, name, harm):
         path.write_bytes(path.read_bytes()[:-1])
     else:
         path.unlink()
-    weights = {key: value.clone() for key, value in parts[0].state_dict().items()}
+    weights = {key: value.clone() for key, value in learner.lm.state_dict().items()}
     with pytest.raises(InputError) as error:
-        load_checkpoint(run, State(*parts))
+        load(run, learner)
     message = str(error.value)
     assert message.startswith(f"{path}: ") and "\n" not in message
     assert f"delete {path.parent} to go on from step 1" in message
-    assert all(torch.equal(weights[key], value) for key, value in parts[0].state_dict().items())
+    assert all(torch.equal(weights[key], value) for key, value in learner.lm.state_dict().items())
 
 
 def test_the_only_checkpoint_damaged_says_from_the_start(run):
-    parts = build()
-    flip(save(run, 1, parts) / "state.pt")
+    learner = build()
+    flip(save(run, 1, learner) / "state.pt")
     with pytest.raises(InputError, match="to go on from the start"):
-        load_checkpoint(run, State(*parts))
+        load(run, learner)
 
 
 def forge(folder, name, content):
@@ -190,7 +194,7 @@ def torch_file(value):
 
 
 def of_another_model(state):
-    for entry in state["optimizer"]["state"].values():
+    for entry in state["states"].values():
         entry["exp_avg"] = torch.zeros(3)
     return state
 
@@ -199,10 +203,10 @@ def of_another_model(state):
     "name, content",
     [
         ("state.pt", lambda state: torch_file({})),
-        ("learner.pt", lambda state: torch_file({})),
+        (LEARNER, lambda state: torch_file({})),
         ("state.pt", lambda state: torch_file([1])),
-        ("learner.pt", lambda state: torch_file(state | {"optimizer": {"state": {}, "param_groups": []}})),
-        ("learner.pt", lambda state: torch_file(of_another_model(state))),
+        (LEARNER, lambda state: torch_file(state | {"states": {}})),
+        (LEARNER, lambda state: torch_file(of_another_model(state))),
         ("state.pt", lambda state: torch_file(state | {"rng": {"cpu": torch.zeros(3), "cuda": []}})),
         ("state.pt", lambda state: torch_file(state | {"extra": 3})),
         ("state.pt", lambda state: b"no zip"),
@@ -214,12 +218,12 @@ def of_another_model(state):
     ],
 )
 def test_a_checkpoint_of_something_else_is_one_line(run, name, content):
-    parts = build()
-    update(*parts)
-    folder = save(run, 1, parts)
+    learner = build()
+    update(learner)
+    folder = save(run, 1, learner)
     forge(folder, name, content(torch.load(folder / (name if name.endswith(".pt") else "state.pt"))))
     with pytest.raises(InputError) as error:
-        load_checkpoint(run, State(*parts))
+        load(run, learner)
     assert str(error.value).startswith(f"{folder}: undamaged, but not a state of this run's model and optimiser (")
     assert "\n" not in str(error.value)
 
@@ -366,7 +370,7 @@ def test_no_key_that_changes_the_training_is_a_session_s():
     for section, key in (name.split(".") for name in sorted(config.session_keys())):
         sections.setdefault(section, []).append(key)
     assert sections == {
-        "eval": ["every"],
+        "distributed": ["engine", "offload", "zero_stage"], "eval": ["every"],
         "model": ["device"],
         "rollout": ["gpu_memory", "mismatch_stop", "mismatch_warn", "server", "server_timeout"],
         "run": ["cache", "dir", "tracker"],
@@ -557,11 +561,11 @@ def test_rewind_keeps_up_to_the_step_and_loses_nothing(tmp_path_factory, last, s
     ],
 )
 def test_rows_that_are_not_those_of_the_checkpoint_are_refused(run, kept, line):
-    parts = build()
+    learner = build()
     for step in range(6):
         run.append_metrics({"step": step})
         if step in (2, 5):
-            save(run, step, parts)
+            save(run, step, learner)
     run.metrics.write_text("".join(f'{{"step": {step}}}\n' for step in kept))
     before = tree(run.path)
     with pytest.raises(InputError) as error:
@@ -647,17 +651,17 @@ def session(folder, last, fault=None):
     if fault:
         die_at(*fault)
     with open_run(folder, settings_for()) as run:
-        parts = build()
-        done = load_checkpoint(run, State(*parts))
+        learner = build()
+        done = load(run, learner)
         run.begin()
         step = done[0] if done else 0
         rewind(run, step)
         while step < last:
             step += 1
-            update(*parts)
+            update(learner)
             run.write_rollouts(step, [{"step": step}] * 3)
-            run.append_metrics({"step": step, "norm": float(parts[0].lm_head.weight.norm())})
-            save(run, step, parts)
+            run.append_metrics({"step": step, "norm": float(learner.lm.lm_head.weight.norm())})
+            save(run, step, learner)
 
 
 # These calls fall on the configuration, rollouts, the row, the checkpoint's files, its rename, the pruning.

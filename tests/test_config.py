@@ -161,6 +161,7 @@ def test_unknown_keys_get_the_nearest_name(override, near):
         ("algorithm.dual_clip=.nan", "algorithm.dual_clip"),
         ("rollout.top_k=5", "rollout.top_k; did you mean search.top_k or eval.top_k?"),
         ("rollout.repetition_penalty=1", "did you mean eval.repetition_penalty?"),
+        ("model.dtype=bfloat16", "unknown key model.dtype; it is train.precision now"),
         ("train.updates=3", "train.updates=3 must divide train.questions=16"),
         ("world.max_hops=2", "world.min_hops=3 exceeds world.max_hops=2"),
         ("model.kv_heads=3", "model.kv_heads"),
@@ -480,7 +481,7 @@ def test_docs_show_every_key_in_its_section():
     [
         "| `lr` | number ≥ 1e-12 | `1e-06` | Peak learning rate of AdamW. |",
         "| `betas` | list of 2: number ≥ 0, < 1 | `[0.9, 0.999]` | AdamW's. |",
-        "| `dtype` | `float32`, `bfloat16` | `float32` |",
+        "| `precision` | `float32`, `bfloat16` | `float32` |",
         "| `path` | string or empty | empty |",
         "| `gamma` | number ≥ 0, ≤ 1 | `1.0` |",
         "| `robust` | `prob` | `separate` | `0.02` | `false` | `0.05` | `0.0` | `0.0` | `0.0` | `0.0` | `0.0` |",

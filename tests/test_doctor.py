@@ -56,7 +56,7 @@ def test_the_ops_are_told_by_the_models_own_dtypes(monkeypatch):
     asked = []
     for module in (model, doctor):
         monkeypatch.setattr(module, "chosen", lambda *args: asked.append(args) or {"linear_logprob": "reference"})
-    checks(["model.dtype=bfloat16"])
+    checks(["train.precision=bfloat16"])
     cpu = torch.device("cpu")
     assert asked == [("auto", cpu, torch.bfloat16)]
     assert checks(TINY, configured=True)["op linear_logprob"].found.startswith("reference")

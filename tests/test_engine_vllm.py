@@ -198,7 +198,8 @@ def test_the_recipes_command_starts_a_replica_that_fits():
     command = r"serve (\S+) --port \d+ --dtype=(\w+) --max-model-len=(\d+)\n.*--config (\S+) 'rollout.server="
     ((model, dtype, longest, file),) = re.findall(command, (root / "docs/recipes.md").read_text())
     recipe = config.load(root / file)
-    assert (recipe.model.path, recipe.rollout.dtype, recipe.rollout.max_tokens) == (model, dtype, int(longest))
+    assert recipe.rollout.dtype == "auto"
+    assert (recipe.model.path, recipe.train.precision, recipe.rollout.max_tokens) == (model, dtype, int(longest))
 
 
 def test_a_servers_bucket_is_a_file_while_it_is_loaded():

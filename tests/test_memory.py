@@ -33,7 +33,7 @@ QWEN = {
 def test_hand_worked(dtype, size, checkpointing):
     settings = config.load(
         None,
-        [f"model.dtype={dtype}", f"model.gradient_checkpointing={checkpointing}", "train.token_budget=100"],
+        [f"train.precision={dtype}", f"model.gradient_checkpointing={checkpointing}", "train.token_budget=100"],
     )
     lm = Qwen2Config(**TINY, tie_word_embeddings=False)
     # q with bias, k and v with bias, o, three feed-forward matrices, two norms; embeddings, LM head and a norm.
@@ -42,8 +42,9 @@ def test_hand_worked(dtype, size, checkpointing):
     inside = 100 * size * (12 * 8 + 6 * 12)
     assert training_bytes(settings, lm) == {
         "weights": count * size,
-        "gradients": count * size,
-        "Adam states": 2 * count * size,
+        "float32 masters": count * (4 if dtype == "bfloat16" else 0),
+        "gradients": count * 4,
+        "Adam states": count * 8,
         "reference": count * size,
         "activations of a pack": 3 * 100 * size * 8 + inside if checkpointing else 3 * inside,
         "LM head": 2 * 100 * size * 8 + 2**30,
@@ -82,7 +83,7 @@ def test_the_table_of_the_recipes(name):
     lm = Qwen2Config(**QWEN[name])
     found = {key: f"{size / 1e9:.1f}" for key, size in training_bytes(settings, lm).items()}
     found["**training**"] = f"**{sum(training_bytes(settings, lm).values()) / 1e9:.1f}**"
-    found["keys and values of 1,000 tokens"] = f"{kv_bytes_per_token(lm, torch.float32) / 1e6:.3f}"
+    found["keys and values of 1,000 tokens"] = f"{kv_bytes_per_token(lm, torch.bfloat16) / 1e6:.3f}"
     rows = re.findall(r"^\| (.+?) \| ([\d.*]+) \| ([\d.*]+) \|$", RECIPES.read_text(), re.MULTILINE)
     assert {row[0]: row[1 + list(QWEN).index(name)] for row in rows} == found
 

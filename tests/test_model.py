@@ -406,12 +406,6 @@ def test_positions_learned_and_by_rope():
     assert "LlamaForCausalLM has 256 positions" in model.check_positions(rope, 257)
 
 
-def test_precision_warning():
-    assert model.precision_warning("float32", 1e-6) is None
-    assert model.precision_warning("bfloat16", 1e-3) is None
-    assert "model.dtype=bfloat16 at train.lr=1e-06" in model.precision_warning("bfloat16", 1e-6)
-
-
 def test_no_model_there_is_one_line(tmp_path):
     with pytest.raises(InputError, match=r"model\.path=.*no causal LM loads") as error:
         model.load(str(tmp_path))

@@ -66,7 +66,7 @@ def require_finite(logp: np.ndarray) -> None:
     if not np.isfinite(logp).all():
         raise DivergedError(
             "sampling: the model's logits are not finite, so training has diverged; lower train.lr (at step 1 "
-            "sft.lr) or set model.dtype=float32"
+            "sft.lr) or set train.precision=float32"
         )
 
 

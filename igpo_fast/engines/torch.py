@@ -159,7 +159,7 @@ class TorchEngine:
         self.version = 0
         self.stats = Stats()
         self.max_slots, self.max_tokens, self.prefill_tokens = max_slots, max_tokens, prefill_tokens
-        self._lm, self._stops = lm, decode and StopStrings(decode)
+        self.lm, self._stops = lm, decode and StopStrings(decode)
         self._device = next(lm.parameters()).device
         self._waiting: dict[tuple[int, ...], _Job] = {}  # in order of arrival
         self._running: dict[int, _Job] = {}  # by slot
@@ -210,7 +210,7 @@ class TorchEngine:
         """
         if self._waiting or self._running:
             raise RuntimeError("load_weights: requests are pending; await them first")
-        parameters = self._lm.state_dict()
+        parameters = self.lm.state_dict()
         for name, tensor in weights:
             if name not in parameters:
                 raise ValueError(f"load_weights: the model has no parameter {name!r}")
@@ -253,8 +253,8 @@ class TorchEngine:
             self._pump.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _run(self) -> None:
-        training = self._lm.training
-        self._lm.eval()
+        training = self.lm.training
+        self.lm.eval()
         try:
             await let_others_run()
             while self._admit():
@@ -269,7 +269,7 @@ class TorchEngine:
             if not isinstance(error, Exception):
                 raise
         finally:
-            self._lm.train(training)
+            self.lm.train(training)
 
     def _fail(self, error: BaseException) -> None:
         """End every request with the error, and drop the caches of running ones, which may be incomplete."""
@@ -318,7 +318,7 @@ class TorchEngine:
         position_S = np.arange(len(slot_S)) - np.repeat(first - start, new)
         ids_S = self._tokens[slot_S, position_S].astype(np.int64)
         attend = self._attend(slots, first, start, new, self._put(slot_S), self._put(position_S))
-        hidden_SH = hidden_states(self._lm, self._put(ids_S), self._put(position_S), attend)
+        hidden_SH = hidden_states(self.lm, self._put(ids_S), self._put(position_S), attend)
         token_B, logp_B = self._sample(slots, hidden_SH[self._put(first + new - 1)])
 
         self._cached[slots] = known
@@ -370,7 +370,7 @@ class TorchEngine:
     def _logits(self, hidden_BH: torch.Tensor) -> torch.Tensor:
         """Logits float32 [B, V], equal to the trainer's: products of a half-precision LM head are also summed and kept
         in float32."""
-        head = lm_head(self._lm)
+        head = lm_head(self.lm)
         if hidden_BH.is_cuda and head.weight.dtype != torch.float32:
             logits_BV = torch.mm(hidden_BH, head.weight.T, out_dtype=torch.float32)
         else:

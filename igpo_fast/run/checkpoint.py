@@ -4,7 +4,7 @@
     begun.yaml, contents.json   configuration and digests of the data when the run began, which must not change
     metrics.jsonl               one object per step
     rollouts/step_000007.jsonl  one object per rollout; eval_000030.jsonl: what the policy said on held-out questions
-    checkpoints/step_000020/    weights that ``from_pretrained`` loads, learner.pt, tokenizer, state.pt, manifest.json
+    checkpoints/step_000020/    weights that ``from_pretrained`` loads, learner-*.pt, tokenizer, state.pt, manifest.json
     discarded/1/                rows and rollouts that a killed session wrote after its last checkpoint
 
 ``step`` is the 1-based number of the finished step; row 0 may hold an evaluation before training. The
@@ -18,6 +18,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +42,7 @@ from igpo_fast.files import (
     write_manifest,
 )  # fmt: skip
 from igpo_fast.jsonl import json_bytes, json_line, json_value
+from igpo_fast.ranks import Ranks
 from igpo_fast.run.records import rollout_of
 from igpo_fast.types import Credit, Rollout
 
@@ -231,47 +233,62 @@ class Owner(Protocol):
         """Read them back in place; raises whatever does not fit."""
 
 
-def save_checkpoint(run: RunFolder, step: int, owner: Owner, tokenizer, extra: Mapping) -> Path:
+def save_checkpoint(run: RunFolder, step: int, owner: Owner, tokenizer, extra: Mapping, ranks: Ranks) -> Path:
     """Save the state after ``step``, then drop all but the newest ``train.keep_checkpoints``.
 
     Args:
         tokenizer: anything with ``save_pretrained(folder)``.
         extra: numbers, strings, tensors and plain containers of them.
+        ranks: the processes that save; each writes what ``owner.save`` gives it, the first the rest.
     Returns:
         The checkpoint's folder; an existing one holds the same state and is left unchanged.
     Raises:
         pickle.UnpicklingError: ``extra`` holds other objects.
     """
     folder = run.checkpoints / f"step_{step:06d}"
-    if folder.exists():
+    if ranks.first_alone(folder.exists):
         return folder
     rest = {"extra": dict(extra), "rng": _rng_state()}
-    _check_loadable(rest)
-    with atomic_folder(folder) as temporary:
-        owner.save(temporary)
-        tokenizer.save_pretrained(temporary)
-        with open(temporary / "state.pt", "wb") as file:  # given a path, torch.save hides the operating system's error
-            torch.save(rest, file)
-        write_manifest(temporary, step=step, rows=_rows_now(run))
+    with ExitStack() as stack:
+
+        def begin() -> Path:
+            _check_loadable(rest)
+            return stack.enter_context(atomic_folder(folder))
+
+        temporary = ranks.first_alone(begin)
+        with storage(folder):
+            ranks.together(lambda: owner.save(temporary))
+
+        def finish() -> None:
+            tokenizer.save_pretrained(temporary)
+            with open(temporary / "state.pt", "wb") as file:  # torch.save with a path hides the system's error
+                torch.save(rest, file)
+            write_manifest(temporary, step=step, rows=_rows_now(run))
+            stack.close()
+            _drop_older(run)
+
+        ranks.first_alone(finish)
+    return folder
+
+
+def _drop_older(run: RunFolder) -> None:
+    """Delete all but the newest ``train.keep_checkpoints``."""
     for old in list(run.saved().values())[: -run.config.train.keep_checkpoints]:
         # Renamed first: a kill during the deletion must not leave a folder that looks like a checkpoint.
         with storage(old, "delete"):
             os.replace(old, temporary_of(old))
             remove(temporary_of(old))
-    return folder
 
 
-def load_checkpoint(run: RunFolder, owner: Owner) -> tuple[int, dict] | None:
-    """Restore the newest checkpoint, bit for bit: weights, optimiser, schedule and torch's generators.
+def load_checkpoint(folder: Path, owner: Owner) -> tuple[int, dict]:
+    """Restore a checkpoint that ``RunFolder.newest`` has verified, bit for bit: weights, optimiser, schedule and
+    torch's generators.
 
     Returns:
-        (step, extra), or None if there is no checkpoint.
+        (step, extra)
     Raises:
-        InputError: the newest checkpoint is damaged, or holds another model's or optimiser's state.
+        InputError: it holds another model's or optimiser's state.
     """
-    folder = run.newest()
-    if folder is None:
-        return None
     try:
         with storage(folder, "read"):
             owner.load(folder)

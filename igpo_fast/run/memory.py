@@ -20,7 +20,7 @@ def training_bytes(config: Config, lm: PretrainedConfig) -> dict[str, int]:
     """
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(lm, trust_remote_code=False).parameters())
-    size = getattr(torch, config.model.dtype).itemsize
+    size = getattr(torch, config.train.precision).itemsize
     hidden, layers = lm.hidden_size, lm.num_hidden_layers
     ffn = next((width for name in FFN if (width := getattr(lm, name, None))), 4 * hidden)
     ffn = ffn if isinstance(ffn, int) else max(ffn)  # Gemma 3n has one width per layer
@@ -29,8 +29,9 @@ def training_bytes(config: Config, lm: PretrainedConfig) -> dict[str, int]:
     kept = layers * token * hidden + inside if config.model.gradient_checkpointing else layers * inside
     return {
         "weights": count * size,
-        "gradients": count * size,
-        "Adam states": 2 * count * size,
+        "float32 masters": 0 if size == 4 else 4 * count,
+        "gradients": 4 * count,
+        "Adam states": 8 * count,
         "reference": count * size if config.algorithm.kl else 0,
         "activations of a pack": kept,
         "LM head": 2 * token * hidden + GPU_BYTES,

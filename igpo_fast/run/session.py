@@ -1,12 +1,14 @@
 """The order in which a run writes its files, and the rule that no error costs a finished step.
 
-Order of writes in a step: rollouts, row, checkpoint. So everything that a checkpoint builds on is on disk.
+Order of writes in a step: rollouts, row, checkpoint. So everything that a checkpoint builds on is on disk. Of several
+processes the first writes; only a checkpoint has parts of each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -15,9 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from igpo_fast.config import Config
 from igpo_fast.errors import RunError
+from igpo_fast.ranks import Ranks
 from igpo_fast.run.checkpoint import Owner, RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
 from igpo_fast.run.display import Display
 from igpo_fast.run.interrupt import Interrupted, stop_requested
+from igpo_fast.run.launch import log_of, redirect
 from igpo_fast.run.metrics import StepMetrics, ordered, tracker
 from igpo_fast.run.records import record_of
 from igpo_fast.run.signatures import warnings_for
@@ -31,25 +35,29 @@ class Learner(Owner, Protocol):
 
 
 class Session:
-    """One process's part of a run, as a context in which the folder is locked and the display is on.
+    """A run in this process, as a context in which the folder is locked and the display is on.
 
     Args:
         config: ``run.dir`` names the folder, which is made or resumed.
+        ranks: the run's processes.
     """
 
-    def __init__(self, config: Config, display: Display):
-        self.config, self.display = config, display
+    def __init__(self, config: Config, display: Display, ranks: Ranks):
+        self.config, self.display, self.ranks = config, display, ranks
         self._finished = 0
         """The last step whose rollouts are on disk, and whose update is therefore complete."""
 
     def __enter__(self) -> Session:
         self._stack = ExitStack()
         try:
-            self._stack.enter_context(self.display)
-            self.folder: RunFolder = self._stack.enter_context(open_run(self.config.run.dir, self.config))
-            newest = self.folder.newest()
-            self.checkpoint = None if newest is None else str(newest)
+            self.folder = RunFolder(self.config.run.dir)
+            if self.ranks.first:
+                self._stack.enter_context(self.display)
+            self.checkpoint: str | None = self.ranks.first_alone(self._open)
             """The folder of the newest checkpoint, if there is one."""
+            if not self.ranks.first:
+                redirect(log_of(self.folder.path, self.ranks.number))
+                self._stack.enter_context(self.display)
         except BaseException:
             self._stack.close()
             raise
@@ -58,6 +66,11 @@ class Session:
     def __exit__(self, *exception) -> None:
         self._stack.close()
 
+    def _open(self) -> str | None:
+        self.folder = self._stack.enter_context(open_run(self.config.run.dir, self.config))
+        newest = self.folder.newest()
+        return None if newest is None else str(newest)
+
     def resume(self, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> int:
         """Restore the newest checkpoint and move later rows and rollouts aside.
 
@@ -65,22 +78,26 @@ class Session:
             The last finished step, 0 at the start.
         """
         self._learner, self._tokenizer = learner, tokenizer
-        loaded = load_checkpoint(self.folder, learner)
+        newest = self.checkpoint and Path(self.checkpoint)
+        step, extra = self.ranks.together(lambda: load_checkpoint(newest, learner) if newest else (0, {}))[0]
+        self._finished = step
+        self._rows = self.ranks.first_alone(lambda: self._begin(step))
+        self._unwritten = extra.get("row", {"step": step})
+        return step
+
+    def _begin(self, step: int) -> list[dict]:
+        """Begin to write after ``step``; returns the rows so far."""
         self.folder.begin()
-        step, extra = loaded or (0, {})
         moved = rewind(self.folder, step)
         if gone := self.folder.missing_rollouts(step):
             self.display.warn(gone)
-        if loaded:
+        if self.checkpoint:
             self.display.note(f"resumed after step {step}")
         if moved:
             self.display.note(f"rows and rollouts that an earlier session wrote after step {step} are now in {moved}")
-        self._finished = step
-        self._rows = self.folder.read_metrics()
         logs = self.folder.path / "tensorboard"
         self._track = self._stack.enter_context(tracker(self.config.run.tracker, logs, step))
-        self._unwritten = extra.get("row", {"step": step})
-        return step
+        return self.folder.read_metrics()
 
     @property
     def row_is_missing(self) -> bool:
@@ -101,9 +118,10 @@ class Session:
         with stop_requested() as stop:
             for step in range(self._finished + 1, last + 1):
                 yield step
-                if step % every == 0 or step == last or stop.is_set():
+                stopping = any(self.ranks.gather(stop.is_set()))
+                if step % every == 0 or step == last or stopping:
                     self._save(step)
-                if stop.is_set() and step < last:
+                if stopping and step < last:
                     raise Interrupted(f"stopped after step {step}, which {self.folder.checkpoints} holds")
 
     @contextmanager
@@ -112,13 +130,15 @@ class Session:
 
         Unchanged weights are the weights of the step before. Once its rollouts are written, the step itself is
         finished, and the checkpoint carries its row so far. Between two updates of one step nothing can be kept: the
-        run goes back to its last checkpoint.
+        run goes back to its last checkpoint; so does a run in which one rank fails while others go on.
         """
         metrics, steps = StepMetrics(number), self._learner.steps
         try:
             yield metrics
             self._report(metrics.row())
         except Exception as error:
+            if not self.ranks.knows_all(error):
+                raise
             if self._finished == number:
                 self._save(number, metrics.row())
             elif self._learner.steps == steps and number > 1:
@@ -132,21 +152,26 @@ class Session:
 
     def write_rollouts(self, batch: Batch) -> None:
         """Write a trained batch's rollouts: its step is finished."""
-        self.folder.write_rollouts(batch.step, map(record_of, batch.rollouts, batch.credits))
+        records = map(record_of, batch.rollouts, batch.credits)
+        self.ranks.first_alone(lambda: self.folder.write_rollouts(batch.step, records))
         self._finished = batch.step
 
     def write_evaluation(self, step: int, evaluation: Evaluation) -> dict[str, float]:
         """Write the rollouts of an evaluation after a step; returns its metrics."""
-        self.folder.write_rollouts(step, map(record_of, evaluation.rollouts), "eval")
+        records = map(record_of, evaluation.rollouts)
+        self.ranks.first_alone(lambda: self.folder.write_rollouts(step, records, "eval"))
         return evaluation.metrics
 
     def _save(self, step: int, row: Mapping[str, float] | None = None) -> None:
         """Write a finished step's checkpoint; ``row`` is its row so far if that cannot be written yet."""
         extra = {} if row is None else {"row": {key: np.asarray(value).item() for key, value in row.items()}}
-        save_checkpoint(self.folder, step, self._learner, self._tokenizer, extra)
+        save_checkpoint(self.folder, step, self._learner, self._tokenizer, extra, self.ranks)
 
     def _report(self, row: dict[str, float]) -> None:
         self._rows.append(row)
+        self.ranks.first_alone(lambda: self._write_row(row))
+
+    def _write_row(self, row: dict[str, float]) -> None:
         self.folder.append_metrics(row)
         self._track(row)
         self.display.step(row)

@@ -94,7 +94,7 @@ SIGNATURES = (
     Signature(
         "mismatch/logp_abs_diff",
         "engine and trainer disagree",
-        "sampled log-probabilities are of another policy: try algorithm.importance=token or model.dtype=float32",
+        "sampled log-probabilities are of another policy: try algorithm.importance=token or train.precision=float32",
         limit=0.1,
         patience=1,
         infinite=True,

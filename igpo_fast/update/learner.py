@@ -1,7 +1,8 @@
 """The owner of the weights: policy, optimiser, schedule, reference, and their part of a checkpoint.
 
-This learner is plain torch in one process. A learner over several processes offers the same methods; nothing else in
-the trainer touches parameters.
+Adam's states and the weights that it updates (the masters) are float32, whatever the model computes in: a step of 1e-6
+is smaller than the rounding of a bfloat16 weight. This learner is plain torch in one process; deepspeed.py has the one
+for several. Nothing else in the trainer touches parameters.
 """
 
 from __future__ import annotations
@@ -9,57 +10,67 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from igpo_fast import adapter
 from igpo_fast.update.policy import LossInputs, PackResult, Policy, SupervisedInputs
+from igpo_fast.update.states import read_states, read_weights, write_states
 from igpo_kernels import LossSettings, TreePlan
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+"""AdamW's state of a weight."""
 
-@dataclass(frozen=True)
-class State:
-    """What a checkpoint holds of a learner."""
 
-    lm: PreTrainedModel
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+class Masters:
+    """The float32 weights that the optimiser updates: copies of a model's parameters, or, if those are float32, the
+    parameters themselves.
 
-    def save(self, folder: Path) -> None:
-        """Write the model, in a layout that ``from_pretrained`` loads, and learner.pt into ``folder``."""
-        self.lm.save_pretrained(folder)
-        with open(folder / "learner.pt", "wb") as file:  # given a path, torch.save hides the operating system's error
-            torch.save({"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}, file)
+    Gradients of copied parameters are moved here as backward gives them, and are added up in float32 over the packs of
+    an update.
 
-    def load(self, folder: Path) -> None:
-        """Read them back in place, so that ties and the optimiser's references stay valid.
+    Args:
+        lm: its parameters that require gradients are mastered.
+    """
 
-        Raises:
-            ValueError: the folder lacks a tensor, or has one of another shape.
-            Exception: whatever transformers, unpickling and the optimiser raise for a damaged folder.
-        """
-        saved, about = type(self.lm).from_pretrained(folder, dtype=self.lm.dtype, output_loading_info=True)
-        if unknown := sorted({*about["missing_keys"], *about["mismatched_keys"]}, key=str):
-            raise ValueError(f"no tensor {unknown[0]}")
-        self.lm.load_state_dict(saved.state_dict())
-        state = torch.load(folder / "learner.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, moments in self.optimizer.state.items():  # else it fails at the next update only
-            if bad := [name for name, value in moments.items() if value.ndim and value.shape != parameter.shape]:
-                raise ValueError(f"{bad[0]} has another shape than its parameter")
-        self.scheduler.load_state_dict(state["scheduler"])
+    def __init__(self, lm: torch.nn.Module):
+        trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
+        self.copied = {name: p for name, p in trained.items() if p.dtype != torch.float32}
+        """The model's parameters whose masters are copies."""
+        self.of = {
+            name: torch.nn.Parameter(p.detach().float()) if name in self.copied else p for name, p in trained.items()
+        }
+        """Masters by the names of their parameters, in the model's order."""
+        for name, p in self.copied.items():
+            p.register_post_accumulate_grad_hook(partial(self._take, self.of[name]))
+
+    @staticmethod
+    def _take(master: torch.nn.Parameter, parameter: torch.Tensor) -> None:
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad += parameter.grad
+        parameter.grad = None
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Write the masters into the model, rounded to its dtype."""
+        for name, p in self.copied.items():
+            p.copy_(self.of[name])
 
 
 class Learner:
-    """AdamW on a policy.
+    """AdamW on a policy, in one process.
 
     Args:
-        lm: trained in place.
+        lm: trained in place, in its dtype over float32 masters.
         temperature: divides every logit.
-        settings: settings of the policy loss; with a KL coefficient a frozen copy of ``lm`` is kept as reference.
+        settings: settings of the policy loss. With a KL coefficient the reference is a frozen copy of ``lm``, or, if it
+            has adapters, ``lm`` without them.
         backend: implementation of igpo_kernels.
         factor: the learning rate of update 0, 1, .. as a share of ``lr``.
     """
@@ -77,18 +88,25 @@ class Learner:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
     ):
-        settings = settings or LossSettings()
-        self.policy = Policy(lm, temperature, settings, backend)
-        self._reference = None
-        if settings.kl:
-            self._reference = Policy(copy.deepcopy(lm).requires_grad_(False), temperature, settings, backend)
+        self.settings = settings or LossSettings()
+        self.policy = Policy(lm, temperature, self.settings, backend)
+        self._reference, self._adapted = None, adapter.adapted(lm)
+        if self.settings.kl and not self._adapted:
+            frozen = copy.deepcopy(lm).requires_grad_(False)
+            self._reference = Policy(frozen, temperature, self.settings, backend)
+        self.parameters = sum(p.numel() for p in lm.parameters())
+        """How many numbers the weights are."""
         self.steps = 0
         """Calls of ``step`` in this session: while it is unchanged, so are weights, optimiser and schedule."""
-        self._max_grad_norm = max_grad_norm
-        self.optimizer = torch.optim.AdamW(lm.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        state = State(lm, self.optimizer, self.scheduler)
-        self.save, self.load = state.save, state.load
+        self._lr, self._factor, self._max_grad_norm = lr, factor, max_grad_norm
+        self._number = 0  # of the next update, dropped ones counted
+        self._optimise(betas, weight_decay)
+
+    def _optimise(self, betas: tuple[float, float], weight_decay: float) -> None:
+        self._masters = Masters(self.lm)
+        self.optimizer = torch.optim.AdamW(
+            self._masters.of.values(), lr=self._lr, betas=betas, weight_decay=weight_decay
+        )
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -98,14 +116,19 @@ class Learner:
     @property
     def lr(self) -> float:
         """Learning rate of the next update."""
-        return self.optimizer.param_groups[0]["lr"]
+        return self._lr * self._factor(self._number)
 
-    def __call__(self, plan: TreePlan, inputs: LossInputs | SupervisedInputs, advantages_of=None) -> PackResult:
-        """One training pass over a pack: ``Policy.forward``."""
+    def __call__(
+        self, plan: TreePlan, inputs: LossInputs | SupervisedInputs | None = None, advantages_of=None
+    ) -> PackResult:
+        """One pass over a pack: ``Policy.forward``."""
         return self.policy(plan, inputs, advantages_of)
 
     def reference(self, plan: TreePlan) -> np.ndarray | None:
         """The reference's log-probability of each decision pair: float32 [D]; None without a KL term."""
+        if self.settings.kl and self._adapted:
+            with adapter.off(self.lm):
+                return self(plan).decision_logp
         return None if self._reference is None else self._reference(plan).decision_logp
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -121,15 +144,61 @@ class Learner:
             The gradient norm before clipping; None if the update was dropped, because ``sound`` is False or the norm is
             not finite. The schedule goes on in either case.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.policy.parameters()), self._max_grad_norm))
-        sound = sound and math.isfinite(norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
         self.steps += 1
+        self._number += 1
+        return self._step(sound)
+
+    def _step(self, sound: bool) -> float | None:
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self._masters.of.values()), self._max_grad_norm))
+        sound = sound and math.isfinite(norm)
         if sound:
             self.optimizer.step()
+            self._masters.round()
         self.optimizer.zero_grad()
-        self.scheduler.step()
         return norm if sound else None
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight by its name, in the model's order."""
-        yield from self.lm.state_dict().items()
+        """Every weight by its name, in the model's order, adapters merged into theirs."""
+        yield from adapter.merged(self.lm) if self._adapted else self.lm.state_dict().items()
+
+    def save(self, folder: Path) -> None:
+        """Write the model, in a layout that ``from_pretrained`` loads, or its adapter, and the optimiser's state into
+        ``folder`` (states.py)."""
+        if self._adapted:
+            adapter.save(self.lm, folder, {n: p for n, p in self.lm.state_dict().items() if adapter.is_adapter(n)})
+        else:
+            self.lm.save_pretrained(folder)
+        states = {}
+        for name, master in self._masters.of.items():
+            moments = self.optimizer.state.get(master, {})
+            copied = {"master": master.detach()} if name in self._masters.copied else {}
+            states[name] = copied | {key: moments[key] for key in MOMENTS if key in moments}
+        write_states(folder, states, {"number": self._number})
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Read them back in place, so that ties and the optimiser's references stay valid.
+
+        Raises:
+            ValueError: the folder lacks a tensor, or has one of another shape.
+            Exception: whatever transformers and unpickling raise for a damaged folder.
+        """
+        self.lm.load_state_dict(read_weights(self.lm, folder), strict=not self._adapted)
+        states, counts = read_states(folder, self._masters.of)
+        for name, master in self._masters.of.items():
+            state = states[name]
+            if bad := [key for key, value in state.items() if value.ndim and value.shape != master.shape]:
+                raise ValueError(f"{bad[0]} of {name} has another shape than the weight")
+            if name in self._masters.copied:
+                if not torch.equal(state["master"].to(self._masters.copied[name]), self._masters.copied[name]):
+                    raise ValueError(f"the float32 master of {name} does not round to the model's")
+                master.copy_(state["master"])
+            moments = {key: state[key] for key in MOMENTS if key in state}
+            if moments:
+                self.optimizer.state[master] = {
+                    key: value.clone() if key == "step" else value.to(master.device, copy=True)
+                    for key, value in moments.items()
+                }
+        self._number = counts["number"]

@@ -7,11 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from igpo_fast.ranks import Ranks
 from igpo_fast.types import Batch, Credit, Group, Question, Rollout
 from igpo_fast.update.advantages import Recipe, collapsed, credit_rollouts
-from igpo_fast.update.policy import Policy, make_trees
+from igpo_fast.update.balance import attention_share, shares, tree_cost
+from igpo_fast.update.learner import Learner
+from igpo_fast.update.policy import make_trees
 from igpo_fast.update.rewards import values_of
-from igpo_kernels import Branch, TreePlan, pack_within
+from igpo_kernels import Branch, RolloutTokens, Tree, TreePlan, pack, pack_within
 
 
 class Pack(NamedTuple):
@@ -19,12 +22,21 @@ class Pack(NamedTuple):
 
     plan: TreePlan
     groups: np.ndarray
-    """Numbers of the batch's groups with a rollout in it, ascending: int64."""
+    """Numbers of the batch's groups with a rollout in it, ascending: int64. None in a filler."""
+
+    @property
+    def filler(self) -> bool:
+        """Whether it is read only because other ranks read one more pack, and counts nothing."""
+        return not len(self.groups)
 
     @property
     def tokens(self) -> dict[str, int]:
         """Token counts that reading the pack adds to a step's row."""
         return {"tokens/packed": self.plan.n_tokens, "tokens/scored": self.plan.n_pairs - self.plan.n_decisions}
+
+
+FILLER = Pack(pack([Tree([RolloutTokens(0, np.zeros(2, np.int32), np.array([-1, 0]))])]), np.zeros(0, np.int64))
+"""Two tokens, one of them a decision."""
 
 
 class Reading(NamedTuple):
@@ -41,28 +53,35 @@ Readings = dict[tuple[str, int], Reading]
 
 
 class Packer:
-    """Makes a run's packs, and runs the passes without gradient.
+    """Makes a rank's packs, and runs the passes without gradient.
+
+    Groups go to ranks by the cost of their trees. All ranks have equally many packs, for a learner's forwards and
+    backwards may wait for each other.
 
     Args:
         branches_of: the answers that are forced after each prefix of a question's rollouts; none if the algorithm
             needs no values.
         passes: ``one`` or ``two``.
         token_budget: most packed tokens per forward.
+        ranks: the processes of the run, which share the packs out.
     """
 
     def __init__(
         self,
-        policy: Policy,
+        learner: Learner,
         branches_of: Callable[[Question], Sequence[Branch]],
         recipe: Recipe,
         passes: str,
         token_budget: int,
+        ranks: Ranks,
     ):
-        self._policy, self._branches_of, self._recipe = policy, branches_of, recipe
-        self._passes, self._budget = passes, token_budget
+        self._learner, self._branches_of, self._recipe = learner, branches_of, recipe
+        self._passes, self._budget, self.ranks = passes, token_budget, ranks
+        self._tokens_per_pair = attention_share(learner.lm, learner.parameters)
 
     def packs(self, batch: Batch, share: Sequence[int], scored: bool) -> list[Pack]:
-        """Packs of the groups ``share``, with answers if ``scored``. One-pass mode needs whole groups."""
+        """This rank's packs of the groups ``share``, with answers if ``scored``. One-pass mode needs whole groups."""
+        share = [share[i] for i in self._mine([batch.groups[g] for g in share], scored)]
         groups = [batch.groups[g] for g in share]
         sizes = [len(group.rollouts) for group in batch.groups]
         starts = np.cumsum([0, *sizes])
@@ -71,8 +90,17 @@ class Packer:
         plans = pack_within(make_trees(groups, branches, numbers), self._budget, split=self._passes == "two")
         group_of_rollout = np.repeat(np.arange(len(sizes)), sizes)
         for plan in plans:
-            self._policy.choose_attention(plan)
-        return [Pack(plan, np.unique(group_of_rollout[plan.rollout])) for plan in plans]
+            self._learner.policy.choose_attention(plan)
+        packs = [Pack(plan, np.unique(group_of_rollout[plan.rollout])) for plan in plans]
+        return packs + [FILLER] * (max(self.ranks.gather(len(packs))) - len(packs))
+
+    def _mine(self, groups: Sequence[Group], scored: bool) -> list[int]:
+        """Places of the groups that this rank reads."""
+        costs = []
+        for group in groups:
+            answers = [len(branch.ids) for branch in self._branches_of(group.question)] if scored else ()
+            costs.append(tree_cost(group, answers, self._tokens_per_pair))
+        return shares(costs, self.ranks.size)[self.ranks.number]
 
     def separate_tokens(self, batch: Batch) -> int:
         """Tokens that separate passes would read for the same results: each rollout once per pass, and each of its
@@ -90,23 +118,29 @@ class Packer:
         means = answer_means(plan, answer_logp)
         return {i: values_of(mean, self._recipe.basis, self._recipe.answers) for i, mean in means.items()}
 
-    def read(self, batch: Batch, readings: Readings) -> list[Pack]:
+    def read(self, batch: Batch, readings: Readings) -> list[dict[str, int]]:
         """Run the first of two passes over groups that are not in ``readings`` yet.
 
         Returns:
-            The packs that were read.
+            Token counts of the packs that the ranks have read.
         """
         new = Batch(
             batch.step, tuple(group for group in batch.groups if rollout_key(group.rollouts[0]) not in readings)
         )
         packs, rollouts = self.packs(new, range(len(new.groups)), scored=True), new.rollouts
-        for plan, _ in packs:
-            result = self._policy(plan)
-            values = self.values(plan, result.answer_logp)
-            numbers, starts = decision_runs(plan)
+        mine: Readings = {}
+        for read in packs:
+            result = self._learner(read.plan)
+            if read.filler:
+                continue
+            values = self.values(read.plan, result.answer_logp)
+            numbers, starts = decision_runs(read.plan)
             for i, logp in zip(numbers, np.split(result.decision_logp, starts[1:]), strict=True):
-                readings[rollout_key(rollouts[i])] = Reading(values.get(i), logp)
-        return packs
+                mine[rollout_key(rollouts[i])] = Reading(values.get(i), logp)
+        told = self.ranks.gather((mine, [read.tokens for read in packs if not read.filler]))
+        for theirs, _ in told:
+            readings |= theirs
+        return [tokens for _, counts in told for tokens in counts]
 
     def credits(self, groups: Sequence[Group], readings: Readings) -> tuple[Credit, ...]:
         """Rewards and advantages of the groups' rollouts; outcome-only algorithms need no ``readings``."""

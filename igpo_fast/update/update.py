@@ -107,6 +107,8 @@ class Updater:
                 return advantages_of_pairs(pack.plan, credits)
 
             self._step(batch, packs, weights, row, credits=credits, advantages_of=advantages_of)
+        for theirs in self.packer.ranks.gather(credits):
+            credits |= theirs
         return tuple(credits[i] for i in range(len(batch.rollouts)))
 
     def _two_passes(self, batch: Batch, readings: Readings, row: Row) -> tuple[Credit, ...]:
@@ -129,8 +131,8 @@ class Updater:
     def read(self, batch: Batch, readings: Readings, row: Row) -> None:
         """Run the first of two passes over groups that are not in ``readings`` yet."""
         with row.timed("score"):
-            for pack in self.packer.read(batch, readings):
-                row.add(pack.tokens)
+            for tokens in self.packer.read(batch, readings):
+                row.add(tokens)
 
     def _step(
         self,
@@ -145,9 +147,14 @@ class Updater:
     ) -> None:
         """One optimiser update over packs, whose losses only add because the weights are global."""
         engine_logp = {i: rollout.logp for i, rollout in enumerate(batch.rollouts)}
-        sums = []
+        mine = []
         for pack in packs:
             plan = pack.plan
+            if pack.filler:
+                nothing = np.zeros(plan.n_decisions, np.float32)
+                idle = LossInputs(nothing, nothing, engine_logp=nothing, ref_logp=self._learner.reference(plan))
+                self._learner.backward(self._learner(plan, idle).loss)
+                continue
             inputs = LossInputs(
                 weights=weights[plan.rollout[: plan.n_decisions]].astype(np.float32),
                 advantages=None if advantages_of else advantages_of_pairs(plan, credits),
@@ -157,12 +164,16 @@ class Updater:
             )
             result = self._learner(plan, inputs, advantages_of and (lambda logp, pack=pack: advantages_of(pack, logp)))
             self._learner.backward(result.loss)
-            row.add(pack.tokens)
             anchor = result.decision_logp if inputs.old_logp is None else inputs.old_logp
-            row.largest({"mismatch/logp_abs_max": np.abs(anchor - inputs.engine_logp).max()})
             owner = plan.rollout[: plan.n_decisions]
-            counts = importance_counts(anchor, inputs.engine_logp, owner, self._learner.policy.settings)
-            sums.append(measured(result.sums, inputs) | counts)
+            counts = importance_counts(anchor, inputs.engine_logp, owner, self._learner.settings)
+            largest = float(np.abs(anchor - inputs.engine_logp).max())
+            mine.append((pack.tokens, largest, measured(result.sums, inputs) | counts))
+        told = [pack for theirs in self.packer.ranks.gather(mine) for pack in theirs]
+        sums = [found for _, _, found in told]
+        for tokens, largest, _ in told:
+            row.add(tokens)
+            row.largest({"mismatch/logp_abs_max": largest})
         if old_logp is None:
             self._check_mismatch(batch.step, sum(s["mismatch"] for s in sums) / sum(s["tokens"] for s in sums))
         row.set({"train/lr": self._learner.lr})
@@ -171,7 +182,7 @@ class Updater:
             row.add({"loss/skipped": 1})
             self._progress.warn(
                 f"step {batch.step}: the loss or its gradient is not finite; this update is skipped. "
-                "If it recurs, lower train.lr or use model.dtype=float32"
+                "If it recurs, lower train.lr or use train.precision=float32"
             )
         row.update(sums, math.nan if norm is None else norm)
 
@@ -179,10 +190,10 @@ class Updater:
         """Raises DivergedError if ``mismatch_stop`` is exceeded; called before the first optimiser step."""
         limit = self._mismatch_stop
         if limit and not mean <= limit:
-            raise DivergedError(
+            raise self.packer.ranks.on_all(DivergedError(
                 f"step {step}: the engine's log-probabilities differ from the trainer's by {mean:.3g} on average, more "
                 f"than rollout.mismatch_stop={limit:g}; correct for it (algorithm.importance), or raise the limit"
-            )
+            ))  # fmt: skip
 
     def _weights(self, batch: Batch, share: Sequence[int]) -> np.ndarray:
         """Token weight of each rollout, 0 outside the groups ``share``: float64 [R]."""

@@ -70,7 +70,7 @@ def test_the_update_is_skipped_and_counted(monkeypatch, tmp_path, cache, mode, s
         assert state["step"] == (STEPS - 1) * len(passes)
     warning = "step 3: the loss or its gradient is not finite; this update is skipped"
     assert run.display.text.count(f"warning: {warning}") == len(passes)
-    assert "lower train.lr or use model.dtype=float32" in run.display.text
+    assert "lower train.lr or use train.precision=float32" in run.display.text
     assert len(list((run.folder / "rollouts").glob("step_*"))) == STEPS
 
 

@@ -20,10 +20,9 @@ from typer.testing import CliRunner
 from igpo_fast.cli import app
 from igpo_fast.errors import InputError, StorageError
 from igpo_fast.files import append, atomic, atomic_folder, check_writable, storage
-from igpo_fast.run.checkpoint import load_checkpoint, open_run, rewind
+from igpo_fast.run.checkpoint import open_run, rewind
 from igpo_fast.run.metrics import tracker
-from igpo_fast.update.learner import State
-from tests.test_checkpoint import build, save, settings_for, update
+from tests.test_checkpoint import build, load, save, settings_for, update
 from tests.tiny import SETTINGS, WORLD
 
 RECORD = {"text": "x" * 40}
@@ -59,17 +58,17 @@ def refusing(name, number, at=1):
 def session(folder, last):
     """Train up to step ``last`` from wherever the folder stands, with a checkpoint a step."""
     with open_run(folder, settings_for()) as run:
-        parts = build()
-        done = load_checkpoint(run, State(*parts))
+        learner = build()
+        done = load(run, learner)
         run.begin()
         step = done[0] if done else 0
         rewind(run, step)
         while step < last:
             step += 1
-            update(*parts)
+            update(learner)
             run.write_rollouts(step, [{"step": step}] * 3)
-            run.append_metrics({"step": step, "norm": float(parts[0].lm_head.weight.norm())})
-            save(run, step, parts)
+            run.append_metrics({"step": step, "norm": float(learner.lm.lm_head.weight.norm())})
+            save(run, step, learner)
 
 
 def one_line(error, *parts):
@@ -123,12 +122,12 @@ def test_refused_anywhere_and_started_again(tmp_path, undisturbed, name, at):
 def test_a_run_folder_removed_meanwhile(tmp_path):
     with open_run(tmp_path / "run", settings_for()) as run:
         run.begin()
-        parts = build()
+        learner = build()
         shutil.rmtree(run.path)
         for write in (
             lambda: run.append_metrics({"step": 1}),
             lambda: run.write_rollouts(1, [RECORD]),
-            lambda: save(run, 1, parts),
+            lambda: save(run, 1, learner),
         ):
             with pytest.raises(StorageError) as error:
                 write()

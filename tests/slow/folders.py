@@ -17,13 +17,12 @@ from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.errors import RunError
 from igpo_fast.files import write_manifest
 from igpo_fast.rollouts.dialect import make_dialect
-from igpo_fast.run.checkpoint import load_checkpoint, open_run, rewind
+from igpo_fast.run.checkpoint import open_run, rewind
 from igpo_fast.train import train
-from igpo_fast.update.learner import State
 from tests.families import tokenizer_of
 from tests.slow.odd import DEEP, LONG, VALUES, changed, damaged, harm, written
 from tests.slow.sweep import Case
-from tests.test_checkpoint import build, save, settings_for, update
+from tests.test_checkpoint import build, load, save, settings_for, update
 from tests.tiny import SETTINGS, WORLD, Recorder
 
 # --- configuration ---
@@ -131,13 +130,13 @@ def run_folder(folder: Path) -> Case:
     good, bad = folder / "good", folder / "run"
     with open_run(good, settings_for()) as run:
         run.begin()
-        parts = build()
+        learner = build()
         for step in (1, 2, 3):
-            update(*parts)
+            update(learner)
             run.write_rollouts(step, [{"step": step}] * 2)
-            run.append_metrics({"step": step, "norm": parts[0].lm_head.weight.norm().item()})
+            run.append_metrics({"step": step, "norm": learner.lm.lm_head.weight.norm().item()})
             if step < 3:
-                save(run, step, parts)
+                save(run, step, learner)
     names = sorted(path.relative_to(good) for path in good.rglob("*") if path.is_file() and path.name != ".lock")
 
     def case(random):
@@ -150,13 +149,13 @@ def run_folder(folder: Path) -> Case:
         before, lines = _files(bad), _lines(bad / "metrics.jsonl")
         try:
             with open_run(bad, settings_for()) as run:
-                parts = build(seed=1)
-                done = load_checkpoint(run, State(*parts))
+                learner = build(seed=1)
+                done = load(run, learner)
                 run.begin()
                 step = done[0] if done else 0
                 rewind(run, step)
-                update(*parts)
-                save(run, step + 1, parts)
+                update(learner)
+                save(run, step + 1, learner)
         except RunError:
             if path.name != "metrics.jsonl":  # whose lines are checked last, after the configuration is written
                 assert _files(bad) == before

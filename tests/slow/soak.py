@@ -133,8 +133,10 @@ def differences(folder: Path, reference: Path) -> list[str]:
         wrong.append("rollouts differ")
     if (folder / LAST / "model.safetensors").read_bytes() != (reference / LAST / "model.safetensors").read_bytes():
         wrong.append("weights differ")
-    ours, theirs = (torch.load(where / LAST / "learner.pt", weights_only=True) for where in (folder, reference))
-    if not _equal(ours["optimizer"], theirs["optimizer"]) or ours["scheduler"] != theirs["scheduler"]:
+    ours, theirs = (
+        torch.load(where / LAST / "learner-00000-of-00001.pt", weights_only=True) for where in (folder, reference)
+    )
+    if not _equal(ours, theirs):
         wrong.append("optimiser states differ")
     return wrong + [f"half-written: {path.name}" for path in folder.rglob(".*.tmp")]
 

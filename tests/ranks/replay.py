@@ -1,0 +1,135 @@
+"""``python -m tests.ranks.replay FOLDER``: recorded groups replayed through the trainer's own updates, on every way of
+owning the weights; each rank runs it, and the first writes FOLDER/NAME.pt with what each update did."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from igpo_fast import adapter
+from igpo_fast.model import build
+from igpo_fast.ranks import Ranks
+from igpo_fast.run.display import Display
+from igpo_fast.run.metrics import StepMetrics
+from igpo_fast.types import Batch
+from igpo_fast.update.advantages import Recipe
+from igpo_fast.update.learner import Learner
+from igpo_fast.update.packs import Packer
+from igpo_fast.update.update import Updater
+from igpo_kernels import LossSettings
+from tests.parity.test_parity import Case
+from tests.trees import VOCAB
+
+UPDATES = 5
+BETA = 0.9
+GROUPS, BUDGET = 3, 142
+"""Groups, and tokens per pack: one pack per group, which two ranks cannot share out equally."""
+
+
+class Way(NamedTuple):
+    """A case of the replay."""
+
+    passes: str
+    tied: bool
+    lora: bool = False
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return f"{self.passes}-{'tied' if self.tied else 'untied'}-{'lora' if self.lora else 'whole'}-{self.dtype}"
+
+
+WAYS = [Way(*way) for way in itertools.product(("one", "two"), (True, False), (False, True))]
+HALF = Way("one", True, False, "bfloat16")
+
+
+def model(way: Way) -> torch.nn.Module:
+    lm = build(
+        VOCAB, hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=48, max_tokens=256, tie_embeddings=way.tied,
+        seed=1,
+    )  # fmt: skip
+    with torch.no_grad():
+        for weight in lm.parameters():
+            if weight.ndim == 2:
+                weight *= 5
+        if way.lora:
+            adapter.add(lm, 2, 4.0, "all-linear")
+            generator = torch.Generator().manual_seed(2)
+            for name, weight in lm.named_parameters():
+                if ".lora_B" in name:
+                    weight.normal_(std=0.3, generator=generator)
+    return lm.to(getattr(torch, way.dtype))
+
+
+def replay(way: Way, make_learner, moment, ranks: Ranks) -> dict:
+    """What UPDATES updates did: norms, gradients as Adam's first moment tells them, weights.
+
+    Args:
+        make_learner: a model and a learner's options -> the learner.
+        moment: a learner and a parameter -> its exp_avg, whole.
+    """
+    case = Case(7, GROUPS)
+    lm = model(way)
+    names = [name for name, parameter in lm.named_parameters() if parameter.requires_grad]
+    settings = LossSettings(entropy=0.01, kl=0.05)
+    learner = make_learner(
+        lm, temperature=1.3, settings=settings, lr=1e-3, factor=lambda step: 1.0, betas=(BETA, 0.999),
+        max_grad_norm=1e9,
+    )  # fmt: skip
+    branches = {g.question.id: tuple(b) for g, b in zip(case.groups, case.branches, strict=True)}
+    recipe = Recipe(answers="max", basis="prob", min_std=0.05, center=False)
+    packer = Packer(learner, lambda question: branches[question.id], recipe, way.passes, BUDGET, ranks)
+    updater = Updater(
+        learner, packer, recipe, passes=way.passes, groups_per_pack=1, updates=1, aggregation="token_mean",
+        most_tokens=100, mismatch_stop=0.0, progress=Display(1),
+    )  # fmt: skip
+    norms, gradients, rows = [], [], []
+    before = dict.fromkeys(names, 0.0)
+    for step in range(1, UPDATES + 1):
+        row = StepMetrics(step)
+        updater(Batch(step, tuple(case.groups)), {}, row)
+        rows.append({key: value for key, value in row.row().items() if not key.startswith(("time", "memory"))})
+        norms.append(rows[-1]["loss/grad_norm"])
+        now = {name: moment(learner, p).clone() for name, p in learner.lm.named_parameters() if name in names}
+        gradients.append({name: (now[name] - BETA * before[name]) / (1 - BETA) for name in names})
+        before = now
+    weights = {name: weight.clone() for name, weight in learner.weights()}
+    last = packer.packs(Batch(9, tuple(case.groups)), range(GROUPS), scored=True)
+    packs, kept = ranks.gather(len(last)), ranks.gather(sum(not pack.filler for pack in last))
+    return dict(norms=norms, gradients=gradients, rows=rows, weights=weights, packs=packs, kept=kept)
+
+
+def plain(way: Way) -> dict:
+    """The replay in this process."""
+    masters = lambda learner, p: learner.optimizer.state[master_of(learner, p)]["exp_avg"]  # noqa: E731
+    return replay(way, Learner, masters, Ranks())
+
+
+def master_of(learner, parameter):
+    (name,) = [name for name, p in learner.lm.named_parameters() if p is parameter]
+    return learner._masters.of[name]
+
+
+def main(folder: Path) -> None:
+    from functools import partial
+
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    from igpo_fast.update.zero import ZeroLearner
+
+    ranks = Ranks()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    for stage, way in itertools.product((1, 2, 3), (*WAYS, HALF)):
+        make = partial(ZeroLearner, ranks=ranks, stage=stage)
+        found = replay(way, make, lambda learner, p: safe_get_full_optimizer_state(p, "exp_avg"), ranks)
+        if ranks.first:
+            torch.save(found, folder / f"{way}-{stage}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
