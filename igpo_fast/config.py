@@ -486,8 +486,8 @@ class Distributed(Section):
     """Owner of the weights: plain torch in one process (`none`), or DeepSpeed's ZeRO in any number. `auto` takes
     DeepSpeed on GPUs and with several processes."""
     zero_stage: Annotated[Literal[1, 2, 3], SESSION] = 2
-    """What DeepSpeed shares out over the processes: optimiser states and masters (1), gradients too (2), weights too
-    (3)."""
+    """What DeepSpeed shares out over the processes: optimiser states and masters (1; in bfloat16 as 2), gradients too
+    (2), weights too (3)."""
     offload: Annotated[Literal["none", "optimizer", "all"], SESSION] = "none"
     """What DeepSpeed keeps in the CPU's memory: optimiser states and masters, or with `all` and `zero_stage=3` the
     weights too."""

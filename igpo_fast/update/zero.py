@@ -94,7 +94,8 @@ class ZeroLearner(Learner):
 
     def _config(self) -> dict[str, Any]:
         half = self.lm.dtype == torch.bfloat16
-        zero: dict[str, Any] = {"stage": self._stage, "overlap_comm": False}
+        # DeepSpeed's optimiser for stage 1 in bfloat16 asserts a gradient norm above 0, which no batch owes us.
+        zero: dict[str, Any] = {"stage": 2 if half and self._stage == 1 else self._stage, "overlap_comm": False}
         if self._offload != "none":
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         if self._offload == "all":

@@ -4,6 +4,7 @@ owning the weights; each rank runs it, and the first writes FOLDER/NAME.pt with 
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,8 @@ from igpo_fast.run.metrics import StepMetrics
 from igpo_fast.types import Batch
 from igpo_fast.update.advantages import Recipe
 from igpo_fast.update.learner import Learner
-from igpo_fast.update.packs import Packer
+from igpo_fast.update.packs import FILLER, Packer
+from igpo_fast.update.policy import LossInputs
 from igpo_fast.update.update import Updater
 from igpo_kernels import LossSettings
 from tests.parity.test_parity import Case
@@ -98,9 +100,29 @@ def replay(way: Way, make_learner, moment, ranks: Ranks) -> dict:
         gradients.append({name: (now[name] - BETA * before[name]) / (1 - BETA) for name in names})
         before = now
     weights = {name: weight.clone() for name, weight in learner.weights()}
+    dropped = []
+    for factor, sound in ((math.nan, True), (math.inf, True), (0.5, False)):
+        plan = FILLER.plan
+        one = np.ones(plan.n_decisions, np.float32)
+        ref = learner.reference(plan)
+        learner.backward(learner(plan, LossInputs(one, one, engine_logp=one, ref_logp=ref)).loss * factor)
+        dropped.append(learner.step(sound))
+    zeros = np.zeros(plan.n_decisions, np.float32)
+    learner.backward(learner(plan, LossInputs(zeros, zeros, engine_logp=zeros, ref_logp=zeros)).loss)
+    dropped.append(learner.step())
     last = packer.packs(Batch(9, tuple(case.groups)), range(GROUPS), scored=True)
     packs, kept = ranks.gather(len(last)), ranks.gather(sum(not pack.filler for pack in last))
-    return dict(norms=norms, gradients=gradients, rows=rows, weights=weights, packs=packs, kept=kept)
+    moved = {name: weight.clone() for name, weight in learner.weights()}
+    return dict(
+        norms=norms,
+        gradients=gradients,
+        rows=rows,
+        weights=weights,
+        packs=packs,
+        kept=kept,
+        dropped=dropped,
+        moved=moved,
+    )
 
 
 def plain(way: Way) -> dict:

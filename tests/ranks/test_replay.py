@@ -35,6 +35,14 @@ def test_gradients_and_norms_equal_the_single_processs(replays, alone, stage):
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(found["moved"][name], expected["moved"][name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("way", [*WAYS[:2], HALF], ids=str)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_updates_that_are_not_finite_are_dropped_and_one_without_a_gradient_is_none(replays, way, stage):
+    found = torch.load(replays / f"{way}-{stage}.pt", weights_only=False)
+    assert found["dropped"] == [None, None, None, 0.0]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
