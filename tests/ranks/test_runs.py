@@ -64,8 +64,12 @@ def same(ours: Path, theirs: Path, first: int = 0) -> None:
             assert row[key] == pytest.approx(value, rel=1e-3, abs=1e-5), (row["step"], key)
 
 
-@pytest.mark.parametrize("settings", [(), ("algorithm.passes=two", "train.updates=2")], ids=["one pass", "two passes"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+TWO = ("algorithm.passes=two", "train.updates=2")
+ONE_EACH = [pytest.param(stage, (), marks=pytest.mark.slow) for stage in (1, 2)] + [(3, ())]
+TWO_EACH = [pytest.param(stage, TWO, marks=pytest.mark.slow) for stage in (1, 3)] + [(2, TWO)]
+
+
+@pytest.mark.parametrize("stage, settings", [*ONE_EACH, *TWO_EACH])
 def test_two_ranks_sample_and_learn_what_one_does(tmp_path, cache, alone, stage, settings):
     train(tmp_path / "run", cache, *settings, f"distributed.zero_stage={stage}", ranks=2)
     same(tmp_path / "run", alone(*settings))
@@ -73,7 +77,9 @@ def test_two_ranks_sample_and_learn_what_one_does(tmp_path, cache, alone, stage,
     assert len(list((tmp_path / "run" / LAST).glob("learner-*"))) == 2
 
 
-@pytest.mark.parametrize("before, after", [((2, 3), (1, 0)), ((1, 0), (2, 2)), ((2, 2), (2, 3))])
+@pytest.mark.parametrize("before, after", [
+    ((2, 3), (1, 0)), ((1, 0), (2, 2)), pytest.param((2, 2), (2, 3), marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_run_resumes_in_other_ranks_and_stages(tmp_path, cache, alone, before, after):
     for (ranks, stage), steps in ((before, 4), (after, STEPS)):
         stages = [f"distributed.zero_stage={stage}"] if stage else []
@@ -114,7 +120,7 @@ def test_an_adapter_is_trained_resumed_evaluated_and_exported(tmp_path, cache, a
     assert len(AutoTokenizer.from_pretrained(out)) == exported.config.vocab_size
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_is_killed_ends_the_run_and_costs_no_saved_step(tmp_path, cache, alone, rank):
     folder = tmp_path / "run"
     started = start(arguments(folder, cache, "train.checkpoint_every=1"), 2)
