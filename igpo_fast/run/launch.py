@@ -25,6 +25,16 @@ def log_of(folder: Path, rank: int) -> Path:
     return folder / "logs" / f"rank_{rank}.log"
 
 
+def environments(ranks: int) -> list[dict[str, str]]:
+    """The environment of each of ``ranks`` processes on this host, with torchrun's variables."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    own = ({"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks))
+    return [os.environ | {name: str(value) for name, value in (shared | of).items()} for of in own]
+
+
 def launch(command: Sequence[str], ranks: int, folder: Path) -> int:
     """Run ``command`` in ``ranks`` processes that find each other through torchrun's variables.
 
@@ -37,15 +47,9 @@ def launch(command: Sequence[str], ranks: int, folder: Path) -> int:
     Raises:
         RunError: another rank failed or was killed; it has the rank's number and the end of its log.
     """
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
-    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     # What they print before they have logs; closed, and so deleted, when this process ends.
     started, early = [], [tempfile.TemporaryFile() for _ in range(ranks)]  # noqa: SIM115
-    for rank in range(ranks):
-        own = shared | {"RANK": rank, "LOCAL_RANK": rank}
-        environment = os.environ | {name: str(value) for name, value in own.items()}
+    for rank, environment in enumerate(environments(ranks)):
         out = early[rank] if rank else None
         started.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
     # Ctrl-C reaches every rank by itself; SIGTERM reaches this process alone.

@@ -81,12 +81,13 @@ class Packer:
 
     def packs(self, batch: Batch, share: Sequence[int], scored: bool) -> list[Pack]:
         """This rank's packs of the groups ``share``, with answers if ``scored``. One-pass mode needs whole groups."""
-        share = [share[i] for i in self._mine([batch.groups[g] for g in share], scored)]
+        answers = [self._branches_of(batch.groups[g].question) if scored else () for g in share]
+        mine = self._mine([batch.groups[g] for g in share], answers)
+        share, branches = [share[i] for i in mine], [answers[i] for i in mine]
         groups = [batch.groups[g] for g in share]
         sizes = [len(group.rollouts) for group in batch.groups]
         starts = np.cumsum([0, *sizes])
         numbers = [range(starts[g], starts[g + 1]) for g in share]
-        branches = [self._branches_of(group.question) for group in groups] if scored else None
         plans = pack_within(make_trees(groups, branches, numbers), self._budget, split=self._passes == "two")
         group_of_rollout = np.repeat(np.arange(len(sizes)), sizes)
         for plan in plans:
@@ -94,12 +95,12 @@ class Packer:
         packs = [Pack(plan, np.unique(group_of_rollout[plan.rollout])) for plan in plans]
         return packs + [FILLER] * (max(self.ranks.gather(len(packs))) - len(packs))
 
-    def _mine(self, groups: Sequence[Group], scored: bool) -> list[int]:
+    def _mine(self, groups: Sequence[Group], answers: Sequence[Sequence[Branch]]) -> list[int]:
         """Places of the groups that this rank reads."""
-        costs = []
-        for group in groups:
-            answers = [len(branch.ids) for branch in self._branches_of(group.question)] if scored else ()
-            costs.append(tree_cost(group, answers, self._tokens_per_pair))
+        costs = [
+            tree_cost(group, [len(branch.ids) for branch in branches], self._tokens_per_pair)
+            for group, branches in zip(groups, answers, strict=True)
+        ]
         return shares(costs, self.ranks.size)[self.ranks.number]
 
     def separate_tokens(self, batch: Batch) -> int:
