@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-seeds test fuzz slow gate lint docs mutants bare aot gpu clean
+.PHONY: demo demo-seeds test test-newest fuzz slow gate lint docs mutants bare aot gpu clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,18 @@ test slow aot: export PATH := $(abspath $(BIN)):$(PATH)
 test: $(VENV)/.installed $(VENV)/.vllm
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm and not aot"
 	$(BIN)/python -m pytest -m vllm
+
+# The suite on the newest of everything instead of the versions that setup pins; by hand, for it may fetch CUDA's
+# libraries. A CPU build, where one is offered: make test-newest TORCH="torch==2.15.0+cpu"
+TORCH ?= torch
+test-newest: export PATH := $(abspath .venv-newest/bin):$(PATH)
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet "$(TORCH)" setuptools wheel
+	.venv-newest/bin/pip install --quiet -e ".[train,bench,dev]"
+	.venv-newest/bin/pip install --quiet --upgrade "$(TORCH)" triton transformers peft liger-kernel tokenizers
+	.venv-newest/bin/pip install --quiet --upgrade --no-build-isolation deepspeed
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm and not aot"
 
 # Property tests with other examples in every run, and more of them. A run again: make fuzz SEED=number
 fuzz: $(VENV)/.installed
@@ -74,4 +86,4 @@ gpu:
 	$(PYTHON) bench/gpu.py --out "$(OUT)" $(if $(WHEELS),--wheels "$(WHEELS)")
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-newest build dist *.egg-info

@@ -102,6 +102,9 @@ class Model(Section):
     """`auto` takes CUDA if there is one; else `cpu`, `cuda` or `cuda:N`."""
     kernels: Literal["auto", "torch", "reference", "triton"] = "auto"
     """Implementation of igpo_kernels that runs; chosen once and logged."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's RMSNorm, RoPE and SwiGLU in the model, checked at load. `auto` takes them on a GPU where liger-kernel is
+    installed and knows the model; its loss is never used."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory for one more forward."""
     probe: bool = True

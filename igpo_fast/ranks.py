@@ -43,6 +43,11 @@ class Ranks:
             except (RuntimeError, ValueError) as error:
                 raise RunError(f"rank {self.number}: cannot reach the other processes ({error})") from error
 
+    def close(self) -> None:
+        """Leave the other processes. Without it threads of torch's groups may outlive Python and abort the process."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
     @property
     def first(self) -> bool:
         """Whether this is the rank that writes the run folder and the display."""

@@ -18,6 +18,7 @@ from igpo_fast.engines import vllm
 from igpo_fast.engines.base import Engine, Sampling
 from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.errors import InputError, reason_of
+from igpo_fast.liger import has_liger, use_liger
 from igpo_fast.ranks import Ranks
 from igpo_fast.rollouts.dialect import Dialect, make_dialect
 from igpo_fast.rollouts.rollout import Agent, Limits, opening
@@ -67,7 +68,8 @@ class Setup:
         return (
             f"{type(lm).__name__}, {sum(p.numel() for p in lm.parameters()):,} parameters, {lm.dtype} on {lm.device}; "
             f"{a.name} (preset {a.preset}), {passes} pass{'es' if passes == 'two' else ''} per update, engine "
-            f"{self.agent.engine.name}, kernels {_kernels(self.config, lm)}, {threads} thread{'s' * (threads > 1)}, "
+            f"{self.agent.engine.name}, kernels {_kernels(self.config, lm)}{', Liger layers' * has_liger(lm)}, "
+            f"{threads} thread{'s' * (threads > 1)}, "
             f"{len(self.data.train):,} questions"
         )
 
@@ -223,8 +225,10 @@ def _load_model(
     dtype = getattr(torch, config.train.precision)
     if path := weights or config.model.path:
         source = f"checkpoint {weights}" if weights else None
-        return model.load(path, dtype=dtype, device=device, check=config.model.probe, source=source)
-    lm = _small_model(config, len(tokenizer), tokenizer.eos_token_id).to(device, dtype)
+        lm = model.load(path, dtype=dtype, device=device, check=False, source=source)
+    else:
+        lm = _small_model(config, len(tokenizer), tokenizer.eos_token_id).to(device, dtype)
+    use_liger(lm, config.model.liger)
     return model.probe(lm) if config.model.probe else lm
 
 

@@ -36,8 +36,8 @@ def train(config: Config, display: Display | None = None) -> RunFolder | None:
         RunError: ends the run with one line; every finished step is kept.
         Interrupted: the user asked to stop; a checkpoint was written first.
     """
-    ranks = Ranks()
-    with Session(config, display or Display(config.train.steps), ranks) as run:
+    display = display or Display(config.train.steps)
+    with closing(Ranks()) as ranks, Session(config, display, ranks) as run:
         trainer = Trainer(config, run.display, run.checkpoint, ranks)
         trainer.resume(run)
         for step in run.steps():

@@ -11,6 +11,7 @@ from igpo_fast.types import ANSWER, Group, Question, Rollout, Turn
 from igpo_fast.update.balance import shares, tree_cost
 from igpo_fast.update.policy import make_trees
 from igpo_kernels import Branch, pack
+from tests.trees import random_branches, random_group
 
 RANKS = 8
 HEAVY = 1e-4
@@ -30,16 +31,15 @@ def rollout_of(question, index, prompt, turns, start=10):
     return Rollout(question, index, np.arange(prompt, dtype=np.int32), tuple(made))
 
 
-def test_the_cost_is_that_of_the_packed_tree():
-    question = Question("q", "q", ("a",))
-    group = Group(question, tuple(rollout_of(question, i, 4, t, 10 + 100 * i) for i, t in enumerate([
-        [(2, 3), (1, 0)], [(5, 1), (2, 2), (3, 0)],
-    ])))  # fmt: skip
-    branches = [Branch(np.array([1, 2, 3]), 1, 3), Branch(np.array([4]), 0, 1)]
-    plan = pack(make_trees([group], [branches], [range(2)]))
-    lengths = [len(branch.ids) for branch in branches]
-    assert tree_cost(group, lengths, 0.0) == plan.n_tokens
-    assert tree_cost(group, lengths, 1.0) == plan.n_tokens + (plan.position_ids + 1).sum()  # a query sees its path
+@given(st.integers(0, 2**31), st.booleans())
+def test_the_cost_is_that_of_the_packed_tree(seed, scored):
+    """Rollouts that share turns, or are another's prefix, or the same; answers that share their wrapper."""
+    rng = np.random.default_rng(seed)
+    group = random_group(rng)
+    (tree,) = make_trees([group], [random_branches(rng, int(rng.integers(1, 4))) if scored else ()], [range(4)])
+    plan = pack([tree])
+    assert tree_cost(tree, 0.0) == plan.n_tokens
+    assert tree_cost(tree, 1.0) == plan.n_tokens + (plan.position_ids + 1).sum()  # a query sees its path
 
 
 @given(st.lists(st.floats(0, 1e6), max_size=40), st.integers(1, 9))
@@ -73,4 +73,5 @@ def test_ranks_are_even_on_log_normal_lengths(seed):
             lengths = rng.lognormal(np.log(size), 0.6, (rng.integers(3, 11), 2)).astype(int) + 1
             rollouts.append(rollout_of(question, i, 300, lengths, 1000))
         groups.append(Group(question, tuple(rollouts)))
-    assert evenness([tree_cost(group, [24], HEAVY) for group in groups]) <= 1.10
+    trees = make_trees(groups, [[Branch(np.arange(24), 8, 24)]] * 64, [range(8)] * 64)
+    assert evenness([tree_cost(tree, HEAVY) for tree in trees]) <= 1.10

@@ -5,30 +5,19 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-import numpy as np
 from transformers import PreTrainedModel
 
-from igpo_fast.types import Group
+from igpo_kernels import Tree, tree_size
 
 
-def tree_cost(group: Group, answer_lengths: Sequence[int], tokens_per_pair: float) -> float:
-    """Cost of reading a group's tree, in tokens: its packed tokens, and attention's part of the work.
-
-    What rollouts share beyond their prompt is counted for each. A path's last token is a label only and is not read.
+def tree_cost(tree: Tree, tokens_per_pair: float) -> float:
+    """Cost of reading a packed tree, in tokens: those it holds, and attention's part of the work.
 
     Args:
-        answer_lengths: tokens of each answer's branch; none if no answers are scored.
         tokens_per_pair: what one query that sees one key costs, in tokens.
     """
-    prompt = len(group.rollouts[0].prompt_ids)
-    ends = np.array([len(rollout.ids) - 1 for rollout in group.rollouts])
-    tokens = prompt + (ends - prompt).sum()
-    pairs = _triangle(prompt) + (_triangle(ends) - _triangle(prompt)).sum()
-    boundaries = np.concatenate([[prompt], *(rollout.boundaries[1:] for rollout in group.rollouts)])
-    for length in (length - 1 for length in answer_lengths):
-        tokens += length * len(boundaries)
-        pairs += (length * boundaries + _triangle(length)).sum()
-    return float(tokens + tokens_per_pair * pairs)
+    tokens, pairs = tree_size(tree)
+    return tokens + tokens_per_pair * pairs
 
 
 def attention_share(lm: PreTrainedModel, parameters: int) -> float:
@@ -50,7 +39,3 @@ def shares(costs: Sequence[float], ranks: int) -> list[list[int]]:
         taken[rank].append(number)
         heapq.heappush(least, (total + costs[number], rank))
     return [sorted(numbers) for numbers in taken]
-
-
-def _triangle(n):
-    return n * (n + 1) / 2

@@ -90,17 +90,21 @@ class Learner:
     ):
         self.settings = settings or LossSettings()
         self.policy = Policy(lm, temperature, self.settings, backend)
-        self._reference, self._adapted = None, adapter.adapted(lm)
+        self._lr, self._factor, self._max_grad_norm = lr, factor, max_grad_norm
+        self._reference: Callable[[TreePlan], PackResult] | None = None
+        self._adapted = adapter.adapted(lm)
         if self.settings.kl and not self._adapted:
             frozen = copy.deepcopy(lm).requires_grad_(False)
-            self._reference = Policy(frozen, temperature, self.settings, backend)
+            self._reference = self._freeze(Policy(frozen, temperature, self.settings, backend))
         self.parameters = sum(p.numel() for p in lm.parameters())
         """How many numbers the weights are."""
         self.steps = 0
         """Calls of ``step`` in this session: while it is unchanged, so are weights, optimiser and schedule."""
-        self._lr, self._factor, self._max_grad_norm = lr, factor, max_grad_norm
         self._number = 0  # of the next update, dropped ones counted
         self._optimise(betas, weight_decay)
+
+    def _freeze(self, reference: Policy) -> Callable[[TreePlan], PackResult]:
+        return reference
 
     def _optimise(self, betas: tuple[float, float], weight_decay: float) -> None:
         self._masters = Masters(self.lm)

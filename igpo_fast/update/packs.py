@@ -81,27 +81,24 @@ class Packer:
 
     def packs(self, batch: Batch, share: Sequence[int], scored: bool) -> list[Pack]:
         """This rank's packs of the groups ``share``, with answers if ``scored``. One-pass mode needs whole groups."""
-        answers = [self._branches_of(batch.groups[g].question) if scored else () for g in share]
-        mine = self._mine([batch.groups[g] for g in share], answers)
-        share, branches = [share[i] for i in mine], [answers[i] for i in mine]
-        groups = [batch.groups[g] for g in share]
         sizes = [len(group.rollouts) for group in batch.groups]
         starts = np.cumsum([0, *sizes])
+        branches = [self._branches_of(batch.groups[g].question) if scored else () for g in share]
         numbers = [range(starts[g], starts[g + 1]) for g in share]
-        plans = pack_within(make_trees(groups, branches, numbers), self._budget, split=self._passes == "two")
+        trees = self._mine(make_trees([batch.groups[g] for g in share], branches, numbers))
+        plans = pack_within(trees, self._budget, split=self._passes == "two")
         group_of_rollout = np.repeat(np.arange(len(sizes)), sizes)
         for plan in plans:
             self._learner.policy.choose_attention(plan)
         packs = [Pack(plan, np.unique(group_of_rollout[plan.rollout])) for plan in plans]
         return packs + [FILLER] * (max(self.ranks.gather(len(packs))) - len(packs))
 
-    def _mine(self, groups: Sequence[Group], answers: Sequence[Sequence[Branch]]) -> list[int]:
-        """Places of the groups that this rank reads."""
-        costs = [
-            tree_cost(group, [len(branch.ids) for branch in branches], self._tokens_per_pair)
-            for group, branches in zip(groups, answers, strict=True)
-        ]
-        return shares(costs, self.ranks.size)[self.ranks.number]
+    def _mine(self, trees: Sequence[Tree]) -> list[Tree]:
+        """The trees that this rank reads."""
+        if self.ranks.size == 1:
+            return list(trees)
+        costs = [tree_cost(tree, self._tokens_per_pair) for tree in trees]
+        return [trees[i] for i in shares(costs, self.ranks.size)[self.ranks.number]]
 
     def separate_tokens(self, batch: Batch) -> int:
         """Tokens that separate passes would read for the same results: each rollout once per pass, and each of its

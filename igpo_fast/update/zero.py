@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from igpo_fast.ranks import Ranks
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.policy import PackResult, Policy
 from igpo_fast.update.states import read_states, read_weights, write_states
+from igpo_kernels import TreePlan
 
 logger.setLevel(logging.ERROR)  # it warns of optimisers that it has not tested, ours among them
 warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # its calls of torch
@@ -91,6 +92,20 @@ class ZeroLearner(Learner):
         self.optimizer = inner
         inner.allowed = lambda: self._sound and math.isfinite(float(self._engine.optimizer._global_grad_norm))
         self._sound, self._applied = True, 0
+
+    def _freeze(self, reference: Policy) -> Callable[[TreePlan], PackResult]:
+        """Under stage 3 the reference is shared out, too."""
+        if self._stage < 3:
+            return reference
+        module = _Pass(reference)
+        engine, *_ = deepspeed.initialize(model=module, config=self._config(), dist_init_required=False)
+
+        def read(plan: TreePlan) -> PackResult:
+            engine(plan)
+            result, module.result = module.result, None
+            return result
+
+        return read
 
     def _config(self) -> dict[str, Any]:
         half = self.lm.dtype == torch.bfloat16

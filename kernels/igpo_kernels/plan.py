@@ -191,6 +191,33 @@ def pack_within(trees: Sequence[Tree], token_budget: int, *, split: bool = False
     return [_join([layouts[i] for i in sorted(members)]) for members in packs]
 
 
+def tree_size(tree: Tree) -> tuple[int, int]:
+    """What a packed tree will hold, without laying it out.
+
+    Returns:
+        Its tokens, and the (query, key) pairs that its attention sees.
+    Raises:
+        ValueError: what ``pack`` raises.
+    """
+    if not tree.rollouts:
+        raise ValueError("a tree needs at least one rollout")
+    tree = _checked(tree)
+    depth = _branch_block(tree.branches).depth if tree.branches else np.zeros(0, np.int64)
+    tokens = pairs = 0
+    met: set[int] = set()  # boundaries of the prefix that is shared with the rollout before
+    fed = [r.ids[: _fed_length(r, bool(tree.branches))] for r in tree.rollouts]
+    for i, before, _ in _paths(fed):
+        length = len(fed[i])
+        tokens += length - before
+        pairs += (length * (length + 1) - before * (before + 1)) // 2
+        met = {boundary for boundary in met if boundary <= before}
+        new = set(tree.rollouts[i].boundaries.tolist()) - met if tree.branches else set()
+        met |= new
+        tokens += len(new) * len(depth)
+        pairs += sum(new) * len(depth) + len(new) * int((depth + 1).sum())
+    return tokens, pairs
+
+
 class _Layout(NamedTuple):
     """One tree, indices relative to its start."""
 

@@ -1,4 +1,5 @@
-"""How much area attention's tiles visit beside what is visible, on rollouts over real passages.
+"""Rollouts over real passages: how much area attention's tiles visit beside what is visible, and how evenly ranks share
+their trees out.
 
 Scripted ones, made here. And sampled ones where IGPO_ROLLOUTS names files that a run of configs/musique.yaml wrote:
 IGPO_ROLLOUTS=runs/musique/rollouts/step_000001.jsonl (several with colons between).
@@ -21,10 +22,12 @@ from igpo_fast.rollouts.tools.search import make_search
 from igpo_fast.run.records import record_of
 from igpo_fast.sft import NOISY, WRITTEN, _from_steps, write
 from igpo_fast.types import Group, Question, Rollout, Turn
+from igpo_fast.update.balance import shares, tree_cost
 from igpo_fast.update.policy import make_trees
 from igpo_kernels import RolloutTokens, Tree, pack
 from igpo_kernels.tree_attention.blocks import block_lists, visible_area
 from tests.kernels.test_blocks import shipped_tiles, visits
+from tests.test_balance import HEAVY, RANKS
 
 ROOT = Path(__file__).parents[2]
 MUSIQUE = ROOT.parent / "shared" / "data" / "musique"
@@ -58,9 +61,10 @@ def sampled(path, dialect):
 
 
 @pytest.fixture(scope="module", params=["scripted", *SAMPLED], ids=str)
-def musique_plan(request):
-    """Rollouts of configs/musique.yaml. Scripted: four a group, with its tokenizer, dialect, search and limits, its
-    warm start's policy (a sampled one strays more, so its groups share less and its rollouts are shorter)."""
+def musique_trees(request):
+    """A tree per question: rollouts of configs/musique.yaml. Scripted: four per group, with its tokenizer, dialect,
+    search and limits, and its warm start's policy (a sampled one strays more, so its groups share less and its rollouts
+    are shorter)."""
     if not MUSIQUE.exists():
         pytest.skip("needs shared/data/musique")
     files = [f"data.train={MUSIQUE / 'questions.jsonl'}", f"data.corpus={MUSIQUE / 'corpus.jsonl'}"]
@@ -72,11 +76,11 @@ def musique_plan(request):
         max_answers=config.data.max_answers,
     )  # fmt: skip
     if request.param != "scripted":
-        return pack(sampled(request.param, dialect))
+        return sampled(request.param, dialect)
     tool = make_search(config, data)
     rng = random.Random(0)
     trees = []
-    for question in data.train[:16]:
+    for question in data.train[:64]:
         rollouts = []
         for index in range(4):
             demonstration = _from_steps([question], NOISY, rng)
@@ -84,13 +88,20 @@ def musique_plan(request):
             ends = np.flatnonzero((writer[:-1] != WRITTEN) & (writer[1:] == WRITTEN)) + 1
             rollouts.append(RolloutTokens(index, ids, np.where(writer == WRITTEN, 0, -1), ends))
         trees.append(Tree(rollouts, dialect.branches(question)))
-    return pack(trees)
+    return trees
 
 
 @pytest.mark.parametrize(("queries", "keys"), shipped_tiles())
-def test_area_of_musique_rollouts(musique_plan, queries, keys):
-    pairs = visits(block_lists(musique_plan, None, queries, keys))
-    assert 1 <= pairs * queries * keys / visible_area(musique_plan) <= 2
+def test_area_of_musique_rollouts(musique_trees, queries, keys):
+    plan = pack(musique_trees[:16])
+    pairs = visits(block_lists(plan, None, queries, keys))
+    assert 1 <= pairs * queries * keys / visible_area(plan) <= 2
+
+
+def test_ranks_are_even_on_musique_rollouts(musique_trees):
+    costs = [tree_cost(tree, HEAVY) for tree in musique_trees]
+    totals = [sum(costs[number] for number in numbers) for numbers in shares(costs, RANKS)]
+    assert max(totals) <= 1.10 * np.mean(totals)
 
 
 def test_a_record_packs_as_the_rollout_it_is_of():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from igpo_fast import adapter
-from igpo_fast.model import build
+from igpo_fast.model import build, recompute_layers
 from igpo_fast.ranks import Ranks
 from igpo_fast.run.display import Display
 from igpo_fast.run.metrics import StepMetrics
@@ -40,12 +40,16 @@ class Way(NamedTuple):
     tied: bool
     lora: bool = False
     dtype: str = "float32"
+    recompute: bool = False
 
     def __str__(self) -> str:
-        return f"{self.passes}-{'tied' if self.tied else 'untied'}-{'lora' if self.lora else 'whole'}-{self.dtype}"
+        more = "-recompute" if self.recompute else ""
+        kind = "lora" if self.lora else "whole"
+        return f"{self.passes}-{'tied' if self.tied else 'untied'}-{kind}-{self.dtype}{more}"
 
 
 WAYS = [Way(*way) for way in itertools.product(("one", "two"), (True, False), (False, True))]
+WAYS += [Way("one", True, lora, recompute=True) for lora in (False, True)]
 HALF = Way("one", True, False, "bfloat16")
 
 
@@ -64,6 +68,8 @@ def model(way: Way) -> torch.nn.Module:
             for name, weight in lm.named_parameters():
                 if ".lora_B" in name:
                     weight.normal_(std=0.3, generator=generator)
+    if way.recompute:
+        recompute_layers(lm)
     return lm.to(getattr(torch, way.dtype))
 
 
