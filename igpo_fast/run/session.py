@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +22,7 @@ from igpo_fast.ranks import Ranks
 from igpo_fast.run.checkpoint import Owner, RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
 from igpo_fast.run.display import Display
 from igpo_fast.run.interrupt import Interrupted, stop_requested
-from igpo_fast.run.launch import log_of, redirect
+from igpo_fast.run.launch import log_end, log_of, redirect
 from igpo_fast.run.metrics import StepMetrics, ordered, tracker
 from igpo_fast.run.records import record_of
 from igpo_fast.run.signatures import warnings_for
@@ -51,6 +52,7 @@ class Session:
         self._stack = ExitStack()
         try:
             self.folder = RunFolder(self.config.run.dir)
+            self.ranks.log_end = partial(log_end, self.folder.path)
             if self.ranks.first:
                 self._stack.enter_context(self.display)
             self.checkpoint: str | None = self.ranks.first_alone(self._open)
@@ -63,8 +65,12 @@ class Session:
             raise
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         self._stack.close()
+        if isinstance(error, Exception) and not self.ranks.knows_all(error):
+            told = self.ranks.failure(error)
+            if told is not error:
+                raise told from error
 
     def _open(self) -> str | None:
         self.folder = self._stack.enter_context(open_run(self.config.run.dir, self.config))
@@ -122,7 +128,9 @@ class Session:
                 if step % every == 0 or step == last or stopping:
                     self._save(step)
                 if stopping and step < last:
-                    raise Interrupted(f"stopped after step {step}, which {self.folder.checkpoints} holds")
+                    raise self.ranks.on_all(
+                        Interrupted(f"stopped after step {step}, which {self.folder.checkpoints} holds")
+                    )
 
     @contextmanager
     def step(self, number: int) -> Iterator[StepMetrics]:
@@ -137,17 +145,18 @@ class Session:
             yield metrics
             self._report(metrics.row())
         except Exception as error:
-            if not self.ranks.knows_all(error):
-                raise
-            if self._finished == number:
-                self._save(number, metrics.row())
-            elif self._learner.steps == steps and number > 1:
-                self._save(number - 1)
+            known = self.ranks.knows_all(error)
+            if known:
+                if self._finished == number:
+                    self._save(number, metrics.row())
+                elif self._learner.steps == steps and number > 1:
+                    self._save(number - 1)
             if isinstance(error, torch.OutOfMemoryError | MemoryError):
-                raise RunError(
+                told = RunError(
                     f"step {number}: out of memory ({_first_line(error)}); lower train.token_budget or "
                     "rollout.concurrency, then resume with the same command"
-                ) from error
+                )
+                raise (self.ranks.on_all(told) if known else told) from error
             raise
 
     def write_rollouts(self, batch: Batch) -> None:
