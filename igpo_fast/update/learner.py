@@ -135,6 +135,12 @@ class Learner:
         """Add the gradients of a pack's loss to those of earlier packs."""
         loss.backward()
 
+    def forget(self) -> bool:
+        """Drop the gradients so far, those of a pass that raised included; returns False if only a new process can."""
+        self.lm.zero_grad()
+        self.optimizer.zero_grad()
+        return True
+
     def step(self, sound: bool = True) -> float | None:
         """One optimiser update from the gradients so far, clipped to ``max_grad_norm``.
 

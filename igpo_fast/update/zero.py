@@ -121,6 +121,9 @@ class ZeroLearner(Learner):
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss * self._ranks.size, scale_wrt_gas=False)
 
+    def forget(self) -> bool:
+        return False  # a backward that raised leaves DeepSpeed's buckets half full, and other ranks waiting
+
     def _step(self, sound: bool) -> float | None:
         self._sound = sound
         self._engine.step()
