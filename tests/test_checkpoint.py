@@ -133,6 +133,36 @@ def test_newest_wins_and_old_ones_are_pruned(run):
     assert load(run, learner)[0] == 10
 
 
+def test_the_best_stays_beside_the_newest(tmp_path):
+    """The first of equal ones; a row without the number, or with none, counts as not evaluated."""
+    values = {1: 0.1, 2: 0.5, 3: float("nan"), 4: 0.5, 5: None, 6: 0.2, 7: 0.6, 8: 0.3, 9: 0.4}
+    kept = {4: [2, 3, 4], 6: [2, 5, 6], 8: [7, 8], 9: [7, 8, 9]}
+    with open_run(tmp_path, settings_for("train.keep_best=eval/f1")) as run:
+        run.begin()
+        learner = build()
+        for step, value in values.items():
+            run.append_metrics({"step": step} | ({} if value is None else {"eval/f1": value}))
+            save(run, step, learner)
+            assert list(run.saved()) == kept.get(step, list(run.saved()))
+    reader = RunFolder(tmp_path)
+    for which, step in (("best", 7), ("newest", 9), ("8", 8)):
+        assert reader.chosen(which) == run.checkpoint(step)
+    for which in ("6", "last", "-1"):
+        with pytest.raises(InputError, match=f"--checkpoint {which}: not there; .* has newest and steps 7, 8, 9"):
+            reader.chosen(which)
+    flip(tmp_path / "checkpoints/step_000007/state.pt")
+    with pytest.raises(InputError, match=r"damaged .*; restore it, or name another checkpoint"):
+        reader.chosen("best")
+
+
+def test_no_best_without_a_number_for_it(run):
+    run.append_metrics({"step": 1, "eval/f1": 0.5})
+    save(run, 1, build())
+    assert run.best() is None
+    with pytest.raises(InputError, match=r"--checkpoint best: no evaluated checkpoint; train with train"):
+        run.chosen("best")
+
+
 def test_saving_a_step_twice_leaves_the_first(run):
     learner = build()
     before = tree(save(run, 1, learner))
@@ -371,11 +401,11 @@ def test_no_key_that_changes_the_training_is_a_session_s():
         sections.setdefault(section, []).append(key)
     assert sections == {
         "distributed": ["engine", "offload", "zero_stage"], "eval": ["every"],
-        "model": ["device"],
-        "rollout": ["gpu_memory", "mismatch_stop", "mismatch_warn", "server", "server_timeout"],
+        "model": ["device", "gradient_checkpointing"],
+        "rollout": ["concurrency", "gpu_memory", "mismatch_stop", "mismatch_warn", "server", "server_timeout"],
         "run": ["cache", "dir", "tracker"],
         "search": ["backoff", "concurrency", "max_response_mb", "on_failure", "retries", "timeout", "url"],
-        "train": ["checkpoint_every", "keep_checkpoints", "threads"],
+        "train": ["checkpoint_every", "keep_best", "keep_checkpoints", "threads", "token_budget"],
     }  # fmt: skip
 
 

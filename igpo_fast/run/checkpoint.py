@@ -41,7 +41,7 @@ from igpo_fast.files import (
     temporary_of,
     write_manifest,
 )  # fmt: skip
-from igpo_fast.jsonl import json_bytes, json_line, json_value
+from igpo_fast.jsonl import finite, json_bytes, json_line, json_value
 from igpo_fast.ranks import Ranks
 from igpo_fast.run.records import rollout_of
 from igpo_fast.types import Credit, Rollout
@@ -109,9 +109,21 @@ class RunFolder:
         named = [*_real(self.rollouts), *_real(self.checkpoints)]
         return at_top + moved + [path for path in named if re.fullmatch(r"\.(step|eval)_\d+(\.jsonl)?\.tmp", path.name)]
 
+    def checkpoint(self, step: int) -> Path:
+        """The folder of a step's checkpoint, which need not be there."""
+        return self.checkpoints / f"step_{step:06d}"
+
     def saved(self) -> dict[int, Path]:
         """Step -> folder of every checkpoint, oldest first."""
         return _numbered(self.checkpoints, "")
+
+    def best(self) -> Path | None:
+        """The folder of the checkpoint with the largest ``train.keep_best`` in its row, the first of equal ones; None
+        if none was evaluated, or the key is empty."""
+        key, saved = self.config.train.keep_best, self.saved()
+        values = {row.get("step"): finite(row.get(key)) for row in self.read_metrics()} if key else {}
+        evaluated = [step for step in saved if values.get(step) is not None]
+        return saved[max(evaluated, key=values.__getitem__)] if evaluated else None
 
     def newest(self) -> Path | None:
         """The folder of the newest checkpoint, with every byte verified; None if there is none.
@@ -124,11 +136,27 @@ class RunFolder:
             return None
         *older, step = saved
         folder = saved[step]
-        remedy = f"delete {folder} to go on from {f'step {older[-1]}' if older else 'the start'}"
-        content = check_manifest(folder, remedy)
-        if content.get("step") != step or "state.pt" not in content["files"]:
-            raise InputError(f"{folder / 'manifest.json'}: missing or damaged; {remedy}")
-        return folder
+        return _verified(folder, f"delete {folder} to go on from {f'step {older[-1]}' if older else 'the start'}")
+
+    def chosen(self, which: str) -> Path:
+        """The folder of the checkpoint that a user means, with every byte verified.
+
+        Args:
+            which: ``newest``, ``best`` (by ``train.keep_best``), or a step.
+        Raises:
+            InputError: there is none, or it is damaged.
+        """
+        saved = self.saved()
+        if not saved:
+            raise InputError(f"{self.checkpoints}: no checkpoint yet; train for longer")
+        if which == "newest":
+            return self.newest()
+        folder = self.best() if which == "best" else saved.get(int(which) if which.isdecimal() else None)
+        if folder is None:
+            missing = "no evaluated checkpoint; train with train.keep_best=eval/f1" if which == "best" else "not there"
+            steps = ", ".join(map(str, saved))
+            raise InputError(f"--checkpoint {which}: {missing}; {self.checkpoints} has newest and steps {steps}")
+        return _verified(folder, "restore it, or name another checkpoint")
 
     def read_metrics(self) -> list[dict]:
         """The rows so far, without a last line that is still being written.
@@ -192,6 +220,14 @@ class RunFolder:
         return f"{self.rollouts}: the rollouts of {names} are gone; training goes on without them"
 
 
+def _verified(folder: Path, remedy: str) -> Path:
+    """``folder``, a checkpoint, if every byte is as when it was written; else InputError."""
+    content = check_manifest(folder, remedy)
+    if content.get("step") != int(folder.name.removeprefix("step_")) or "state.pt" not in content["files"]:
+        raise InputError(f"{folder / 'manifest.json'}: missing or damaged; {remedy}")
+    return folder
+
+
 def open_run(path: str | Path, config: Config) -> RunFolder:
     """Make a run folder, or open one to resume, and lock it until ``close``. Only ``RunFolder.begin`` writes in it, so
     bad input found earlier leaves no trace.
@@ -234,7 +270,7 @@ class Owner(Protocol):
 
 
 def save_checkpoint(run: RunFolder, step: int, owner: Owner, tokenizer, extra: Mapping, ranks: Ranks) -> Path:
-    """Save the state after ``step``, then drop all but the newest ``train.keep_checkpoints``.
+    """Save the state after ``step``, then drop all but the newest ``train.keep_checkpoints`` and the best.
 
     Args:
         tokenizer: anything with ``save_pretrained(folder)``.
@@ -245,7 +281,7 @@ def save_checkpoint(run: RunFolder, step: int, owner: Owner, tokenizer, extra: M
     Raises:
         pickle.UnpicklingError: ``extra`` holds other objects.
     """
-    folder = run.checkpoints / f"step_{step:06d}"
+    folder = run.checkpoint(step)
     if ranks.first_alone(folder.exists):
         return folder
     rest = {"extra": dict(extra), "rng": _rng_state()}
@@ -272,8 +308,11 @@ def save_checkpoint(run: RunFolder, step: int, owner: Owner, tokenizer, extra: M
 
 
 def _drop_older(run: RunFolder) -> None:
-    """Delete all but the newest ``train.keep_checkpoints``."""
-    for old in list(run.saved().values())[: -run.config.train.keep_checkpoints]:
+    """Delete all but the newest ``train.keep_checkpoints`` and the best."""
+    older, best = list(run.saved().values())[: -run.config.train.keep_checkpoints], run.best()
+    for old in older:
+        if old == best:
+            continue
         # Renamed first: a kill during the deletion must not leave a folder that looks like a checkpoint.
         with storage(old, "delete"):
             os.replace(old, temporary_of(old))

@@ -17,7 +17,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from igpo_fast.config import Config
-from igpo_fast.errors import RunError
+from igpo_fast.errors import InputError, RunError
+from igpo_fast.jsonl import finite
 from igpo_fast.ranks import Ranks
 from igpo_fast.run.checkpoint import Owner, RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
 from igpo_fast.run.display import Display
@@ -87,12 +88,12 @@ class Session:
         newest = self.checkpoint and Path(self.checkpoint)
         step, extra = self.ranks.together(lambda: load_checkpoint(newest, learner) if newest else (0, {}))[0]
         self._finished = step
-        self._rows = self.ranks.first_alone(lambda: self._begin(step))
+        self._rows, self._best = self.ranks.first_alone(lambda: self._begin(step))
         self._unwritten = extra.get("row", {"step": step})
         return step
 
-    def _begin(self, step: int) -> list[dict]:
-        """Begin to write after ``step``; returns the rows so far."""
+    def _begin(self, step: int) -> tuple[list[dict], float | None]:
+        """Begin to write after ``step``; returns the rows so far, and ``train.keep_best`` of the best checkpoint."""
         self.folder.begin()
         moved = rewind(self.folder, step)
         if gone := self.folder.missing_rollouts(step):
@@ -103,7 +104,8 @@ class Session:
             self.display.note(f"rows and rollouts that an earlier session wrote after step {step} are now in {moved}")
         logs = self.folder.path / "tensorboard"
         self._track = self._stack.enter_context(tracker(self.config.run.tracker, logs, step))
-        return self.folder.read_metrics()
+        rows, best = self.folder.read_metrics(), self.folder.best()
+        return rows, next((self._value(row) for row in rows if self.folder.checkpoint(row["step"]) == best), None)
 
     @property
     def row_is_missing(self) -> bool:
@@ -125,8 +127,11 @@ class Session:
             for step in range(self._finished + 1, last + 1):
                 yield step
                 stopping = any(self.ranks.gather(stop.is_set()))
-                if step % every == 0 or step == last or stopping:
+                value = self._value(self._rows[-1])
+                improved = value is not None and (self._best is None or value > self._best)
+                if step % every == 0 or step == last or stopping or improved:
                     self._save(step)
+                    self._best = value if improved else self._best
                 if stopping and step < last:
                     raise self.ranks.on_all(
                         Interrupted(f"stopped after step {step}, which {self.folder.checkpoints} holds")
@@ -166,10 +171,24 @@ class Session:
         self._finished = batch.step
 
     def write_evaluation(self, step: int, evaluation: Evaluation) -> dict[str, float]:
-        """Write the rollouts of an evaluation after a step; returns its metrics."""
+        """Write the rollouts of an evaluation after a step; returns its metrics.
+
+        Raises:
+            InputError: ``train.keep_best`` is none of them.
+        """
+        best = self.config.train.keep_best
+        if best and best not in evaluation.metrics:
+            raise self.ranks.on_all(InputError(
+                f"train.keep_best={best}: the evaluation has no such number; give one of "
+                f"{', '.join(evaluation.metrics)}"
+            ))  # fmt: skip
         records = map(record_of, evaluation.rollouts)
         self.ranks.first_alone(lambda: self.folder.write_rollouts(step, records, "eval"))
         return evaluation.metrics
+
+    def _value(self, row: Mapping[str, float]) -> float | None:
+        """``train.keep_best`` of a row; None if the step was not evaluated, or the key is empty."""
+        return finite(row.get(self.config.train.keep_best))
 
     def _save(self, step: int, row: Mapping[str, float] | None = None) -> None:
         """Write a finished step's checkpoint; ``row`` is its row so far if that cannot be written yet."""
