@@ -16,7 +16,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 
@@ -28,7 +30,7 @@ from igpo_fast import cli
 from tests.tiny import SETTINGS, WORLD, files, rows
 
 STEPS = 8
-KILLS, STOPS, LIMITS, DISKS = 16, 4, 5, 4
+KILLS, STOPS, LIMITS, DISKS, RANKS = 16, 4, 5, 4, 20
 """How often each fault is tried."""
 LAST = f"checkpoints/step_{STEPS:06d}"
 KIB = 1024
@@ -133,11 +135,10 @@ def differences(folder: Path, reference: Path) -> list[str]:
         wrong.append("rollouts differ")
     if (folder / LAST / "model.safetensors").read_bytes() != (reference / LAST / "model.safetensors").read_bytes():
         wrong.append("weights differ")
-    ours, theirs = (
-        torch.load(where / LAST / "learner-00000-of-00001.pt", weights_only=True) for where in (folder, reference)
-    )
-    if not _equal(ours, theirs):
-        wrong.append("optimiser states differ")
+    for part in (reference / LAST).glob("learner-*"):
+        ours, theirs = (torch.load(where / LAST / part.name, weights_only=True) for where in (folder, reference))
+        if not _equal(ours, theirs):
+            wrong.append("optimiser states differ")
     return wrong + [f"half-written: {path.name}" for path in folder.rglob(".*.tmp")]
 
 
@@ -215,4 +216,88 @@ def _fill(runs: Runs, disk: Path) -> None:
     runs.finish(name, folder)
 
 
-FAULTS = (kills, stops, limits, disks)
+def ranks(runs: Runs) -> None:
+    """``kill -9`` of a rank of two, of both, or of their launcher, up to four times a run."""
+    if find_spec("deepspeed") is None:
+        return
+    name = "`kill -9` of one of two ranks, of both, or of their launcher"
+    folder, reference = runs.home / "run", runs.home / "two"
+    pair = Pair(runs)
+    assert pair.end(pair.start(reference)) == "exit code 0", runs.log.read_text()
+    tried = runs.results.setdefault(name, Tried())
+    while tried.tries < RANKS:
+        for _ in range(4):
+            if _rows(folder) > STEPS:
+                break
+            runs.disturb(name, lambda: pair.killed(folder))
+        tried.runs += 1
+        how = pair.end(pair.start(folder))
+        wrong = differences(folder, reference) if how == "exit code 0" else [how, runs.log.read_text()[-2000:]]
+        tried.same += not wrong
+        tried.problems += wrong
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Pair:
+    """Sessions of two ranks under the launcher, beside ``runs``."""
+
+    VICTIMS = ("rank 0", "rank 1", "both ranks", "the launcher")
+
+    def __init__(self, runs: Runs):
+        self.runs, self.random = runs, runs.random
+
+    def start(self, folder: Path) -> subprocess.Popen:
+        words = [*SETTINGS, *WORLD, f"train.steps={STEPS}", f"run.dir={folder}", f"run.cache={self.runs.cache}"]
+        with open(self.runs.log, "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "igpo_fast", "train", "--nproc", "2", *words], stdout=log, stderr=log
+            )
+
+    def killed(self, folder: Path) -> str:
+        """Kill at a random moment between the session's first sign of life and its end; how it ended."""
+        before, victim = _rows(folder), self.random.choice(self.VICTIMS)
+        wanted, later = self.random.randrange(before, STEPS + 1), self.random.random()
+        launcher, ranks = self.start(folder), []
+        while launcher.poll() is None and (len(ranks) < 2 or _rows(folder) < wanted):
+            ranks = _children(launcher.pid)
+            time.sleep(0.005)
+        with suppress(subprocess.TimeoutExpired):
+            launcher.wait(later * (8.0 if wanted == before else 0.4))
+        if launcher.poll() is None:
+            chosen = {"rank 0": ranks[:1], "rank 1": ranks[1:], "both ranks": ranks, "the launcher": [launcher.pid]}
+            for process in chosen[victim]:
+                os.kill(process, signal.SIGKILL)
+        how = self.end(launcher)
+        until = time.monotonic() + 60
+        while any(map(_alive, ranks)) and time.monotonic() < until:
+            time.sleep(0.01)
+        return how if how == "exit code 0" else f"{victim}: {how}"
+
+    def end(self, launcher: subprocess.Popen) -> str:
+        """How a session ended: its exit code, or the name of the signal that ended it."""
+        try:
+            code = launcher.wait(180)
+        except subprocess.TimeoutExpired:
+            launcher.kill()
+            return "timed out"
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _children(process: int) -> list[int]:
+    """The processes that ``process`` started, in this order."""
+    started = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+    return sorted(child for child in started if _stat(child)[1:2] == [str(process)])
+
+
+def _alive(process: int) -> bool:
+    return _stat(process)[:1] not in ([], ["Z"])
+
+
+def _stat(process: int) -> list[str]:
+    """A process's state, its parent, and more; nothing if it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return []
+
+
+FAULTS = (kills, stops, limits, disks, ranks)
