@@ -116,6 +116,15 @@ class Ranks:
         """Whether every rank has stopped at the same point because of ``error``, so that ranks may go on exchanging."""
         return self.size == 1 or getattr(error, "shared", False)
 
+    def post(self, key: str, text: str) -> None:
+        """Tell the others something, from any thread; nobody waits."""
+        if self.size > 1:
+            self._store.set(key, text)
+
+    def posted(self, key: str) -> str | None:
+        """What a rank has told under ``key``; None if nothing yet. From any thread."""
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
     def failure(self, error: Exception) -> Exception:
         """The error to end with on a rank whose ``error`` the others do not know: itself on the first rank to fail.
         The others fail because that rank is gone, so they end with its reason."""

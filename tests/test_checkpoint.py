@@ -23,7 +23,7 @@ from igpo_fast.contents import contents
 from igpo_fast.errors import InputError, StorageError
 from igpo_fast.files import sha256
 from igpo_fast.ranks import Ranks
-from igpo_fast.run.checkpoint import RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
+from igpo_fast.run.checkpoint import RunFolder, Writer, load_checkpoint, open_run, rewind
 from igpo_fast.run.records import record_of
 from igpo_fast.types import ANSWER, SEARCH, Credit, Question, Rollout, Turn
 from igpo_fast.update.learner import Learner
@@ -51,7 +51,14 @@ def update(learner):
 
 
 def save(run, step, learner, extra=None):
-    return save_checkpoint(run, step, learner, Tokenizer(), extra or {"cursor": step}, Ranks())
+    """Write a checkpoint to its end; its folder."""
+    writer = Writer(run, Ranks())
+    try:
+        writer.save(step, learner, Tokenizer(), extra or {"cursor": step})
+        writer.wait()
+    finally:
+        writer.close()
+    return run.checkpoint(step)
 
 
 def load(run, learner):
@@ -414,6 +421,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(InputError, match="not empty and not a run folder"):
         open_run(tmp_path, settings_for())
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_session_killed_when_only_ranks_had_written_is_no_hindrance(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/rank_1.log").write_text("x")
+    (tmp_path / ".config.yaml.tmp").write_text("train:")
+    begun(tmp_path, settings_for())
+    assert RunFolder(tmp_path).config == settings_for()
 
 
 @pytest.mark.parametrize("below", [False, True])

@@ -58,7 +58,7 @@ def launch(command: Sequence[str], ranks: int, folder: Path) -> int:
     Returns:
         The exit status of rank 0, which says itself what went wrong for all.
     Raises:
-        RunError: another rank failed or was killed; it has the rank's number and the end of its log.
+        RunError: another rank failed, or one was killed; it has the rank's number and the end of its log.
     """
     # What they print before they have logs; closed, and so deleted, when this process ends.
     started, early = [], [tempfile.TemporaryFile() for _ in range(ranks)]  # noqa: SIM115
@@ -83,9 +83,9 @@ def launch(command: Sequence[str], ranks: int, folder: Path) -> int:
     status = started[first].returncode
     if asked and status < 0:
         return 128 + asked[0]
-    if first:
+    if first or status < 0:
         early[first].seek(0)
-        said = log_end(folder, first) or f"; it said: {_last_lines(early[first].read())}"
+        said = log_end(folder, first) or (f"; it said: {_last_lines(early[first].read())}" if first else "")
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         raise RunError(f"rank {first} ended with {how}{said}")
     return 2 if status == STALLED else status

@@ -20,7 +20,7 @@ from igpo_fast.config import Config
 from igpo_fast.errors import InputError, RunError
 from igpo_fast.jsonl import finite
 from igpo_fast.ranks import Ranks
-from igpo_fast.run.checkpoint import Owner, RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
+from igpo_fast.run.checkpoint import Owner, RunFolder, Writer, load_checkpoint, open_run, rewind
 from igpo_fast.run.display import Display
 from igpo_fast.run.interrupt import Interrupted, stop_requested
 from igpo_fast.run.launch import log_end, log_of, redirect
@@ -85,6 +85,8 @@ class Session:
             The last finished step, 0 at the start.
         """
         self._learner, self._tokenizer = learner, tokenizer
+        self._writer = Writer(self.folder, self.ranks)
+        self._stack.callback(self._writer.close)
         newest = self.checkpoint and Path(self.checkpoint)
         step, extra = self.ranks.together(lambda: load_checkpoint(newest, learner) if newest else (0, {}))[0]
         self._finished = step
@@ -117,7 +119,7 @@ class Session:
         self._report(ordered(self._unwritten | metrics))
 
     def steps(self) -> Iterator[int]:
-        """The remaining steps; each is followed by a checkpoint if one is due.
+        """The remaining steps; each is followed by a checkpoint if one is due, which is written during the next ones.
 
         Raises:
             Interrupted: the user asked to stop; a checkpoint holds everything so far.
@@ -126,12 +128,17 @@ class Session:
         with stop_requested() as stop:
             for step in range(self._finished + 1, last + 1):
                 yield step
-                stopping = any(self.ranks.gather(stop.is_set()))
+                told = self.ranks.gather((stop.is_set(), self._writer.failed))
+                stopping, failed = map(any, zip(*told, strict=True))
+                if failed:
+                    self._writer.wait()
                 value = self._value(self._rows[-1])
                 improved = value is not None and (self._best is None or value > self._best)
                 if step % every == 0 or step == last or stopping or improved:
                     self._save(step)
                     self._best = value if improved else self._best
+                if stopping or step == last:
+                    self._writer.wait()
                 if stopping and step < last:
                     raise self.ranks.on_all(
                         Interrupted(f"stopped after step {step}, which {self.folder.checkpoints} holds")
@@ -156,6 +163,7 @@ class Session:
                     self._save(number, metrics.row())
                 elif self._learner.steps == steps and number > 1:
                     self._save(number - 1)
+                self._writer.wait()
             if isinstance(error, torch.OutOfMemoryError | MemoryError):
                 told = RunError(
                     f"step {number}: out of memory ({_first_line(error)}); lower train.token_budget or "
@@ -191,9 +199,9 @@ class Session:
         return finite(row.get(self.config.train.keep_best))
 
     def _save(self, step: int, row: Mapping[str, float] | None = None) -> None:
-        """Write a finished step's checkpoint; ``row`` is its row so far if that cannot be written yet."""
+        """Begin to write a finished step's checkpoint; ``row`` is its row so far if that cannot be written yet."""
         extra = {} if row is None else {"row": {key: np.asarray(value).item() for key, value in row.items()}}
-        save_checkpoint(self.folder, step, self._learner, self._tokenizer, extra, self.ranks)
+        self._writer.save(step, self._learner, self._tokenizer, extra)
 
     def _report(self, row: dict[str, float]) -> None:
         self._rows.append(row)

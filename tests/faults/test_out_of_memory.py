@@ -11,6 +11,7 @@ from igpo_fast.train import train
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.packs import Packer
 from tests.ranks.runs import same
+from tests.test_checkpoint import build
 from tests.tiny import STEPS, Recorder, rows, settings
 
 BUDGET = 1000
@@ -96,3 +97,16 @@ def test_between_two_updates_nothing_is_repeated(monkeypatch, cache, tmp_path):
     monkeypatch.setattr(Learner, "step", stepped)
     with pytest.raises(RunError, match=r"^step 2: out of memory"):
         train(settings(tmp_path, cache, "train.updates=2"), Recorder())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_gradient_of_a_failed_attempt_stays(dtype):
+    """Neither in the masters nor in a bfloat16 weight whose gradient could not be moved there."""
+    learner = build(dtype=dtype)
+    ids = torch.arange(8)[None]
+    learner.backward(learner.lm(input_ids=ids, labels=ids).loss)
+    last = list(learner.lm.parameters())[-1]
+    last.grad = torch.ones_like(last)
+    assert learner.forget()
+    parameters = [*learner.lm.parameters(), *learner.optimizer.param_groups[0]["params"]]
+    assert all(p.grad is None for p in parameters)

@@ -10,8 +10,7 @@ import torch
 from igpo_fast import sft
 from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.errors import DivergedError, EngineError, InputError, RunError, StorageError
-from igpo_fast.run import session as run_session
-from igpo_fast.run.checkpoint import RunFolder
+from igpo_fast.run.checkpoint import RunFolder, Writer
 from igpo_fast.train import train
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.update import Updater
@@ -182,7 +181,7 @@ def test_a_refusal_while_saving_is_what_the_user_is_told(monkeypatch, undisturbe
     def refusing(*arguments):
         raise refused
 
-    monkeypatch.setattr(run_session, "save_checkpoint", refusing)
+    monkeypatch.setattr(Writer, "save", refusing)
     with pytest.raises(StorageError) as caught:
         session(monkeypatch, tmp_path, cache, "rollouts", 3)
     assert caught.value is refused and caught.value.__context__ is GONE

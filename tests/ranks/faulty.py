@@ -6,6 +6,7 @@ Faults happen while the rank samples, or, as ``FAULT_update``, when the others b
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -41,6 +42,15 @@ FAULTS = {
     "launcher_term": signals(signal.SIGTERM, os.getppid),
     "launcher_int": signals(signal.SIGINT, os.getppid),
 }
+
+
+def full_disk(*arguments):
+    """``disk``: this rank's part of every checkpoint."""
+    if fault == "disk" and os.environ["RANK"] == rank:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write_states(*arguments)
+
+
 given = sys.argv[1:4]
 rank, fault, step = given
 del sys.argv[1:4]
@@ -67,6 +77,10 @@ def launched(command, ranks, folder):
     return launcher([sys.executable, "-m", "tests.ranks.faulty", *given, *sys.argv[1:]], ranks, folder)
 
 
+if "RANK" in os.environ:
+    from igpo_fast.update import zero
+
+    write_states, zero.write_states = zero.write_states, full_disk
 launcher, launch.launch = launch.launch, launched
 train.finished_groups, Updater.__call__ = finished_groups, call
 main()

@@ -15,8 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,10 +24,15 @@ from random import Random
 import torch
 from transformers import Qwen2ForCausalLM  # noqa: F401 (imported once, for all sessions)
 
-import igpo_fast.train  # noqa: F401 (as above: the command line imports it late)
+import igpo_fast.train
 from igpo_fast import cli
+from igpo_fast.heartbeat import LAUNCHER
+from igpo_fast.run.launch import environments
 from tests.tiny import SETTINGS, WORLD, files, rows
 
+DEEPSPEED = find_spec("deepspeed") is not None
+if DEEPSPEED:
+    import igpo_fast.update.zero  # noqa: F401
 STEPS = 8
 KILLS, STOPS, LIMITS, DISKS, RANKS = 16, 4, 5, 4, 20
 """How often each fault is tried."""
@@ -51,8 +55,13 @@ class Tried:
     problems: list[str] = field(default_factory=list)
 
 
-def command(folder: Path, cache: Path, log: Path, most: int) -> None:
-    """``igpo-fast train`` in this process, its output in ``log``; files of at most ``most`` bytes, if not 0."""
+def command(folder: Path, cache: Path, log: Path, most: int, more: Mapping[str, str] | None = None) -> None:
+    """``igpo-fast train`` in this process, its output in ``log``; files of at most ``most`` bytes, if not 0.
+
+    Args:
+        more: environment variables of a rank.
+    """
+    os.environ.update(more or {})
     with open(log, "ab") as file:  # through another process, for which the limit does not hold
         pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file).stdin.fileno()
     os.dup2(pipe, 1)
@@ -217,87 +226,69 @@ def _fill(runs: Runs, disk: Path) -> None:
 
 
 def ranks(runs: Runs) -> None:
-    """``kill -9`` of a rank of two, of both, or of their launcher, up to four times a run."""
-    if find_spec("deepspeed") is None:
+    """``kill -9`` of either of two ranks, or of both, up to four times a run."""
+    if not DEEPSPEED:
         return
-    name = "`kill -9` of one of two ranks, of both, or of their launcher"
-    folder, reference = runs.home / "run", runs.home / "two"
-    pair = Pair(runs)
-    assert pair.end(pair.start(reference)) == "exit code 0", runs.log.read_text()
+    name = "`kill -9` of either of two ranks, or of both"
+    folder, pair = runs.home / "run", Pair(runs)
+    pair.reference()
     tried = runs.results.setdefault(name, Tried())
     while tried.tries < RANKS:
         for _ in range(4):
-            if _rows(folder) > STEPS:
+            if _rows(folder) > STEPS or tried.tries == RANKS:
                 break
             runs.disturb(name, lambda: pair.killed(folder))
-        tried.runs += 1
-        how = pair.end(pair.start(folder))
-        wrong = differences(folder, reference) if how == "exit code 0" else [how, runs.log.read_text()[-2000:]]
-        tried.same += not wrong
-        tried.problems += wrong
-        shutil.rmtree(folder, ignore_errors=True)
+        pair.finish(tried, folder)
 
 
 class Pair:
-    """Sessions of two ranks under the launcher, beside ``runs``."""
+    """Sessions of two ranks, without a launcher that would end one after the other."""
 
-    VICTIMS = ("rank 0", "rank 1", "both ranks", "the launcher")
+    VICTIMS = ((0,), (1,), (0, 1))
 
     def __init__(self, runs: Runs):
-        self.runs, self.random = runs, runs.random
+        self.runs, self.undisturbed = runs, runs.home / "pair"
 
-    def start(self, folder: Path) -> subprocess.Popen:
-        words = [*SETTINGS, *WORLD, f"train.steps={STEPS}", f"run.dir={folder}", f"run.cache={self.runs.cache}"]
-        with open(self.runs.log, "ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "igpo_fast", "train", "--nproc", "2", *words], stdout=log, stderr=log
-            )
+    def reference(self) -> None:
+        """A run that nothing disturbs."""
+        how = self.end(self.start(self.undisturbed))
+        assert how == "exit code 0, exit code 0", self.runs.log.read_text()
+
+    def start(self, folder: Path) -> list[multiprocessing.Process]:
+        own = [{name: of[name] for name in of.keys() - os.environ.keys() - {LAUNCHER}} for of in environments(2)]
+        started = [
+            CONTEXT.Process(target=command, args=(folder, self.runs.cache, self.runs.log, 0, more)) for more in own
+        ]
+        for process in started:
+            process.start()
+        return started
+
+    def end(self, started: list[multiprocessing.Process]) -> str:
+        return ", ".join(map(self.runs.end, started))
 
     def killed(self, folder: Path) -> str:
-        """Kill at a random moment between the session's first sign of life and its end; how it ended."""
-        before, victim = _rows(folder), self.random.choice(self.VICTIMS)
-        wanted, later = self.random.randrange(before, STEPS + 1), self.random.random()
-        launcher, ranks = self.start(folder), []
-        while launcher.poll() is None and (len(ranks) < 2 or _rows(folder) < wanted):
-            ranks = _children(launcher.pid)
+        """Kill at a random moment between the session's start and its end; how each rank ended."""
+        random, before = self.runs.random, _rows(folder)
+        victims, wanted, later = random.choice(self.VICTIMS), random.randrange(before, STEPS + 1), random.random()
+        started = self.start(folder)
+        while all(process.is_alive() for process in started) and _rows(folder) < wanted:
             time.sleep(0.005)
-        with suppress(subprocess.TimeoutExpired):
-            launcher.wait(later * (8.0 if wanted == before else 0.4))
-        if launcher.poll() is None:
-            chosen = {"rank 0": ranks[:1], "rank 1": ranks[1:], "both ranks": ranks, "the launcher": [launcher.pid]}
-            for process in chosen[victim]:
-                os.kill(process, signal.SIGKILL)
-        how = self.end(launcher)
-        until = time.monotonic() + 60
-        while any(map(_alive, ranks)) and time.monotonic() < until:
-            time.sleep(0.01)
-        return how if how == "exit code 0" else f"{victim}: {how}"
+        started[0].join(later * (3.0 if wanted == before else 0.4))
+        if any(not process.is_alive() for process in started):
+            victims = ()  # too late
+        for victim in victims:
+            started[victim].kill()
+        how = self.end(started)
+        return "exit code 0" if how == "exit code 0, exit code 0" else how
 
-    def end(self, launcher: subprocess.Popen) -> str:
-        """How a session ended: its exit code, or the name of the signal that ended it."""
-        try:
-            code = launcher.wait(180)
-        except subprocess.TimeoutExpired:
-            launcher.kill()
-            return "timed out"
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
-
-
-def _children(process: int) -> list[int]:
-    """The processes that ``process`` started, in this order."""
-    started = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
-    return sorted(child for child in started if _stat(child)[1:2] == [str(process)])
-
-
-def _alive(process: int) -> bool:
-    return _stat(process)[:1] not in ([], ["Z"])
-
-
-def _stat(process: int) -> list[str]:
-    """A process's state, its parent, and more; nothing if it is gone."""
-    with suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return []
+    def finish(self, tried: Tried, folder: Path) -> None:
+        tried.runs += 1
+        how = self.end(self.start(folder))
+        done = how == "exit code 0, exit code 0"
+        wrong = differences(folder, self.undisturbed) if done else [how, self.runs.log.read_text()[-2000:]]
+        tried.same += not wrong
+        tried.problems += wrong
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 FAULTS = (kills, stops, limits, disks, ranks)
