@@ -68,6 +68,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="section.key=value", help="Override keys of the configuration; docs/config.md lists them."),
 ]
+Checkpoint = Annotated[
+    str, typer.Option("--checkpoint", metavar="newest|best|STEP", help="Of a run; best is by train.keep_best.")
+]
 
 
 def main() -> None:
@@ -175,10 +178,11 @@ def evaluate(
     no_search: Annotated[bool, typer.Option("--no-search", help="Search finds nothing.")] = False,
     questions: Annotated[int | None, typer.Option(metavar="N", min=1, help="As eval.questions=N.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    checkpoint: Checkpoint = "newest",
 ) -> None:
-    """Sampled F1 on held-out questions, for a run's newest checkpoint or a model with --config."""
+    """Sampled F1 on held-out questions, for a run's checkpoint or a model with --config."""
     overrides = [*(overrides or ()), *([f"eval.questions={questions}"] if questions else ())]
-    settings, weights = _evaluated(target, config, overrides)
+    settings, weights = _evaluated(target, config, overrides, checkpoint)
     from igpo_fast.evaluate import evaluate as run_evaluation
     from igpo_fast.evaluate import set_names
     from igpo_fast.jsonl import json_bytes
@@ -212,14 +216,13 @@ def evaluate(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", parser=_path, help="A run folder.")],
     output: Annotated[Path, typer.Argument(metavar="DIR", parser=_path, help="A new folder.")],
+    checkpoint: Checkpoint = "newest",
 ) -> None:
-    """Write a run's newest checkpoint as a Hugging Face folder, adapters merged, for transformers and vLLM."""
+    """Write a run's checkpoint as a Hugging Face folder, adapters merged, for transformers and vLLM."""
     from igpo_fast.run.checkpoint import RunFolder
 
     folder = RunFolder(run)
-    newest = folder.newest()  # verified: a damaged one is refused
-    if newest is None:
-        raise InputError(f"{folder.checkpoints}: no checkpoint yet; train for longer")
+    chosen = folder.chosen(checkpoint)  # verified: a damaged one is refused
     import torch
 
     from igpo_fast.data.load import Data
@@ -229,10 +232,10 @@ def export(
     _quiet()
     with _new_folder(output):
         precision = getattr(torch, folder.config.train.precision)
-        lm = load_model(str(newest), dtype=precision, check=False, source=f"checkpoint {newest}")
+        lm = load_model(str(chosen), dtype=precision, check=False, source=f"checkpoint {chosen}")
         lm.save_pretrained(output)
-        load_tokenizer(folder.config, Data((), (), {}), str(newest)).save_pretrained(output)
-    typer.echo(f"{newest}, {sum(p.numel() for p in lm.parameters()):,} parameters in {lm.dtype}, is in {output}")
+        load_tokenizer(folder.config, Data((), (), {}), str(chosen)).save_pretrained(output)
+    typer.echo(f"{chosen}, {sum(p.numel() for p in lm.parameters()):,} parameters in {lm.dtype}, is in {output}")
 
 
 @app.command()
@@ -327,12 +330,14 @@ def _load(file: Path | None, overrides: list[str] | None) -> Config:
     return settings
 
 
-def _evaluated(target: str, file: Path | None, overrides: list[str]) -> tuple[Config, str]:
+def _evaluated(target: str, file: Path | None, overrides: list[str], checkpoint: str) -> tuple[Config, str]:
     """The configuration to evaluate with, and the weights."""
     if not (Path(target) / "config.yaml").exists():
         if file is None:
             what = "not a run folder" if Path(target).exists() else "no such run folder"
             raise InputError(f"{target}: {what}; give --config FILE to evaluate a model")
+        if checkpoint != "newest":
+            raise InputError(f"--checkpoint {checkpoint}: {target} is a model; leave it out")
         return _load(file, [*overrides, f"model.path={json.dumps(target)}"]), target
     if file is not None:
         raise InputError(f"{target}: a run folder has its own configuration; leave --config out")
@@ -340,8 +345,7 @@ def _evaluated(target: str, file: Path | None, overrides: list[str]) -> tuple[Co
     from igpo_fast.run.checkpoint import RunFolder
 
     run = RunFolder(target)
-    if not run.saved():
-        raise InputError(f"{run.checkpoints}: no checkpoint yet; train for longer")
+    weights = str(run.chosen(checkpoint))  # verified: a damaged one is refused
     held_out = run.config.eval.questions
     if settings.data.source == "files" and settings.data.eval is None and settings.eval.questions > held_out:
         raise InputError(
@@ -350,7 +354,7 @@ def _evaluated(target: str, file: Path | None, overrides: list[str]) -> tuple[Co
         )
     for changed in run.changed_contents(settings):
         typer.echo(f"warning: {changed}", err=True)
-    return settings, str(run.newest())  # verified: a damaged one is refused
+    return settings, weights
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from igpo_fast.config_types import (
     Device,
     Difference,
     EmptyIsNone,
+    EvalMetric,
     FilePath,
     Fraction,
     Hops,
@@ -47,7 +48,8 @@ from igpo_fast.errors import masked
 from igpo_fast.types import Aggregation, Answers, Basis, Normalisation, Outcome, Pool
 
 SESSION = Field(json_schema_extra={"session": True})
-"""Marks a key that a later session of a run may change: it changes neither the data nor the computation.
+"""Marks a key that a later session of a run may change: it changes neither the data nor, beyond
+rounding, the computation.
 eval.questions is not marked, because it can decide which training questions are held out."""
 
 
@@ -105,7 +107,7 @@ class Model(Section):
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger's RMSNorm, RoPE and SwiGLU in the model, checked at load. `auto` takes them on a GPU where liger-kernel is
     installed and knows the model; its loss is never used."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, SESSION] = False
     """Recompute activations in backward: less memory for one more forward."""
     probe: bool = True
     """Check at load that the architecture gives the same results in a packed tree as in separate passes."""
@@ -255,7 +257,7 @@ class Rollout(Section):
     thinking: bool | None = None
     """Value of a chat template's `enable_thinking` (Qwen3's: `false` opens each turn with an empty thought); null keeps
     the template's default."""
-    concurrency: Concurrency = 256
+    concurrency: Annotated[Concurrency, SESSION] = 256
     """Rollouts that the engine samples at a time. With `engine=torch` a rollout keeps its slot while it waits for a
     tool, so waiting rollouts count."""
     overlap: bool = True
@@ -448,8 +450,9 @@ class Train(Section):
     """Questions per step, each with `rollout.group_size` rollouts."""
     updates: Positive = 1
     """Optimiser updates per batch, each on its share of the questions."""
-    token_budget: Tokens = 16384
-    """Most packed tokens per forward."""
+    token_budget: Annotated[Tokens, SESSION] = 16384
+    """Most packed tokens per forward. If memory does not suffice, one process halves it, once per session, and repeats
+    the update."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Dtype that the trainer computes in. The weights that AdamW updates, its states and the sums of gradients are
     float32 in both; bfloat16 weights are those, rounded after each update."""
@@ -469,6 +472,9 @@ class Train(Section):
     """Steps between checkpoints; the last step has one, too."""
     keep_checkpoints: Annotated[Positive, SESSION] = 2
     """Number of newest checkpoints to keep."""
+    keep_best: Annotated[EvalMetric, SESSION] = ""
+    """A number of the evaluation, like `eval/f1` or `eval/NAME/f1`: the checkpoint with its largest value is kept, too.
+    A step that exceeds it is saved, whatever `checkpoint_every` says. Empty keeps the newest only."""
     threads: Annotated[Threads, SESSION] = 0
     """CPU threads of torch; 0 keeps torch's own choice."""
 

@@ -57,6 +57,12 @@ def _url_like(example: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _eval_metric(name: str) -> str:
+    if name and not name.startswith("eval/"):
+        raise ValueError(f"{name!r} is no number of the evaluation; give one like eval/f1, or leave it empty")
+    return name
+
+
 def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", name):
         raise ValueError(f"{name!r} is not a device to train on; give auto, cpu, cuda or cuda:1")
@@ -69,4 +75,5 @@ FilePath = Annotated[NonEmpty, AfterValidator(_at_home)]
 Url = Annotated[str, _url_like("http://127.0.0.1:8000")]
 SearchUrl = Annotated[str, _url_like("http://127.0.0.1:8000/retrieve")]
 Device = Annotated[str, AfterValidator(_device)]
+EvalMetric = Annotated[PlainText, AfterValidator(_eval_metric)]
 EmptyIsNone = BeforeValidator(lambda value: None if value == "" else value)

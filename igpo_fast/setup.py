@@ -31,7 +31,7 @@ from igpo_fast.update.advantages import ALGORITHMS, recipe_of
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.losses import loss_settings_of
 from igpo_fast.update.packs import Packer
-from igpo_fast.update.passes import choose_passes, groups_per_pack, most_decision_tokens
+from igpo_fast.update.passes import choose_passes, groups_per_pack, least_budget, most_decision_tokens
 from igpo_fast.update.schedule import schedule_factor
 from igpo_fast.update.update import Progress, Updater
 from igpo_kernels import Branch, triton_variants
@@ -206,7 +206,8 @@ def make_updater(setup: Setup, learner: Learner, progress: Progress, ranks: Rank
     """
     config, recipe = setup.config, recipe_of(setup.config.algorithm)
     passes = choose_passes(config, recipe, setup.answer_tokens)
-    packer = Packer(learner, setup.branches_of, recipe, passes, config.train.token_budget, ranks)
+    least = least_budget(config, recipe, setup.answer_tokens, passes)
+    packer = Packer(learner, setup.branches_of, recipe, passes, config.train.token_budget, ranks, least)
     return Updater(
         learner, packer, recipe, passes=passes, groups_per_pack=groups_per_pack(config, recipe, setup.answer_tokens),
         updates=config.train.updates, aggregation=config.algorithm.aggregation,

@@ -75,7 +75,7 @@ def test_switched_off_it_is_the_base_model(base):
 
 def test_peft_and_our_loader_read_the_folder(base, tmp_path):
     lm = with_adapter(base, ["q_proj", "down_proj"])
-    Learner(lm, lr=1e-3, factor=lambda step: 1.0).save(tmp_path)
+    Learner(lm, lr=1e-3, factor=lambda step: 1.0).snapshot()(tmp_path)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     torch.testing.assert_close(logits(theirs), logits(lm))
     ours = model.load(str(tmp_path), check=True)
@@ -97,7 +97,7 @@ def test_a_learner_trains_the_adapter_alone_and_resumes(base, tmp_path):
     step(learner)
     for name, parameter in learner.lm.named_parameters():
         assert torch.equal(parameter, before[name]) != adapter.is_adapter(name), name
-    learner.save(tmp_path)
+    learner.snapshot()(tmp_path)
     step(learner)
     resumed = made()
     resumed.load(tmp_path)

@@ -23,7 +23,7 @@ from igpo_fast.contents import contents
 from igpo_fast.errors import InputError, StorageError
 from igpo_fast.files import sha256
 from igpo_fast.ranks import Ranks
-from igpo_fast.run.checkpoint import RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
+from igpo_fast.run.checkpoint import RunFolder, Writer, load_checkpoint, open_run, rewind
 from igpo_fast.run.records import record_of
 from igpo_fast.types import ANSWER, SEARCH, Credit, Question, Rollout, Turn
 from igpo_fast.update.learner import Learner
@@ -51,7 +51,14 @@ def update(learner):
 
 
 def save(run, step, learner, extra=None):
-    return save_checkpoint(run, step, learner, Tokenizer(), extra or {"cursor": step}, Ranks())
+    """Write a checkpoint to its end; its folder."""
+    writer = Writer(run, Ranks())
+    try:
+        writer.save(step, learner, Tokenizer(), extra or {"cursor": step})
+        writer.wait()
+    finally:
+        writer.close()
+    return run.checkpoint(step)
 
 
 def load(run, learner):
@@ -131,6 +138,36 @@ def test_newest_wins_and_old_ones_are_pruned(run):
         save(run, step, learner)
     assert list(run.saved()) == [4, 10]
     assert load(run, learner)[0] == 10
+
+
+def test_the_best_stays_beside_the_newest(tmp_path):
+    """The first of equal ones; a row without the number, or with none, counts as not evaluated."""
+    values = {1: 0.1, 2: 0.5, 3: float("nan"), 4: 0.5, 5: None, 6: 0.2, 7: 0.6, 8: 0.3, 9: 0.4}
+    kept = {4: [2, 3, 4], 6: [2, 5, 6], 8: [7, 8], 9: [7, 8, 9]}
+    with open_run(tmp_path, settings_for("train.keep_best=eval/f1")) as run:
+        run.begin()
+        learner = build()
+        for step, value in values.items():
+            run.append_metrics({"step": step} | ({} if value is None else {"eval/f1": value}))
+            save(run, step, learner)
+            assert list(run.saved()) == kept.get(step, list(run.saved()))
+    reader = RunFolder(tmp_path)
+    for which, step in (("best", 7), ("newest", 9), ("8", 8)):
+        assert reader.chosen(which) == run.checkpoint(step)
+    for which in ("6", "last", "-1"):
+        with pytest.raises(InputError, match=f"--checkpoint {which}: not there; .* has newest and steps 7, 8, 9"):
+            reader.chosen(which)
+    flip(tmp_path / "checkpoints/step_000007/state.pt")
+    with pytest.raises(InputError, match=r"damaged .*; restore it, or name another checkpoint"):
+        reader.chosen("best")
+
+
+def test_no_best_without_a_number_for_it(run):
+    run.append_metrics({"step": 1, "eval/f1": 0.5})
+    save(run, 1, build())
+    assert run.best() is None
+    with pytest.raises(InputError, match=r"--checkpoint best: no evaluated checkpoint; train with train"):
+        run.chosen("best")
 
 
 def test_saving_a_step_twice_leaves_the_first(run):
@@ -371,11 +408,11 @@ def test_no_key_that_changes_the_training_is_a_session_s():
         sections.setdefault(section, []).append(key)
     assert sections == {
         "distributed": ["engine", "offload", "zero_stage"], "eval": ["every"],
-        "model": ["device"],
-        "rollout": ["gpu_memory", "mismatch_stop", "mismatch_warn", "server", "server_timeout"],
+        "model": ["device", "gradient_checkpointing"],
+        "rollout": ["concurrency", "gpu_memory", "mismatch_stop", "mismatch_warn", "server", "server_timeout"],
         "run": ["cache", "dir", "tracker"],
         "search": ["backoff", "concurrency", "max_response_mb", "on_failure", "retries", "timeout", "url"],
-        "train": ["checkpoint_every", "keep_checkpoints", "threads"],
+        "train": ["checkpoint_every", "keep_best", "keep_checkpoints", "threads", "token_budget"],
     }  # fmt: skip
 
 
@@ -384,6 +421,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(InputError, match="not empty and not a run folder"):
         open_run(tmp_path, settings_for())
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_session_killed_when_only_ranks_had_written_is_no_hindrance(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/rank_1.log").write_text("x")
+    (tmp_path / ".config.yaml.tmp").write_text("train:")
+    begun(tmp_path, settings_for())
+    assert RunFolder(tmp_path).config == settings_for()
 
 
 @pytest.mark.parametrize("below", [False, True])

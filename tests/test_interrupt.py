@@ -10,6 +10,7 @@ import pytest
 
 from igpo_fast.engines.base import Request, Sampling
 from igpo_fast.engines.torch import TorchEngine
+from igpo_fast.heartbeat import STOP
 from igpo_fast.model import build
 from igpo_fast.run.interrupt import stop_requested
 
@@ -60,3 +61,20 @@ def test_a_second_one_that_meets_the_engine_is_not_logged_by_asyncio(monkeypatch
     engine._pump = None
     gc.collect()
     assert "never retrieved" not in caplog.text
+
+
+def test_the_launcher_may_ask_however_often(capfd):
+    """Ctrl-C reaches launcher and ranks alike: what the launcher passes on is no second Ctrl-C."""
+    ended = []
+    before = signal.signal(signal.SIGINT, lambda *_: ended.append(True))
+    try:
+        with stop_requested() as stop:
+            for number in (STOP, STOP, signal.SIGINT, STOP):
+                os.kill(os.getpid(), number)
+                assert stop.is_set() and not ended
+            assert capfd.readouterr().err.count("finishing this step, which is then saved\n") == 1
+            os.kill(os.getpid(), signal.SIGINT)
+            assert ended
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(STOP) is signal.SIG_DFL

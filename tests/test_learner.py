@@ -113,7 +113,7 @@ def test_frozen_parameters_have_no_master():
 
 def test_masters_that_are_not_the_models_weights_are_refused(tmp_path):
     made = Learner(tiny(torch.bfloat16), lr=RATE, factor=lambda step: 1.0)
-    made.save(tmp_path)
+    made.snapshot()(tmp_path)
     file = tmp_path / "learner-00000-of-00001.pt"
     held = torch.load(file, weights_only=True)
     held["states"]["model.norm.weight"]["master"][3] += 0.1

@@ -17,7 +17,9 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property
 from itertools import pairwise
@@ -41,7 +43,7 @@ from igpo_fast.files import (
     temporary_of,
     write_manifest,
 )  # fmt: skip
-from igpo_fast.jsonl import json_bytes, json_line, json_value
+from igpo_fast.jsonl import finite, json_bytes, json_line, json_value
 from igpo_fast.ranks import Ranks
 from igpo_fast.run.records import rollout_of
 from igpo_fast.types import Credit, Rollout
@@ -109,9 +111,21 @@ class RunFolder:
         named = [*_real(self.rollouts), *_real(self.checkpoints)]
         return at_top + moved + [path for path in named if re.fullmatch(r"\.(step|eval)_\d+(\.jsonl)?\.tmp", path.name)]
 
+    def checkpoint(self, step: int) -> Path:
+        """The folder of a step's checkpoint, which need not be there."""
+        return self.checkpoints / f"step_{step:06d}"
+
     def saved(self) -> dict[int, Path]:
         """Step -> folder of every checkpoint, oldest first."""
         return _numbered(self.checkpoints, "")
+
+    def best(self) -> Path | None:
+        """The folder of the checkpoint with the largest ``train.keep_best`` in its row, the first of equal ones; None
+        if none was evaluated, or the key is empty."""
+        key, saved = self.config.train.keep_best, self.saved()
+        values = {row.get("step"): finite(row.get(key)) for row in self.read_metrics()} if key else {}
+        evaluated = [step for step in saved if values.get(step) is not None]
+        return saved[max(evaluated, key=values.__getitem__)] if evaluated else None
 
     def newest(self) -> Path | None:
         """The folder of the newest checkpoint, with every byte verified; None if there is none.
@@ -124,11 +138,27 @@ class RunFolder:
             return None
         *older, step = saved
         folder = saved[step]
-        remedy = f"delete {folder} to go on from {f'step {older[-1]}' if older else 'the start'}"
-        content = check_manifest(folder, remedy)
-        if content.get("step") != step or "state.pt" not in content["files"]:
-            raise InputError(f"{folder / 'manifest.json'}: missing or damaged; {remedy}")
-        return folder
+        return _verified(folder, f"delete {folder} to go on from {f'step {older[-1]}' if older else 'the start'}")
+
+    def chosen(self, which: str) -> Path:
+        """The folder of the checkpoint that a user means, with every byte verified.
+
+        Args:
+            which: ``newest``, ``best`` (by ``train.keep_best``), or a step.
+        Raises:
+            InputError: there is none, or it is damaged.
+        """
+        saved = self.saved()
+        if not saved:
+            raise InputError(f"{self.checkpoints}: no checkpoint yet; train for longer")
+        if which == "newest":
+            return self.newest()
+        folder = self.best() if which == "best" else saved.get(int(which) if which.isdecimal() else None)
+        if folder is None:
+            missing = "no evaluated checkpoint; train with train.keep_best=eval/f1" if which == "best" else "not there"
+            steps = ", ".join(map(str, saved))
+            raise InputError(f"--checkpoint {which}: {missing}; {self.checkpoints} has newest and steps {steps}")
+        return _verified(folder, "restore it, or name another checkpoint")
 
     def read_metrics(self) -> list[dict]:
         """The rows so far, without a last line that is still being written.
@@ -192,6 +222,14 @@ class RunFolder:
         return f"{self.rollouts}: the rollouts of {names} are gone; training goes on without them"
 
 
+def _verified(folder: Path, remedy: str) -> Path:
+    """``folder``, a checkpoint, if every byte is as when it was written; else InputError."""
+    content = check_manifest(folder, remedy)
+    if content.get("step") != int(folder.name.removeprefix("step_")) or "state.pt" not in content["files"]:
+        raise InputError(f"{folder / 'manifest.json'}: missing or damaged; {remedy}")
+    return folder
+
+
 def open_run(path: str | Path, config: Config) -> RunFolder:
     """Make a run folder, or open one to resume, and lock it until ``close``. Only ``RunFolder.begin`` writes in it, so
     bad input found earlier leaves no trace.
@@ -204,7 +242,8 @@ def open_run(path: str | Path, config: Config) -> RunFolder:
     run = RunFolder(path)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        found = {entry.name for entry in run.path.iterdir()} - {".lock", temporary_of(run._stored).name}
+        # Ranks write logs before the first one begins.
+        found = {entry.name for entry in run.path.iterdir()} - {".lock", "logs", temporary_of(run._stored).name}
         if found and run._stored.name not in found:
             raise InputError(f"{path}: not empty and not a run folder; give another run.dir=")
         run._lock = open(run.path / ".lock", "a+")  # noqa: SIM115 (held until close)
@@ -226,54 +265,121 @@ def open_run(path: str | Path, config: Config) -> RunFolder:
 class Owner(Protocol):
     """Who owns the weights (update/learner.Learner)."""
 
-    def save(self, folder: Path) -> None:
-        """Write weights, in a layout that ``from_pretrained`` loads, optimiser and schedule into a folder."""
+    def snapshot(self) -> Callable[[Path], None]:
+        """Copy the state. What it returns writes the copy into a folder, in another thread: weights, in a layout that
+        ``from_pretrained`` loads, optimiser and schedule."""
 
     def load(self, folder: Path) -> None:
         """Read them back in place; raises whatever does not fit."""
 
 
-def save_checkpoint(run: RunFolder, step: int, owner: Owner, tokenizer, extra: Mapping, ranks: Ranks) -> Path:
-    """Save the state after ``step``, then drop all but the newest ``train.keep_checkpoints``.
+class Writer:
+    """Writes checkpoints while the run goes on: the state is copied at once, its files are written by a thread, one
+    checkpoint at a time.
 
-    Args:
-        tokenizer: anything with ``save_pretrained(folder)``.
-        extra: numbers, strings, tensors and plain containers of them.
-        ranks: the processes that save; each writes what ``owner.save`` gives it, the first the rest.
-    Returns:
-        The checkpoint's folder; an existing one holds the same state and is left unchanged.
-    Raises:
-        pickle.UnpicklingError: ``extra`` holds other objects.
+    Of several ranks each writes what ``owner.snapshot`` gives it, and the first the rest, once the others' parts are
+    there. Ranks call all methods but ``close`` equally often, in their main threads: threads exchange nothing, the
+    first's only looks whether the others have told that they are done.
     """
-    folder = run.checkpoints / f"step_{step:06d}"
-    if ranks.first_alone(folder.exists):
-        return folder
-    rest = {"extra": dict(extra), "rng": _rng_state()}
-    with ExitStack() as stack:
 
-        def begin() -> Path:
-            _check_loadable(rest)
-            return stack.enter_context(atomic_folder(folder))
+    def __init__(self, run: RunFolder, ranks: Ranks):
+        self._run, self._ranks = run, ranks
+        self._thread = ThreadPoolExecutor(1)
+        self._part = self._whole = _done()
+        self._closed = threading.Event()
 
-        temporary = ranks.first_alone(begin)
-        with storage(folder):
-            ranks.together(lambda: owner.save(temporary))
+    def save(self, step: int, owner: Owner, tokenizer, extra: Mapping) -> None:
+        """Wait for the checkpoint before, and begin to write the state after ``step``; an existing checkpoint of that
+        step holds the same state and is left unchanged. Then all but the newest ``train.keep_checkpoints`` and the best
+        are dropped.
 
-        def finish() -> None:
-            tokenizer.save_pretrained(temporary)
-            with open(temporary / "state.pt", "wb") as file:  # torch.save with a path hides the system's error
-                torch.save(rest, file)
-            write_manifest(temporary, step=step, rows=_rows_now(run))
-            stack.close()
-            _drop_older(run)
+        Args:
+            tokenizer: anything with ``save_pretrained(folder)``.
+            extra: numbers, strings, tensors and plain containers of them.
+        Raises:
+            pickle.UnpicklingError: ``extra`` holds other objects.
+            RunError, StorageError: what writing the checkpoint before raised.
+        """
+        self.wait()
+        folder, ranks = self._run.checkpoint(step), self._ranks
+        if ranks.first_alone(folder.exists):
+            return
+        rest = {"extra": dict(extra), "rng": _rng_state()}
+        held: list[Callable[[Path], None]] = []
+        with ExitStack() as stack:
 
-        ranks.first_alone(finish)
-    return folder
+            def begin() -> tuple[Path, list[int] | None]:
+                _check_loadable(rest)
+                temporary = stack.enter_context(atomic_folder(folder))
+                tokenizer.save_pretrained(temporary)  # now: rollouts use it, and it is not made for several threads
+                return temporary, _rows_now(self._run)
+
+            temporary, rows = ranks.first_alone(begin)
+            ranks.together(lambda: held.append(owner.snapshot()))
+            opened = stack.pop_all()
+
+        def part() -> None:
+            try:
+                with storage(folder):
+                    held.pop()(temporary)
+            except Exception as error:
+                ranks.post(f"{folder.name}/{ranks.number}", f"{type(error).__name__}: {error}")
+                raise
+            ranks.post(f"{folder.name}/{ranks.number}", "")
+
+        def whole() -> None:
+            with opened, storage(folder):
+                written.result()
+                for rank in range(1, ranks.size):
+                    self._wait_for(f"{folder.name}/{rank}")
+                with open(temporary / "state.pt", "wb") as file:  # torch.save with a path hides the system's error
+                    torch.save(rest, file)
+                write_manifest(temporary, step=step, rows=rows)
+            _drop_older(self._run)
+
+        self._part = written = self._thread.submit(part)
+        self._whole = self._thread.submit(whole) if ranks.first else written
+
+    def _wait_for(self, key: str) -> None:
+        while (told := self._ranks.posted(key)) is None:
+            if self._closed.wait(0.05):
+                raise RunError("the run ended before another rank's part was written")
+        if told:
+            raise RunError(f"rank {key.rpartition('/')[2]}: {told}")
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write."""
+        return any(future.done() and future.exception() for future in (self._part, self._whole))
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is written.
+
+        Raises:
+            RunError, StorageError: it could not be written.
+        """
+        part, whole, self._part, self._whole = self._part, self._whole, _done(), _done()
+        self._ranks.together(part.result)  # a rank that has died is found here
+        self._ranks.first_alone(whole.result)
+
+    def close(self) -> None:
+        """Let the thread end, which finishes the checkpoint unless another rank's part is missing."""
+        self._closed.set()
+        self._thread.shutdown()
+
+
+def _done() -> Future:
+    future: Future = Future()
+    future.set_result(None)
+    return future
 
 
 def _drop_older(run: RunFolder) -> None:
-    """Delete all but the newest ``train.keep_checkpoints``."""
-    for old in list(run.saved().values())[: -run.config.train.keep_checkpoints]:
+    """Delete all but the newest ``train.keep_checkpoints`` and the best."""
+    older, best = list(run.saved().values())[: -run.config.train.keep_checkpoints], run.best()
+    for old in older:
+        if old == best:
+            continue
         # Renamed first: a kill during the deletion must not leave a folder that looks like a checkpoint.
         with storage(old, "delete"):
             os.replace(old, temporary_of(old))

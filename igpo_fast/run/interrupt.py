@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from igpo_fast.heartbeat import STOP
+
 
 class Interrupted(Exception):
     """The user asked to stop, and a checkpoint holds all progress."""
@@ -18,13 +20,18 @@ class Interrupted(Exception):
 def stop_requested() -> Iterator[threading.Event]:
     """An event that the first SIGINT or SIGTERM sets, so that the step ends and is saved; the second ends the process.
 
-    A line on stderr acknowledges the first at once.
+    A line on stderr acknowledges the first at once. The launcher of several ranks asks by ``STOP``, however often.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def told(number, frame):
+        if not event.is_set():
+            event.set()
+            _say("finishing this step, which is then saved")
 
     def ask(number, frame):
         event.set()
@@ -35,10 +42,11 @@ def stop_requested() -> Iterator[threading.Event]:
 
     for number in before:
         signal.signal(number, ask)
+    unasked = signal.signal(STOP, told)
     try:
         yield event
     finally:
-        for number, handler in before.items():
+        for number, handler in (before | {STOP: unasked}).items():
             signal.signal(number, handler)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -16,12 +17,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from igpo_fast.config import Config
-from igpo_fast.errors import RunError
+from igpo_fast.errors import InputError, RunError
+from igpo_fast.jsonl import finite
 from igpo_fast.ranks import Ranks
-from igpo_fast.run.checkpoint import Owner, RunFolder, load_checkpoint, open_run, rewind, save_checkpoint
+from igpo_fast.run.checkpoint import Owner, RunFolder, Writer, load_checkpoint, open_run, rewind
 from igpo_fast.run.display import Display
 from igpo_fast.run.interrupt import Interrupted, stop_requested
-from igpo_fast.run.launch import log_of, redirect
+from igpo_fast.run.launch import log_end, log_of, redirect
 from igpo_fast.run.metrics import StepMetrics, ordered, tracker
 from igpo_fast.run.records import record_of
 from igpo_fast.run.signatures import warnings_for
@@ -51,6 +53,7 @@ class Session:
         self._stack = ExitStack()
         try:
             self.folder = RunFolder(self.config.run.dir)
+            self.ranks.log_end = partial(log_end, self.folder.path)
             if self.ranks.first:
                 self._stack.enter_context(self.display)
             self.checkpoint: str | None = self.ranks.first_alone(self._open)
@@ -63,8 +66,12 @@ class Session:
             raise
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         self._stack.close()
+        if isinstance(error, Exception) and not self.ranks.knows_all(error):
+            told = self.ranks.failure(error)
+            if told is not error:
+                raise told from error
 
     def _open(self) -> str | None:
         self.folder = self._stack.enter_context(open_run(self.config.run.dir, self.config))
@@ -78,15 +85,17 @@ class Session:
             The last finished step, 0 at the start.
         """
         self._learner, self._tokenizer = learner, tokenizer
+        self._writer = Writer(self.folder, self.ranks)
+        self._stack.callback(self._writer.close)
         newest = self.checkpoint and Path(self.checkpoint)
         step, extra = self.ranks.together(lambda: load_checkpoint(newest, learner) if newest else (0, {}))[0]
         self._finished = step
-        self._rows = self.ranks.first_alone(lambda: self._begin(step))
+        self._rows, self._best = self.ranks.first_alone(lambda: self._begin(step))
         self._unwritten = extra.get("row", {"step": step})
         return step
 
-    def _begin(self, step: int) -> list[dict]:
-        """Begin to write after ``step``; returns the rows so far."""
+    def _begin(self, step: int) -> tuple[list[dict], float | None]:
+        """Begin to write after ``step``; returns the rows so far, and ``train.keep_best`` of the best checkpoint."""
         self.folder.begin()
         moved = rewind(self.folder, step)
         if gone := self.folder.missing_rollouts(step):
@@ -97,7 +106,8 @@ class Session:
             self.display.note(f"rows and rollouts that an earlier session wrote after step {step} are now in {moved}")
         logs = self.folder.path / "tensorboard"
         self._track = self._stack.enter_context(tracker(self.config.run.tracker, logs, step))
-        return self.folder.read_metrics()
+        rows, best = self.folder.read_metrics(), self.folder.best()
+        return rows, next((self._value(row) for row in rows if self.folder.checkpoint(row["step"]) == best), None)
 
     @property
     def row_is_missing(self) -> bool:
@@ -109,7 +119,7 @@ class Session:
         self._report(ordered(self._unwritten | metrics))
 
     def steps(self) -> Iterator[int]:
-        """The remaining steps; each is followed by a checkpoint if one is due.
+        """The remaining steps; each is followed by a checkpoint if one is due, which is written during the next ones.
 
         Raises:
             Interrupted: the user asked to stop; a checkpoint holds everything so far.
@@ -118,11 +128,21 @@ class Session:
         with stop_requested() as stop:
             for step in range(self._finished + 1, last + 1):
                 yield step
-                stopping = any(self.ranks.gather(stop.is_set()))
-                if step % every == 0 or step == last or stopping:
+                told = self.ranks.gather((stop.is_set(), self._writer.failed))
+                stopping, failed = map(any, zip(*told, strict=True))
+                if failed:
+                    self._writer.wait()
+                value = self._value(self._rows[-1])
+                improved = value is not None and (self._best is None or value > self._best)
+                if step % every == 0 or step == last or stopping or improved:
                     self._save(step)
+                    self._best = value if improved else self._best
+                if stopping or step == last:
+                    self._writer.wait()
                 if stopping and step < last:
-                    raise Interrupted(f"stopped after step {step}, which {self.folder.checkpoints} holds")
+                    raise self.ranks.on_all(
+                        Interrupted(f"stopped after step {step}, which {self.folder.checkpoints} holds")
+                    )
 
     @contextmanager
     def step(self, number: int) -> Iterator[StepMetrics]:
@@ -137,17 +157,19 @@ class Session:
             yield metrics
             self._report(metrics.row())
         except Exception as error:
-            if not self.ranks.knows_all(error):
-                raise
-            if self._finished == number:
-                self._save(number, metrics.row())
-            elif self._learner.steps == steps and number > 1:
-                self._save(number - 1)
+            known = self.ranks.knows_all(error)
+            if known:
+                if self._finished == number:
+                    self._save(number, metrics.row())
+                elif self._learner.steps == steps and number > 1:
+                    self._save(number - 1)
+                self._writer.wait()
             if isinstance(error, torch.OutOfMemoryError | MemoryError):
-                raise RunError(
+                told = RunError(
                     f"step {number}: out of memory ({_first_line(error)}); lower train.token_budget or "
                     "rollout.concurrency, then resume with the same command"
-                ) from error
+                )
+                raise (self.ranks.on_all(told) if known else told) from error
             raise
 
     def write_rollouts(self, batch: Batch) -> None:
@@ -157,15 +179,29 @@ class Session:
         self._finished = batch.step
 
     def write_evaluation(self, step: int, evaluation: Evaluation) -> dict[str, float]:
-        """Write the rollouts of an evaluation after a step; returns its metrics."""
+        """Write the rollouts of an evaluation after a step; returns its metrics.
+
+        Raises:
+            InputError: ``train.keep_best`` is none of them.
+        """
+        best = self.config.train.keep_best
+        if best and best not in evaluation.metrics:
+            raise self.ranks.on_all(InputError(
+                f"train.keep_best={best}: the evaluation has no such number; give one of "
+                f"{', '.join(evaluation.metrics)}"
+            ))  # fmt: skip
         records = map(record_of, evaluation.rollouts)
         self.ranks.first_alone(lambda: self.folder.write_rollouts(step, records, "eval"))
         return evaluation.metrics
 
+    def _value(self, row: Mapping[str, float]) -> float | None:
+        """``train.keep_best`` of a row; None if the step was not evaluated, or the key is empty."""
+        return finite(row.get(self.config.train.keep_best))
+
     def _save(self, step: int, row: Mapping[str, float] | None = None) -> None:
-        """Write a finished step's checkpoint; ``row`` is its row so far if that cannot be written yet."""
+        """Begin to write a finished step's checkpoint; ``row`` is its row so far if that cannot be written yet."""
         extra = {} if row is None else {"row": {key: np.asarray(value).item() for key, value in row.items()}}
-        save_checkpoint(self.folder, step, self._learner, self._tokenizer, extra, self.ranks)
+        self._writer.save(step, self._learner, self._tokenizer, extra)
 
     def _report(self, row: dict[str, float]) -> None:
         self._rows.append(row)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from igpo_fast import adapter
 from igpo_fast.update.policy import LossInputs, PackResult, Policy, SupervisedInputs
-from igpo_fast.update.states import read_states, read_weights, write_states
+from igpo_fast.update.states import Write, copies, read_states, read_weights, write_states, write_weights
 from igpo_kernels import LossSettings, TreePlan
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -139,6 +139,12 @@ class Learner:
         """Add the gradients of a pack's loss to those of earlier packs."""
         loss.backward()
 
+    def forget(self) -> bool:
+        """Drop the gradients so far, those of a pass that raised included; returns False if only a new process can."""
+        self.lm.zero_grad()
+        self.optimizer.zero_grad()
+        return True
+
     def step(self, sound: bool = True) -> float | None:
         """One optimiser update from the gradients so far, clipped to ``max_grad_norm``.
 
@@ -167,19 +173,21 @@ class Learner:
         """Every weight by its name, in the model's order, adapters merged into theirs."""
         yield from adapter.merged(self.lm) if self._adapted else self.lm.state_dict().items()
 
-    def save(self, folder: Path) -> None:
-        """Write the model, in a layout that ``from_pretrained`` loads, or its adapter, and the optimiser's state into
-        ``folder`` (states.py)."""
-        if self._adapted:
-            adapter.save(self.lm, folder, {n: p for n, p in self.lm.state_dict().items() if adapter.is_adapter(n)})
-        else:
-            self.lm.save_pretrained(folder)
-        states = {}
+    def snapshot(self) -> Write:
+        """The state now, in the CPU's memory, for a checkpoint (states.py)."""
+        named = self.lm.state_dict(keep_vars=True)
+        weights = copies({n: p for n, p in named.items() if adapter.is_adapter(n)} if self._adapted else named)
+        states, counts = {}, {"number": self._number}
         for name, master in self._masters.of.items():
             moments = self.optimizer.state.get(master, {})
-            copied = {"master": master.detach()} if name in self._masters.copied else {}
-            states[name] = copied | {key: moments[key] for key in MOMENTS if key in moments}
-        write_states(folder, states, {"number": self._number})
+            copied = {"master": master} if name in self._masters.copied else {}
+            states[name] = copies(copied | {key: moments[key] for key in MOMENTS if key in moments})
+
+        def write(folder: Path) -> None:
+            write_weights(self.lm, folder, weights)
+            write_states(folder, states, counts)
+
+        return write
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

@@ -63,6 +63,7 @@ class Packer:
             needs no values.
         passes: ``one`` or ``two``.
         token_budget: most packed tokens per forward.
+        least: tokens of what is never split over packs: a rollout with its answers, or in one-pass mode a group.
         ranks: the processes of the run, which share the packs out.
     """
 
@@ -74,10 +75,18 @@ class Packer:
         passes: str,
         token_budget: int,
         ranks: Ranks,
+        least: int = 1,
     ):
         self._learner, self._branches_of, self._recipe = learner, branches_of, recipe
-        self._passes, self._budget, self.ranks = passes, token_budget, ranks
+        self._passes, self._budget, self._least, self.ranks = passes, token_budget, least, ranks
         self._tokens_per_pair = attention_share(learner.lm, learner.parameters)
+
+    def halve(self) -> int | None:
+        """Halve ``token_budget``; returns it, or None if a pack could then be too small for what it must hold."""
+        if self._budget // 2 < self._least:
+            return None
+        self._budget //= 2
+        return self._budget
 
     def packs(self, batch: Batch, share: Sequence[int], scored: bool) -> list[Pack]:
         """This rank's packs of the groups ``share``, with answers if ``scored``. One-pass mode needs whole groups."""

@@ -24,6 +24,12 @@ def groups_per_pack(config: Config, recipe: Recipe, answer_tokens: int) -> int:
     return max(1, config.train.token_budget // largest)
 
 
+def least_budget(config: Config, recipe: Recipe, answer_tokens: int, passes: str) -> int:
+    """Tokens that a pack must hold: two passes may split a group down to its rollouts, one pass may not."""
+    rollouts = config.rollout.group_size if passes == "one" else 1
+    return rollouts * longest_rollout(config, recipe, answer_tokens)
+
+
 def choose_passes(config: Config, recipe: Recipe, answer_tokens: int) -> str:
     """``one`` or ``two`` passes over a rollout's tokens per update; fixed for the run.
 

@@ -9,7 +9,7 @@ them nor on how a learner shares out its state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +19,27 @@ from igpo_fast import adapter
 
 States = Mapping[str, Mapping[str, torch.Tensor]]
 """Weight's name -> kind of state (master, exp_avg, exp_avg_sq, step) -> tensor."""
+
+
+Write = Callable[[Path], None]
+"""Writes a learner's part of a checkpoint into a folder, from copies in the CPU's memory: in any thread, any time."""
+
+
+def copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies in the CPU's memory. A weight of two names is copied once: safetensors tells ties by their memory."""
+    held: dict[int, torch.Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in held:
+            held[id(tensor)] = tensor.detach().to("cpu", copy=True)
+    return {name: held[id(tensor)] for name, tensor in tensors.items()}
+
+
+def write_weights(lm: PreTrainedModel, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write ``weights`` in a layout that ``from_pretrained`` loads, those of adapters as peft does."""
+    if adapter.adapted(lm):
+        adapter.save(lm, folder, weights)
+    else:
+        lm.save_pretrained(folder, state_dict=dict(weights))
 
 
 def write_states(folder: Path, states: States, counts: Mapping[str, int], part: int = 0, parts: int = 1) -> None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
+import torch
 
 from igpo_fast.errors import DivergedError
 from igpo_fast.types import Aggregation, Batch, Credit
@@ -22,6 +23,7 @@ from igpo_fast.update.losses import importance_counts, measured, token_weights
 from igpo_fast.update.packs import Pack, Packer, Readings, advantages_of_pairs, of_pairs, rollout_key
 from igpo_fast.update.policy import LossInputs
 
+T = TypeVar("T")
 PerRollout = Mapping[int, np.ndarray]
 """A float32 per decision token, by a rollout's number in the batch."""
 
@@ -64,17 +66,21 @@ class Updater:
         self.packer, self.recipe, self.passes, self.groups_per_pack = packer, recipe, passes, groups_per_pack
         self._learner, self._updates, self._aggregation = learner, updates, aggregation
         self._most_tokens, self._mismatch_stop, self._progress = most_tokens, mismatch_stop, progress
+        self._halved = False
 
     def __call__(self, batch: Batch, readings: Readings, row: Row) -> Batch:
         """Score groups that are not in ``readings`` yet and take the batch's optimiser steps.
+
+        The first time that memory does not suffice, packs become half as large and the update begins anew, unless an
+        optimiser step was taken already.
 
         Returns:
             The batch with its rollouts' rewards and advantages.
         Raises:
             DivergedError: ``mismatch_stop`` is exceeded; nothing has changed.
+            OutOfMemoryError, MemoryError: memory does not suffice, and packs cannot be smaller.
         """
-        one_pass = self.passes == "one"
-        credits = self._one_pass(batch, row) if one_pass else self._two_passes(batch, readings, row)
+        credits = self._with_less(batch, lambda: self._credits(batch, readings, row))
         row.set(reward_metrics(batch.groups, credits, self.recipe.gate))
         separate = self.packer.separate_tokens(batch)
         row.set(
@@ -84,6 +90,29 @@ class Updater:
             }
         )
         return Batch(batch.step, batch.groups, credits)
+
+    def _with_less(self, batch: Batch, part: Callable[[], T]) -> T:
+        """Run ``part``, and once per session again, with half as large packs, if memory does not suffice."""
+        steps = self._learner.steps
+        try:
+            return part()
+        except (torch.OutOfMemoryError, MemoryError):
+            possible = not self._halved and self._learner.steps == steps and self._learner.forget()
+            budget = self.packer.halve() if possible else None
+            if budget is None:
+                raise
+        # Outside the handler: the error's frames held the pack's activations.
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        self._halved = True
+        self._progress.warn(
+            f"step {batch.step}: out of memory; the update is repeated with packs of {budget} tokens, which stays so "
+            f"in this session. Start the next one with train.token_budget={budget}"
+        )
+        return part()
+
+    def _credits(self, batch: Batch, readings: Readings, row: Row) -> tuple[Credit, ...]:
+        return self._one_pass(batch, row) if self.passes == "one" else self._two_passes(batch, readings, row)
 
     def _one_pass(self, batch: Batch, row: Row) -> tuple[Credit, ...]:
         self._progress.phase("train")
@@ -131,7 +160,7 @@ class Updater:
     def read(self, batch: Batch, readings: Readings, row: Row) -> None:
         """Run the first of two passes over groups that are not in ``readings`` yet."""
         with row.timed("score"):
-            for tokens in self.packer.read(batch, readings):
+            for tokens in self._with_less(batch, lambda: self.packer.read(batch, readings)):
                 row.add(tokens)
 
     def _step(

@@ -30,7 +30,7 @@ from igpo_fast import adapter
 from igpo_fast.ranks import Ranks
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.policy import PackResult, Policy
-from igpo_fast.update.states import read_states, read_weights, write_states
+from igpo_fast.update.states import Write, read_states, read_weights, write_states, write_weights
 from igpo_kernels import TreePlan
 
 logger.setLevel(logging.ERROR)  # it warns of optimisers that it has not tested, ours among them
@@ -136,6 +136,9 @@ class ZeroLearner(Learner):
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss * self._ranks.size, scale_wrt_gas=False)
 
+    def forget(self) -> bool:
+        return False  # a backward that raised leaves DeepSpeed's buckets half full, and other ranks waiting
+
     def _step(self, sound: bool) -> float | None:
         self._sound = sound
         self._engine.step()
@@ -164,28 +167,29 @@ class ZeroLearner(Learner):
         named = self.lm.state_dict(keep_vars=True)
         return {n: p for n, p in named.items() if adapter.is_adapter(n)} if self._adapted else named
 
-    def save(self, folder: Path) -> None:
-        """Write the model and, each rank its part, the optimiser's state into ``folder`` (states.py)."""
+    def snapshot(self) -> Write:
+        """The state now, in the CPU's memory, for a checkpoint (states.py): each rank's part of it."""
         whole: dict[int, torch.Tensor] = {}  # a tied weight once: transformers writes it once, too
         for weight in self._saved().values():
             with self._gathered([weight]):
                 if self._ranks.first and id(weight) not in whole:
                     whole[id(weight)] = weight.detach().to("cpu", copy=True)
-        if self._ranks.first:
-            held = {name: whole[id(weight)] for name, weight in self._saved().items()}
-            if self._adapted:
-                adapter.save(self.lm, folder, held)
-            else:
-                self.lm.save_pretrained(folder, state_dict=held)
-        states = {}
+        weights = {name: whole[id(weight)] for name, weight in self._saved().items()} if self._ranks.first else {}
+        states, counts = {}, {"number": self._number}
         for number, (name, p) in enumerate(self._trained().items()):
             state = {} if self.lm.dtype == torch.float32 else {"master": safe_get_full_fp32_param(p)}
             if self._applied:
                 state |= {key: safe_get_full_optimizer_state(p, key) for key in WHOLE}
                 state["step"] = torch.tensor(float(self._applied))
             if number % self._ranks.size == self._ranks.number:
-                states[name] = {key: value.cpu() for key, value in state.items()}
-        write_states(folder, states, {"number": self._number}, self._ranks.number, self._ranks.size)
+                states[name] = {key: value.to("cpu", copy=True) for key, value in state.items()}
+
+        def write(folder: Path) -> None:
+            if self._ranks.first:
+                write_weights(self.lm, folder, weights)
+            write_states(folder, states, counts, self._ranks.number, self._ranks.size)
+
+        return write
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

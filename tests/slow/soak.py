@@ -15,20 +15,26 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 
 import torch
 from transformers import Qwen2ForCausalLM  # noqa: F401 (imported once, for all sessions)
 
-import igpo_fast.train  # noqa: F401 (as above: the command line imports it late)
+import igpo_fast.train
 from igpo_fast import cli
+from igpo_fast.heartbeat import LAUNCHER
+from igpo_fast.run.launch import environments
 from tests.tiny import SETTINGS, WORLD, files, rows
 
+DEEPSPEED = find_spec("deepspeed") is not None
+if DEEPSPEED:
+    import igpo_fast.update.zero  # noqa: F401
 STEPS = 8
-KILLS, STOPS, LIMITS, DISKS = 16, 4, 5, 4
+KILLS, STOPS, LIMITS, DISKS, RANKS = 16, 4, 5, 4, 20
 """How often each fault is tried."""
 LAST = f"checkpoints/step_{STEPS:06d}"
 KIB = 1024
@@ -49,8 +55,13 @@ class Tried:
     problems: list[str] = field(default_factory=list)
 
 
-def command(folder: Path, cache: Path, log: Path, most: int) -> None:
-    """``igpo-fast train`` in this process, its output in ``log``; files of at most ``most`` bytes, if not 0."""
+def command(folder: Path, cache: Path, log: Path, most: int, more: Mapping[str, str] | None = None) -> None:
+    """``igpo-fast train`` in this process, its output in ``log``; files of at most ``most`` bytes, if not 0.
+
+    Args:
+        more: environment variables of a rank.
+    """
+    os.environ.update(more or {})
     with open(log, "ab") as file:  # through another process, for which the limit does not hold
         pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file).stdin.fileno()
     os.dup2(pipe, 1)
@@ -133,11 +144,10 @@ def differences(folder: Path, reference: Path) -> list[str]:
         wrong.append("rollouts differ")
     if (folder / LAST / "model.safetensors").read_bytes() != (reference / LAST / "model.safetensors").read_bytes():
         wrong.append("weights differ")
-    ours, theirs = (
-        torch.load(where / LAST / "learner-00000-of-00001.pt", weights_only=True) for where in (folder, reference)
-    )
-    if not _equal(ours, theirs):
-        wrong.append("optimiser states differ")
+    for part in (reference / LAST).glob("learner-*"):
+        ours, theirs = (torch.load(where / LAST / part.name, weights_only=True) for where in (folder, reference))
+        if not _equal(ours, theirs):
+            wrong.append("optimiser states differ")
     return wrong + [f"half-written: {path.name}" for path in folder.rglob(".*.tmp")]
 
 
@@ -215,4 +225,70 @@ def _fill(runs: Runs, disk: Path) -> None:
     runs.finish(name, folder)
 
 
-FAULTS = (kills, stops, limits, disks)
+def ranks(runs: Runs) -> None:
+    """``kill -9`` of either of two ranks, or of both, up to four times a run."""
+    if not DEEPSPEED:
+        return
+    name = "`kill -9` of either of two ranks, or of both"
+    folder, pair = runs.home / "run", Pair(runs)
+    pair.reference()
+    tried = runs.results.setdefault(name, Tried())
+    while tried.tries < RANKS:
+        for _ in range(4):
+            if _rows(folder) > STEPS or tried.tries == RANKS:
+                break
+            runs.disturb(name, lambda: pair.killed(folder))
+        pair.finish(tried, folder)
+
+
+class Pair:
+    """Sessions of two ranks, without a launcher that would end one after the other."""
+
+    VICTIMS = ((0,), (1,), (0, 1))
+
+    def __init__(self, runs: Runs):
+        self.runs, self.undisturbed = runs, runs.home / "pair"
+
+    def reference(self) -> None:
+        """A run that nothing disturbs."""
+        how = self.end(self.start(self.undisturbed))
+        assert how == "exit code 0, exit code 0", self.runs.log.read_text()
+
+    def start(self, folder: Path) -> list[multiprocessing.Process]:
+        own = [{name: of[name] for name in of.keys() - os.environ.keys() - {LAUNCHER}} for of in environments(2)]
+        started = [
+            CONTEXT.Process(target=command, args=(folder, self.runs.cache, self.runs.log, 0, more)) for more in own
+        ]
+        for process in started:
+            process.start()
+        return started
+
+    def end(self, started: list[multiprocessing.Process]) -> str:
+        return ", ".join(map(self.runs.end, started))
+
+    def killed(self, folder: Path) -> str:
+        """Kill at a random moment between the session's start and its end; how each rank ended."""
+        random, before = self.runs.random, _rows(folder)
+        victims, wanted, later = random.choice(self.VICTIMS), random.randrange(before, STEPS + 1), random.random()
+        started = self.start(folder)
+        while all(process.is_alive() for process in started) and _rows(folder) < wanted:
+            time.sleep(0.005)
+        started[0].join(later * (3.0 if wanted == before else 0.4))
+        if any(not process.is_alive() for process in started):
+            victims = ()  # too late
+        for victim in victims:
+            started[victim].kill()
+        how = self.end(started)
+        return "exit code 0" if how == "exit code 0, exit code 0" else how
+
+    def finish(self, tried: Tried, folder: Path) -> None:
+        tried.runs += 1
+        how = self.end(self.start(folder))
+        done = how == "exit code 0, exit code 0"
+        wrong = differences(folder, self.undisturbed) if done else [how, self.runs.log.read_text()[-2000:]]
+        tried.same += not wrong
+        tried.problems += wrong
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+FAULTS = (kills, stops, limits, disks, ranks)
