@@ -2,10 +2,10 @@
 
     python -m bench.memory_cpu [CASE ...] [--results FILE]
 
-Every case is a Qwen2 of 107M random weights that makes two updates, each of one full pack, in processes of its own. The
-process first does the same with a tiny model, so that libraries and code do not count; then what its resident memory
-rises by is compared with the parts of training. glibc gives memory back at once (MALLOC_MMAP_THRESHOLD_), else what it
-keeps for later would count.
+Every case is a Qwen2 of 107M random weights that makes an update of one full pack and one of two, in processes of its
+own: while the last pack is read, moments and the sum of gradients are there. The process first does the same with a
+tiny model, so that libraries and code do not count; then what its resident memory rises by is compared with the parts
+of training. glibc gives memory back at once (MALLOC_MMAP_THRESHOLD_), else what it keeps for later would count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.timing import circumstances
 
 SIZES = ["model.hidden_size=768", "model.layers=12", "model.heads=12", "model.kv_heads=4", "model.ffn_size=3072"]
 TINY = ["model.hidden_size=32", "model.layers=2", "model.heads=2", "model.kv_heads=2", "model.ffn_size=64"]
-VOCABULARY, TOKENS = 4096, 2048
+VOCABULARY, TOKENS = 4096, 1024
 NO_ENGINE = ["rollout.engine=vllm", "rollout.server=[http://nowhere]", f"train.token_budget={TOKENS}"]
 CASES: dict[str, tuple[int, list[str]]] = {
     "float32": (1, []),
@@ -31,9 +31,10 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "float32, no reference": (1, ["algorithm.kl=0"]),
     "float32, LoRA": (1, ["model.lora_rank=16"]),
     "bfloat16, LoRA": (1, ["model.lora_rank=16", "train.precision=bfloat16"]),
+    "float32, ZeRO-2": (2, ["distributed.zero_stage=2"]),
+    "float32, ZeRO-3": (2, ["distributed.zero_stage=3"]),
     "bfloat16, ZeRO-2": (2, ["train.precision=bfloat16", "distributed.zero_stage=2"]),
     "bfloat16, ZeRO-3": (2, ["train.precision=bfloat16", "distributed.zero_stage=3"]),
-    "float32, ZeRO-3": (2, ["distributed.zero_stage=3"]),
 }
 """Ranks and settings."""
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 16), "DS_ACCELERATOR": "cpu"}
@@ -85,7 +86,7 @@ def measure(case: str) -> dict:
 
 
 def update(config, ranks) -> None:
-    """Two updates of a model with random weights, each of one full pack."""
+    """An update of one full pack and one of two, of a model with random weights."""
     import numpy as np
     import torch
 
@@ -110,9 +111,10 @@ def update(config, ranks) -> None:
     plan = pack([Tree([RolloutTokens(i, draw(0, VOCABULARY, length), turn)]) for i in range(4)])
     advantages = draw(-1, 2, plan.n_decisions).astype(np.float32)
     weights = np.full(plan.n_decisions, 1 / plan.n_decisions, np.float32)
-    for _ in range(2):
-        inputs = LossInputs(weights, advantages, ref_logp=learner.reference(plan))
-        learner.backward(learner(plan, inputs).loss)
+    for packs in (1, 2):
+        for _ in range(packs):
+            inputs = LossInputs(weights, advantages, ref_logp=learner.reference(plan))
+            learner.backward(learner(plan, inputs).loss)
         learner.step()
 
 
