@@ -8,7 +8,7 @@ import pytest
 from transformers import Qwen2Config
 from typer.testing import CliRunner
 
-from bench import predicted
+from bench import memory_cpu, predicted
 from igpo_fast import config, doctor
 from igpo_fast.cli import app
 from igpo_fast.errors import InputError
@@ -118,6 +118,24 @@ def test_the_measured_rows_of_memory():
     assert {row["shape"]["case"] for row in rows} >= {"float32", "bfloat16", "float32, LoRA"}
     for row in rows:
         assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.15), row["shape"]["case"]
+
+
+def test_the_memory_table_of_the_docs_is_the_rows():
+    text = (ROOT / "docs" / "measured.md").read_text()
+    for row in predicted._rows("memory_cpu.jsonl"):
+        sizes = (f"{row[key] / 1e9:.2f}" for key in ("predicted_bytes", "measured_bytes"))
+        cells = [row["shape"]["case"], str(row["shape"]["ranks"]), *sizes, f"{row['ratio']:.2f}"]
+        assert f"| {' | '.join(cells)} |" in text
+
+
+def test_the_rows_were_computed_by_todays_arithmetic():
+    for row in predicted._rows("memory_cpu.jsonl"):
+        ranks, settings = memory_cpu.CASES[row["shape"]["case"]]
+        of = config.load(None, [*memory_cpu.SIZES, *memory_cpu.NO_ENGINE, *settings])
+        shape = memory.shape_of(of, memory.decoder_config(of, memory_cpu.VOCABULARY))
+        parts = memory.parts_of(of, shape, memory.Place(ranks, gpu=False))
+        training = max((memory.held(parts, phase) for phase in memory.TRAINING), key=memory.total)
+        assert memory.total(training) == row["predicted_bytes"], row["shape"]["case"]
 
 
 def command(*arguments):
