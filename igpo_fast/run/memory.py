@@ -215,11 +215,13 @@ def _engine(config: Config, shape: Shape, place: Place, size: int, stage: int) -
 
 
 def _buffers(shape: Shape, size: int, stage: int, place: Place) -> Iterable[Part]:
-    """What DeepSpeed reduces and gathers through. On a CPU only what is written of a buffer takes memory."""
+    """What DeepSpeed reduces and gathers through. On a CPU only what is written of a buffer takes memory, and those of
+    stages 1 and 2 are written as activations go."""
     filled = min(BUCKET, shape.trained)
     bucket = BUCKET if place.gpu else filled
     if stage in (1, 2):
-        yield Part("reduction buffers", bucket * size + filled * (4 if size == 2 else 0), ("packs",))
+        phase: Phase = "packs" if place.gpu else "step"
+        yield Part("reduction buffers", bucket * size + filled * (4 if size == 2 else 0), (phase,))
     if stage == 3:
         yield Part("reduction buffer", 4 * bucket)
         yield Part("reduction copy", 4 * filled, ("packs",))
@@ -344,7 +346,8 @@ def remedy(config: Config, lm: PretrainedConfig, place: Place, counted: Counted 
         if not possible or changed == config:
             continue
         if excess(parts_of(changed, shape_of(changed, lm), place), place, counted) is None:
-            helpful.append(" ".join(f"{name}.{k}={v}" for name, keys in change.items() for k, v in keys.items()))
+            pairs = [(f"{name}.{key}", value) for name, keys in change.items() for key, value in keys.items()]
+            helpful.append(" ".join(f"{name}={str(value).lower()}" for name, value in pairs))
     if helpful:
         return f"set {', or '.join(helpful)}"
     return "no single setting mends that: use more GPUs with distributed.zero_stage=3, or a smaller model"
