@@ -1,4 +1,4 @@
-"""The command line: ``igpo-fast train | sft | eval | score | search | doctor``."""
+"""The command line: ``igpo-fast train | sft | eval | score | search | doctor | plan``."""
 
 from __future__ import annotations
 
@@ -309,17 +309,71 @@ def search_serve(
 
 
 @app.command()
-def doctor(overrides: Overrides = None, config: ConfigFile = None) -> None:
-    """Versions, device, chosen kernels, parity; with a configuration, its data and model too."""
+def doctor(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    nproc: Annotated[int, typer.Option(min=1, metavar="N", help="Processes of the run, for its memory.")] = 1,
+) -> None:
+    """Versions, device, chosen kernels, parity; with a configuration, its data, model and memory too."""
     settings = _load(config, overrides)
     from rich.console import Console
 
     from igpo_fast.doctor import diagnose, table
 
-    checks = list(diagnose(settings, configured=bool(config or overrides)))
+    checks = list(diagnose(settings, configured=bool(config or overrides), ranks=nproc))
     Console().print(table(checks))
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    gpus: Annotated[str, typer.Option(metavar="N[,N]", help="Numbers of GPUs, one column each.")] = "8",
+    gpu: Annotated[str, typer.Option(help="Their kind: h200, h100, a100, l40s or 4090.")] = "h200",
+    tokens_per_rollout: Annotated[
+        int | None, typer.Option(min=1, help="Mean; a quarter of rollout.max_tokens if not given.")
+    ] = None,
+    turns: Annotated[int | None, typer.Option(min=1, help="Mean; half of rollout.max_turns if not given.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Mean length of a prompt.")] = 512,
+    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the GPU's FLOP/s that passes reach.")] = 0.3,
+    questions_per_gpu: Annotated[int | None, typer.Option(min=1, help="In place of train.questions.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tokens, FLOPs, memory, traffic and predicted time of a step on GPUs that need not be here."""
+    settings = _load(config, overrides)
+    from rich.console import Console
+
+    from igpo_fast import estimate
+    from igpo_fast.jsonl import json_bytes
+    from igpo_fast.run.memory import decoder_config, shape_of
+
+    if gpu not in estimate.GPUS:
+        raise InputError(f"--gpu={gpu}: not known; give one of {', '.join(estimate.GPUS)}")
+    counts = gpus.split(",")
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise InputError(f"--gpus={gpus}: give a number of GPUs, or several like 8,64,512")
+    assumed = estimate.Assumed(
+        tokens_per_rollout or settings.rollout.max_tokens // 4,
+        turns or -(-settings.rollout.max_turns // 2),
+        prompt=prompt_tokens, mfu=mfu,
+    )  # fmt: skip
+    shape = shape_of(settings, decoder_config(settings, settings.model.vocab_size))
+    estimates = [
+        estimate.estimate(estimate.asking(settings, questions_per_gpu, n), shape, n, estimate.GPUS[gpu], assumed)
+        for n in map(int, counts)
+    ]
+    said = estimate.assumptions(settings, gpu, estimate.GPUS[gpu], assumed)
+    if as_json:
+        typer.echo(json_bytes({"steps": [found.as_dict() for found in estimates], "assumptions": said}).decode())
+        return
+    console = Console()
+    if not console.is_terminal:
+        console.width = 40 + 20 * len(estimates)  # nothing is cut or broken in a pipe
+    console.print(estimate.table(estimates, markdown=not console.is_terminal))
+    for line in said:
+        typer.echo(f"assumed: {line}")
 
 
 def _load(file: Path | None, overrides: list[str] | None) -> Config:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import platform
 from collections.abc import Iterator
@@ -21,8 +20,7 @@ from igpo_fast.config import Config, Sft
 from igpo_fast.engines import vllm
 from igpo_fast.errors import InputError, RunError
 from igpo_fast.model import build, device_of, kernels_of, probe, separate_passes
-from igpo_fast.pretrained import read_config
-from igpo_fast.run.memory import kv_bytes_per_token, training_bytes
+from igpo_fast.run import memory
 from igpo_fast.setup import set_up
 from igpo_fast.update.policy import Policy
 from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack, triton_variants
@@ -41,12 +39,13 @@ class Check:
     ok: bool = True
 
 
-def diagnose(config: Config, *, configured: bool) -> Iterator[Check]:
+def diagnose(config: Config, *, configured: bool, ranks: int = 1) -> Iterator[Check]:
     """Versions, device, chosen kernels, and packed against separate passes.
 
     Args:
         config: names the device and the kernels.
         configured: also set up its data, tokenizer and model (without warm start), and check them.
+        ranks: the processes that a run will have, for its memory.
     """
     yield from _versions()
     yield _vllm()
@@ -60,7 +59,7 @@ def diagnose(config: Config, *, configured: bool) -> Iterator[Check]:
         yield from _kernels(chosen(config.model.kernels, device, dtype), device)
     yield _parity("parity, a tiny Qwen2", lambda: probe(_tiny().to(device)), config.model.kernels)
     if configured:
-        yield from _configured(config)
+        yield from _configured(config, ranks)
 
 
 def table(checks: list[Check]) -> Table:
@@ -152,27 +151,33 @@ def _parity(name: str, load, backend: str) -> Check:
     return Check(name, f"{verdict}: packed and separate differ by {error:.1e} (at most {bound:g})", ok)
 
 
-def _memory(config: Config) -> Iterator[Check]:
-    """Memory in training, reported before the model is loaded; nothing for a small built model."""
-    if config.model.path is None:
+def _memory(config: Config, vocab_size: int, ranks: int) -> Iterator[Check]:
+    """Memory of a rank, by part; nothing if the model cannot be made."""
+    shape = memory.known_shape(config, vocab_size)
+    if shape is None:
         return
-    try:
-        lm = read_config(config.model.path).get_text_config()
-        parts = training_bytes(config, lm)
-    except Exception:  # loading the model comes next and gives a better message
-        return
-    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    engine_dtype = config.train.precision if config.rollout.dtype == "auto" else config.rollout.dtype
-    kv = kv_bytes_per_token(lm, getattr(torch, engine_dtype)) / 1e6
-    on_gpu = device_of(config.model.device) != "cpu"
-    total, there = sum(parts.values()), torch.cuda.mem_get_info()[1] if on_gpu else math.inf
-    of = f" of {there / 1e9:.1f}" if on_gpu else ""
-    found = f"{total / 1e9:.1f}{of} GB: {listed}; rollouts take {kv:.2g} GB for 1,000 tokens"
-    yield Check("memory in training", found, ok=total <= there)
+    place = memory.place_of(device_of(config.model.device), ranks)
+    parts = memory.parts_of(config, shape, place)
+    refusal = memory.excess(parts, place)
+    advice = f"; {memory.remedy(config, shape.lm, place)}" if refusal else ""
+    training = max((memory.held(parts, phase) for phase in memory.TRAINING), key=memory.total)
+    yield Check("memory in training", _listed(training, place.room) + advice, ok=refusal is None)
+    dtype = config.train.precision if config.rollout.dtype == "auto" else config.rollout.dtype
+    kv = memory.kv_bytes_per_token(shape.lm, getattr(torch, dtype)) / 1e6
+    sampling = _listed(memory.held(parts, "rollouts"), place.room)
+    yield Check("memory in rollouts", f"{sampling}; 1,000 tokens take {kv:.2g} GB of keys and values")
+    if on_host := memory.busiest(parts, host=True):
+        yield Check("memory on the CPU", _listed(on_host, place.host_bytes / place.on_host))
 
 
-def _configured(config: Config) -> Iterator[Check]:
-    yield from _memory(config)
+def _listed(parts: list[memory.Part], there: float) -> str:
+    listed = ", ".join(f"{part.name} {part.size / 1e9:.1f}" for part in parts)
+    return f"{memory.total(parts) / 1e9:.1f} of {there / 1e9:.1f} GB per rank: {listed}"
+
+
+def _configured(config: Config, ranks: int) -> Iterator[Check]:
+    if config.model.path:  # before the model is loaded
+        yield from _memory(config, 0, ranks)
     untrained = Sft(clean_steps=0, noisy_steps=0, hard_steps=0)
     probed = config.model.model_copy(update={"probe": True})
     try:
@@ -183,6 +188,8 @@ def _configured(config: Config) -> Iterator[Check]:
     data, lm = setup.data, setup.lm
     passages = sum(map(len, data.collections.values()))
     yield Check("data", f"{len(data.train):,} train, {len(data.eval):,} eval questions, {passages:,} passages")
+    if not config.model.path:
+        yield from _memory(config, lm.config.vocab_size, ranks)
     size = sum(parameter.numel() for parameter in lm.parameters())
     yield Check("model", f"{type(lm).__name__}, {size:,} parameters, {lm.dtype} on {lm.device}")
     yield from _kernels(kernels_of(lm, config.model.kernels), lm.device)

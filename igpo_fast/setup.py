@@ -24,6 +24,7 @@ from igpo_fast.rollouts.dialect import Dialect, make_dialect
 from igpo_fast.rollouts.rollout import Agent, Limits, opening
 from igpo_fast.rollouts.tools.base import Tool
 from igpo_fast.rollouts.tools.search import make_search
+from igpo_fast.run import memory
 from igpo_fast.sft import Progress as SftProgress
 from igpo_fast.sft import warm_start
 from igpo_fast.types import Question
@@ -123,6 +124,8 @@ def set_up(
     longest_answer = max((len(branch.ids) for answers in branches for branch in answers), default=0)
     tool = tool or make_search(config, data)
     tool.check(data.train[0].question)
+    if trained:
+        _check_memory(config, len(words), ranks)
     lm = _load_model(config, weights, words, ranks)
     if not weights:
         if ranks.size > 1:  # the others then read what the first has trained
@@ -193,9 +196,7 @@ def uses_deepspeed(config: Config, ranks: Ranks) -> bool:
         raise InputError(
             f"distributed.engine=none trains in one process, and {ranks.size} have started; use auto or deepspeed"
         )
-    return engine == "deepspeed" or (
-        engine == "auto" and (ranks.size > 1 or model.device_of(config.model.device) != "cpu")
-    )
+    return memory.uses_deepspeed(config, ranks.size, model.device_of(config.model.device) != "cpu")
 
 
 def make_updater(setup: Setup, learner: Learner, progress: Progress, ranks: Ranks) -> Updater:
@@ -215,12 +216,22 @@ def make_updater(setup: Setup, learner: Learner, progress: Progress, ranks: Rank
     )  # fmt: skip
 
 
+def _check_memory(config: Config, vocab_size: int, ranks: Ranks) -> None:
+    """Refuse a run that cannot fit, before its weights are loaded."""
+    if shape := memory.known_shape(config, vocab_size):
+        memory.check_fits(config, shape, memory.place_of(_device(config, ranks), ranks.size))
+
+
+def _device(config: Config, ranks: Ranks) -> str:
+    """The device of this rank."""
+    device = model.device_of(config.model.device)
+    return f"cuda:{ranks.local}" if device == "cuda" and ranks.size > 1 else device
+
+
 def _load_model(
     config: Config, weights: str | None, tokenizer: PreTrainedTokenizerFast, ranks: Ranks
 ) -> PreTrainedModel:
-    device = model.device_of(config.model.device)
-    if device == "cuda" and ranks.size > 1:
-        device = f"cuda:{ranks.local}"
+    device = _device(config, ranks)
     if config.model.kernels == "triton" and device == "cpu" and not triton_variants.runs_on_cpu():
         raise InputError("model.kernels=triton: needs a GPU, and the model is on the CPU; use model.kernels=auto")
     dtype = getattr(torch, config.train.precision)

@@ -1,6 +1,7 @@
 """doctor.py: the parity check can fail, and so can every other line."""
 
 import io
+import re
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -24,8 +25,9 @@ TINY = [
 ]  # fmt: skip
 
 
-def checks(overrides=(), configured=False):
-    return {check.name: check for check in diagnose(config.load(None, overrides), configured=configured)}
+def checks(overrides=(), configured=False, ranks=1):
+    found = diagnose(config.load(None, overrides), configured=configured, ranks=ranks)
+    return {check.name: check for check in found}
 
 
 def test_all_is_well_here():
@@ -41,6 +43,16 @@ def test_the_configured_model_and_data():
     assert all(check.ok for check in found.values())
     assert "4 eval questions" in found["data"].found
     assert found["parity, the configured model"].found.startswith("ok")
+
+
+def test_memory_of_the_ranks_that_a_run_will_have():
+    """A built model's, too: its size is known once its tokenizer is. Two ranks keep half the moments each."""
+    wide = [*TINY, "model.hidden_size=512", "model.heads=8", "model.ffn_size=8192", "algorithm.kl=0"]
+    moments = [
+        float(re.search(r"Adam states ([\d.]+)", checks(wide, True, ranks)["memory in training"].found)[1])
+        for ranks in (1, 2)
+    ]
+    assert moments == [0.2, 0.1]
 
 
 def test_kernels_are_those_asked_for(monkeypatch):
