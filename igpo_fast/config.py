@@ -228,6 +228,9 @@ class Rollout(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Dtype of vLLM; `auto` is `train.precision`. Weights are rounded to it when they are sent. With a
     lower precision than the trainer's, log-probabilities differ (`mismatch/*`): set `algorithm.importance`."""
+    tensor_parallel: Annotated[Positive, SESSION] = 1
+    """Workers (GPUs) over which vLLM splits each weight, in a run of one process without `server`. Replicas are started
+    with `--tensor-parallel-size`."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1), SESSION] = 0.5
     """Share of the GPU that vLLM in this process takes for weights and cache; while training it sleeps."""
     mismatch_warn: Annotated[float, Field(gt=0, le=1e6), SESSION] = 0.1
@@ -280,6 +283,11 @@ class Rollout(Section):
             raise ValueError("rollout.server needs rollout.engine=vllm; set it, or leave the servers out")
         if self.dtype != "auto" and self.engine != "vllm":
             raise ValueError("rollout.dtype needs rollout.engine=vllm; set it, or leave the dtype at auto")
+        if self.tensor_parallel > 1 and (self.server or self.engine != "vllm"):
+            raise ValueError(
+                "rollout.tensor_parallel is for a vLLM without rollout.server; set rollout.engine=vllm, or start the "
+                "replicas with --tensor-parallel-size"
+            )
         return self
 
     @model_validator(mode="after")

@@ -109,7 +109,7 @@ class Replica:
         return {"results": [self.about | {"updating": self.updating}]}
 
     def on_igpo_fingerprints(self, body):
-        return {"results": [{name: fingerprint(tensor) for name, tensor in self.tensors.items()}]}
+        return {"results": [{name: [[0, 0, fingerprint(tensor)]] for name, tensor in self.tensors.items()}]}
 
     def on_pause(self, body):
         self.aborts, self.paused = self.aborts + 1, True

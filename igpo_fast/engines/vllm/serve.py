@@ -21,8 +21,9 @@ from collections.abc import Mapping
 import torch
 from transformers import AutoConfig
 
-from igpo_fast.engines.vllm import KEY, TRANSFER, prepare, settings, sync_method
+from igpo_fast.engines.vllm import KEY, check_version, prepare, settings
 from igpo_fast.engines.vllm.weights import FOLDER
+from igpo_fast.errors import InputError
 from igpo_fast.net import is_loopback
 
 LARGEST_BUCKET = 8 << 30
@@ -198,8 +199,10 @@ def main() -> None:
         sys.exit(__doc__)
     more = _take_key(sys.argv[2:], os.environ)
     prepare()
-    if sync_method() != TRANSFER:
-        sys.exit("vllm: this version has no weight-transfer API, which replicas need; install vllm>=0.32")
+    try:
+        check_version()
+    except InputError as error:
+        sys.exit(str(error))
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # enables the routes for weights and fingerprints
     os.environ[FOLDER] = tempfile.mkdtemp(prefix="igpo-weights-")
     from vllm.platforms import current_platform

@@ -1,16 +1,18 @@
 """``vllm serve`` replicas, on this or other hosts: token ids in and out over HTTP.
 
 A rollout's turns go to one replica, whose prefix cache holds them. A request that fails is retried, on another replica
-if there is one. A replica that also fails a health check is skipped until the next weight sync. A request's key and the
-weights decide what is drawn, so another replica samples the same tokens, except where rounding decides (sums depend on
-what else is in the batch). An answer is used if it is complete and sampled with the trainer's last weights.
+if there is one. A replica that also fails a health check is skipped until the next weight sync. If it was the last one
+the batch waits, and a replica that comes back gets the weights again, if they may be walked over again
+(``Engine.load_weights``). A request's key and the weights decide what is drawn, so another replica samples the same
+tokens, except where rounding decides (sums depend on what else is in the batch). An answer is used if it is complete
+and sampled with the trainer's last weights.
 """
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 
 from igpo_fast.engines.base import Generation, Request, check_lengths
 from igpo_fast.engines.stops import StopStrings
-from igpo_fast.engines.vllm import KEY, TRANSFER, weights
+from igpo_fast.engines.vllm import KEY, weights
 from igpo_fast.engines.vllm.requests import generation, sampling_parameters
 from igpo_fast.errors import EngineError, InputError
 from igpo_fast.net import direct, fault
@@ -89,13 +91,13 @@ class VllmServers:
         if not (key.isascii() and key.isprintable()):
             raise InputError(f"{KEY}: a key has printable ASCII characters only; choose another")
         self.version = 0
-        self.name = f"vllm ({len(urls)} server{'s' if len(urls) > 1 else ''}, weights through {TRANSFER})"
+        self.name = f"vllm ({len(urls)} server{'s' if len(urls) > 1 else ''}, weights over HTTP)"
         self._replicas = [Replica(url.rstrip("/")) for url in urls]
         self._stops = StopStrings(decode)
         self._dtype, self._bucket_bytes = dtype, bucket_bytes
         self._max_tokens, self._concurrency, self._timeout = max_tokens, concurrency, timeout
         self._session = uuid.uuid4().hex  # another session's weights of the same version are not ours
-        self._sent: weights.Weights = []
+        self._pairs: weights.Weights | None = None
         self._home: dict[tuple[int, ...], Replica] = {}
         self._pending = 0
         self._counts = dict.fromkeys(COUNTS, 0)
@@ -156,6 +158,8 @@ class VllmServers:
     def load_weights(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Send the trainer's weights to every replica that answers, drop their caches, raise ``version``.
 
+        Weights that may be walked over again are kept, for replicas that come back before the next sync.
+
         Raises:
             RuntimeError: requests are pending.
             EngineError: no replica answers.
@@ -163,8 +167,7 @@ class VllmServers:
         """
         if self._pending:
             raise RuntimeError("load_weights: requests are pending; await them first")
-        self._sent = weights.complete(pairs)
-        self._fingerprints = weights.fingerprints(self._sent, self._dtype)
+        self._pairs = pairs
         self.version += 1
         self._home.clear()
         asyncio.run(self._revive())
@@ -246,14 +249,16 @@ class VllmServers:
         return [replica for replica in self._replicas if replica.up and replica.weights == self._tag]
 
     async def _revive(self) -> None:
-        """Send the current weights to every replica that answers; retry until one has them or time is out."""
+        """Send the current weights to every replica that answers; retry until one has them, none can get them, or
+        time is out."""
         deadline = asyncio.get_running_loop().time() + self._timeout
         async with self._new_client(self._timeout) as client:
             while True:
                 failures = await self._load(client)
                 if self._ready():
                     return
-                if asyncio.get_running_loop().time() > deadline:
+                possible = self._pairs is not None or any(r.weights == self._tag for r in self._replicas)
+                if not possible or asyncio.get_running_loop().time() > deadline:
                     break
                 await asyncio.sleep(min(1.0, self._timeout / 10))
         raise EngineError(
@@ -281,21 +286,31 @@ class VllmServers:
             return [replica for replica, yes in zip(replicas, done, strict=True) if yes]
 
         behind = await succeeded(self._replicas, partial(self._begin, client))
-        for bucket in weights.buckets(self._sent, self._dtype, self._bucket_bytes):
+        walk = weights.Walk(self._take() if behind else (), self._dtype, self._bucket_bytes)
+        for bucket in walk:
             if not behind:
                 break
             behind = await succeeded(behind, partial(self._update, client, weights.encode(bucket)))
-        await succeeded(behind, partial(self._finish, client))
+        await succeeded(behind, partial(self._finish, client, walk.fingerprints))
         return failures
+
+    def _take(self) -> weights.Weights:
+        """The weights, for a walk; an iterator's are gone then."""
+        pairs = self._pairs
+        if isinstance(pairs, Iterator):
+            self._pairs = None
+        return pairs
 
     async def _begin(self, client: httpx.AsyncClient, replica: Replica) -> bool:
         """Begin an update; False if the replica already has the weights."""
-        about = await _call_worker(client, replica, "igpo_about")
+        about, *_ = await _call_workers(client, replica, "igpo_about")
         self._check(replica, about)
         if replica.weights == self._tag and not about.get("updating") and await self._has_weights(replica):
             self._found(replica)
             return False
         replica.weights = None
+        if self._pairs is None:
+            raise httpx.RemoteProtocolError("it has lost its weights, which ranks under ZeRO-3 only send at a sync")
         await _call(client, replica, "pause")  # running requests are aborted, new ones wait
         if about.get("updating"):  # a killed session left the update open
             await _call(client, replica, "finish_weight_update")
@@ -307,13 +322,13 @@ class VllmServers:
         _json(await client.post(f"{replica.url}/update_weights", content=content, headers=headers))
         return True
 
-    async def _finish(self, client: httpx.AsyncClient, replica: Replica) -> bool:
+    async def _finish(self, client: httpx.AsyncClient, fingerprints: dict[str, int], replica: Replica) -> bool:
         """End the update, drop the cache, compare weights, resume; raises InputError if other weights arrived."""
         await _call(client, replica, "finish_weight_update", weight_version=self._tag)
         if not (await _call(client, replica, "reset_prefix_cache")).get("success"):
             raise httpx.RemoteProtocolError("its prefix cache cannot be dropped")
-        found = await _call_worker(client, replica, "igpo_fingerprints")
-        weights.compare(found, self._fingerprints, replica.url)
+        found = await _call_workers(client, replica, "igpo_fingerprints")
+        weights.compare(weights.whole(found), fingerprints, replica.url)
         await _call(client, replica, "resume")
         replica.weights = self._tag
         self._found(replica)
@@ -380,12 +395,12 @@ async def _call(client: httpx.AsyncClient, replica: Replica, path: str, **body: 
     return _json(await client.post(f"{replica.url}/{path}", json=body))
 
 
-async def _call_worker(client: httpx.AsyncClient, replica: Replica, method: str) -> dict:
-    """The return value of a worker's method; of several workers, the first one's."""
+async def _call_workers(client: httpx.AsyncClient, replica: Replica, method: str) -> list[dict]:
+    """What a worker's method returns in each worker."""
     results = (await _call(client, replica, "collective_rpc", method=method)).get("results")
-    if not isinstance(results, list) or not results or not isinstance(results[0], dict):
+    if not isinstance(results, list) or not results or not all(isinstance(result, dict) for result in results):
         raise httpx.DecodingError(f"{method}: no result")
-    return results[0]
+    return results
 
 
 def _json(response: httpx.Response) -> dict:
