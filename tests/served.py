@@ -12,7 +12,7 @@ import time
 
 import httpx
 
-STARTS_WITHIN = 240
+STARTS_WITHIN = 480
 
 
 class Server:
