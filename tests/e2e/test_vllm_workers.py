@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from igpo_fast.engines.torch import TorchEngine
+from igpo_fast.engines.vllm.broadcast import Broadcast
 from igpo_fast.engines.vllm.servers import VllmServers
-from igpo_fast.errors import InputError
+from igpo_fast.errors import EngineError, InputError
 from igpo_fast.setup import set_up
 from tests.contracts.engine import ask, request
 from tests.served import Server
@@ -35,10 +36,14 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory, cache):
-    """The key head is shared by both workers, the vocabulary is not a multiple of vLLM's padding. The LM head is not tied:
-    vLLM has one matrix for both, which the head, sent last, would set right."""
+    """The key head is shared by both workers, the vocabulary is not a multiple of vLLM's padding. The LM head is not
+    tied: vLLM has one matrix for both, which the head, sent last, would set right."""
     untrained = ("model.tie_embeddings=false", "sft.clean_steps=0")
-    return set_up(settings(tmp_path_factory.mktemp("setup"), cache, *OPTIONS, *untrained))
+    made = set_up(settings(tmp_path_factory.mktemp("setup"), cache, *OPTIONS, *untrained))
+    for name, parameter in made.lm.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.ones_(parameter)  # the last bit of 0 is a number too small to count
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,7 @@ def flip(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def engine(setup, flip, tmp_path_factory):
+def server(setup, flip, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     setup.lm.save_pretrained(folder / "model")
     setup.tokenizer.save_pretrained(folder / "model")
@@ -55,12 +60,26 @@ def engine(setup, flip, tmp_path_factory):
     server = Server(folder / "model", folder / "log", *options, IGPO_FLIP=str(flip))
     try:
         server.wait()
-        yield VllmServers([server.url], decode=setup.tokenizer.decode, dtype=torch.float32, max_tokens=96, timeout=120)
+        yield server
     finally:
         server.kill()
 
 
-def test_two_workers_sample_with_the_trainers_weights(setup, engine):
+def servers(setup, server, **options) -> VllmServers:
+    decode = setup.tokenizer.decode
+    return VllmServers([server.url], decode=decode, dtype=torch.float32, max_tokens=96, timeout=120, **options)
+
+
+@pytest.fixture(scope="module")
+def engine(setup, server):
+    return servers(setup, server)
+
+
+@pytest.mark.parametrize("backend", ["", "gloo"])
+def test_two_workers_sample_with_the_trainers_weights(setup, server, backend):
+    engine = servers(setup, server, backend=backend, bucket_bytes=20_000)
+    for scale in (2, 1):  # a link serves several syncs
+        engine.load_weights([(name, scale * tensor) for name, tensor in setup.lm.state_dict().items()])
     engine.load_weights(setup.lm.state_dict().items())
     ours = TorchEngine(setup.lm, decode=setup.tokenizer.decode, max_tokens=96)
     prompts = [setup.agent.dialect.prompt(question) for question in setup.data.train[:4]]
@@ -91,3 +110,21 @@ def test_a_bit_that_changed_in_one_worker_is_found(setup, engine, flip, kind):
     flip.unlink()
     engine.load_weights(setup.lm.state_dict().items())
     assert len(asyncio.run(engine.generate(request(0, setup.agent.dialect.prompt(setup.data.train[0])))).ids)
+
+
+def test_a_replica_that_dies_in_the_middle_of_a_broadcast_is_lost(setup, server, monkeypatch):
+    """The last test: its server is gone. The timeout of 120 s is not waited for."""
+    sound, sent = Broadcast.__call__, []
+
+    def dying(link, tensor):
+        sent.append(tensor.shape)
+        if len(sent) == 6:
+            server.kill()
+        return sound(link, tensor)
+
+    monkeypatch.setattr(Broadcast, "__call__", dying)
+    engine = servers(setup, server, backend="gloo", bucket_bytes=20_000)
+    pairs = setup.lm.state_dict().items()
+    with pytest.raises(EngineError, match="no replica answers"):
+        engine.load_weights(iter(pairs))
+    assert 6 <= len(sent) < len(pairs)

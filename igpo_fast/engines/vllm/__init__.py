@@ -81,9 +81,12 @@ def make_engine(
                 f"rollout.server: each of {ranks.size} ranks needs a replica of its own, and there are "
                 f"{len(rollout.server)}; start more, or fewer ranks"
             )
+        on_gpu = lm.device.type == "cuda"
+        broadcast = rollout.transfer == "broadcast" or (rollout.transfer == "auto" and on_gpu)
         return VllmServers(
             ranks.share(rollout.server), decode=decode, dtype=dtype, max_tokens=rollout.max_tokens,
             concurrency=rollout.concurrency, timeout=rollout.server_timeout, key=os.environ.get(KEY, ""),
+            backend=("nccl" if on_gpu else "gloo") if broadcast else "", device=lm.device,
         )  # fmt: skip
     if rollout.tensor_parallel > 1 and ranks.size > 1:
         raise InputError(

@@ -28,13 +28,13 @@ from igpo_fast.net import is_loopback
 
 LARGEST_BUCKET = 8 << 30
 """Most bytes of a request with weights; larger ones are refused."""
-LARGEST_CALL = 1 << 16
-"""Most bytes of a call of a worker's method, which takes no arguments."""
+LARGEST_CALL = 1 << 20
+"""Most bytes of a call of a worker's method, or of the names and shapes of a bucket."""
 METHODS = ("igpo_about", "igpo_fingerprints")
 """Methods that ``/collective_rpc`` may call. Other methods of vLLM's write files, among other things."""
 ROUTES = {
-    "/inference/v1/generate", "/collective_rpc", "/pause", "/resume", "/weight_info", "/start_weight_update",
-    "/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/metrics", "/version",
+    "/inference/v1/generate", "/collective_rpc", "/pause", "/resume", "/weight_info", "/init_weight_transfer_engine",
+    "/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/metrics", "/version",
 }  # fmt: skip
 """Routes that a replica answers, besides ``/health``."""
 
@@ -113,6 +113,11 @@ class WeightsInFile:
         if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) != "/update_weights":
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
+        if headers.get(b"content-type") == b"application/json":
+            body = await _read(receive, LARGEST_CALL)
+            if body is None or not _names_shapes(body):
+                return await _refuse(send, 415, "send weights as bytes, or their names and shapes before a broadcast")
+            return await self._app(scope, _replayed(body, receive), send)
         if headers.get(b"content-type") != b"application/octet-stream":
             return await _refuse(send, 415, "send weights as the bytes of a safetensors file")
         length = headers.get(b"content-length", b"")
@@ -165,6 +170,16 @@ def _method(body: bytes) -> object:
     except (ValueError, RecursionError):
         return None
     return call["method"] if isinstance(call, dict) and set(call) == {"method"} else None
+
+
+def _names_shapes(body: bytes) -> bool:
+    """Whether it is ``transfer.Bucket`` by broadcast, and names no file."""
+    try:
+        update = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    info = update.get("update_info") if isinstance(update, dict) else None
+    return isinstance(info, dict) and set(info) == {"shapes"}
 
 
 async def _refuse(send, status: int, why: str) -> None:

@@ -11,11 +11,12 @@ and sampled with the trainer's last weights.
 from __future__ import annotations
 
 import asyncio
+import socket
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import torch
@@ -23,10 +24,12 @@ import torch
 from igpo_fast.engines.base import Generation, Request, check_lengths
 from igpo_fast.engines.stops import StopStrings
 from igpo_fast.engines.vllm import KEY, weights
+from igpo_fast.engines.vllm.broadcast import Broadcast, open_store
 from igpo_fast.engines.vllm.requests import generation, sampling_parameters
-from igpo_fast.errors import EngineError, InputError
+from igpo_fast.errors import EngineError, InputError, reason_of
 from igpo_fast.net import direct, fault
 
+T = TypeVar("T")
 ATTEMPTS = 5
 """Most attempts per request."""
 CONNECT_WITHIN = 10.0
@@ -51,6 +54,9 @@ class Replica:
     """The version of the weights that it is known to hold, bit for bit; None if it holds others or only a part."""
     running: int = 0
     """Requests in flight."""
+    link: Broadcast | None = None
+    """The group in which its workers get weights, if they are broadcast."""
+    link_name: str = ""
     loads: int = 0
     """Number of weight syncs; an answer to an older request says nothing about the state after the last one."""
 
@@ -66,6 +72,8 @@ class VllmServers:
         concurrency: most requests at a time.
         timeout: seconds that a turn may take, and that a batch waits if no replica answers.
         bucket_bytes: bytes of weights per request.
+        backend: ``nccl`` or ``gloo`` broadcasts weights from ``device``; "" sends them over HTTP.
+        device: device of broadcast weights.
         key: the key that replicas were started with (``IGPO_REPLICA_KEY``); "" if they have none.
     Raises:
         InputError: a URL to which no request can be sent.
@@ -83,6 +91,8 @@ class VllmServers:
         concurrency: int = 256,
         timeout: float = 300,
         bucket_bytes: int = weights.BUCKET_BYTES,
+        backend: str = "",
+        device: torch.device | str = "cpu",
         key: str = "",
     ):
         for url in urls:
@@ -91,7 +101,9 @@ class VllmServers:
         if not (key.isascii() and key.isprintable()):
             raise InputError(f"{KEY}: a key has printable ASCII characters only; choose another")
         self.version = 0
-        self.name = f"vllm ({len(urls)} server{'s' if len(urls) > 1 else ''}, weights over HTTP)"
+        how = f"by {backend} broadcast" if backend else "over HTTP"
+        self.name = f"vllm ({len(urls)} server{'s' if len(urls) > 1 else ''}, weights {how})"
+        self._backend, self._device = backend, device
         self._replicas = [Replica(url.rstrip("/")) for url in urls]
         self._stops = StopStrings(decode)
         self._dtype, self._bucket_bytes = dtype, bucket_bytes
@@ -239,7 +251,7 @@ class VllmServers:
 
     def _lose(self, replica: Replica) -> None:
         self._counts["engine/replicas_lost"] += replica.up
-        replica.up = False
+        replica.up, replica.link = False, None
 
     @property
     def _tag(self) -> str:
@@ -290,7 +302,7 @@ class VllmServers:
         for bucket in walk:
             if not behind:
                 break
-            behind = await succeeded(behind, partial(self._update, client, weights.encode(bucket)))
+            behind = await succeeded(behind, self._update_from(client, bucket))
         await succeeded(behind, partial(self._finish, client, walk.fingerprints))
         return failures
 
@@ -303,7 +315,7 @@ class VllmServers:
 
     async def _begin(self, client: httpx.AsyncClient, replica: Replica) -> bool:
         """Begin an update; False if the replica already has the weights."""
-        about, *_ = await _call_workers(client, replica, "igpo_about")
+        about, *others = await _call_workers(client, replica, "igpo_about")
         self._check(replica, about)
         if replica.weights == self._tag and not about.get("updating") and await self._has_weights(replica):
             self._found(replica)
@@ -311,15 +323,44 @@ class VllmServers:
         replica.weights = None
         if self._pairs is None:
             raise httpx.RemoteProtocolError("it has lost its weights, which ranks under ZeRO-3 only send at a sync")
+        if self._backend and (replica.link is None or about.get("link") != replica.link_name):
+            await self._meet(client, replica, 1 + len(others))
         await _call(client, replica, "pause")  # running requests are aborted, new ones wait
         if about.get("updating"):  # a killed session left the update open
             await _call(client, replica, "finish_weight_update")
         await _call(client, replica, "start_weight_update")
         return True
 
+    def _update_from(self, client: httpx.AsyncClient, bucket: weights.Bucket) -> Callable[[Replica], Awaitable[bool]]:
+        """What gives a replica this bucket, which is encoded once for all."""
+        if self._backend:
+            return partial(self._broadcast, client, bucket)
+        return partial(self._update, client, weights.encode(bucket))
+
     async def _update(self, client: httpx.AsyncClient, content: bytes, replica: Replica) -> bool:
         headers = {"Content-Type": "application/octet-stream"}  # ``serve.WeightsInFile``
         _json(await client.post(f"{replica.url}/update_weights", content=content, headers=headers))
+        return True
+
+    async def _meet(self, client: httpx.AsyncClient, replica: Replica, workers: int) -> None:
+        """Make the group in which the replica's workers get weights."""
+        try:
+            own = _own_address(replica.url)
+        except OSError as error:
+            raise httpx.ConnectError(str(error)) from error
+        store, replica.link_name = open_store(), uuid.uuid4().hex
+        info = {
+            "name": replica.link_name, "host": own, "port": store.port, "backend": self._backend,
+            "timeout": self._timeout,
+        }  # fmt: skip
+        meet = partial(Broadcast, store, 0, 1 + workers, self._backend, self._timeout)
+        replica.link = await _both(_call(client, replica, "init_weight_transfer_engine", init_info=info), meet)
+
+    async def _broadcast(self, client: httpx.AsyncClient, bucket: weights.Bucket, replica: Replica) -> bool:
+        tensors = [tensor.to(self._device).contiguous() for _, tensor in bucket]
+        shapes = [(name, list(tensor.shape)) for name, tensor in bucket]
+        update = _call(client, replica, "update_weights", update_info={"shapes": shapes})
+        await _both(update, partial(replica.link.send, tensors))
         return True
 
     async def _finish(self, client: httpx.AsyncClient, fingerprints: dict[str, int], replica: Replica) -> bool:
@@ -401,6 +442,27 @@ async def _call_workers(client: httpx.AsyncClient, replica: Replica, method: str
     if not isinstance(results, list) or not results or not all(isinstance(result, dict) for result in results):
         raise httpx.DecodingError(f"{method}: no result")
     return results
+
+
+async def _both(call: Awaitable[dict], ours: Callable[[], T]) -> T:
+    """What ``ours`` returns, run in a thread beside a call of the replica that waits for it.
+
+    Raises:
+        httpx.HTTPError: either failed. The thread may then go on until its timeout.
+    """
+    try:
+        _, result = await asyncio.gather(call, asyncio.to_thread(ours))
+    except RuntimeError as error:
+        raise httpx.RemoteProtocolError(f"the broadcast of its weights failed ({reason_of(error)})") from error
+    return result
+
+
+def _own_address(url: str) -> str:
+    """The address of this machine from which ``url`` is reached."""
+    parts = httpx.URL(url)
+    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    with socket.create_connection((parts.host, port), CONNECT_WITHIN) as made:
+        return made.getsockname()[0]
 
 
 def _json(response: httpx.Response) -> dict:

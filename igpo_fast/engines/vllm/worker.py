@@ -35,6 +35,7 @@ class WorkerExtension:
             "logprobs_mode": model.logprobs_mode,
             "max_tokens": model.max_model_len,
             "transfer": sent_by and sent_by.backend,
+            "link": getattr(self.weight_transfer_engine, "link", ""),
             "updating": getattr(self, "_weight_update_active", False),
             "unreadable": next(_strange(self.get_model()), ""),
         }
