@@ -28,8 +28,10 @@ from igpo_fast.net import is_loopback
 
 LARGEST_BUCKET = 8 << 30
 """Most bytes of a request with weights; larger ones are refused."""
-LARGEST_CALL = 1 << 20
-"""Most bytes of a call of a worker's method, or of the names and shapes of a bucket."""
+LARGEST_CALL = 1 << 16
+"""Most bytes of a call of a worker's method, which takes no arguments."""
+LARGEST_SHAPES = 1 << 20
+"""Most bytes of the names and shapes of a bucket that is broadcast."""
 METHODS = ("igpo_about", "igpo_fingerprints")
 """Methods that ``/collective_rpc`` may call. Other methods of vLLM's write files, among other things."""
 ROUTES = {
@@ -114,7 +116,7 @@ class WeightsInFile:
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
         if headers.get(b"content-type") == b"application/json":
-            body = await _read(receive, LARGEST_CALL)
+            body = await _read(receive, LARGEST_SHAPES)
             if body is None or not _names_shapes(body):
                 return await _refuse(send, 415, "send weights as bytes, or their names and shapes before a broadcast")
             return await self._app(scope, _replayed(body, receive), send)
