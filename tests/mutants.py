@@ -648,7 +648,7 @@ MUTANTS = [
         ("a torn connection loses a replica", " and not await self._has_weights(replica):", ":",
          f"{VLLM}::test_a_torn_connection_costs_one_request"),
         ("a replica that died keeps its link", "replica.up, replica.link = False, None", "replica.up = False",
-         f"{VLLM}::test_a_replica_that_dies_in_the_middle_of_a_broadcast_is_lost_and_comes_back"),
+         f"{VLLM}::test_a_replica_that_does_not_come_to_the_broadcast_is_lost_and_then_gets_a_new_link"),
         ("part of an answer is a turn", " or [*begins, len(turn.ids)] != [0, *ends]", "",
          f"{VLLM}::test_an_answer_that_is_not_understood_is_none"),
     ),
