@@ -230,9 +230,15 @@ class Rollout(Section):
     """URLs of replicas that `python -m igpo_fast.engines.vllm.serve` started; empty runs vLLM in this process."""
     server_timeout: Annotated[Seconds, SESSION] = 300.0
     """Seconds that a turn on a replica may take, and that a batch waits if no replica answers."""
+    transfer: Annotated[Literal["auto", "http", "broadcast"], SESSION] = "auto"
+    """How replicas get weights: as bytes over HTTP, or by a broadcast in a process group of trainer and replica (NCCL
+    between GPUs, so none may be shared; gloo between CPUs). `auto` is `broadcast` where the trainer is on a GPU."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Dtype of vLLM; `auto` is `train.precision`. Weights are rounded to it when they are sent. With a
     lower precision than the trainer's, log-probabilities differ (`mismatch/*`): set `algorithm.importance`."""
+    tensor_parallel: Annotated[Positive, SESSION] = 1
+    """Workers (GPUs) over which vLLM splits each weight, in a run of one process without `server`. Replicas are started
+    with `--tensor-parallel-size`."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1), SESSION] = 0.5
     """Share of the GPU that vLLM in this process takes for weights and cache; while training it sleeps."""
     mismatch_warn: Annotated[float, Field(gt=0, le=1e6), SESSION] = 0.1
@@ -283,8 +289,15 @@ class Rollout(Section):
     def _check_engine(self):
         if self.server and self.engine != "vllm":
             raise ValueError("rollout.server needs rollout.engine=vllm; set it, or leave the servers out")
+        if self.transfer != "auto" and not self.server:
+            raise ValueError("rollout.transfer is for the replicas of rollout.server; give them, or leave it at auto")
         if self.dtype != "auto" and self.engine != "vllm":
             raise ValueError("rollout.dtype needs rollout.engine=vllm; set it, or leave the dtype at auto")
+        if self.tensor_parallel > 1 and (self.server or self.engine != "vllm"):
+            raise ValueError(
+                "rollout.tensor_parallel is for a vLLM without rollout.server; set rollout.engine=vllm, or start the "
+                "replicas with --tensor-parallel-size"
+            )
         return self
 
     @model_validator(mode="after")

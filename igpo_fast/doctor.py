@@ -105,14 +105,18 @@ def _versions() -> Iterator[Check]:
 
 
 def _vllm() -> Check:
-    """vLLM's version, and how it would get the trainer's weights."""
+    """vLLM's version, and whether it can get the trainer's weights."""
     if find_spec("vllm") is None:
         return Check("vllm", "not installed; rollout.engine=torch needs none")
     vllm.prepare()
     try:
-        return Check("vllm", f"{importlib.import_module('vllm').__version__}, weights through {vllm.sync_method()}")
+        version = importlib.import_module("vllm").__version__
+        vllm.check_version()
+        return Check("vllm", version)
     except ImportError as error:
         return Check("vllm", f"not importable ({error})")
+    except InputError as error:
+        return Check("vllm", f"{version}: {error}")
 
 
 def _device(name: str) -> Iterator[Check]:

@@ -138,7 +138,7 @@ def set_up(
         *data.warnings,
         model.check_positions(lm, config.rollout.max_tokens, longest_answer),
     )
-    engine = _make_engine(config, lm, words, uses_deepspeed(config, ranks) and config.distributed.zero_stage == 3)
+    engine = _make_engine(config, lm, words, ranks)
     if config.model.lora_rank and trained:
         m = config.model
         adapter.add(lm, m.lora_rank, m.lora_alpha, m.lora_targets, config.train.seed)
@@ -244,14 +244,13 @@ def _load_model(
     return model.probe(lm) if config.model.probe else lm
 
 
-def _make_engine(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, sharded: bool) -> Engine:
-    """``sharded``: ``lm`` will keep a part of each weight only, so the embedded engine needs a model of its own."""
+def _make_engine(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ranks: Ranks) -> Engine:
     if config.rollout.engine == "vllm":
-        return vllm.make_engine(config, lm, tokenizer.decode)
+        return vllm.make_engine(config, lm, tokenizer.decode, ranks)
+    if uses_deepspeed(config, ranks) and config.distributed.zero_stage == 3:
+        lm = copy.deepcopy(lm)  # the learner's will hold a part of each weight only
     slots, tokens = config.rollout.concurrency, config.rollout.max_tokens
-    return TorchEngine(
-        copy.deepcopy(lm) if sharded else lm, decode=tokenizer.decode, max_slots=slots, max_tokens=tokens
-    )
+    return TorchEngine(lm, decode=tokenizer.decode, max_slots=slots, max_tokens=tokens)
 
 
 def _check_questions(config: Config, data: Data, dialect: Dialect, limits: Limits) -> None:

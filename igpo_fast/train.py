@@ -12,6 +12,7 @@ from contextlib import closing
 
 from igpo_fast.config import Config
 from igpo_fast.data.load import question_order
+from igpo_fast.engines.base import Again
 from igpo_fast.errors import RunError
 from igpo_fast.evaluate import evaluate
 from igpo_fast.ranks import Ranks
@@ -181,13 +182,17 @@ class Trainer:
 
     def _send_weights(self) -> None:
         def send() -> None:
-            shared = getattr(self.agent.engine, "lm", None) is self.learner.lm
-            weights = iter(()) if shared else self.learner.weights()
+            engine, learner = self.agent.engine, self.learner
+            if getattr(engine, "lm", None) is learner.lm:
+                engine.load_weights(())
+                return
+            weights = Again(learner.weights) if learner.alone else learner.weights()
             try:
-                self.agent.engine.load_weights(weights)
+                engine.load_weights(weights)
             finally:
-                for _ in weights:  # other ranks wait for each weight
-                    pass
+                if not learner.alone:
+                    for _ in weights:  # other ranks wait for each weight
+                        pass
 
         self.ranks.together(send)
 

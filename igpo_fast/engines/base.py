@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,12 +84,29 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take the trainer's weights, drop every cache, raise ``version``."""
+        """Take the trainer's weights, drop every cache, raise ``version``.
+
+        Args:
+            weights: every weight by its name, tied ones under each of their names, in the trainer's dtype and on its
+                device. A weight may be taken back once the next one is asked for, so an engine that keeps one holds it.
+                An iterator is walked over once, in step with other ranks (ZeRO-3). Any other iterable may be walked
+                over again, with the same numbers, until the next call.
+        """
         ...
 
     def counts(self) -> dict[str, float]:
         """Failures that were retried since the last call, by metric; empty if nothing can fail."""
         ...
+
+
+class Again:
+    """An iterable that calls ``make`` for each walk over it."""
+
+    def __init__(self, make: Callable[[], Iterator[tuple[str, torch.Tensor]]]):
+        self._make = make
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._make()
 
 
 def check_lengths(request: Request, max_tokens: int) -> None:

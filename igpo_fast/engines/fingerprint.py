@@ -20,18 +20,22 @@ def fingerprint(tensor: torch.Tensor) -> int:
     Zeros of either sign, and numbers too small to be normal (which some CPU kernels flush), count as 0.
     """
     matrix = tensor.detach()[..., None].flatten(1) if tensor.ndim < 2 else tensor.detach().flatten(1)
-    rows = max(1, CHUNK // max(1, matrix.shape[1]))
-    return combine(block_sum(part, i * rows, 0) for i, part in enumerate(matrix.split(rows)))
+    return block_sum(matrix, 0, 0)
 
 
 def block_sum(block_RC: torch.Tensor, first_row: int, first_column: int) -> int:
     """A block's contribution to the fingerprint of its matrix; ``combine`` adds the contributions of all blocks."""
-    integer = {2: torch.int16, 4: torch.int32}[block_RC.element_size()]
-    flushed = block_RC.masked_fill(block_RC.abs() < torch.finfo(block_RC.dtype).tiny, 0)
-    bits_RC = flushed.contiguous().view(integer).long()
     rows, columns = block_RC.shape
     c_C = _coefficients(first_column, columns, 0x5851F42D4C957F2D, block_RC.device)
     r_R = _coefficients(first_row, rows, 0x14057B7EF767814F, block_RC.device)
+    some = max(1, CHUNK // max(1, columns))
+    return combine(_sum(part, r, c_C) for part, r in zip(block_RC.split(some), r_R.split(some), strict=True))
+
+
+def _sum(block_RC: torch.Tensor, r_R: torch.Tensor, c_C: torch.Tensor) -> int:
+    integer = {2: torch.int16, 4: torch.int32}[block_RC.element_size()]
+    flushed = block_RC.masked_fill(block_RC.abs() < torch.finfo(block_RC.dtype).tiny, 0)
+    bits_RC = flushed.contiguous().view(integer).long()
     return int((bits_RC.mul_(c_C).sum(1) * r_R).sum())
 
 

@@ -98,6 +98,8 @@ class Learner:
             self._reference = self._freeze(Policy(frozen, temperature, self.settings, backend))
         self.parameters = sum(p.numel() for p in lm.parameters())
         """How many numbers the weights are."""
+        self.alone = True
+        """Whether this process may walk over ``weights`` by itself at any time; else all ranks do so together."""
         self.steps = 0
         """Calls of ``step`` in this session: while it is unchanged, so are weights, optimiser and schedule."""
         self._number = 0  # of the next update, dropped ones counted

@@ -81,6 +81,7 @@ class ZeroLearner(Learner):
     def __init__(self, lm, *, ranks: Ranks, stage: int, offload: str = "none", **options):
         self._ranks, self._stage, self._offload = ranks, stage, offload
         super().__init__(lm, **options)
+        self.alone = stage < 3 or ranks.size == 1
 
     def _optimise(self, betas, weight_decay) -> None:
         trained = [p for p in self.lm.parameters() if p.requires_grad]

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from igpo_fast import config
 from igpo_fast.engines.base import Request, Sampling
 from igpo_fast.engines.fingerprint import fingerprint
 from igpo_fast.engines.torch import TorchEngine
-from igpo_fast.engines.vllm import colocated, weights
+from igpo_fast.engines.vllm import weights
 from igpo_fast.engines.vllm.colocated import VllmEngine
 from igpo_fast.errors import InputError
 from igpo_fast.model import build, load
@@ -84,13 +85,26 @@ def test_the_weights_really_changed_and_the_sync_is_named(run, setup):
     trained = load(str(folder / "checkpoints/step_000003"), check=False)
     pairs = zip(trained.parameters(), setup.lm.parameters(), strict=True)
     assert max(float((a - b).detach().abs().max()) for a, b in pairs) > 1e-4
-    assert "engine vllm 0." in text and "weights through its weight transfer" in text
+    assert "engine vllm 0." in text and "weights by reference" in text
 
 
 def test_the_same_seed_gives_the_same_rollouts(run, tmp_path, cache):
     train(quickstart(tmp_path, cache), Recorder())
     assert files(tmp_path / "rollouts") == files(run[0] / "rollouts")
     assert rows(tmp_path) == rows(run[0])
+
+
+def test_with_lora_the_engine_has_the_merged_weights(tmp_path, cache):
+    """Float32; an adapter that is large after two updates, and its base unchanged."""
+    pytest.importorskip("peft")
+    options = ("model.lora_rank=4", "model.lora_alpha=16", "train.lr=1e-2", "train.steps=3", "eval.questions=2")
+    train(quickstart(tmp_path, cache, *options), Recorder())
+    found = rows(tmp_path)
+    assert [row["step"] for row in found] == [0, 1, 2, 3]
+    for row in found[1:]:
+        assert row["mismatch/logp_abs_diff"] < 1e-5 and row["mismatch/logp_abs_max"] < 1e-3
+    adapter = load_file(tmp_path / "checkpoints/step_000003/adapter_model.safetensors")
+    assert max(tensor.abs().max() for name, tensor in adapter.items() if "lora_B" in name) > 1e-2
 
 
 @pytest.mark.parametrize("lr", ["1e-6", "3e-4"])
@@ -101,7 +115,8 @@ def test_a_sync_that_leaves_weights_behind_stops_the_run_at_once(tmp_path, cache
     def send(engine, sent):
         if engine.version == 0:
             return real(engine, sent)
-        real(engine, [] if left_out == "everything" else [pair for pair in sent if pair[0] != left_out])
+        kept = ([pair for pair in bucket if pair[0] != left_out] for bucket in sent)
+        real(engine, [[] for _ in sent] if left_out == "everything" else kept)
 
     monkeypatch.setattr(VllmEngine, "_send", send)
     name = "model.embed_tokens.weight" if left_out == "everything" else left_out
@@ -282,8 +297,7 @@ def test_an_engine_in_bfloat16(setup):
     engine = VllmEngine(
         setup.lm, decode=setup.tokenizer.decode, dtype=torch.bfloat16, max_tokens=224, bucket_bytes=30_000
     )
-    pairs = weights.complete(setup.lm.state_dict().items())
-    last = [bucket[-1][0] for bucket in weights.buckets(pairs, torch.bfloat16, 30_000)]
+    last = [bucket[-1][0] for bucket in weights.Walk(setup.lm.state_dict().items(), torch.bfloat16, 30_000)]
     assert len(last) > 3 and any(name.endswith(("q_proj.weight", "k_proj.weight")) for name in last)
     engine.load_weights(setup.lm.state_dict().items())
     (prompt,) = prompts(setup, 1)
@@ -297,29 +311,30 @@ def test_weights_that_are_packed_in_the_checkpoint_are_one_and_strange_layers_ar
     """Phi-3's qkv_proj is one matrix there, too; experts are two tensors of all of them in vLLM alone."""
     from vllm.model_executor.layers.linear import QKVParallelLinear
 
-    from igpo_fast.engines.vllm.worker import _parameters, _strange
+    from igpo_fast.engines.vllm.worker import _blocks, _strange
 
     model, qkv, experts = torch.nn.Module(), QKVParallelLinear.__new__(QKVParallelLinear), torch.nn.Module()
     torch.nn.Module.__init__(qkv)
-    qkv.num_heads, qkv.num_kv_heads, qkv.head_size = 2, 1, 3
+    qkv.tp_rank, qkv.tp_size = 0, 1
+    qkv.num_heads, qkv.num_kv_heads, qkv.total_num_kv_heads, qkv.num_kv_head_replicas, qkv.head_size = 2, 1, 1, 1, 3
     qkv.weight = torch.nn.Parameter(torch.arange(48.0).view(12, 4))
     model.qkv_proj, model.packed_modules_mapping = qkv, {"qkv_proj": ["qkv_proj"]}
-    expected = {"qkv_proj.weight": fingerprint(qkv.weight)}
-    assert dict(_parameters(model, torch.float32)) == expected and not list(_strange(model))
+    found = {}
+    for name, block in _blocks(model, torch.float32):
+        found.setdefault(name, []).append(block)
+    assert weights.whole([found]) == {"qkv_proj.weight": fingerprint(qkv.weight)} and not list(_strange(model))
     model.packed_modules_mapping = {"qkv_proj": ["q_proj", "kv_proj"]}
     experts.w13_weight, experts.quant_method = torch.nn.Parameter(torch.ones(2, 2, 2)), object()
     model.experts = experts
     assert list(_strange(model)) == ["QKVParallelLinear", "Module"]
 
 
-def test_reload_weights_serves_where_there_is_no_transfer(setup, engine, monkeypatch):
+def test_an_engine_that_was_replaced_is_refused(setup, engine):
     (prompt,) = prompts(setup, 1)
     asked = request(1, prompt, temperature=1.0)
     expected = ask(engine, asked)[0].ids.tolist()
-    monkeypatch.setattr(colocated, "sync_method", lambda: "reload_weights")
-    older = VllmEngine(setup.lm, decode=setup.tokenizer.decode, max_tokens=224)
-    older.load_weights(setup.lm.state_dict().items())
-    assert "reload_weights" in older.name
-    assert ask(older, asked)[0].ids.tolist() == expected
+    other = VllmEngine(setup.lm, decode=setup.tokenizer.decode, max_tokens=224)
+    other.load_weights(setup.lm.state_dict().items())
+    assert ask(other, asked)[0].ids.tolist() == expected
     with pytest.raises(RuntimeError, match="another engine has replaced this one"):
         ask(engine, asked)

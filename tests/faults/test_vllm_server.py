@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-import time
 from importlib.util import find_spec
 
-import httpx
 import pytest
 import torch
 
@@ -23,6 +17,7 @@ from igpo_fast.engines.vllm.servers import COUNTS, VllmServers
 from igpo_fast.errors import EngineError
 from igpo_fast.setup import set_up
 from igpo_fast.train import train
+from tests.served import Server
 from tests.tiny import STEPS, Recorder, files, rows, settings
 
 pytestmark = [
@@ -31,40 +26,6 @@ pytestmark = [
 ]
 # vLLM's CPU attention has no heads of 16.
 OPTIONS = ("model.hidden_size=64", "model.heads=2", "model.kv_heads=1", "eval.every=0", "train.lr=1e-3")
-STARTS_WITHIN = 240
-
-
-class Server:
-    """A replica in processes of its own, killed as one."""
-
-    def __init__(self, model, log):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "igpo_fast.engines.vllm.serve", str(model)]
-        self._log = open(log, "wb")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [*command, f"--port={port}", "--host=127.0.0.1", "--max-model-len=96"],
-            stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-
-    def wait(self):
-        deadline = time.monotonic() + STARTS_WITHIN
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                break
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return
-            time.sleep(0.2)
-        raise AssertionError(f"the server did not start: {open(self._log.name).read()[-2000:]}")  # noqa: SIM115
-
-    def kill(self):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self._log.close()
 
 
 @pytest.fixture(scope="module")

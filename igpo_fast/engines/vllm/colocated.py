@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
@@ -15,12 +16,14 @@ from transformers import PreTrainedModel
 
 from igpo_fast.engines.base import Generation, Request, check_lengths, let_others_run
 from igpo_fast.engines.stops import StopStrings
-from igpo_fast.engines.vllm import TRANSFER, prepare, settings, sync_method, weights
+from igpo_fast.engines.vllm import check_version, prepare, settings, weights
 from igpo_fast.engines.vllm.requests import generation, sampling_parameters
 from igpo_fast.errors import EngineError, RunError, reason_of
 
 PREFILL_TOKENS = 8192
 """Most tokens per step; without chunked prefill, a longer prompt has a step of its own."""
+START = 600
+"""Seconds that the engines of several ranks wait for each other while they are made."""
 
 _live = None
 """The ``LLMEngine`` of this process. vLLM's process groups are global: ending one engine destroys the groups of the
@@ -54,6 +57,8 @@ class VllmEngine:
         max_tokens: int = 512,
         gpu_memory: float = 0.5,
         bucket_bytes: int = weights.BUCKET_BYTES,
+        ranks: int = 1,
+        workers: int = 1,
     ):
         """
         Args:
@@ -64,17 +69,28 @@ class VllmEngine:
             max_tokens: longest rollout, prompt and responses included.
             gpu_memory: share of the GPU for weights and cache.
             bucket_bytes: bytes of weights handed over at a time.
+            ranks: processes of the run, which all make their engines at the same time.
+            workers: processes over which vLLM splits each weight (tensor parallel); 1 is this process itself.
+        Raises:
+            InputError: this vLLM has no weight-transfer API.
         """
         prepare()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, so that tensors are shared, not copied
         import vllm
 
-        self._sync = sync_method()
+        check_version()
         self.version = 0
-        self.name = f"vllm {vllm.__version__} (weights through {self._sync})"
+        how = "by reference"
+        if workers > 1:
+            self._folder = TemporaryDirectory(prefix="igpo-weights-")
+            os.environ[weights.FOLDER] = self._folder.name  # in the workers' environment, too
+            os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork would copy the trainer's threads
+            how = f"to {workers} workers by file"
+        self.name = f"vllm {vllm.__version__} (weights {how})"
         self.max_tokens = max_tokens
         self._lm, self._stops, self._max_slots, self._gpu_memory = lm, StopStrings(decode), max_slots, gpu_memory
         self._dtype, self._bucket_bytes = dtype or lm.dtype, bucket_bytes
+        self._ranks, self._workers = ranks, workers
         self._llm = None
         self._asleep = False
         self._jobs: dict[str, _Job] = {}
@@ -133,29 +149,33 @@ class VllmEngine:
             raise RuntimeError("load_weights: requests are pending; await them first")
         if self._llm is None or self._llm is not _live:
             self._start()
-        sent = weights.complete(pairs)
+        walk = weights.Walk(pairs, self._dtype, self._bucket_bytes)
         if self._asleep:
             self._llm.wake_up(["weights"])
-        self._send(sent)
+        self._send(walk)
         if self._asleep:
             self._llm.wake_up(["kv_cache"])
             self._asleep = False
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("load_weights: vLLM did not drop the prefix cache of the old weights")
-        (found,) = self._llm.collective_rpc("igpo_fingerprints")
-        weights.compare(found, weights.fingerprints(sent, self._dtype), "rollout.engine=vllm")
+        found = self._llm.collective_rpc("igpo_fingerprints")
+        weights.compare(weights.whole(found), walk.fingerprints, "rollout.engine=vllm")
         self.version += 1
 
-    def _send(self, sent: weights.Weights) -> None:
+    def _send(self, buckets: Iterable[weights.Bucket]) -> None:
         call = self._llm.collective_rpc
-        if self._sync != TRANSFER:
-            cast = ((name, tensor.to(self._dtype)) for name, tensor in sent)
-            call("reload_weights", kwargs={"weights_iterator": cast})
-            return
         call("start_weight_update")
-        for bucket in weights.buckets(sent, self._dtype, self._bucket_bytes):
-            call("update_weights", kwargs={"update_info": {"tensors": bucket}})
+        for bucket in buckets:
+            call("update_weights", kwargs={"update_info": self._handed_over(bucket)})
         call("finish_weight_update")
+
+    def _handed_over(self, bucket: weights.Bucket) -> dict:
+        """A bucket as ``transfer.Bucket`` takes it: by reference in this process, else in a file."""
+        if self._workers == 1:
+            return {"tensors": bucket}
+        file = Path(self._folder.name, "bucket")
+        file.write_bytes(weights.encode(bucket))
+        return {"file": str(file)}
 
     def _start(self) -> None:
         """Make vLLM's engine; it replaces an earlier one of this process."""
@@ -165,7 +185,9 @@ class VllmEngine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         on_cpu = current_platform.is_cpu()
-        options = settings(_name_of(self._dtype), on_cpu=on_cpu, transfer=self._sync == TRANSFER)
+        options = settings(_name_of(self._dtype), on_cpu=on_cpu)
+        if self._ranks > 1:  # vLLM then makes groups of one rank inside the run's own, on the GPU of LOCAL_RANK
+            options |= {"distributed_executor_backend": "external_launcher", "cpu_distributed_timeout_seconds": START}
         if on_cpu:  # without chunked prefill
             options["max_num_batched_tokens"] = max(PREFILL_TOKENS, self.max_tokens)
         else:
@@ -181,13 +203,14 @@ class VllmEngine:
                 max_num_seqs=self._max_slots,
                 enable_sleep_mode=current_platform.is_sleep_mode_available(),
                 disable_log_stats=True,
+                tensor_parallel_size=self._workers,
                 **options,
             )
             if _live is not None:
                 _live.engine_core.shutdown()
             with _vllms_own_errors():
                 self._llm = _live = LLMEngine.from_engine_args(arguments)
-        (about,) = self._llm.collective_rpc("igpo_about")
+        about, *_ = self._llm.collective_rpc("igpo_about")
         weights.check_layout(about, "rollout.engine=vllm")
 
     def _add(self, name: str, request: Request) -> None:

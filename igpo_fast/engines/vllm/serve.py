@@ -21,19 +21,22 @@ from collections.abc import Mapping
 import torch
 from transformers import AutoConfig
 
-from igpo_fast.engines.vllm import KEY, TRANSFER, prepare, settings, sync_method
+from igpo_fast.engines.vllm import KEY, check_version, prepare, settings
 from igpo_fast.engines.vllm.weights import FOLDER
+from igpo_fast.errors import InputError
 from igpo_fast.net import is_loopback
 
 LARGEST_BUCKET = 8 << 30
 """Most bytes of a request with weights; larger ones are refused."""
 LARGEST_CALL = 1 << 16
 """Most bytes of a call of a worker's method, which takes no arguments."""
+LARGEST_SHAPES = 1 << 20
+"""Most bytes of the names and shapes of a bucket that is broadcast."""
 METHODS = ("igpo_about", "igpo_fingerprints")
 """Methods that ``/collective_rpc`` may call. Other methods of vLLM's write files, among other things."""
 ROUTES = {
-    "/inference/v1/generate", "/collective_rpc", "/pause", "/resume", "/weight_info", "/start_weight_update",
-    "/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/metrics", "/version",
+    "/inference/v1/generate", "/collective_rpc", "/pause", "/resume", "/weight_info", "/init_weight_transfer_engine",
+    "/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/metrics", "/version",
 }  # fmt: skip
 """Routes that a replica answers, besides ``/health``."""
 
@@ -112,6 +115,11 @@ class WeightsInFile:
         if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) != "/update_weights":
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
+        if headers.get(b"content-type") == b"application/json":
+            body = await _read(receive, LARGEST_SHAPES)
+            if body is None or not _names_shapes(body):
+                return await _refuse(send, 415, "send weights as bytes, or their names and shapes before a broadcast")
+            return await self._app(scope, _replayed(body, receive), send)
         if headers.get(b"content-type") != b"application/octet-stream":
             return await _refuse(send, 415, "send weights as the bytes of a safetensors file")
         length = headers.get(b"content-length", b"")
@@ -166,6 +174,16 @@ def _method(body: bytes) -> object:
     return call["method"] if isinstance(call, dict) and set(call) == {"method"} else None
 
 
+def _names_shapes(body: bytes) -> bool:
+    """Whether it is ``transfer.Bucket`` by broadcast, and names no file."""
+    try:
+        update = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    info = update.get("update_info") if isinstance(update, dict) else None
+    return isinstance(info, dict) and set(info) == {"shapes"}
+
+
 async def _refuse(send, status: int, why: str) -> None:
     body = json.dumps({"error": why}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
@@ -198,8 +216,10 @@ def main() -> None:
         sys.exit(__doc__)
     more = _take_key(sys.argv[2:], os.environ)
     prepare()
-    if sync_method() != TRANSFER:
-        sys.exit("vllm: this version has no weight-transfer API, which replicas need; install vllm>=0.32")
+    try:
+        check_version()
+    except InputError as error:
+        sys.exit(str(error))
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # enables the routes for weights and fingerprints
     os.environ[FOLDER] = tempfile.mkdtemp(prefix="igpo-weights-")
     from vllm.platforms import current_platform

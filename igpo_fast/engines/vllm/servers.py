@@ -1,30 +1,35 @@
 """``vllm serve`` replicas, on this or other hosts: token ids in and out over HTTP.
 
 A rollout's turns go to one replica, whose prefix cache holds them. A request that fails is retried, on another replica
-if there is one. A replica that also fails a health check is skipped until the next weight sync. A request's key and the
-weights decide what is drawn, so another replica samples the same tokens, except where rounding decides (sums depend on
-what else is in the batch). An answer is used if it is complete and sampled with the trainer's last weights.
+if there is one. A replica that also fails a health check is skipped until the next weight sync. If it was the last one
+the batch waits, and a replica that comes back gets the weights again, if they may be walked over again
+(``Engine.load_weights``). A request's key and the weights decide what is drawn, so another replica samples the same
+tokens, except where rounding decides (sums depend on what else is in the batch). An answer is used if it is complete
+and sampled with the trainer's last weights.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import torch
 
 from igpo_fast.engines.base import Generation, Request, check_lengths
 from igpo_fast.engines.stops import StopStrings
-from igpo_fast.engines.vllm import KEY, TRANSFER, weights
+from igpo_fast.engines.vllm import KEY, weights
+from igpo_fast.engines.vllm.broadcast import Broadcast, open_store
 from igpo_fast.engines.vllm.requests import generation, sampling_parameters
-from igpo_fast.errors import EngineError, InputError
+from igpo_fast.errors import EngineError, InputError, reason_of
 from igpo_fast.net import direct, fault
 
+T = TypeVar("T")
 ATTEMPTS = 5
 """Most attempts per request."""
 CONNECT_WITHIN = 10.0
@@ -49,6 +54,9 @@ class Replica:
     """The version of the weights that it is known to hold, bit for bit; None if it holds others or only a part."""
     running: int = 0
     """Requests in flight."""
+    link: Broadcast | None = None
+    """The group in which its workers get weights, if they are broadcast."""
+    link_name: str = ""
     loads: int = 0
     """Number of weight syncs; an answer to an older request says nothing about the state after the last one."""
 
@@ -64,6 +72,8 @@ class VllmServers:
         concurrency: most requests at a time.
         timeout: seconds that a turn may take, and that a batch waits if no replica answers.
         bucket_bytes: bytes of weights per request.
+        backend: ``nccl`` or ``gloo`` broadcasts weights from ``device``; "" sends them over HTTP.
+        device: device of broadcast weights.
         key: the key that replicas were started with (``IGPO_REPLICA_KEY``); "" if they have none.
     Raises:
         InputError: a URL to which no request can be sent.
@@ -81,6 +91,8 @@ class VllmServers:
         concurrency: int = 256,
         timeout: float = 300,
         bucket_bytes: int = weights.BUCKET_BYTES,
+        backend: str = "",
+        device: torch.device | str = "cpu",
         key: str = "",
     ):
         for url in urls:
@@ -89,13 +101,15 @@ class VllmServers:
         if not (key.isascii() and key.isprintable()):
             raise InputError(f"{KEY}: a key has printable ASCII characters only; choose another")
         self.version = 0
-        self.name = f"vllm ({len(urls)} server{'s' if len(urls) > 1 else ''}, weights through {TRANSFER})"
+        how = f"by {backend} broadcast" if backend else "over HTTP"
+        self.name = f"vllm ({len(urls)} server{'s' if len(urls) > 1 else ''}, weights {how})"
+        self._backend, self._device = backend, device
         self._replicas = [Replica(url.rstrip("/")) for url in urls]
         self._stops = StopStrings(decode)
         self._dtype, self._bucket_bytes = dtype, bucket_bytes
         self._max_tokens, self._concurrency, self._timeout = max_tokens, concurrency, timeout
         self._session = uuid.uuid4().hex  # another session's weights of the same version are not ours
-        self._sent: weights.Weights = []
+        self._pairs: weights.Weights | None = None
         self._home: dict[tuple[int, ...], Replica] = {}
         self._pending = 0
         self._counts = dict.fromkeys(COUNTS, 0)
@@ -156,6 +170,8 @@ class VllmServers:
     def load_weights(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Send the trainer's weights to every replica that answers, drop their caches, raise ``version``.
 
+        Weights that may be walked over again are kept, for replicas that come back before the next sync.
+
         Raises:
             RuntimeError: requests are pending.
             EngineError: no replica answers.
@@ -163,8 +179,7 @@ class VllmServers:
         """
         if self._pending:
             raise RuntimeError("load_weights: requests are pending; await them first")
-        self._sent = weights.complete(pairs)
-        self._fingerprints = weights.fingerprints(self._sent, self._dtype)
+        self._pairs = pairs
         self.version += 1
         self._home.clear()
         asyncio.run(self._revive())
@@ -236,7 +251,7 @@ class VllmServers:
 
     def _lose(self, replica: Replica) -> None:
         self._counts["engine/replicas_lost"] += replica.up
-        replica.up = False
+        replica.up, replica.link = False, None
 
     @property
     def _tag(self) -> str:
@@ -246,14 +261,16 @@ class VllmServers:
         return [replica for replica in self._replicas if replica.up and replica.weights == self._tag]
 
     async def _revive(self) -> None:
-        """Send the current weights to every replica that answers; retry until one has them or time is out."""
+        """Send the current weights to every replica that answers; retry until one has them, none can get them, or
+        time is out."""
         deadline = asyncio.get_running_loop().time() + self._timeout
         async with self._new_client(self._timeout) as client:
             while True:
                 failures = await self._load(client)
                 if self._ready():
                     return
-                if asyncio.get_running_loop().time() > deadline:
+                possible = self._pairs is not None or any(r.weights == self._tag for r in self._replicas)
+                if not possible or asyncio.get_running_loop().time() > deadline:
                     break
                 await asyncio.sleep(min(1.0, self._timeout / 10))
         raise EngineError(
@@ -281,39 +298,78 @@ class VllmServers:
             return [replica for replica, yes in zip(replicas, done, strict=True) if yes]
 
         behind = await succeeded(self._replicas, partial(self._begin, client))
-        for bucket in weights.buckets(self._sent, self._dtype, self._bucket_bytes):
+        walk = weights.Walk(self._take() if behind else (), self._dtype, self._bucket_bytes)
+        for bucket in walk:
             if not behind:
                 break
-            behind = await succeeded(behind, partial(self._update, client, weights.encode(bucket)))
-        await succeeded(behind, partial(self._finish, client))
+            behind = await succeeded(behind, self._update_from(client, bucket))
+        await succeeded(behind, partial(self._finish, client, walk.fingerprints))
         return failures
+
+    def _take(self) -> weights.Weights:
+        """The weights, for a walk; an iterator's are gone then."""
+        pairs = self._pairs
+        if isinstance(pairs, Iterator):
+            self._pairs = None
+        return pairs
 
     async def _begin(self, client: httpx.AsyncClient, replica: Replica) -> bool:
         """Begin an update; False if the replica already has the weights."""
-        about = await _call_worker(client, replica, "igpo_about")
+        about, *others = await _call_workers(client, replica, "igpo_about")
         self._check(replica, about)
         if replica.weights == self._tag and not about.get("updating") and await self._has_weights(replica):
             self._found(replica)
             return False
         replica.weights = None
+        if self._pairs is None:
+            raise httpx.RemoteProtocolError("it has lost its weights, which ranks under ZeRO-3 only send at a sync")
+        if self._backend and (replica.link is None or about.get("link") != replica.link_name):
+            await self._meet(client, replica, 1 + len(others))
         await _call(client, replica, "pause")  # running requests are aborted, new ones wait
         if about.get("updating"):  # a killed session left the update open
             await _call(client, replica, "finish_weight_update")
         await _call(client, replica, "start_weight_update")
         return True
 
+    def _update_from(self, client: httpx.AsyncClient, bucket: weights.Bucket) -> Callable[[Replica], Awaitable[bool]]:
+        """What gives a replica this bucket, which is encoded once for all."""
+        if self._backend:
+            return partial(self._broadcast, client, bucket)
+        return partial(self._update, client, weights.encode(bucket))
+
     async def _update(self, client: httpx.AsyncClient, content: bytes, replica: Replica) -> bool:
         headers = {"Content-Type": "application/octet-stream"}  # ``serve.WeightsInFile``
         _json(await client.post(f"{replica.url}/update_weights", content=content, headers=headers))
         return True
 
-    async def _finish(self, client: httpx.AsyncClient, replica: Replica) -> bool:
+    async def _meet(self, client: httpx.AsyncClient, replica: Replica, workers: int) -> None:
+        """Make the group in which the replica's workers get weights."""
+        try:
+            own = _own_address(replica.url)
+        except OSError as error:
+            raise httpx.ConnectError(str(error)) from error
+        store, replica.link_name = open_store(), uuid.uuid4().hex
+        info = {
+            "name": replica.link_name, "host": own, "port": store.port, "backend": self._backend,
+            "timeout": self._timeout,
+        }  # fmt: skip
+        meet = partial(Broadcast, store, 0, 1 + workers, self._backend, self._timeout)
+        replica.link = await _both(_call(client, replica, "init_weight_transfer_engine", init_info=info), meet)
+
+    async def _broadcast(self, client: httpx.AsyncClient, bucket: weights.Bucket, replica: Replica) -> bool:
+        tensors = [tensor.to(self._device).contiguous() for _, tensor in bucket]
+        shapes = [(name, list(tensor.shape)) for name, tensor in bucket]
+        update = _call(client, replica, "update_weights", update_info={"shapes": shapes})
+        await _both(update, partial(replica.link.send, tensors))
+        return True
+
+    async def _finish(self, client: httpx.AsyncClient, fingerprints: dict[str, int], replica: Replica) -> bool:
         """End the update, drop the cache, compare weights, resume; raises InputError if other weights arrived."""
         await _call(client, replica, "finish_weight_update", weight_version=self._tag)
         if not (await _call(client, replica, "reset_prefix_cache")).get("success"):
             raise httpx.RemoteProtocolError("its prefix cache cannot be dropped")
-        found = await _call_worker(client, replica, "igpo_fingerprints")
-        weights.compare(found, self._fingerprints, replica.url)
+        found = await _call_workers(client, replica, "igpo_fingerprints")
+        weights.compare(weights.whole(found), fingerprints, replica.url)
         await _call(client, replica, "resume")
         replica.weights = self._tag
         self._found(replica)
@@ -380,12 +436,33 @@ async def _call(client: httpx.AsyncClient, replica: Replica, path: str, **body: 
     return _json(await client.post(f"{replica.url}/{path}", json=body))
 
 
-async def _call_worker(client: httpx.AsyncClient, replica: Replica, method: str) -> dict:
-    """The return value of a worker's method; of several workers, the first one's."""
+async def _call_workers(client: httpx.AsyncClient, replica: Replica, method: str) -> list[dict]:
+    """What a worker's method returns in each worker."""
     results = (await _call(client, replica, "collective_rpc", method=method)).get("results")
-    if not isinstance(results, list) or not results or not isinstance(results[0], dict):
+    if not isinstance(results, list) or not results or not all(isinstance(result, dict) for result in results):
         raise httpx.DecodingError(f"{method}: no result")
-    return results[0]
+    return results
+
+
+async def _both(call: Awaitable[dict], ours: Callable[[], T]) -> T:
+    """What ``ours`` returns, run in a thread beside a call of the replica that waits for it.
+
+    Raises:
+        httpx.HTTPError: either failed. The thread may then go on until its timeout.
+    """
+    try:
+        _, result = await asyncio.gather(call, asyncio.to_thread(ours))
+    except RuntimeError as error:
+        raise httpx.RemoteProtocolError(f"the broadcast of its weights failed ({reason_of(error)})") from error
+    return result
+
+
+def _own_address(url: str) -> str:
+    """The address of this machine from which ``url`` is reached."""
+    parts = httpx.URL(url)
+    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    with socket.create_connection((parts.host, port), CONNECT_WITHIN) as made:
+        return made.getsockname()[0]
 
 
 def _json(response: httpx.Response) -> dict:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import safetensors.torch
 import torch
 
-from igpo_fast.engines.fingerprint import fingerprint
+from igpo_fast.engines.fingerprint import combine, fingerprint
 from igpo_fast.errors import InputError
 
 BACKEND = "igpo"
@@ -18,45 +18,64 @@ FOLDER = "IGPO_WEIGHTS_FOLDER"
 BUCKET_BYTES = 64 << 20
 TORCH = "use rollout.engine=torch"
 
-Weights = Sequence[tuple[str, torch.Tensor]]
+Weights = Iterable[tuple[str, torch.Tensor]]
+Bucket = list[tuple[str, torch.Tensor]]
 
 
-def buckets(weights: Weights, dtype: torch.dtype, limit: int = BUCKET_BYTES) -> Iterator[Weights]:
-    """Neighbouring tensors in the engine's dtype, of at most ``limit`` bytes together; a larger one alone, because
-    vLLM's loaders take whole tensors."""
-    bucket, size = [], 0
-    for name, tensor in weights:
-        tensor = tensor.detach().to(dtype)
-        if bucket and size + tensor.nbytes > limit:
+class Walk:
+    """One walk over the trainer's weights, in buckets for an engine; no more than a bucket and a tensor is held.
+
+    Args:
+        weights: every weight of the engine by its name, so tied ones under each of their names.
+        dtype: dtype of the engine.
+        limit: bytes per bucket. A larger tensor is a bucket alone, because vLLM's loaders take whole tensors.
+    """
+
+    def __init__(self, weights: Weights, dtype: torch.dtype, limit: int = BUCKET_BYTES):
+        self._weights, self._dtype, self._limit = weights, dtype, limit
+        self.fingerprints: dict[str, int] = {}
+        """Fingerprints, in the engine's dtype, of the weights that were walked over."""
+
+    def __iter__(self) -> Iterator[Bucket]:
+        """Neighbouring tensors in the engine's dtype. A bucket is emptied when the next one is asked for."""
+        bucket, size = [], 0
+        for name, tensor in self._weights:
+            tensor = tensor.detach().to(self._dtype)
+            self.fingerprints[name] = fingerprint(tensor)
+            if bucket and size + tensor.nbytes > self._limit:
+                yield bucket
+                bucket.clear()
+                size = 0
+            bucket.append((name, tensor))
+            size += tensor.nbytes
+        if bucket:
             yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
 
 
-def encode(bucket: Weights) -> bytes:
+def encode(bucket: Bucket) -> bytes:
     """A bucket as safetensors. Tied tensors are written twice, because safetensors cannot share them."""
     return safetensors.torch.save({name: tensor.cpu().contiguous().clone() for name, tensor in bucket})
 
 
-def fingerprints(weights: Weights, dtype: torch.dtype) -> dict[str, int]:
-    """Fingerprints of the trainer's weights in the engine's dtype; each storage is read once."""
-    known: dict[tuple, int] = {}
-    found = {}
-    for name, tensor in weights:
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if place not in known:
-            known[place] = fingerprint(tensor.to(dtype))
-        found[name] = known[place]
-    return found
-
-
 def check_layout(about: Mapping, where: str) -> None:
     """Raises InputError if ``worker.igpo_about`` reports weights that cannot be compared."""
-    if about.get("unreadable"):
-        raise InputError(f"{where}: its weights cannot be compared with the trainer's ({about['unreadable']}); {TORCH}")
+    if kind := about.get("unreadable"):
+        raise InputError(
+            f"{where}: its weights cannot be compared with the trainer's, for the fingerprint of {kind} layers is not "
+            f"written yet; {TORCH}"
+        )
+
+
+def whole(workers: Sequence[Mapping[str, Sequence[Sequence[int]]]]) -> dict[str, int]:
+    """Fingerprints of an engine's weights from the blocks that its workers hold (``worker.igpo_fingerprints``).
+
+    A block that several workers hold counts once. If their copies differ each counts, and the sum is no weight's.
+    """
+    blocks: dict[str, set[tuple[int, ...]]] = {}
+    for worker in workers:
+        for name, held in worker.items():
+            blocks.setdefault(name, set()).update(map(tuple, held))
+    return {name: combine(total for *_, total in held) for name, held in blocks.items()}
 
 
 def compare(engine: Mapping[str, int], trainer: Mapping[str, int], where: str) -> None:
@@ -74,13 +93,3 @@ def compare(engine: Mapping[str, int], trainer: Mapping[str, int], where: str) -
         f"{where}: after the weight sync {what} ({len(differing) + len(absent)} of {len(trainer)} tensors); "
         f"rollouts would come from stale weights, so the run stops: start it again, or {TORCH}"
     )
-
-
-def complete(weights: Iterable[tuple[str, torch.Tensor]]) -> Weights:
-    """The weights as a list, with the LM head of a model that ties it to its embeddings, because vLLM keeps a copy."""
-    weights = list(weights)
-    names = {name for name, _ in weights}
-    embedding = [tensor for name, tensor in weights if name.endswith("embed_tokens.weight")]
-    if "lm_head.weight" not in names and len(embedding) == 1:
-        weights.append(("lm_head.weight", embedding[0]))
-    return weights

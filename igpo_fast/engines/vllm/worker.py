@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from igpo_fast.engines.fingerprint import block_sum, combine, fingerprint
-from igpo_fast.engines.vllm import TRANSFER, sync_method
+from igpo_fast.engines.vllm import transfer  # noqa: F401  registers its backend
 
-if sync_method() == TRANSFER:
-    from igpo_fast.engines.vllm import transfer  # noqa: F401  registers its backend
-
+Block = tuple[int, int, int]
+"""First row and column of a part of a matrix (of a vector, as one column), and its ``block_sum``."""
 UNIT_ROWS = 256
 """Unit vectors that are multiplied with a repacked matrix at a time."""
 
@@ -22,89 +27,94 @@ class WorkerExtension:
     """Mixed into the worker's class; called through ``collective_rpc``."""
 
     def igpo_about(self) -> dict:
-        """Settings that a trainer relies on, whether a weight update is open, and why the weights cannot be compared,
-        if they cannot. (An old vLLM has no weight transfer.)"""
-        model, transfer = self.vllm_config.model_config, getattr(self.vllm_config, "weight_transfer_config", None)
+        """Settings that a trainer relies on, whether a weight update is open, and the type of a layer whose weights
+        cannot be compared, if there is one."""
+        model, sent_by = self.vllm_config.model_config, self.vllm_config.weight_transfer_config
         return {
             "dtype": str(model.dtype).removeprefix("torch."),
             "logprobs_mode": model.logprobs_mode,
             "max_tokens": model.max_model_len,
-            "transfer": transfer and transfer.backend,
+            "transfer": sent_by and sent_by.backend,
+            "link": getattr(self.weight_transfer_engine, "link", ""),
             "updating": getattr(self, "_weight_update_active", False),
-            "unreadable": self._unreadable(),
+            "unreadable": next(_strange(self.get_model()), ""),
         }
 
-    def igpo_fingerprints(self) -> dict[str, int]:
-        """``fingerprint`` of every parameter, by its name in the checkpoint.
+    def igpo_fingerprints(self) -> dict[str, list[Block]]:
+        """The blocks of every parameter that this worker holds, by the parameter's name in the checkpoint.
 
         Packed projections are split. A matrix that the CPU backend has repacked is read through the same product as in
         inference: unit vectors times the matrix give its columns, exactly.
         """
+        found: dict[str, list[Block]] = {}
         with torch.inference_mode():
-            return dict(_parameters(self.get_model(), self.vllm_config.model_config.dtype))
-
-    def _unreadable(self) -> str:
-        if self.vllm_config.parallel_config.world_size > 1:
-            return "it is split over several workers; start it with tensor and pipeline parallel size 1"
-        return next((f"{kind} layers store them in a layout of their own" for kind in _strange(self.get_model())), "")
+            for name, block in _blocks(self.get_model(), self.vllm_config.model_config.dtype):
+                found.setdefault(name, []).append(block)
+        return found
 
 
 def _strange(model: torch.nn.Module) -> Iterator[str]:
-    """Types of layers that ``_parameters`` cannot split, like experts, which vLLM stores as two tensors."""
+    """Types of layers that ``_blocks`` cannot split, like experts, which vLLM stores as two tensors."""
     for path, module in model.named_modules():
         if isinstance(module, LinearBase | VocabParallelEmbedding):
-            names, sizes = _packed(model, path, module)
-            if len(names) != len(sizes):
+            if len(_names(model, path)) not in (1, len(_parts(module))):
                 yield type(module).__name__
         elif hasattr(module, "quant_method") and next(module.parameters(recurse=False), None) is not None:
             yield type(module).__name__
 
 
-def _parameters(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, int]]:
+def _blocks(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Block]]:
     for path, module in model.named_modules():
         if isinstance(module, LinearBase | VocabParallelEmbedding):
-            yield from _matrices(*_packed(model, path, module), module, dtype)
-        else:
+            yield from _matrices(_names(model, path), module, dtype)
+        else:  # whole in every worker
             for name, parameter in module.named_parameters(recurse=False):
-                yield f"{path}.{name}", fingerprint(parameter.to(dtype))
+                yield f"{path}.{name}", (0, 0, fingerprint(parameter.to(dtype)))
 
 
-def _packed(model: torch.nn.Module, path: str, module: torch.nn.Module) -> tuple[list[str], list[int]]:
-    """Names and rows of the checkpoint's matrices that are packed in the module's."""
+def _names(model: torch.nn.Module, path: str) -> list[str]:
+    """Names of the checkpoint's matrices that are packed in the module's."""
     leaf = path.rpartition(".")[2]
     parts = getattr(model, "packed_modules_mapping", {}).get(leaf, [leaf])
-    names = [path.removesuffix(leaf) + part for part in parts]
-    sizes = _sizes(module)
-    return names, sizes if len(names) > 1 else [sum(sizes)]  # Phi-3's checkpoints are packed themselves
+    return [path.removesuffix(leaf) + part for part in parts]
 
 
-def _sizes(module: torch.nn.Module) -> list[int]:
-    """Rows of each matrix that is packed in the module's; a padded vocabulary counts without its padding."""
+def _parts(module: torch.nn.Module) -> list[tuple[int, int, int]]:
+    """(rows, first row held here, rows held here) of each matrix that is packed in the module's, counted without the
+    padding of a vocabulary."""
     if isinstance(module, VocabParallelEmbedding):
-        return [module.org_vocab_size]
+        held = module.shard_indices
+        begin, end = held.org_vocab_start_index, held.org_vocab_end_index
+        return [(module.org_vocab_size, begin, end - begin)]
+    rank, workers = module.tp_rank, module.tp_size
     if isinstance(module, QKVParallelLinear):
-        heads = (module.num_heads, module.num_kv_heads, module.num_kv_heads)
-        return [n * module.head_size for n in heads[:2]] + [heads[2] * getattr(module, "v_head_size", module.head_size)]
-    if isinstance(module, MergedColumnParallelLinear):
-        return list(module.output_sizes)
-    return [module.output_size]
+        q = module.num_heads * module.head_size
+        parts = [(q * workers, q * rank, q)]
+        for size in (module.head_size, getattr(module, "v_head_size", module.head_size)):
+            kv = module.num_kv_heads * size  # a head that has fewer copies than workers is held by several
+            parts.append((module.total_num_kv_heads * size, kv * (rank // module.num_kv_head_replicas), kv))
+        return parts
+    sizes = module.output_sizes if isinstance(module, MergedColumnParallelLinear) else [module.output_size]
+    if not isinstance(module, ColumnParallelLinear):
+        rank, workers = 0, 1  # all rows in every worker
+    return [(size, size // workers * rank, size // workers) for size in sizes]
 
 
-def _matrices(
-    names: list[str], sizes: list[int], module: torch.nn.Module, dtype: torch.dtype
-) -> Iterator[tuple[str, int]]:
-    product = _repacked_product(module, dtype)
+def _matrices(names: list[str], module: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Block]]:
+    parts, product = _parts(module), _repacked_product(module, dtype)
+    if len(names) == 1:  # Phi-3's checkpoints are packed themselves
+        names = names * len(parts)
+    column = module.tp_rank * module.input_size_per_partition if isinstance(module, RowParallelLinear) else 0
     bias = getattr(module, "bias", None)
-    begin = 0
-    for name, size in zip(names, sizes, strict=True):
-        rows = slice(begin, begin + size)
-        if product is None:
-            yield f"{name}.weight", fingerprint(module.weight[rows].to(dtype))
-        else:
-            yield f"{name}.weight", combine(block_sum(columns[rows], 0, first) for first, columns in product())
+    begin, above = 0, dict.fromkeys(names, 0)
+    for name, (size, first, count) in zip(names, parts, strict=True):
+        rows, row = slice(begin, begin + count), above[name] + first
+        columns = [(0, module.weight[rows].to(dtype))] if product is None else ((i, c[rows]) for i, c in product())
+        yield f"{name}.weight", (row, column, combine(block_sum(c, row, column + i) for i, c in columns))
         if isinstance(bias, torch.Tensor):
-            yield f"{name}.bias", fingerprint(bias[rows].to(dtype))
-        begin += size
+            yield f"{name}.bias", (row, 0, block_sum(bias[rows, None].to(dtype), row, 0))
+        begin += count
+        above[name] += size
 
 
 def _repacked_product(module: torch.nn.Module, dtype: torch.dtype) -> Callable | None:
@@ -113,7 +123,7 @@ def _repacked_product(module: torch.nn.Module, dtype: torch.dtype) -> Callable |
         isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
     ):
         return None  # an embedding is read from the plain parameter
-    width = module.embedding_dim if isinstance(module, VocabParallelEmbedding) else module.input_size
+    width = module.input_size_per_partition if isinstance(module, RowParallelLinear) else module.input_size
 
     def columns() -> Iterator[tuple[int, torch.Tensor]]:
         for first in range(0, width, UNIT_ROWS):
