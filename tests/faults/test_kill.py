@@ -197,7 +197,7 @@ def test_killed_again_and_again(run_both, uninterrupted, tmp_path):
     assert_same(tmp_path, uninterrupted)
     for mode in MODES:  # what was done twice is kept aside
         aside = [json.loads(line)["step"] for line in _discarded(tmp_path / mode) if line.endswith("}")]
-        assert aside and set(aside) <= {1, 2, 3}
+        assert aside and set(aside) <= {1, 2, 3, 4}  # rows go on while a checkpoint is written
 
 
 def _discarded(folder):
