@@ -44,7 +44,7 @@ from igpo_fast.config_types import (
     Url,
 )  # fmt: skip
 from igpo_fast.errors import masked
-from igpo_fast.types import Aggregation, Answers, Basis, Normalisation, Outcome, Pool
+from igpo_fast.types import Accumulate, Aggregation, Answers, Basis, Normalisation, Outcome, Pool
 
 SESSION = Field(json_schema_extra={"session": True})
 """Marks a key that a later session of a run may change: it changes neither the data nor the computation.
@@ -346,7 +346,9 @@ class Algorithm(Section):
     basis: Basis = "log_prob"
     """Definition of a value: mean log-probability of the answer's tokens, or its exp."""
     pool: Pool = "separate"
-    """Normalisation of gains and outcomes."""
+    """Normalisation of gains and outcomes: in separate pools of a group, in a joint one, separate with gains brought to
+    the outcomes' size (`scaled_separate`), gains of each turn number among themselves (`turn_index`), or gains as they
+    are (`raw`)."""
     ig_gate: NonNegative = 0.0
     """Gains smaller than this count as 0. Its unit is that of `basis`: `robust`'s 0.02 is a probability; with
     `log_prob` it would be nats. The size of true gains depends on the model: `reward/ig_gated` is the share that is
@@ -377,6 +379,24 @@ class Algorithm(Section):
     `\\nNow there's enough information to answer\\n</think>\\n<answer>\\n{}\\n</answer>`, after the `<think>` with which
     that code opens every turn (left out if a chat template opens the thought; after a thought that the template
     closed, the answer stands in `<answer>` alone)."""
+    accumulate: Accumulate = "sum"
+    """What a turn's advantage holds of later turns: the discounted `sum` of their rewards; the discounted sum of gains
+    over the square root of their number, and the outcome (`sum_over_sqrt`); or the outcome alone (`none`)."""
+    ig_weight: NonNegative = 1.0
+    """Weight of normalised gains; of outcomes it is 1."""
+    ig_weight_end: NonNegative | None = None
+    """Weight of gains in the last step, to which `ig_weight` leads in equal parts; null keeps it."""
+    ig_tools: tuple[Literal["search"], ...] = ()
+    """Tools whose turns earn gains. Other turns share the advantage of the next that does; empty is all turns."""
+    ig_every: Positive = 1
+    """Only every so many turns earn a gain, for all turns since the last that did."""
+    turn_format_penalty: NonNegative = 0.0
+    """What a malformed turn pays in place of its gain; 0 leaves it its gain. For the last turn there is
+    `format_penalty`."""
+    redundancy_penalty: NonNegative = 0.0
+    """Times the share of a response's passages that the rollout has seen before, subtracted from advantages."""
+    adaptive_clip: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Clip ranges of a turn are up to so much wider or narrower by its normalised gain (A2TGPO); 0 leaves them."""
     gamma: Fraction = 1.0
     """Discount of later turns' rewards; outcome-only algorithms use 1."""
     passes: Literal["auto", "one", "two"] = "auto"
@@ -406,6 +426,18 @@ class Algorithm(Section):
         known = isinstance(preset, str) and preset in PRESETS
         own = OWN_LOSS.get(name, {}) if isinstance(name, str) else {}
         return {**(PRESETS[preset] if known else {}), **own, **values}
+
+    @model_validator(mode="after")
+    def _check_gains(self):
+        if self.ig_weight == 0 and not self.ig_weight_end:
+            raise ValueError(
+                "algorithm.ig_weight=0 leaves outcomes alone; use algorithm.name=grpo, which scores no answers"
+            )
+        if self.adaptive_clip and self.pool == "raw":
+            raise ValueError(
+                "algorithm.adaptive_clip follows normalised gains, and pool=raw normalises none; choose another pool"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_cap(self):

@@ -204,7 +204,8 @@ def make_updater(setup: Setup, learner: Learner, progress: Progress, ranks: Rank
     Raises:
         InputError: a number of passes that the configuration cannot have.
     """
-    config, recipe = setup.config, recipe_of(setup.config.algorithm)
+    config = setup.config
+    recipe = recipe_of(config.algorithm, config.train.steps)
     passes = choose_passes(config, recipe, setup.answer_tokens)
     packer = Packer(learner, setup.branches_of, recipe, passes, config.train.token_budget, ranks)
     return Updater(

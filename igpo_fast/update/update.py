@@ -92,7 +92,7 @@ class Updater:
             packs = self.packer.packs(batch, everything, scored=True)
             weights = self._weights(batch, everything)
             if not self.recipe.needs_values:  # known beforehand, from the whole batch
-                known = credit_rollouts(batch.groups, None, self.recipe)
+                known = credit_rollouts(batch.groups, None, self.recipe.at(batch.step))
                 self._step(batch, packs, weights, row, credits=dict(enumerate(known)))
                 return known
             first = np.cumsum([0, *(len(group.rollouts) for group in batch.groups)])
@@ -102,7 +102,7 @@ class Updater:
                 values = self.packer.values(pack.plan, answer_logp)
                 inside = [i for g in pack.groups for i in range(first[g], first[g + 1])]
                 groups = [batch.groups[g] for g in pack.groups]
-                scored = credit_rollouts(groups, [values[i] for i in inside], self.recipe)
+                scored = credit_rollouts(groups, [values[i] for i in inside], self.recipe.at(batch.step))
                 credits.update(zip(inside, scored, strict=True))
                 return advantages_of_pairs(pack.plan, credits)
 
@@ -118,7 +118,7 @@ class Updater:
         old_logp = {i: readings[rollout_key(rollout)].logp for i, rollout in enumerate(batch.rollouts)}
         differences = [np.abs(old_logp[i] - rollout.logp) for i, rollout in enumerate(batch.rollouts)]
         self._check_mismatch(batch.step, float(np.concatenate(differences).mean()))
-        credits = self.packer.credits(batch.groups, readings)
+        credits = self.packer.credits(batch.step, batch.groups, readings)
         self._progress.phase("train", total=updates)
         with row.timed("train"):
             for share in np.array_split(np.arange(len(batch.groups)), updates):

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from igpo_fast.model import use_attend
 from igpo_fast.update.advantages import Recipe, credit_rollouts
+from igpo_fast.update.gains import values_of
 from igpo_fast.update.losses import token_weights
 from igpo_fast.update.packs import answer_means
 from igpo_fast.update.policy import LossInputs, Policy, make_trees
-from igpo_fast.update.rewards import values_of
 from igpo_kernels import LossSettings, Tree, pack
 from tests.parity import naive
 from tests.trees import VOCAB, random_branches, random_group
