@@ -117,6 +117,10 @@ def test_a_names_own_loss_comes_with_it_unless_given(tmp_path):
     assert of("name=gspo") == of("preset=robust", "name=gspo") == ("seq_mean_token_mean", 3e-4, 4e-4)
     assert of("name=dr_grpo", "aggregation=token_mean") == ("token_mean", 0.2, 0.2)
     assert of("name=gspo", "clip_low=0.1") == ("seq_mean_token_mean", 0.1, 4e-4)
+    assert of("name=gspo", "ratio=token") == plain
+    assert of("name=gspo", "ratio=turn") == of("ratio=turn") == ("seq_mean_token_mean", 3e-3, 4e-3)
+    assert of("ratio=sequence") == ("seq_mean_token_mean", 3e-4, 4e-4)
+    assert of("ratio=turn", "clip_high=0.2") == ("seq_mean_token_mean", 3e-3, 0.2)
     stored = load(None, ["algorithm.name=gspo", "algorithm.clip_high=0.2"])
     assert load(write(tmp_path, stored.dump())) == stored
 
@@ -341,6 +345,10 @@ def test_tilde_is_the_home_folder(monkeypatch):
         ("train.weight_decay=1e308", "train.weight_decay"),
         ("algorithm.importance_cap=0.5", "algorithm.importance_cap"),
         ("algorithm.importance_cap=1 algorithm.importance_mode=mask", "importance_cap=1 with importance_mode=mask"),
+        ("algorithm.importance_floor=1.5", "algorithm.importance_floor"),
+        ("algorithm.importance_floor=1 algorithm.importance_mode=mask", "importance_floor=1 with importance_mode=mask"),
+        ("algorithm.ratio=word", "algorithm.ratio"),
+        ("algorithm.ratio=[turn]", "algorithm.ratio"),
         ("algorithm.kl=1e30", "algorithm.kl"),
         ("algorithm.entropy=1e30", "algorithm.entropy"),
         ("train.warmup_steps=11 train.steps=10", "train.warmup_steps=11 exceeds train.steps=10"),
@@ -370,6 +378,7 @@ def test_values_out_of_sense_are_refused(overrides, what):
     [
         "algorithm.name=reinforce_pp rollout.group_size=1", "algorithm.name=ig_only rollout.group_size=1",
         "train.warmup_steps=10 train.steps=10", "algorithm.importance_cap=1", "train.lr=1e30",
+        "algorithm.importance_floor=1",
         "train.max_grad_norm=1e9", "model.device=cuda:3", "search.url=http://[::1]:8000/retrieve",
         "eval.temperature=0", "train.seed=-5",
     ],

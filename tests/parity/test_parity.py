@@ -199,7 +199,7 @@ def test_the_packed_gspo_gradient():
     case, (ours, plain) = Case(3), models(2)
     advantages = [case.rng.normal() * np.ones(len(r.turns)) for r in case.rollouts]
     weights = token_weights([r.decision_tokens for r in case.rollouts], "seq_mean_token_mean")
-    policy = Policy(ours, TEMPERATURE, LossSettings(sequence_ratio=True))
+    policy = Policy(ours, TEMPERATURE, LossSettings(ratio="sequence"))
     total = 0.0
     old_logp = []
     for i, rollout in enumerate(case.rollouts):
