@@ -109,11 +109,12 @@ def row_loss_kernel(
         correction = 1.0
         if importance_cap is not None:
             correction = importance_weight(gap, importance_floor, importance_cap, MASKED)
-        advantage, lowest, highest = load(advantage_ptr, pair, mask), low, high
+        log_ratio, lowest, highest = logp - old, low, high
+        advantage = load(advantage_ptr, pair, mask)
         if clip_scale_ptr is not None:
             lowest, highest, advantage = scaled_range(load(clip_scale_ptr, pair, mask), low, high, advantage)
         d_logp, terms = pair_terms(
-            logp, logp - old, gap, correction, advantage, weight, ref_logp,
+            logp, log_ratio, gap, correction, advantage, weight, ref_logp,
             tl.zeros_like(logp) + entropy, lowest, highest, dual_clip, kl, bonus,
         )  # fmt: skip
         d_logp *= scale
