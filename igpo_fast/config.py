@@ -44,7 +44,7 @@ from igpo_fast.config_types import (
     Url,
 )  # fmt: skip
 from igpo_fast.errors import masked
-from igpo_fast.types import Accumulate, Aggregation, Answers, Basis, Normalisation, Outcome, Pool
+from igpo_fast.types import Accumulate, Aggregation, Answers, Basis, Normalisation, Outcome, Pool, Ratio
 
 SESSION = Field(json_schema_extra={"session": True})
 """Marks a key that a later session of a run may change: it changes neither the data nor the computation.
@@ -341,8 +341,8 @@ class Search(Section):
 class Algorithm(Section):
     name: Literal["igpo", "ig_only", "grpo", "dr_grpo", "rloo", "reinforce_pp", "gspo"] = "igpo"
     """Algorithm; `ig_only` is igpo without the outcome, all others but igpo are outcome-only."""
-    preset: Literal["paper", "paper_v1", "robust"] = "paper"
-    """Preset for the ten keys that follow, unless they are given."""
+    preset: Literal["paper", "paper_v1", "robust", "a2tgpo", "dr_venus"] = "paper"
+    """Preset for keys of this section, unless they are given; docs/algorithms.md says where each comes from."""
     basis: Basis = "log_prob"
     """Definition of a value: mean log-probability of the answer's tokens, or its exp."""
     pool: Pool = "separate"
@@ -401,21 +401,28 @@ class Algorithm(Section):
     """Discount of later turns' rewards; outcome-only algorithms use 1."""
     passes: Literal["auto", "one", "two"] = "auto"
     """Passes over a rollout's tokens per update."""
+    ratio: Ratio = "token"
+    """Tokens that share one policy ratio, the exp of their mean log ratio: each alone, those of a turn, or all of a
+    rollout. `sequence` is the default of `name=gspo`."""
     clip_low: Fraction = 0.2
-    """Ratios below 1 - clip_low are clipped. With `name=gspo` 0.0003 unless given."""
+    """Ratios below 1 - clip_low are clipped. With `ratio=turn` 0.003, with `ratio=sequence` 0.0003 unless given."""
     clip_high: NonNegative = 0.2
-    """Ratios above 1 + clip_high are clipped. With `name=gspo` 0.0004 unless given."""
+    """Ratios above 1 + clip_high are clipped. With `ratio=turn` 0.004, with `ratio=sequence` 0.0004 unless given."""
     dual_clip: Annotated[float, Field(gt=1, le=1e6)] | None = None
     """Bound on the loss of tokens with negative advantage (usually 3.0)."""
     aggregation: Aggregation = "seq_mean_token_mean"
     """Aggregation of token losses. `seq_mean_token_sum_norm` divides a rollout's sum by the most tokens that a rollout
     may have; it is the default of `name=dr_grpo`."""
-    importance: Literal["none", "token", "sequence"] = "none"
-    """Importance weights that correct for an engine whose probabilities differ from the trainer's."""
+    importance: Literal["none", "token", "sequence", "geometric"] = "none"
+    """Importance weights that correct for an engine whose probabilities differ from the trainer's: the quotient of the
+    token's probabilities, of the rollout's (their product over its tokens), or the geometric mean over its tokens."""
     importance_mode: Literal["truncate", "mask"] = "truncate"
-    """Treatment of importance weights above the cap."""
+    """Treatment of importance weights outside `importance_floor` and `importance_cap`: `truncate` to the nearer bound,
+    or `mask` the loss of their token or rollout. Masked tokens still count in `aggregation` (verl leaves them out)."""
     importance_cap: Annotated[float, Field(ge=1, le=1e6)] = 2.0
-    """Largest importance weight; larger weights are truncated to it, or their token or sequence is masked."""
+    """Largest importance weight."""
+    importance_floor: Fraction = 0.0
+    """Smallest importance weight; 0 sets none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -425,7 +432,9 @@ class Algorithm(Section):
         preset, name = values.get("preset", "paper"), values.get("name")
         known = isinstance(preset, str) and preset in PRESETS
         own = OWN_LOSS.get(name, {}) if isinstance(name, str) else {}
-        return {**(PRESETS[preset] if known else {}), **own, **values}
+        values = {**(PRESETS[preset] if known else {}), **own, **values}
+        ratio = values.get("ratio")
+        return {**(CLIP_OF_RATIO.get(ratio, {}) if isinstance(ratio, str) else {}), **values}
 
     @model_validator(mode="after")
     def _check_gains(self):
@@ -437,15 +446,22 @@ class Algorithm(Section):
             raise ValueError(
                 "algorithm.adaptive_clip follows normalised gains, and pool=raw normalises none; choose another pool"
             )
+        if self.adaptive_clip and self.ratio == "sequence":
+            raise ValueError(
+                "algorithm.adaptive_clip gives each turn a clip range, and ratio=sequence has one ratio for all turns; "
+                "use ratio=turn or token"
+            )
         return self
 
     @model_validator(mode="after")
-    def _check_cap(self):
-        if self.importance_mode == "mask" and self.importance_cap == 1:
-            raise ValueError(
-                "algorithm.importance_cap=1 with importance_mode=mask drops tokens whose weight rounds above 1; "
-                "raise the cap (2 is usual)"
-            )
+    def _check_bounds(self):
+        sides = {
+            "importance_cap": "above 1; raise the cap (2 is usual)",
+            "importance_floor": "below 1; lower the floor",
+        }
+        for key, side in sides.items():
+            if self.importance_mode == "mask" and getattr(self, key) == 1:
+                raise ValueError(f"algorithm.{key}=1 with importance_mode=mask drops tokens whose weight rounds {side}")
         return self
 
 
@@ -462,13 +478,27 @@ PRESETS: dict[str, dict] = {
         basis="prob", pool="joint", ig_gate=0.0, ig_center=True, ig_min_std=1e-6, outcome_min_std=1e-6,
         min_var=1e-8, format_penalty=-2.0, kl=0.001, entropy=0.001,
     ),
+    "a2tgpo": dict(
+        basis="prob", pool="turn_index", ig_gate=0.0, ig_center=True, ig_min_std=0.0, outcome_min_std=0.0,
+        min_var=0.0, format_penalty=-1.0, kl=0.0, entropy=0.0, outcome="em", accumulate="sum_over_sqrt",
+        adaptive_clip=0.3, ratio="turn",
+    ),
+    "dr_venus": dict(
+        basis="log_prob", pool="scaled_separate", ig_gate=0.0, ig_center=True, ig_min_std=1e-6, outcome_min_std=1e-6,
+        min_var=1e-8, format_penalty=-1.0, kl=0.001, entropy=0.0, turn_format_penalty=1.0, gamma=0.95,
+    ),
 }  # fmt: skip
 
 OWN_LOSS: dict[str, dict] = {
     "dr_grpo": dict(aggregation="seq_mean_token_sum_norm"),
-    "gspo": dict(clip_low=3e-4, clip_high=4e-4),
+    "gspo": dict(ratio="sequence"),
 }
 """Defaults that come with ``algorithm.name``."""
+CLIP_OF_RATIO: dict[str, dict] = {
+    "turn": dict(clip_low=3e-3, clip_high=4e-3),
+    "sequence": dict(clip_low=3e-4, clip_high=4e-4),
+}
+"""Defaults that come with ``algorithm.ratio``: a mean over tokens stays closer to 1."""
 
 
 class Train(Section):

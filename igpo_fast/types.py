@@ -28,6 +28,7 @@ Accumulate = Literal["sum", "sum_over_sqrt", "none"]
 Outcome = Literal["f1", "em"]
 Normalisation = Literal["igpo", "squad", "hotpot"]
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
+Ratio = Literal["token", "turn", "sequence"]
 Truncation = Literal["", "tokens", "turns"]
 
 

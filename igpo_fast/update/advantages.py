@@ -24,7 +24,7 @@ ZERO_GAIN = 1e-4
 
 @dataclass(frozen=True)
 class Algorithm:
-    """Differences of an algorithm from IGPO: the rewards that count, their normaliser, the level of the ratio."""
+    """Differences of an algorithm from IGPO: the rewards that count and their normaliser."""
 
     gain_weight: float = 1.0
     outcome_weight: float = 1.0
@@ -32,8 +32,6 @@ class Algorithm:
     leave_one_out: bool = False
     over_tokens: bool = False
     """Whether outcomes are normalised over the batch's decision tokens, not over a group's rollouts. Outcome-only."""
-    sequence_ratio: bool = False
-    """Whether the policy ratio is per sequence, not per token (``LossSettings.sequence_ratio``)."""
 
     @property
     def needs_values(self) -> bool:
@@ -48,7 +46,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "dr_grpo": Algorithm(gain_weight=0.0, scale_std=False),
     "rloo": Algorithm(gain_weight=0.0, scale_std=False, leave_one_out=True),
     "reinforce_pp": Algorithm(gain_weight=0.0, over_tokens=True),
-    "gspo": Algorithm(gain_weight=0.0, sequence_ratio=True),
+    "gspo": Algorithm(gain_weight=0.0),
 }
 
 

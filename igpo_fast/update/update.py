@@ -18,8 +18,16 @@ from igpo_fast.errors import DivergedError
 from igpo_fast.types import Aggregation, Batch, Credit
 from igpo_fast.update.advantages import Recipe, credit_rollouts, reward_metrics
 from igpo_fast.update.learner import Learner
-from igpo_fast.update.losses import importance_counts, measured, token_weights
-from igpo_fast.update.packs import Pack, Packer, Readings, advantages_of_pairs, of_pairs, rollout_key
+from igpo_fast.update.losses import importance_sums, measured, token_weights
+from igpo_fast.update.packs import (
+    Pack,
+    Packer,
+    Readings,
+    advantages_of_pairs,
+    clip_scales_of_pairs,
+    of_pairs,
+    rollout_key,
+)
 from igpo_fast.update.policy import LossInputs
 
 PerRollout = Mapping[int, np.ndarray]
@@ -161,14 +169,15 @@ class Updater:
                 old_logp=None if old_logp is None else of_pairs(plan, old_logp),
                 engine_logp=of_pairs(plan, engine_logp),
                 ref_logp=self._learner.reference(plan),
+                clip_scale=None if old_logp is None else clip_scales_of_pairs(plan, credits),  # else the ratio is 1
             )
             result = self._learner(plan, inputs, advantages_of and (lambda logp, pack=pack: advantages_of(pack, logp)))
             self._learner.backward(result.loss)
             anchor = result.decision_logp if inputs.old_logp is None else inputs.old_logp
             owner = plan.rollout[: plan.n_decisions]
-            counts = importance_counts(anchor, inputs.engine_logp, owner, self._learner.settings)
+            weighed = importance_sums(anchor, inputs.engine_logp, owner, self._learner.settings)
             largest = float(np.abs(anchor - inputs.engine_logp).max())
-            mine.append((pack.tokens, largest, measured(result.sums, inputs) | counts))
+            mine.append((pack.tokens, largest, measured(result.sums, inputs) | weighed))
         told = [pack for theirs in self.packer.ranks.gather(mine) for pack in theirs]
         sums = [found for _, _, found in told]
         for tokens, largest, _ in told:
