@@ -505,4 +505,4 @@ def test_docs_are_tables_that_render():
     for line in config_docs.render().splitlines():
         if line.startswith("|"):
             columns = line.replace("\\|", "").count("|") - 1
-            assert columns in (4, 1 + len(PRESETS["paper"])), line
+            assert columns in (4, 1 + len(PRESETS)), line
