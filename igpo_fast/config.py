@@ -45,7 +45,7 @@ from igpo_fast.config_types import (
     Url,
 )  # fmt: skip
 from igpo_fast.errors import masked
-from igpo_fast.types import Aggregation, Answers, Basis, Normalisation, Outcome, Pool
+from igpo_fast.types import Accumulate, Aggregation, Answers, Basis, Normalisation, Outcome, Pool, Ratio
 
 SESSION = Field(json_schema_extra={"session": True})
 """Marks a key that a later session of a run may change: it changes neither the data nor, beyond
@@ -356,12 +356,14 @@ class Search(Section):
 class Algorithm(Section):
     name: Literal["igpo", "ig_only", "grpo", "dr_grpo", "rloo", "reinforce_pp", "gspo"] = "igpo"
     """Algorithm; `ig_only` is igpo without the outcome, all others but igpo are outcome-only."""
-    preset: Literal["paper", "paper_v1", "robust"] = "paper"
-    """Preset for the ten keys that follow, unless they are given."""
+    preset: Literal["paper", "paper_v1", "robust", "a2tgpo", "dr_venus"] = "paper"
+    """Preset for keys of this section, unless they are given; docs/algorithms.md says where each comes from."""
     basis: Basis = "log_prob"
     """Definition of a value: mean log-probability of the answer's tokens, or its exp."""
     pool: Pool = "separate"
-    """Normalisation of gains and outcomes."""
+    """Normalisation of gains and outcomes: in separate pools of a group, in a joint one, separate with gains brought to
+    the outcomes' size (`scaled_separate`), gains of each turn number among themselves (`turn_index`), or gains as they
+    are (`raw`)."""
     ig_gate: NonNegative = 0.0
     """Gains smaller than this count as 0. Its unit is that of `basis`: `robust`'s 0.02 is a probability; with
     `log_prob` it would be nats. The size of true gains depends on the model: `reward/ig_gated` is the share that is
@@ -392,25 +394,50 @@ class Algorithm(Section):
     `\\nNow there's enough information to answer\\n</think>\\n<answer>\\n{}\\n</answer>`, after the `<think>` with which
     that code opens every turn (left out if a chat template opens the thought; after a thought that the template
     closed, the answer stands in `<answer>` alone)."""
+    accumulate: Accumulate = "sum"
+    """What a turn's advantage holds of later turns: the discounted `sum` of their rewards; the discounted sum of gains
+    over the square root of their number, and the outcome (`sum_over_sqrt`); or the outcome alone (`none`)."""
+    ig_weight: NonNegative = 1.0
+    """Weight of normalised gains; of outcomes it is 1."""
+    ig_weight_end: NonNegative | None = None
+    """Weight of gains in the last step, to which `ig_weight` leads in equal parts; null keeps it."""
+    ig_tools: tuple[Literal["search"], ...] = ()
+    """Tools whose turns earn gains. Other turns share the advantage of the next that does; empty is all turns."""
+    ig_every: Positive = 1
+    """Only every so many turns earn a gain, for all turns since the last that did."""
+    turn_format_penalty: NonNegative = 0.0
+    """What a malformed turn pays in place of its gain; 0 leaves it its gain. For the last turn there is
+    `format_penalty`."""
+    redundancy_penalty: NonNegative = 0.0
+    """Times the share of a response's passages that the rollout has seen before, subtracted from advantages."""
+    adaptive_clip: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Clip ranges of a turn are up to so much wider or narrower by its normalised gain (A2TGPO); 0 leaves them."""
     gamma: Fraction = 1.0
     """Discount of later turns' rewards; outcome-only algorithms use 1."""
     passes: Literal["auto", "one", "two"] = "auto"
     """Passes over a rollout's tokens per update."""
+    ratio: Ratio = "token"
+    """Tokens that share one policy ratio, the exp of their mean log ratio: each alone, those of a turn, or all of a
+    rollout. `sequence` is the default of `name=gspo`."""
     clip_low: Fraction = 0.2
-    """Ratios below 1 - clip_low are clipped. With `name=gspo` 0.0003 unless given."""
+    """Ratios below 1 - clip_low are clipped. With `ratio=turn` 0.003, with `ratio=sequence` 0.0003 unless given."""
     clip_high: NonNegative = 0.2
-    """Ratios above 1 + clip_high are clipped. With `name=gspo` 0.0004 unless given."""
+    """Ratios above 1 + clip_high are clipped. With `ratio=turn` 0.004, with `ratio=sequence` 0.0004 unless given."""
     dual_clip: Annotated[float, Field(gt=1, le=1e6)] | None = None
     """Bound on the loss of tokens with negative advantage (usually 3.0)."""
     aggregation: Aggregation = "seq_mean_token_mean"
     """Aggregation of token losses. `seq_mean_token_sum_norm` divides a rollout's sum by the most tokens that a rollout
     may have; it is the default of `name=dr_grpo`."""
-    importance: Literal["none", "token", "sequence"] = "none"
-    """Importance weights that correct for an engine whose probabilities differ from the trainer's."""
+    importance: Literal["none", "token", "sequence", "geometric"] = "none"
+    """Importance weights that correct for an engine whose probabilities differ from the trainer's: the quotient of the
+    token's probabilities, of the rollout's (their product over its tokens), or the geometric mean over its tokens."""
     importance_mode: Literal["truncate", "mask"] = "truncate"
-    """Treatment of importance weights above the cap."""
+    """Treatment of importance weights outside `importance_floor` and `importance_cap`: `truncate` to the nearer bound,
+    or `mask` the loss of their token or rollout. Masked tokens still count in `aggregation` (verl leaves them out)."""
     importance_cap: Annotated[float, Field(ge=1, le=1e6)] = 2.0
-    """Largest importance weight; larger weights are truncated to it, or their token or sequence is masked."""
+    """Largest importance weight."""
+    importance_floor: Fraction = 0.0
+    """Smallest importance weight; 0 sets none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -420,15 +447,36 @@ class Algorithm(Section):
         preset, name = values.get("preset", "paper"), values.get("name")
         known = isinstance(preset, str) and preset in PRESETS
         own = OWN_LOSS.get(name, {}) if isinstance(name, str) else {}
-        return {**(PRESETS[preset] if known else {}), **own, **values}
+        values = {**(PRESETS[preset] if known else {}), **own, **values}
+        ratio = values.get("ratio")
+        return {**(CLIP_OF_RATIO.get(ratio, {}) if isinstance(ratio, str) else {}), **values}
 
     @model_validator(mode="after")
-    def _check_cap(self):
-        if self.importance_mode == "mask" and self.importance_cap == 1:
+    def _check_gains(self):
+        if self.ig_weight == 0 and not self.ig_weight_end:
             raise ValueError(
-                "algorithm.importance_cap=1 with importance_mode=mask drops tokens whose weight rounds above 1; "
-                "raise the cap (2 is usual)"
+                "algorithm.ig_weight=0 leaves outcomes alone; use algorithm.name=grpo, which scores no answers"
             )
+        if self.adaptive_clip and self.pool == "raw":
+            raise ValueError(
+                "algorithm.adaptive_clip follows normalised gains, and pool=raw normalises none; choose another pool"
+            )
+        if self.adaptive_clip and self.ratio == "sequence":
+            raise ValueError(
+                "algorithm.adaptive_clip gives each turn a clip range, and ratio=sequence has one ratio for all turns; "
+                "use ratio=turn or token"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_bounds(self):
+        sides = {
+            "importance_cap": "above 1; raise the cap (2 is usual)",
+            "importance_floor": "below 1; lower the floor",
+        }
+        for key, side in sides.items():
+            if self.importance_mode == "mask" and getattr(self, key) == 1:
+                raise ValueError(f"algorithm.{key}=1 with importance_mode=mask drops tokens whose weight rounds {side}")
         return self
 
 
@@ -445,13 +493,27 @@ PRESETS: dict[str, dict] = {
         basis="prob", pool="joint", ig_gate=0.0, ig_center=True, ig_min_std=1e-6, outcome_min_std=1e-6,
         min_var=1e-8, format_penalty=-2.0, kl=0.001, entropy=0.001,
     ),
+    "a2tgpo": dict(
+        basis="prob", pool="turn_index", ig_gate=0.0, ig_center=True, ig_min_std=0.0, outcome_min_std=0.0,
+        min_var=0.0, format_penalty=-1.0, kl=0.0, entropy=0.0, outcome="em", accumulate="sum_over_sqrt",
+        adaptive_clip=0.3, ratio="turn",
+    ),
+    "dr_venus": dict(
+        basis="log_prob", pool="scaled_separate", ig_gate=0.0, ig_center=True, ig_min_std=1e-6, outcome_min_std=1e-6,
+        min_var=1e-8, format_penalty=-1.0, kl=0.001, entropy=0.0, turn_format_penalty=1.0, gamma=0.95,
+    ),
 }  # fmt: skip
 
 OWN_LOSS: dict[str, dict] = {
     "dr_grpo": dict(aggregation="seq_mean_token_sum_norm"),
-    "gspo": dict(clip_low=3e-4, clip_high=4e-4),
+    "gspo": dict(ratio="sequence"),
 }
 """Defaults that come with ``algorithm.name``."""
+CLIP_OF_RATIO: dict[str, dict] = {
+    "turn": dict(clip_low=3e-3, clip_high=4e-3),
+    "sequence": dict(clip_low=3e-4, clip_high=4e-4),
+}
+"""Defaults that come with ``algorithm.ratio``: a mean over tokens stays closer to 1."""
 
 
 class Train(Section):

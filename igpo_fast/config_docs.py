@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from igpo_fast.config import PRESETS, Config
+from igpo_fast.config import PRESETS, Algorithm, Config
 from igpo_fast.config_types import LARGEST
 
 HEADER = """# Configuration
@@ -57,11 +57,12 @@ def render() -> str:
         ]
         about = f"{' '.join(cls.__doc__.split())}\n\n" if cls.__doc__ else ""
         parts.append(f"## {section}\n\n{about}{_table(['key', 'type', 'default', 'meaning'], rows)}\n")
-    keys = list(PRESETS["paper"])
-    rows = [[f"`{name}`", *(_value(values[key]) for key in keys)] for name, values in PRESETS.items()]
+    keys = dict.fromkeys(key for values in PRESETS.values() for key in values)
+    defaults = {key: field.default for key, field in Algorithm.model_fields.items()}
+    rows = [[f"`{key}`", *(_value(values.get(key, defaults[key])) for values in PRESETS.values())] for key in keys]
     parts.append(
         "## Presets\n\nValues that `algorithm.preset` sets unless the key is given:\n\n"
-        f"{_table(['preset', *(f'`{key}`' for key in keys)], rows)}\n"
+        f"{_table(['key', *(f'`{name}`' for name in PRESETS)], rows)}\n"
     )
     return "\n".join(parts)
 

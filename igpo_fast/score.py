@@ -36,9 +36,10 @@ from igpo_fast.model import device_of, load
 from igpo_fast.rollouts.dialect import CHAT_SYSTEM, SEARCH_TOOL, TODAY, Dialect, TagsDialect, make_dialect, unquote
 from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.trajectories import Message, Record, read_records
+from igpo_fast.types import Answers, Basis
+from igpo_fast.update.gains import information_gain, values_of
 from igpo_fast.update.packs import answer_means
 from igpo_fast.update.policy import Policy
-from igpo_fast.update.rewards import Answers, Basis, information_gain, values_of
 from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack
 
 BUDGETS = dict(max_passage_tokens=128, max_answer_tokens=64, max_answers=4)
@@ -234,7 +235,7 @@ class Scorer:
         lm: made by ``igpo_fast.model``.
         dialect: ``tags`` or ``chat``.
         temperature: divides the logits.
-        basis, answers: as in ``rewards.values_of``.
+        basis, answers: as in ``gains.values_of``.
         wrapper: what a forced answer stands in; None takes the dialect's own.
     Raises:
         InputError: the tokenizer cannot serve the dialect, or the temperature is not a positive number.

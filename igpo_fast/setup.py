@@ -205,7 +205,8 @@ def make_updater(setup: Setup, learner: Learner, progress: Progress, ranks: Rank
     Raises:
         InputError: a number of passes that the configuration cannot have.
     """
-    config, recipe = setup.config, recipe_of(setup.config.algorithm)
+    config = setup.config
+    recipe = recipe_of(config.algorithm, config.train.steps)
     passes = choose_passes(config, recipe, setup.answer_tokens)
     least = least_budget(config, recipe, setup.answer_tokens, passes)
     packer = Packer(learner, setup.branches_of, recipe, passes, config.train.token_budget, ranks, least)
@@ -278,10 +279,20 @@ def _kernels(config: Config, lm: PreTrainedModel) -> str:
 def settings_warnings(config: Config) -> list[str]:
     """Warnings about settings without the effect that they suggest, one line each."""
     a, warnings = config.algorithm, []
-    if ALGORITHMS[a.name].sequence_ratio and config.train.updates == 1:
+    if a.ratio != "token" and config.train.updates == 1:
         warnings.append(
-            f"algorithm.name={a.name} with train.updates=1 equals grpo: all ratios are 1, so that algorithm.clip_low "
-            "and clip_high never act; raise train.updates"
+            f"algorithm.ratio={a.ratio} with train.updates=1 never clips (gspo then equals grpo): all ratios are 1; "
+            "raise train.updates, or use algorithm.ratio=token"
+        )
+    if a.adaptive_clip and config.train.updates == 1:
+        warnings.append(
+            f"algorithm.adaptive_clip={a.adaptive_clip:g} with train.updates=1 never acts: all ratios are 1; raise "
+            "train.updates"
+        )
+    if a.ratio == "sequence" and ALGORITHMS[a.name].needs_values:
+        warnings.append(
+            "algorithm.ratio=sequence gives all tokens of a rollout the same gradient, so that gains do not tell its "
+            "turns apart; use algorithm.ratio=turn"
         )
     preset = PRESETS[a.preset]
     if a.ig_gate and a.basis != preset["basis"] and a.ig_gate == preset["ig_gate"]:

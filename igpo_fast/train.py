@@ -147,7 +147,8 @@ class Trainer:
         self._count(step, metrics)
         if by_gains:
             self.update.read(Batch(step, tuple(groups.values())), readings, metrics)
-        avoided = {i for i in groups if rollout.skip_collapsed and self.update.packer.collapsed(groups[i], readings)}
+        collapsed = self.update.packer.collapsed
+        avoided = {i for i in groups if rollout.skip_collapsed and collapsed(step, groups[i], readings)}
         kept = sorted(sorted(groups, key=lambda i: (i in avoided, i))[:wanted])
         if not kept:
             raise self.ranks.on_all(RunError(

@@ -23,10 +23,12 @@ SEARCH, ANSWER, INVALID = "search", "answer", "invalid"
 
 Basis = Literal["log_prob", "prob"]
 Answers = Literal["first", "max", "mean"]
-Pool = Literal["separate", "joint", "scaled_separate"]
+Pool = Literal["separate", "joint", "scaled_separate", "turn_index", "raw"]
+Accumulate = Literal["sum", "sum_over_sqrt", "none"]
 Outcome = Literal["f1", "em"]
 Normalisation = Literal["igpo", "squad", "hotpot"]
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
+Ratio = Literal["token", "turn", "sequence"]
 Truncation = Literal["", "tokens", "turns"]
 
 
@@ -183,13 +185,16 @@ class Credit:
     values: np.ndarray
     """v_t at prefix_0 .. prefix_{T-1}, in the configured basis: float64 [T]; NaN where undefined."""
     gains: np.ndarray
-    """ig_t = v_t - v_{t-1}, credited to turns 1 .. T-1: float64 [T-1]."""
+    """ig_t = v_t - v_{t-1}, credited to turns 1 .. T-1: float64 [T-1]; NaN for a turn that earns none (``ig_tools``,
+    ``ig_every``), whose gain is in that of the next."""
     outcome: float
     """F1 or EM of the final answer, or the format penalty."""
     f1: float
     em: float
     advantages: np.ndarray
     """A_t, after normalising and discounting: float64 [T]."""
+    clip_scale: np.ndarray | None = None
+    """Factor of each turn's clip range: float64 [T]; None is 1."""
 
 
 @dataclass(frozen=True)

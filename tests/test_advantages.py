@@ -174,9 +174,8 @@ def test_gamma_discounts_igpo_but_not_outcome_only():
         assert scored(Recipe(algorithm=name, **halved)) == close(ALGORITHM_NUMBERS[name])
 
 
-def test_which_algorithms_need_values_and_sequence_ratios():
+def test_which_algorithms_need_values():
     assert {name for name, a in ALGORITHMS.items() if a.needs_values} == {"igpo", "ig_only"}
-    assert {name for name, a in ALGORITHMS.items() if a.sequence_ratio} == {"gspo"}
 
 
 def test_one_turn_question_reduces_to_outcome_only():

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from igpo_fast.config import load
-from igpo_fast.update.losses import importance_counts, loss_settings_of, measured, token_weights
+from igpo_fast.run.metrics import StepMetrics
+from igpo_fast.update.losses import importance_sums, loss_settings_of, measured, token_weights
 from igpo_kernels import LossSettings
 
 LENGTHS = [1, 2, 5]
@@ -82,10 +83,48 @@ ROLLOUT = np.array([7, 7, 4, 4])
         (dict(importance="sequence"), {"capped": 2}),
         (dict(importance="sequence", importance_mode="mask", importance_cap=1.05), {"masked": 4}),
         (dict(importance="sequence", importance_cap=3.0), {"capped": 0}),
+        (dict(importance="token", importance_floor=0.8), {"capped": 2}),
+        (dict(importance="token", importance_floor=0.8, importance_mode="mask"), {"masked": 2}),
+        (dict(importance="geometric", importance_cap=1.5), {"capped": 2}),
+        (dict(importance="geometric", importance_cap=1.6), {"capped": 0}),
     ],
 )
-def test_tokens_beyond_the_cap_are_counted(settings, expected):
-    assert importance_counts(TRAINER, ENGINE, ROLLOUT, LossSettings(**settings)) == expected
+def test_tokens_outside_the_bounds_are_counted(settings, expected):
+    sums = importance_sums(TRAINER, ENGINE, ROLLOUT, LossSettings(**settings))
+    assert {name: sums[name] for name in sums if name in ("capped", "masked")} == expected
+
+
+# Log ratios of three rollouts; token ratios 1.105, .223, 2.226 | 1, 1.051 | .980, 1.010, 1.010, .961.
+RATIOS = np.array([0.1, -1.5, 0.8, 0, 0.05, -0.02, 0.01, 0.01, -0.04])
+OWNER = np.repeat([2, 0, 5], [3, 2, 4])
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (dict(importance="token", importance_cap=1e6), 0.8297919983),
+        (dict(importance="token"), 0.8578443868),
+        (dict(importance="token", importance_mode="mask", importance_floor=0.5), 0.7762923627),
+        (dict(importance="sequence"), 0.9409542259),
+        (dict(importance="geometric", importance_mode="mask", importance_floor=0.99), 0.6664831375),
+        (dict(importance="token", importance_mode="mask", importance_floor=0.5, importance_cap=0.6), 0.0),
+        (dict(importance="token", importance_floor=2.0), 1.0),  # all weigh 2
+    ],
+)
+def test_the_effective_sample_size_by_hand(settings, expected):
+    # In packs of two rollouts and of one; shares of 9 tokens, masked ones included.
+    packs = []
+    for some in (OWNER != 0, OWNER == 0):
+        sums = importance_sums(RATIOS[some], np.zeros(some.sum()), OWNER[some], LossSettings(**settings))
+        packs.append(sums | {"policy": 0.0, "tokens": some.sum()})
+    metrics = StepMetrics(1)
+    metrics.update(packs, 1.0)
+    assert metrics.row()["importance/ess"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_weights_that_overflow_are_capped():
+    sums = importance_sums(np.array([1e4]), np.zeros(1), np.zeros(1), LossSettings(importance="token"))
+    assert sums == {"capped": 1, "importance": 2.0, "squared_importance": 4.0}
 
 
 def test_what_was_not_measured_is_left_out():
@@ -97,15 +136,19 @@ def test_what_was_not_measured_is_left_out():
 
 def test_loss_settings_are_the_configured_ones():
     given = dict(
-        clip_low=0.1, clip_high=0.3, dual_clip=3.0, kl=0.5, entropy=0.25, importance="sequence", importance_mode="mask",
-        importance_cap=4.0,
+        clip_low=0.1, clip_high=0.3, dual_clip=3.0, kl=0.5, entropy=0.25, ratio="turn", importance="sequence",
+        importance_mode="mask", importance_cap=4.0, importance_floor=0.5,
     )  # fmt: skip
-    config = load(None, ["algorithm.name=gspo", *(f"algorithm.{key}={value}" for key, value in given.items())])
-    assert loss_settings_of(config.algorithm) == LossSettings(sequence_ratio=True, **given)
-    assert set(given) | {"sequence_ratio"} == {field.name for field in fields(LossSettings)}
-    assert not loss_settings_of(load().algorithm).sequence_ratio
+    config = load(None, [f"algorithm.{key}={value}" for key, value in given.items()])
+    assert loss_settings_of(config.algorithm) == LossSettings(**given)
+    assert set(given) == {field.name for field in fields(LossSettings)}
+    ratio = lambda *overrides: loss_settings_of(load(None, overrides).algorithm).ratio  # noqa: E731
+    assert (ratio(), ratio("algorithm.name=gspo")) == ("token", "sequence")
+    assert ratio("algorithm.name=gspo", "algorithm.ratio=turn") == "turn"
 
 
-def test_which_settings_need_to_know_the_rollout_of_a_pair():
-    assert not LossSettings(importance="token").needs_sequence
-    assert LossSettings(importance="sequence").needs_sequence and LossSettings(sequence_ratio=True).needs_sequence
+def test_which_settings_need_to_know_the_turn_or_rollout_of_a_pair():
+    needs = lambda **given: (LossSettings(**given).needs_segment, LossSettings(**given).needs_sequence)  # noqa: E731
+    assert needs(importance="token") == (False, False)
+    assert needs(importance="sequence") == needs(importance="geometric") == (False, True)
+    assert needs(ratio="sequence") == needs(ratio="turn", importance="token") == (True, False)

@@ -17,6 +17,7 @@ OPS = ("tree_attention", "linear_logprob", "policy_loss", "linear_policy_loss")
     ("options", "loss"),
     [
         (("algorithm.name=gspo",), "policy_loss"),
+        (("algorithm.ratio=turn",), "policy_loss"),
         (("algorithm.importance=sequence",), "policy_loss"),
         (("algorithm.importance=token",), "linear_policy_loss"),
         (("algorithm.kl=0.1",), "linear_policy_loss"),

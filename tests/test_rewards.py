@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpo_fast.types import Question, Rollout, Turn
-from igpo_fast.update.rewards import exact_match, f1_score, information_gain, normalise_answer, outcome, values_of
+from igpo_fast.update.gains import information_gain, values_of
+from igpo_fast.update.rewards import exact_match, f1_score, normalise_answer, outcome
 
 
 @pytest.mark.parametrize(

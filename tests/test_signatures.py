@@ -141,12 +141,19 @@ def test_signatures_name_keys_that_exist():
         assert named and all(key in dumped[section] for section, key in named), signature.remedy
 
 
-def test_gspo_with_one_update_is_said_to_be_grpo():
-    (warning,) = settings_warnings(load(None, ["algorithm.name=gspo"]))
+@pytest.mark.parametrize("override, ratio", [("algorithm.name=gspo", "sequence"), ("algorithm.ratio=turn", "turn")])
+def test_ratios_over_tokens_with_one_update_are_said_to_be_1(override, ratio):
+    (warning,) = settings_warnings(load(None, [override]))
     assert "\n" not in warning
-    assert warning.startswith("algorithm.name=gspo with train.updates=1 equals grpo") and "clip" in warning
-    assert settings_warnings(load(None, ["algorithm.name=gspo", "train.updates=2"])) == []
+    assert warning.startswith(f"algorithm.ratio={ratio} with train.updates=1 never clips (gspo then equals grpo)")
+    assert settings_warnings(load(None, [override, "train.updates=2"])) == []
     assert settings_warnings(load(None, ["algorithm.name=grpo"])) == []
+
+
+def test_one_ratio_per_rollout_is_said_to_spread_gains():
+    (warning,) = settings_warnings(load(None, ["algorithm.ratio=sequence", "train.updates=2"]))
+    assert warning.startswith("algorithm.ratio=sequence gives all tokens of a rollout the same gradient")
+    assert settings_warnings(load(None, ["algorithm.name=grpo", "algorithm.ratio=sequence", "train.updates=2"])) == []
 
 
 def test_a_presets_gate_under_another_basis_is_pointed_out():

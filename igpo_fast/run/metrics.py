@@ -22,8 +22,8 @@ KEYS = (
     "group/collapsed_outcome", "group/collapsed", "turns/mean", "turns/format_error", "turns/truncated_tokens",
     "turns/truncated_turns", "tokens/packed", "tokens/rollout", "tokens/scored", "sharing/ratio", "loss/policy",
     "loss/kl", "loss/entropy", "loss/clip_frac", "loss/grad_norm", "mismatch/logp_abs_diff", "mismatch/logp_abs_max",
-    "mismatch/capped", "mismatch/masked", "tool/", "time/rollout", "time/score", "time/train", "time/sync",
-    "time/step", "time/eval", "memory/peak_gb", "eval/f1", "eval/f1_se", "eval/em", "eval/turns",
+    "mismatch/capped", "mismatch/masked", "importance/ess", "tool/", "time/rollout", "time/score", "time/train",
+    "time/sync", "time/step", "time/eval", "memory/peak_gb", "eval/f1", "eval/f1_se", "eval/em", "eval/turns",
     "eval/search_failures",
 )  # fmt: skip
 """Order of a row's keys; one that ends in a slash stands for all keys with that prefix, and other keys follow."""
@@ -37,6 +37,8 @@ TOKEN_MEANS = {
     "mismatch/masked": "masked",
 }
 """Row key -> the pack's sum that is divided by its ``tokens``."""
+SUMS = ("policy", "tokens", "importance", "squared_importance", *TOKEN_MEANS.values())
+"""A pack's sums that are added up over a step."""
 EVALUATION = "eval"
 """The phase that is not counted in ``time/step``."""
 
@@ -93,13 +95,13 @@ class StepMetrics:
 
         Args:
             packs: per pack, the results of ``igpo_kernels.policy_loss``: sums over its pairs (``policy``, weighted, and
-                ``tokens``, ``kl``, ``entropy``, ``clipped``, ``mismatch``), and ``losses.importance_counts``.
+                ``tokens``, ``kl``, ``entropy``, ``clipped``, ``mismatch``), and ``losses.importance_sums``.
                 Unmeasured ones are left out (``losses.measured``). Scalars; tensors are read in ``row`` only, so that
                 nothing waits for the GPU.
             grad_norm: gradient norm before clipping.
         """
         for pack in packs:
-            for name in ("policy", "tokens", *TOKEN_MEANS.values()):
+            for name in SUMS:
                 if name in pack:
                     self._sums[name] = self._sums.get(name, 0.0) + pack[name]
         self._grad_norms.append(grad_norm)
@@ -108,8 +110,9 @@ class StepMetrics:
         """The row, keys in the order of ``KEYS``.
 
         ``loss/policy`` and ``loss/grad_norm`` are means over updates, keys of ``TOKEN_MEANS`` means over decision
-        tokens; a mean over nothing is absent. Times are in seconds; ``time/step`` counts from this object's creation,
-        without ``time/eval``.
+        tokens; a mean over nothing is absent. ``importance/ess`` is the effective sample size of the bounded importance
+        weights as a share of all decision tokens (Kish; masked ones weigh 0): 1 where all are equal, 0 where all are 0.
+        Times are in seconds; ``time/step`` counts from this object's creation, without ``time/eval``.
         """
         row = dict(self._values)
         sums = {name: float(value) for name, value in self._sums.items()}
@@ -118,6 +121,8 @@ class StepMetrics:
             row["loss/grad_norm"] = sum(map(float, self._grad_norms)) / updates
         if tokens := sums.get("tokens"):
             row |= {key: sums[name] / tokens for key, name in TOKEN_MEANS.items() if name in sums}
+            if "importance" in sums:
+                row["importance/ess"] = sums["importance"] ** 2 / (tokens * sums["squared_importance"] or 1.0)
         row |= self._times
         row["time/step"] = self._clock() - self._start - self._times.get(f"time/{EVALUATION}", 0.0)
         row["memory/peak_gb"] = peak_memory_gb()

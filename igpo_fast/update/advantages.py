@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from igpo_fast.types import Answers, Basis, Credit, Group, Normalisation, Outcome, Pool
-from igpo_fast.update.rewards import exact_match, f1_score, information_gain, outcome
-from igpo_kernels.turn_advantages import GAIN, OUTCOME, Normaliser, turn_advantages
+from igpo_fast.types import INVALID, Accumulate, Answers, Basis, Credit, Group, Normalisation, Outcome, Pool, Rollout
+from igpo_fast.update.gains import earning_turns, information_gain, repeated_passages
+from igpo_fast.update.rewards import exact_match, f1_score, outcome
+from igpo_kernels.turn_advantages import GAIN, OUTCOME, Normaliser, normalised_rewards, turn_advantages
 
 if TYPE_CHECKING:
     from igpo_fast import config
@@ -23,7 +24,7 @@ ZERO_GAIN = 1e-4
 
 @dataclass(frozen=True)
 class Algorithm:
-    """Differences of an algorithm from IGPO: the rewards that count, their normaliser, the level of the ratio."""
+    """Differences of an algorithm from IGPO: the rewards that count and their normaliser."""
 
     gain_weight: float = 1.0
     outcome_weight: float = 1.0
@@ -31,8 +32,6 @@ class Algorithm:
     leave_one_out: bool = False
     over_tokens: bool = False
     """Whether outcomes are normalised over the batch's decision tokens, not over a group's rollouts. Outcome-only."""
-    sequence_ratio: bool = False
-    """Whether the policy ratio is per sequence, not per token (``LossSettings.sequence_ratio``)."""
 
     @property
     def needs_values(self) -> bool:
@@ -47,7 +46,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "dr_grpo": Algorithm(gain_weight=0.0, scale_std=False),
     "rloo": Algorithm(gain_weight=0.0, scale_std=False, leave_one_out=True),
     "reinforce_pp": Algorithm(gain_weight=0.0, over_tokens=True),
-    "gspo": Algorithm(gain_weight=0.0, sequence_ratio=True),
+    "gspo": Algorithm(gain_weight=0.0),
 }
 
 
@@ -58,9 +57,9 @@ class Recipe:
     algorithm: str = "igpo"
     """A key of ``ALGORITHMS``."""
     basis: Basis = "log_prob"
-    """Basis for ``rewards.values_of``, whose results ``credit_rollouts`` takes."""
+    """Basis for ``gains.values_of``, whose results ``credit_rollouts`` takes."""
     answers: Answers = "first"
-    """Answers for ``rewards.values_of``."""
+    """Answers for ``gains.values_of``."""
     pool: Pool = "separate"
     gate: float = 0.0
     center: bool = True
@@ -71,20 +70,41 @@ class Recipe:
     format_penalty: float = -2.0
     outcome: Outcome = "f1"
     f1_normalisation: Normalisation = "igpo"
+    accumulate: Accumulate = "sum"
+    ig_weight: float = 1.0
+    ig_weight_end: float | None = None
+    """Weight of gains in the last step, to which ``ig_weight`` leads in equal parts; None keeps it."""
+    ig_tools: tuple[str, ...] = ()
+    ig_every: int = 1
+    turn_format_penalty: float = 0.0
+    redundancy_penalty: float = 0.0
+    adaptive_clip: float = 0.0
+    steps: int = 1
+    """Steps of the run."""
+
+    def at(self, step: int) -> Recipe:
+        """The recipe of one step of the run, with its weight of gains."""
+        if self.ig_weight_end is None or self.steps < 2:
+            return self
+        share = (step - 1) / (self.steps - 1)
+        weight = self.ig_weight + share * (self.ig_weight_end - self.ig_weight)
+        return replace(self, ig_weight=weight, ig_weight_end=None)
 
     @property
     def normaliser(self) -> Normaliser:
         """The normaliser. If only gains or only outcomes count, they have a pool of their own, whatever ``pool`` says:
         unused rewards must not affect the statistics of used ones."""
         chosen = ALGORITHMS[self.algorithm]
+        alone = not (chosen.gain_weight and chosen.outcome_weight)
         return Normaliser(
-            pool=self.pool if chosen.gain_weight and chosen.outcome_weight else "separate",
+            pool="separate" if alone and self.pool in ("joint", "scaled_separate") else self.pool,
+            accumulate=self.accumulate if chosen.gain_weight else "sum",
             gate=self.gate,
             center=self.center,
             min_std=self.min_std,
             outcome_min_std=self.outcome_min_std,
             min_var=self.min_var,
-            gain_weight=chosen.gain_weight,
+            gain_weight=chosen.gain_weight * self.ig_weight,
             outcome_weight=chosen.outcome_weight,
             scale_std=chosen.scale_std,
             leave_one_out=chosen.leave_one_out,
@@ -112,10 +132,11 @@ class Recipe:
         return self.gamma if self.needs_values else 1.0
 
 
-def recipe_of(algorithm: config.Algorithm) -> Recipe:
-    """The recipe that the configuration's section ``algorithm`` describes."""
+def recipe_of(algorithm: config.Algorithm, steps: int = 1) -> Recipe:
+    """The recipe that the configuration's section ``algorithm`` describes, for a run of ``steps``."""
     keys = {"algorithm": "name", "gate": "ig_gate", "center": "ig_center", "min_std": "ig_min_std"}
-    return Recipe(**{f.name: getattr(algorithm, keys.get(f.name, f.name)) for f in fields(Recipe)})
+    named = {f.name: getattr(algorithm, keys.get(f.name, f.name)) for f in fields(Recipe) if f.name != "steps"}
+    return Recipe(**named, steps=steps)
 
 
 def credit_rollouts(
@@ -137,33 +158,39 @@ def credit_rollouts(
         if recipe.needs_values:
             raise ValueError(f"credit_rollouts: algorithm {recipe.algorithm} needs answer values; got None")
         values = [np.full(n, np.nan) for n in turns]
-        gains = [np.empty(0) for _ in turns]
     else:
         values = [np.asarray(v, dtype=np.float64) for v in values_per_rollout]
         if [v.shape for v in values] != [(n,) for n in turns]:
             raise ValueError("credit_rollouts: values_per_rollout must hold one [T] array per rollout, in order")
-        gains = [information_gain(v)[0] for v in values]
-
+    penalised = recipe.turn_format_penalty != 0
+    earning = [earning_turns(rollout, recipe.ig_tools, recipe.ig_every, penalised) for rollout in rollouts]
+    scored = values_per_rollout is not None
+    gains = [information_gain(v, e)[0] if scored else np.empty(0) for v, e in zip(values, earning, strict=True)]
     outcomes = [outcome(r, recipe.outcome, recipe.f1_normalisation, recipe.format_penalty) for r in rollouts]
-    rollout_offsets = np.cumsum([0, *turns])
+    clip_scales: list[np.ndarray | None] = [None] * len(rollouts)
     if recipe.over_tokens:
         tokens = [rollout.decision_tokens for rollout in rollouts]
-        advantages = np.repeat(_normalised_over_tokens(outcomes, tokens, recipe.normaliser), turns)
+        normalised = _normalised_over_tokens(outcomes, tokens, recipe.normaliser)
+        advantages = [np.full(n, a) for n, a in zip(turns, normalised, strict=True)]
     else:
-        last_turns = rollout_offsets[1:] - 1
-        rewards, kinds = np.zeros(sum(turns)), np.full(sum(turns), GAIN)
-        kinds[last_turns] = OUTCOME
-        rewards[last_turns] = outcomes
-        if values_per_rollout is not None:
-            rewards[kinds == GAIN] = np.concatenate(gains)
-        advantages = turn_advantages(
-            torch.from_numpy(rewards),
-            torch.from_numpy(kinds),
-            torch.from_numpy(rollout_offsets),
-            torch.from_numpy(np.cumsum([0, *(len(group.rollouts) for group in groups)])),
-            recipe.discount,
-            recipe.normaliser,
-        ).numpy()
+        rewards = [_rewards(*parts, recipe) for parts in zip(rollouts, earning, gains, outcomes, strict=True)]
+        ends = [np.flatnonzero([*e, True]) for e in earning]  # the turns that earn a reward
+        segments = [np.searchsorted(end, np.arange(n)) for end, n in zip(ends, turns, strict=True)]
+        offsets = np.cumsum([0, *map(len, ends)])
+        kinds = np.full(offsets[-1], GAIN)
+        kinds[offsets[1:] - 1] = OUTCOME
+        sizes = np.cumsum([0, *(len(group.rollouts) for group in groups)])
+        arrays = [torch.from_numpy(x) for x in (np.concatenate(rewards), kinds, offsets, sizes)]
+        per_reward = turn_advantages(*arrays, recipe.discount, recipe.normaliser).numpy()
+        advantages = [
+            per_reward[first:][segment] - _repetition(rollout, end, recipe)[segment]
+            for first, segment, rollout, end in zip(offsets, segments, rollouts, ends, strict=False)
+        ]
+        if recipe.adaptive_clip:
+            z = normalised_rewards(*arrays, recipe.normaliser).numpy()
+            # A2TGPO (arXiv 2605.06200), Eq. 11: within 1 +- adaptive_clip. The last turn has no gain.
+            scale = np.where(kinds == GAIN, 1 + recipe.adaptive_clip * np.tanh(z / 2), 1.0)
+            clip_scales = [scale[first:][segment] for first, segment in zip(offsets, segments, strict=False)]
     return tuple(
         Credit(
             values=values[i],
@@ -171,10 +198,33 @@ def credit_rollouts(
             outcome=outcomes[i],
             f1=f1_score(rollout.answer, rollout.question.answers, recipe.f1_normalisation),
             em=exact_match(rollout.answer, rollout.question.answers, recipe.f1_normalisation),
-            advantages=advantages[rollout_offsets[i] : rollout_offsets[i + 1]],
+            advantages=advantages[i],
+            clip_scale=clip_scales[i],
         )
         for i, rollout in enumerate(rollouts)
     )
+
+
+def _rewards(rollout: Rollout, earning: np.ndarray, gains: np.ndarray, last: float, recipe: Recipe) -> np.ndarray:
+    """The rewards of the turns that earn a gain, then the outcome: float64 [earning + 1]."""
+    earned = gains[earning] if len(gains) else np.zeros(earning.sum())
+    if recipe.turn_format_penalty:
+        malformed = np.array([turn.action == INVALID for turn in rollout.turns[:-1]], dtype=bool)[earning]
+        earned = np.where(malformed, -recipe.turn_format_penalty, earned)
+    return np.append(earned, last)
+
+
+def _repetition(rollout: Rollout, ends: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """What repeated passages cost each rewarded turn and, as they are summed, those before it: float64 [ends]."""
+    costs = np.zeros(len(ends))
+    if not recipe.redundancy_penalty:
+        return costs
+    shares = repeated_passages(rollout)
+    np.add.at(costs, np.searchsorted(ends, np.arange(len(shares))), recipe.redundancy_penalty * shares)
+    if recipe.accumulate != "none":
+        for t in reversed(range(len(costs) - 1)):
+            costs[t] += recipe.discount * costs[t + 1]
+    return costs
 
 
 def _normalised_over_tokens(outcomes: Sequence[float], tokens: Sequence[int], normaliser: Normaliser) -> np.ndarray:
@@ -215,7 +265,8 @@ def reward_metrics(groups: Sequence[Group], credits: Sequence[Credit], gate: flo
         ``reward/ig_*`` and ``value/*``: only if values were scored, over finite ones.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    gains = np.concatenate([s.gains for s in credits])
+    earned = [s.gains[~np.isnan(s.gains)] for s in credits]
+    gains = np.concatenate(earned)
     scored = [s for s in credits if s.gains.size or not np.isnan(s.values).all()]
     sizes = np.abs(gains)
     means = {
@@ -226,7 +277,7 @@ def reward_metrics(groups: Sequence[Group], credits: Sequence[Credit], gate: flo
         "reward/ig_abs": sizes,
         "reward/ig_zero": sizes < ZERO_GAIN,
         "reward/ig_gated": sizes[sizes >= ZERO_GAIN] < gate if gate else (),
-        "reward/ig_cum_negative": [s.gains.sum() < 0 for s in scored],
+        "reward/ig_cum_negative": [np.nansum(s.gains) < 0 for s in scored],
         "value/first": [s.values[0] for s in scored if np.isfinite(s.values[0])],
         "value/last": [s.values[-1] for s in scored if np.isfinite(s.values[-1])],
         "turns/mean": [len(rollout.turns) for rollout in rollouts],

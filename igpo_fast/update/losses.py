@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from igpo_fast.types import Aggregation
-from igpo_fast.update.advantages import ALGORITHMS
 from igpo_kernels import LossSettings
 
 if TYPE_CHECKING:
@@ -24,10 +23,11 @@ def loss_settings_of(algorithm: config.Algorithm) -> LossSettings:
         dual_clip=algorithm.dual_clip,
         kl=algorithm.kl,
         entropy=algorithm.entropy,
-        sequence_ratio=ALGORITHMS[algorithm.name].sequence_ratio,
+        ratio=algorithm.ratio,
         importance=algorithm.importance,
         importance_mode=algorithm.importance_mode,
         importance_cap=algorithm.importance_cap,
+        importance_floor=algorithm.importance_floor,
     )
 
 
@@ -63,26 +63,39 @@ def token_weights(
     return np.full(len(lengths), 1 / (len(lengths) * most_tokens))
 
 
-def importance_counts(
+def importance_sums(
     trainer_logp: np.ndarray, engine_logp: np.ndarray, rollout: np.ndarray, settings: LossSettings
-) -> dict[str, int]:
-    """Number of a pack's decision tokens whose importance weight is above the cap.
+) -> dict[str, float]:
+    """Sums over a pack's decision tokens of their importance weights, which a step's shares come from.
 
     Args:
         trainer_logp: numerator of the importance weights: the old log-probabilities, else this pass's. float32 [D].
         engine_logp: the engine's sampled log-probabilities: float32 [D].
-        rollout: each token's rollout: integers [D]; with ``importance=sequence`` the pack has all tokens of each.
+        rollout: each token's rollout: integers [D]; with ``importance`` of ``sequence`` and ``geometric`` the pack has
+            all tokens of each.
     Returns:
-        ``capped`` or, with ``importance_mode=mask``, ``masked``; nothing without a correction.
+        The number of tokens whose weight is outside its bounds, as ``capped`` or, with ``importance_mode=mask``,
+        ``masked``; and the sums of weights and of their squares, once bounded, as ``importance`` and
+        ``squared_importance``. Nothing without a correction.
     """
     if settings.importance == "none":
         return {}
     gap = np.asarray(trainer_logp, dtype=np.float64) - engine_logp
-    if settings.importance == "sequence":
+    if settings.needs_sequence:
         number = np.unique(rollout, return_inverse=True)[1]
-        gap = np.bincount(number, gap)[number]
-    name = "masked" if settings.importance_mode == "mask" else "capped"
-    return {name: int((gap > np.log(settings.importance_cap)).sum())}
+        total = np.bincount(number, gap)
+        gap = (total / np.bincount(number) if settings.importance == "geometric" else total)[number]
+    floor, cap = settings.importance_floor, settings.importance_cap
+    with np.errstate(over="ignore"):  # a weight of inf is above the cap
+        weight = np.exp(gap)
+    outside = (weight < floor) | (weight > cap)
+    masked = settings.importance_mode == "mask"
+    weight = np.where(outside, 0.0, weight) if masked else weight.clip(floor, cap)
+    return {
+        "masked" if masked else "capped": int(outside.sum()),
+        "importance": float(weight.sum()),
+        "squared_importance": float(np.square(weight).sum()),
+    }
 
 
 def measured(sums: Mapping[str, float], inputs: LossInputs) -> dict[str, float]:

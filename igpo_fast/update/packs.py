@@ -11,9 +11,9 @@ from igpo_fast.ranks import Ranks
 from igpo_fast.types import Batch, Credit, Group, Question, Rollout
 from igpo_fast.update.advantages import Recipe, collapsed, credit_rollouts
 from igpo_fast.update.balance import attention_share, shares, tree_cost
+from igpo_fast.update.gains import values_of
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.policy import make_trees
-from igpo_fast.update.rewards import values_of
 from igpo_kernels import Branch, RolloutTokens, Tree, TreePlan, pack, pack_within
 
 
@@ -149,15 +149,15 @@ class Packer:
             readings |= theirs
         return [tokens for _, counts in told for tokens in counts]
 
-    def credits(self, groups: Sequence[Group], readings: Readings) -> tuple[Credit, ...]:
-        """Rewards and advantages of the groups' rollouts; outcome-only algorithms need no ``readings``."""
+    def credits(self, step: int, groups: Sequence[Group], readings: Readings) -> tuple[Credit, ...]:
+        """Rewards and advantages of the groups' rollouts in a step; outcome-only algorithms need no ``readings``."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         values = [readings[rollout_key(rollout)].values for rollout in rollouts] if self._recipe.needs_values else None
-        return credit_rollouts(groups, values, self._recipe)
+        return credit_rollouts(groups, values, self._recipe.at(step))
 
-    def collapsed(self, group: Group, readings: Readings) -> bool:
+    def collapsed(self, step: int, group: Group, readings: Readings) -> bool:
         """Whether a group's advantages are all 0; equal outcomes are not enough if gains differ."""
-        return collapsed([group], self.credits([group], readings)) == 1
+        return collapsed([group], self.credits(step, [group], readings)) == 1
 
 
 def rollout_key(rollout: Rollout) -> tuple[str, int]:
@@ -178,14 +178,27 @@ def of_pairs(plan: TreePlan, per_rollout: Mapping[int, np.ndarray] | Sequence[np
     return np.concatenate([per_rollout[i] for i in decision_runs(plan)[0]]).astype(np.float32)
 
 
-def advantages_of_pairs(plan: TreePlan, credits: Mapping[int, Credit] | Sequence[Credit]) -> np.ndarray:
-    """A_t of each decision pair's turn: float32 [D]."""
+def of_turns(plan: TreePlan, per_rollout: Mapping[int, np.ndarray] | Sequence[np.ndarray]) -> np.ndarray:
+    """Gather per-turn numbers of rollouts for the plan's decision pairs: float32 [D]."""
     numbers, starts = decision_runs(plan)
-    advantages = [credits[i].advantages for i in numbers]
-    first = np.cumsum([0, *map(len, advantages[:-1])])  # start of each rollout in the concatenation
+    turns = [per_rollout[i] for i in numbers]
+    first = np.cumsum([0, *map(len, turns[:-1])])  # start of each rollout in the concatenation
     n = plan.n_decisions
     place = np.repeat(first, np.diff(starts, append=n)) + plan.turn[:n]
-    return np.concatenate(advantages)[place].astype(np.float32)
+    return np.concatenate(turns)[place].astype(np.float32)
+
+
+def advantages_of_pairs(plan: TreePlan, credits: Mapping[int, Credit] | Sequence[Credit]) -> np.ndarray:
+    """A_t of each decision pair's turn: float32 [D]."""
+    return of_turns(plan, {i: credits[i].advantages for i in decision_runs(plan)[0]})
+
+
+def clip_scales_of_pairs(plan: TreePlan, credits: Mapping[int, Credit] | Sequence[Credit]) -> np.ndarray | None:
+    """The clip range's factor of each decision pair's turn: float32 [D]; None if all are 1."""
+    numbers = decision_runs(plan)[0]
+    if credits[numbers[0]].clip_scale is None:
+        return None
+    return of_turns(plan, {i: credits[i].clip_scale for i in numbers})
 
 
 def answer_means(plan: TreePlan, answer_logp: np.ndarray) -> dict[int, np.ndarray]:

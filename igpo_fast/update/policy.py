@@ -41,6 +41,8 @@ class LossInputs:
     """Old log-probabilities; None is ratio 1."""
     engine_logp: np.ndarray | None = None
     ref_logp: np.ndarray | None = None
+    clip_scale: np.ndarray | None = None
+    """Factors of ``clip_low`` and ``clip_high``; None is 1."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +144,16 @@ class Policy(torch.nn.Module):
             for name, value in vars(inputs).items()
         }
         part = slice(0, plan.n_decisions)
-        if settings.sequence_ratio or settings.importance == "sequence":
+        if settings.needs_segment or settings.needs_sequence:
             logp, entropy = self._logp(hidden, plan, part, entropy=True)
-            sequence = torch.unique(plan.tensor("rollout", device)[part], return_inverse=True)[1]
             entropy = entropy if settings.entropy else entropy.detach()
+            rollout, turn = (plan.tensor(name, device)[part] for name in ("rollout", "turn"))
+            turn = rollout * (turn.max() + 1) + turn
+            sequence, turn = (torch.unique(key, return_inverse=True)[1] for key in (rollout, turn))
             loss, sums = policy_loss(
-                logp, settings=settings, entropy=entropy, sequence=sequence, backend=self.backend, **on
-            )
+                logp, settings=settings, entropy=entropy, segment=turn if settings.ratio == "turn" else sequence,
+                sequence=sequence, backend=self.backend, **on,
+            )  # fmt: skip
             return loss, sums, logp.detach()
         weight, options = self._head()
         row, label = (plan.tensor(name, device)[part] for name in ("row", "label"))

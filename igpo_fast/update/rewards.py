@@ -1,4 +1,4 @@
-"""Turn rewards: F1 and exact match of the final answer, answer values, information gain."""
+"""Outcomes: F1 and exact match of the final answer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import ArrayLike
-
-from igpo_fast.types import Answers, Basis, Normalisation, Outcome, Rollout
+from igpo_fast.types import Normalisation, Outcome, Rollout
 from igpo_fast.words import nfc, spaced
 
 _WIDE = "、。〃・·〈〉《》「」『』【】〔〕〖〗！＂＃％＆＇（）＊，－．／：；？＠［＼］＿｛｝～｟｠｡｢｣､･"
@@ -74,37 +71,3 @@ def outcome(rollout: Rollout, kind: Outcome, normalisation: Normalisation, forma
         return format_penalty
     score = f1_score if kind == "f1" else exact_match
     return score(rollout.answer, rollout.question.answers, normalisation)
-
-
-def values_of(answer_logp: ArrayLike, basis: Basis, answers: Answers) -> np.ndarray:
-    """v_t of one rollout from its accepted answers' mean log-probabilities.
-
-    Args:
-        answer_logp: (1/A) sum_j log pi(a_j | prefix_t, wrapper, a_<j), nats, [n_answers >= 1, T].
-        basis: ``log_prob`` keeps the mean log-probability, ``prob`` takes its exp (before combining answers).
-        answers: the ``first`` answer's value, or the ``max`` or ``mean`` over answers; NaN if one is NaN.
-    Returns:
-        float64 [T].
-    Raises:
-        ValueError: answer_logp is not [n_answers >= 1, T].
-    """
-    logp = np.asarray(answer_logp, dtype=np.float64)
-    if logp.ndim != 2 or len(logp) == 0:
-        raise ValueError(f"values_of: got answer_logp of shape {logp.shape}; expected [n_answers >= 1, T]")
-    values = np.exp(logp) if basis == "prob" else logp
-    if answers == "first":
-        return values[0]
-    return values.max(axis=0) if answers == "max" else values.mean(axis=0)
-
-
-def information_gain(values_T: ArrayLike) -> tuple[np.ndarray, int]:
-    """ig_t = v_t - v_{t-1} for t = 1 .. T-1, and the number of undefined ones.
-
-    An undefined gain (a value is NaN or infinite) is 0.
-
-    Returns:
-        Gains, float64 [T-1], and the count.
-    """
-    gains = np.diff(np.asarray(values_T, dtype=np.float64))
-    defined = np.isfinite(gains)
-    return np.where(defined, gains, 0.0), int((~defined).sum())

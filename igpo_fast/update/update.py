@@ -19,8 +19,16 @@ from igpo_fast.errors import DivergedError
 from igpo_fast.types import Aggregation, Batch, Credit
 from igpo_fast.update.advantages import Recipe, credit_rollouts, reward_metrics
 from igpo_fast.update.learner import Learner
-from igpo_fast.update.losses import importance_counts, measured, token_weights
-from igpo_fast.update.packs import Pack, Packer, Readings, advantages_of_pairs, of_pairs, rollout_key
+from igpo_fast.update.losses import importance_sums, measured, token_weights
+from igpo_fast.update.packs import (
+    Pack,
+    Packer,
+    Readings,
+    advantages_of_pairs,
+    clip_scales_of_pairs,
+    of_pairs,
+    rollout_key,
+)
 from igpo_fast.update.policy import LossInputs
 
 T = TypeVar("T")
@@ -121,7 +129,7 @@ class Updater:
             packs = self.packer.packs(batch, everything, scored=True)
             weights = self._weights(batch, everything)
             if not self.recipe.needs_values:  # known beforehand, from the whole batch
-                known = credit_rollouts(batch.groups, None, self.recipe)
+                known = credit_rollouts(batch.groups, None, self.recipe.at(batch.step))
                 self._step(batch, packs, weights, row, credits=dict(enumerate(known)))
                 return known
             first = np.cumsum([0, *(len(group.rollouts) for group in batch.groups)])
@@ -131,7 +139,7 @@ class Updater:
                 values = self.packer.values(pack.plan, answer_logp)
                 inside = [i for g in pack.groups for i in range(first[g], first[g + 1])]
                 groups = [batch.groups[g] for g in pack.groups]
-                scored = credit_rollouts(groups, [values[i] for i in inside], self.recipe)
+                scored = credit_rollouts(groups, [values[i] for i in inside], self.recipe.at(batch.step))
                 credits.update(zip(inside, scored, strict=True))
                 return advantages_of_pairs(pack.plan, credits)
 
@@ -147,7 +155,7 @@ class Updater:
         old_logp = {i: readings[rollout_key(rollout)].logp for i, rollout in enumerate(batch.rollouts)}
         differences = [np.abs(old_logp[i] - rollout.logp) for i, rollout in enumerate(batch.rollouts)]
         self._check_mismatch(batch.step, float(np.concatenate(differences).mean()))
-        credits = self.packer.credits(batch.groups, readings)
+        credits = self.packer.credits(batch.step, batch.groups, readings)
         self._progress.phase("train", total=updates)
         with row.timed("train"):
             for share in np.array_split(np.arange(len(batch.groups)), updates):
@@ -190,14 +198,15 @@ class Updater:
                 old_logp=None if old_logp is None else of_pairs(plan, old_logp),
                 engine_logp=of_pairs(plan, engine_logp),
                 ref_logp=self._learner.reference(plan),
+                clip_scale=None if old_logp is None else clip_scales_of_pairs(plan, credits),  # else the ratio is 1
             )
             result = self._learner(plan, inputs, advantages_of and (lambda logp, pack=pack: advantages_of(pack, logp)))
             self._learner.backward(result.loss)
             anchor = result.decision_logp if inputs.old_logp is None else inputs.old_logp
             owner = plan.rollout[: plan.n_decisions]
-            counts = importance_counts(anchor, inputs.engine_logp, owner, self._learner.settings)
+            weighed = importance_sums(anchor, inputs.engine_logp, owner, self._learner.settings)
             largest = float(np.abs(anchor - inputs.engine_logp).max())
-            mine.append((pack.tokens, largest, measured(result.sums, inputs) | counts))
+            mine.append((pack.tokens, largest, measured(result.sums, inputs) | weighed))
         told = [pack for theirs in self.packer.ranks.gather(mine) for pack in theirs]
         sums = [found for _, _, found in told]
         for tokens, largest, _ in told:

@@ -5,7 +5,19 @@ Usable from any trainer; needs torch and numpy only.
 
 from igpo_kernels.linear_logprob import linear_logprob
 from igpo_kernels.linear_policy_loss import linear_policy_loss
-from igpo_kernels.plan import ANSWER, DECISION, Branch, RolloutTokens, Tree, TreePlan, pack, pack_within, tree_size
+from igpo_kernels.plan import (
+    ANSWER,
+    DECISION,
+    FORK,
+    Branch,
+    Fork,
+    RolloutTokens,
+    Tree,
+    TreePlan,
+    pack,
+    pack_within,
+    tree_size,
+)
 from igpo_kernels.policy_loss import LossSettings, policy_loss
 from igpo_kernels.tree_attention import tree_attention
 from igpo_kernels.turn_advantages import Normaliser, turn_advantages
@@ -13,7 +25,9 @@ from igpo_kernels.turn_advantages import Normaliser, turn_advantages
 __all__ = [
     "ANSWER",
     "DECISION",
+    "FORK",
     "Branch",
+    "Fork",
     "LossSettings",
     "Normaliser",
     "RolloutTokens",

@@ -14,14 +14,14 @@ a token that two rollouts share is two pairs, and rows repeat.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-DECISION, ANSWER = 0, 1
+DECISION, ANSWER, FORK = 0, 1, 2
 """Values of ``TreePlan.kind``."""
 
 
@@ -37,6 +37,24 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class Fork:
+    """Another continuation of one prefix of a rollout: other passages in place of a response, say. ``ids[start:stop]``
+    are scored; tokens from ``stop`` on are never read. What it shares with the rollout, or with other forks, is read
+    once."""
+
+    at: int
+    """Tokens of the rollout that come before it: at least 1."""
+    ids: np.ndarray
+    """int32 [b]."""
+    start: int
+    stop: int
+    turn: int
+    """The caller's number; comes back as ``TreePlan.turn``."""
+    answer: int = 0
+    """The caller's number; comes back as ``TreePlan.answer``."""
+
+
+@dataclass(frozen=True)
 class RolloutTokens:
     """One rollout as tokens."""
 
@@ -48,6 +66,7 @@ class RolloutTokens:
     """The turn of each decision token, -1 for tokens that are not trained: int32 [L]. Token 0 is never trained."""
     boundaries: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """Lengths of the prefixes after which the answers are scored, increasing, >= 1: int64 [T]."""
+    forks: Sequence[Fork] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +80,7 @@ class Tree:
 @dataclass(frozen=True, eq=False)
 class TreePlan:
     """One pack. All arrays are int64; N packed tokens, M pairs: decision pairs first (by tree, rollout, token), then
-    answer pairs (by rollout, turn, answer, token).
+    answer pairs (by rollout, turn, answer, token), then those of forks (by tree, rollout, fork, token).
 
     >>> prompt_and_turn = RolloutTokens(0, np.array([5, 6, 7]), np.array([-1, -1, 0]), np.array([2]))
     >>> plan = pack([Tree([prompt_and_turn], [Branch(np.array([8, 9]), 1, 2)])])
@@ -84,15 +103,15 @@ class TreePlan:
     label: np.ndarray
     """[M]"""
     kind: np.ndarray
-    """DECISION or ANSWER: [M]."""
+    """DECISION, ANSWER or FORK: [M]."""
     rollout: np.ndarray
     """``RolloutTokens.index`` of the owner: [M]."""
     turn: np.ndarray
-    """A decision token's turn; the boundary (prefix) that an answer token follows: [M]."""
+    """A decision token's turn; the boundary (prefix) that an answer token follows; ``Fork.turn``: [M]."""
     answer: np.ndarray
-    """Index of the accepted answer, -1 for decision tokens: [M]."""
+    """Index of the accepted answer, -1 for decision tokens; ``Fork.answer``: [M]."""
     token: np.ndarray
-    """A decision token's index in its rollout; an answer token's index in the answer: [M]."""
+    """A decision token's index in its rollout; another token's index in what is scored: [M]."""
     cache: dict = field(default_factory=dict, init=False, repr=False)
     """Device copies and attention schedules, made once and shared by layers and passes. They belong to these arrays:
     ``dataclasses.replace`` and pickle give a plan with an empty cache."""
@@ -119,7 +138,7 @@ class TreePlan:
 
     @property
     def n_decisions(self) -> int:
-        """Pairs ``[:n_decisions]`` are decision tokens, the rest answer tokens."""
+        """Pairs ``[:n_decisions]`` are decision tokens, the rest those of answers and forks."""
         return int(np.count_nonzero(self.kind == DECISION))
 
     @property
@@ -205,13 +224,14 @@ def tree_size(tree: Tree) -> tuple[int, int]:
     depth = _branch_block(tree.branches).depth if tree.branches else np.zeros(0, np.int64)
     tokens = pairs = 0
     met: set[int] = set()  # boundaries of the prefix that is shared with the rollout before
-    fed = [r.ids[: _fed_length(r, bool(tree.branches))] for r in tree.rollouts]
+    fed = _fed(tree)
     for i, before, _ in _paths(fed):
         length = len(fed[i])
         tokens += length - before
         pairs += (length * (length + 1) - before * (before + 1)) // 2
         met = {boundary for boundary in met if boundary <= before}
-        new = set(tree.rollouts[i].boundaries.tolist()) - met if tree.branches else set()
+        own = i < len(tree.rollouts) and tree.branches
+        new = set(tree.rollouts[i].boundaries.tolist()) - met if own else set()
         met |= new
         tokens += len(new) * len(depth)
         pairs += sum(new) * len(depth) + len(new) * int((depth + 1).sum())
@@ -271,6 +291,7 @@ def _checked(tree: Tree) -> Tree:
             _whole_numbers(f"rollout {r.index}", "ids", r.ids, 0),
             _whole_numbers(f"rollout {r.index}", "turns", r.turn, -1),
             _whole_numbers(f"rollout {r.index}", "boundaries", r.boundaries, 0),
+            [replace(f, ids=_whole_numbers(f"a fork of rollout {r.index}", "ids", f.ids, 0)) for f in r.forks],
         )
         for r in tree.rollouts
     ]
@@ -323,6 +344,20 @@ def _fed_length(rollout: RolloutTokens, scored: bool) -> int:
     return last
 
 
+def _fed(tree: Tree) -> list[np.ndarray]:
+    """The tokens that the model must read on each path: the rollouts', then their forks'."""
+    paths = [rollout.ids[: _fed_length(rollout, len(tree.branches) > 0)] for rollout in tree.rollouts]
+    for rollout in tree.rollouts:
+        for fork in rollout.forks:
+            if not (1 <= fork.at <= len(rollout.ids) and 0 <= fork.start < fork.stop <= len(fork.ids)):
+                raise ValueError(
+                    f"rollout {rollout.index}: a fork after {fork.at} of {len(rollout.ids)} tokens scores "
+                    f"{fork.start}:{fork.stop} of its {len(fork.ids)}; it begins after 1 token or more, and scores one"
+                )
+            paths.append(np.concatenate([rollout.ids[: fork.at], fork.ids[: fork.stop - 1]]))
+    return paths
+
+
 def _layout(tree: Tree) -> _Layout:
     if not tree.rollouts:
         raise ValueError("a tree needs at least one rollout")
@@ -331,24 +366,29 @@ def _layout(tree: Tree) -> _Layout:
     block = _branch_block(tree.branches) if scored else None
     width = len(block.input_ids) if block else 0
     rollouts = tree.rollouts
-    fed = [r.ids[: _fed_length(r, scored)] for r in rollouts]
+    fed = _fed(tree)
+    forks = [(rollout, fork) for rollout in rollouts for fork in rollout.forks]
 
     size = 0
     path = np.zeros(0, np.int64)
     open_boundaries: dict[int, list[tuple[int, int]]] = {}  # prefix length -> owners (rollout index, turn)
     ids, positions, closings = [], [], []
     decision_pairs: list = [None] * len(rollouts)
+    fork_pairs: list = [None] * len(forks)
     answer_pairs = []
     for i, before, after in _paths(fed):
-        rollout, length = rollouts[i], len(fed[i])
+        length = len(fed[i])
         path = np.concatenate([path[:before], np.arange(size, size + length - before)])
         ids.append(fed[i][before:])
         positions.append(np.arange(before, length))
         size += length - before
-        decision_pairs[i] = _decision_pairs(rollout, path)
-        if scored:
-            for t, boundary in enumerate(rollout.boundaries):
-                open_boundaries.setdefault(int(boundary), []).append((rollout.index, t))
+        if i < len(rollouts):
+            decision_pairs[i] = _decision_pairs(rollouts[i], path)
+        else:
+            fork_pairs[i - len(rollouts)] = _fork_pairs(*forks[i - len(rollouts)], path)
+        if scored and i < len(rollouts):
+            for t, boundary in enumerate(rollouts[i].boundaries):
+                open_boundaries.setdefault(int(boundary), []).append((rollouts[i].index, t))
         # The part that the next rollout does not share is complete: close it from its end, laying the branches of each
         # boundary behind everything that continues the trunk.
         top = length
@@ -370,6 +410,7 @@ def _layout(tree: Tree) -> _Layout:
         answers = np.concatenate(answer_pairs)
         answers = answers[np.lexsort((answers[:, 6], answers[:, 5], answers[:, 4], answers[:, 3]))]
         pairs = np.concatenate([pairs, answers])
+    pairs = np.concatenate([pairs, *fork_pairs])
     return _Layout(np.concatenate(ids), np.concatenate(positions), subtree_end, pairs)
 
 
@@ -379,6 +420,16 @@ def _decision_pairs(rollout: RolloutTokens, path: np.ndarray) -> np.ndarray:
     columns = (
         path[token - 1], rollout.ids[token], np.full(m, DECISION), np.full(m, rollout.index),
         rollout.turn[token], np.full(m, -1), token,
+    )  # fmt: skip
+    return np.stack(columns, axis=1).astype(np.int64)
+
+
+def _fork_pairs(rollout: RolloutTokens, fork: Fork, path: np.ndarray) -> np.ndarray:
+    token = np.arange(fork.start, fork.stop)
+    m = len(token)
+    columns = (
+        path[fork.at + token - 1], fork.ids[token], np.full(m, FORK), np.full(m, rollout.index), np.full(m, fork.turn),
+        np.full(m, fork.answer), token - fork.start,
     )  # fmt: skip
     return np.stack(columns, axis=1).astype(np.int64)
 

@@ -24,7 +24,7 @@ GAIN_KEYS = {
     "value/first", "value/last",
 }  # fmt: skip
 EVAL_KEYS = {"eval/f1", "eval/f1_se", "eval/em", "eval/turns"}
-OPTIONAL_KEYS = {"loss/kl", "mismatch/capped", "mismatch/masked", "reward/ig_gated"}
+OPTIONAL_KEYS = {"loss/kl", "mismatch/capped", "mismatch/masked", "importance/ess", "reward/ig_gated"}
 """Written where there is something to measure."""
 SERVER_KEYS = {"tool/", "eval/search_failures"}
 """Only where search can fail: these runs search in process."""
@@ -35,6 +35,7 @@ RUNS = {
     "two updates": ("train.updates=2", "algorithm.answers=mean"),
     "token importance": ("algorithm.importance=token",),
     "sequence importance": ("algorithm.importance=sequence", "algorithm.importance_mode=mask", "train.updates=2"),
+    "ratios of turns": ("algorithm.ratio=turn", "algorithm.importance=geometric", "train.updates=2"),
     "robust": ("algorithm.preset=robust",),
     "paper_v1": ("algorithm.preset=paper_v1",),
     "small packs": ("algorithm.passes=two", "train.token_budget=150"),
@@ -90,7 +91,9 @@ def test_every_promised_metric_is_there(run_of, name):
         assert set(row) - OPTIONAL_KEYS == (wanted if evaluated else wanted - EVAL_KEYS - {"time/eval"})
         assert ("loss/kl" in row) == (run.config.algorithm.kl > 0)
         assert ("mismatch/masked" in row) == (name == "sequence importance")
-        assert ("mismatch/capped" in row) == (name == "token importance")
+        assert ("mismatch/capped" in row) == (name in ("token importance", "ratios of turns"))
+        assert ("importance/ess" in row) == ("mismatch/masked" in row or "mismatch/capped" in row)
+        assert 0.99 < row.get("importance/ess", 1.0) <= 1.0001  # the engine is the trainer itself
         assert [key for key in row if key in KEYS] == [key for key in KEYS if key in row]
         assert all(isinstance(value, (int, float)) for value in row.values()), row
     assert (run.folder / "config.yaml").exists() and list(RunFolder(run.folder).saved()) == [4, 6]

@@ -100,7 +100,10 @@ def attention_sum(backend, *leaves):
 
 def loss(backend, logp):
     _, advantages, weights = NUMBERS
-    return policy_loss(logp, logp.detach() - 0.1, advantages, weights, LossSettings(clip_high=9.0), backend=backend)[0]
+    return policy_loss(
+        logp, logp.detach() - 0.1, advantages, weights, LossSettings(clip_high=3.0, ratio="turn"),
+        clip_scale=torch.full((4,), 3.0), segment=torch.tensor([0, 0, 1, 1]), backend=backend,
+    )[0]  # fmt: skip
 
 
 TWICE = {

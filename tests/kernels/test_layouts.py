@@ -112,10 +112,10 @@ def fused(layout, options, dtype, backend):
     inputs = leaves(layout, dtype, 3, (7, 5), (11, 5), (11,))
     labels, rows = labels_and_rows(layout, 13, 7, 11)
     wide = torch.promote_types(dtype, torch.float32)
-    old, advantages, weights, ref = pair_numbers(layout, wide, 13, 4)
+    old, advantages, weights, ref, clip_scale = pair_numbers(layout, wide, 13, 5)
     loss, metrics = linear_policy_loss(
         *inputs[:2], labels, rows, layout(old - 2), advantages, weights, LossSettings(kl=0.1, entropy=0.1),
-        bias=inputs[2], ref_logp=layout(ref - 2), backend=backend, **options,
+        bias=inputs[2], clip_scale=layout(clip_scale.abs()), ref_logp=layout(ref - 2), backend=backend, **options,
     )  # fmt: skip
     found = dict(loss=loss.detach(), logp=metrics["logp"])
     return found | gradients(("dhidden", "dweight", "dbias"), loss, inputs, torch.ones_like(loss))
@@ -123,11 +123,12 @@ def fused(layout, options, dtype, backend):
 
 def loss(layout, options, dtype, backend):
     logp, entropy = leaves(layout, dtype, 4, (13,), (13,))
-    old, advantages, weights, ref, engine = pair_numbers(layout, dtype, 13, 5)
-    sequence = layout(torch.arange(13) // 5)
+    old, advantages, weights, ref, engine, clip_scale = pair_numbers(layout, dtype, 13, 6)
+    segment, sequence = layout(torch.arange(13) // 3), layout(torch.arange(13) // 6)
+    settings = LossSettings(**{"kl": 0.1, "entropy": 0.1, "importance": "token"} | options)
     total, _ = policy_loss(
-        logp, old, advantages, weights, LossSettings(kl=0.1, entropy=0.1, importance="token", **options), ref_logp=ref,
-        engine_logp=engine, entropy=entropy, sequence=sequence, backend=backend,
+        logp, old, advantages, weights, settings, ref_logp=ref, engine_logp=engine, entropy=entropy,
+        clip_scale=layout(clip_scale.abs()), segment=segment, sequence=sequence, backend=backend,
     )  # fmt: skip
     return dict(loss=total.detach()) | gradients(("dlogp", "dentropy"), total, (logp, entropy), torch.ones_like(total))
 
@@ -150,7 +151,7 @@ def test_lm_head(op, layout, options):
 
 
 @SWEEP
-@pytest.mark.parametrize("options", [{}, {"sequence_ratio": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"ratio": "turn"}, {"ratio": "turn", "importance": "geometric"}], ids=str)
 def test_policy_loss(layout, options):
     compare(functools.partial(loss, LAYOUTS[layout], options), (torch.float32, torch.float64))
 

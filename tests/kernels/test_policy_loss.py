@@ -16,8 +16,8 @@ from tests.kernels import magnitudes
 def loss_of(logp, old, advantages, weights, settings=None, **more):
     t = lambda x: None if x is None else torch.tensor(x, dtype=torch.float64)  # noqa: E731
     logp = t(logp).requires_grad_()
-    if "sequence" in more:
-        more["sequence"] = torch.tensor(more["sequence"])
+    for name in more.keys() & {"segment", "sequence"}:
+        more[name] = torch.tensor(more[name])
     more = {k: v if isinstance(v, torch.Tensor) else t(v) for k, v in more.items()}
     loss, metrics = policy_loss(logp, t(old), t(advantages), t(weights), settings, **more)
     return float(loss.detach()), torch.autograd.grad(loss, logp)[0].tolist(), metrics
@@ -87,7 +87,7 @@ def test_gspo_ratio_is_the_geometric_mean_by_hand():
     # One sequence with log ratios ln 1.1 and ln 1.21: sqrt(1.1 * 1.21); a second one outside the clip.
     logp = [math.log(1.1), math.log(1.21), math.log(2.0)]
     loss, grad, metrics = loss_of(
-        logp, [0.0] * 3, [1.0] * 3, [0.5, 0.5, 1.0], LossSettings(sequence_ratio=True), sequence=[0, 0, 1]
+        logp, [0.0] * 3, [1.0] * 3, [0.5, 0.5, 1.0], LossSettings(ratio="sequence"), segment=[0, 0, 1]
     )
     r = math.sqrt(1.1 * 1.21)
     assert loss == pytest.approx(-r - 1.2)
@@ -99,10 +99,10 @@ def test_gspo_ratio_is_the_geometric_mean_by_hand():
 def test_gspo_drops_masked_tokens_from_its_mean_by_hand(mode):
     # The second token's weight, 3, is over the cap of 2. Masked, it is no part of the sequence: the ratio is the
     # first's, 1.1; without gradient for the second. Truncated, both are in the mean, with weights 1 and 2.
-    settings_ = LossSettings(sequence_ratio=True, importance="token", importance_mode=mode)
+    settings_ = LossSettings(ratio="sequence", importance="token", importance_mode=mode)
     logp = [math.log(1.1), math.log(1.21)]
     loss, grad, _ = loss_of(
-        logp, [0.0, 0.0], [1.0, 1.0], [0.5, 0.5], settings_, engine_logp=[0.0, -math.log(3)], sequence=[0, 0]
+        logp, [0.0, 0.0], [1.0, 1.0], [0.5, 0.5], settings_, engine_logp=[0.0, -math.log(3)], segment=[0, 0]
     )
     r = math.sqrt(1.1 * 1.21)
     masked = (-0.5 * 1.1, [-0.5 * 1.1, 0.0])
@@ -113,11 +113,180 @@ def test_gspo_drops_masked_tokens_from_its_mean_by_hand(mode):
 
 def test_a_masked_token_has_no_gradient_even_where_its_ratio_overflows():
     for gspo in (False, True):
-        settings_ = LossSettings(importance="token", importance_mode="mask", sequence_ratio=gspo)
+        settings_ = LossSettings(importance="token", importance_mode="mask", ratio="sequence" if gspo else "token")
         _, grad, _ = loss_of(
-            [-1.0, -1.0], [-1.0, -1e4], [-1.0, -1.0], [1.0, 1.0], settings_, engine_logp=[-1.0, -2e4], sequence=[0, 0]
+            [-1.0, -1.0], [-1.0, -1e4], [-1.0, -1.0], [1.0, 1.0], settings_, engine_logp=[-1.0, -2e4], segment=[0, 0]
         )
         assert grad == pytest.approx([1.0, 0.0])
+
+
+def plain_loss(logp, old, engine, advantages, weights, scale, turn, rollout, ratio, importance, mode, bounds, clip):
+    """The clipped loss pair by pair, from its formula."""
+    (floor, cap), (low, high) = bounds, clip
+    counted = [i for i in range(len(logp)) if weights[i] != 0]
+    own = {"token": range(len(logp)), "turn": list(zip(rollout, turn, strict=True))}
+    alike = lambda i, level: [j for j in counted if own.get(level, rollout)[i] == own.get(level, rollout)[j]]  # noqa: E731
+    correction = dict.fromkeys(counted, 1.0)
+    for i in counted if importance != "none" else ():
+        gaps = [float(old[j] - engine[j]) for j in alike(i, importance)]
+        w = math.exp(sum(gaps) / (len(gaps) if importance == "geometric" else 1))
+        correction[i] = min(max(w, floor), cap) if mode == "truncate" else w * (floor <= w <= cap)
+    total = 0.0
+    for i in counted:
+        mates = [j for j in alike(i, ratio) if correction[j]]
+        if correction[i]:
+            r = torch.exp(sum(logp[j] - old[j] for j in mates) / len(mates))
+            bound = min(max(float(r.detach()), 1 - low * float(scale[i])), 1 + high * float(scale[i]))
+            free, clipped = -r * advantages[i], -bound * advantages[i]
+            total = total + weights[i] * correction[i] * (free if free >= clipped else clipped)
+    return total
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 9999), ratio=st.sampled_from(["token", "turn", "sequence"]),
+    importance=st.sampled_from(["none", "token", "sequence", "geometric"]), mode=st.sampled_from(["truncate", "mask"]),
+    floor=st.sampled_from([0.0, 0.9]), cap=st.sampled_from([1.1, 1e3]), scaled=st.booleans(),
+)  # fmt: skip
+def test_the_definition_is_its_formula(seed, ratio, importance, mode, floor, cap, scaled):
+    g = torch.Generator().manual_seed(seed)
+    m, clip = 12, (0.05, 0.08)
+    randn = lambda scale: scale * torch.randn(m, generator=g, dtype=torch.float64)  # noqa: E731
+    rollout, turn = (torch.randint(0, n, (m,), generator=g) for n in (3, 2))
+    old, advantages, weights = randn(1) - 2, randn(1), randn(1).abs() * (torch.rand(m, generator=g) > 0.2)
+    logp, engine = (old + randn(0.1)).requires_grad_(), old + randn(0.1)
+    scale = 1 + 0.5 * torch.rand(m, generator=g, dtype=torch.float64) if scaled else torch.ones(m)
+    chosen = LossSettings(
+        *clip, ratio=ratio, importance=importance, importance_mode=mode, importance_floor=floor, importance_cap=cap
+    )
+    loss, _ = policy_loss(
+        logp, old, advantages, weights, chosen, clip_scale=scale if scaled else None, engine_logp=engine,
+        segment=2 * rollout + turn if ratio == "turn" else rollout, sequence=rollout,
+    )  # fmt: skip
+    numbers = (x.tolist() for x in (turn, rollout))
+    plain = plain_loss(
+        logp, old, engine, advantages, weights, scale, *numbers, ratio, importance, mode, (floor, cap), clip
+    )
+    plain = plain + 0 * logp.sum()
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()), abs=1e-12)
+    if bool(weights.any()):
+        expected = torch.autograd.grad(plain, logp)[0]
+        torch.testing.assert_close(torch.autograd.grad(loss, logp)[0], expected, rtol=1e-10, atol=1e-12)
+
+
+EITHER = pytest.mark.parametrize("backend", ["reference", "triton"])
+
+
+def exactly(logp, old, advantages, weights, settings_, backend, **more):
+    """Loss, gradient and metrics of numbers; on Triton in float32."""
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    t = lambda x: x if x is None else torch.tensor(x, dtype=torch.int64 if type(x[0]) is int else dtype)  # noqa: E731
+    leaf = t(logp).requires_grad_()
+    more = {name: t(x) for name, x in more.items()}
+    loss, metrics = policy_loss(leaf, t(old), t(advantages), t(weights), settings_, backend=backend, **more)
+    return float(loss.detach()), torch.autograd.grad(loss, leaf)[0].tolist(), metrics
+
+
+SCALE = 1.1637384883  # of a normalised gain of 1.2247 with adaptive clipping of 0.3
+
+
+@EITHER
+@pytest.mark.parametrize("log_ratio, advantage, scale, loss, slope", [
+    (0.0045, 1.0, None, -1.004, 0.0),
+    (0.0045, 1.0, SCALE, -1.0045101402, -1.0045101402),  # within 1.004654954
+    (0.0047, 1.0, SCALE, -1.0046549540, 0.0),
+    (-0.0035, -1.0, None, 0.997, 0.0),
+    (-0.0035, -1.0, SCALE, 0.9965087845, 0.0),
+    (-0.0032, -1.0, SCALE, 0.9968051146, 0.9968051146),
+    (0.0045, 1.0, 0.8362615117, -1.003345046, 0.0),
+])  # fmt: skip
+def test_a_scaled_clip_range_by_hand(log_ratio, advantage, scale, loss, slope, backend):
+    chosen = LossSettings(clip_low=3e-3, clip_high=4e-3)
+    more = {} if scale is None else {"clip_scale": [scale, 1.0]}
+    found, gradient, metrics = exactly(
+        [log_ratio - 1, 0.0], [-1.0, 0.0], [advantage, 0.0], [1.0, 1.0], chosen, backend, **more
+    )
+    assert found == pytest.approx(loss, abs=2e-7) and gradient == pytest.approx([slope, 0.0], abs=2e-7)
+    assert float(metrics["clipped"]) == (slope == 0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_the_lm_heads_loss_scales_the_clip_range_by_hand(backend):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2, 4, generator=g).requires_grad_(), torch.randn(9, 4, generator=g)
+    labels, one = torch.tensor([3, 8]), torch.ones(2)
+    chosen = LossSettings(clip_low=3e-3, clip_high=4e-3)
+    run = lambda old, **more: linear_policy_loss(  # noqa: E731
+        hidden, weight, labels, None, old, one, one, chosen, backend=backend, **more
+    )
+    old = run(None)[1]["logp"] - torch.tensor([0.0045, 0.0047])
+    plain, scaled = run(old)[0], run(old, clip_scale=torch.tensor([SCALE, SCALE]))[0]
+    assert float(plain.detach()) == pytest.approx(-1.004 - 1.004, abs=2e-6)
+    assert float(scaled.detach()) == pytest.approx(-1.0045101402 - 1.0046549540, abs=2e-6)
+    assert not torch.autograd.grad(plain, hidden)[0].any()
+    first, second = torch.autograd.grad(scaled, hidden)[0].abs().sum(1)
+    assert first > 0.1 and second == 0
+
+
+@EITHER
+@pytest.mark.parametrize("ratio, advantage, losses, slopes", [
+    ("token", 1.0, [-1.0020020013, -1.004, -0.9940179641], [-1.0020020013, 0, -0.9940179641]),
+    ("turn", 1.0, [-1.0030045045, -1.0030045045, -0.9940179641], [-1.0030045045, -1.0030045045, -0.9940179641]),
+    ("turn", -1.0, [1.0030045045, 1.0030045045, 0.997], [1.0030045045, 1.0030045045, 0]),
+    ("sequence", 1.0, [-1.0] * 3, [-1.0] * 3),
+])  # fmt: skip
+def test_ratios_of_turns_by_hand(ratio, advantage, losses, slopes, backend):
+    # One rollout, turns of log ratios .002 .004 | -.006. A segment's tokens share its mean gradient.
+    weights, chosen = [0.5, 0.25, 1.0], LossSettings(3e-3, 4e-3, ratio=ratio)
+    segment = {"token": [0, 1, 2], "turn": [0, 0, 1], "sequence": [0, 0, 0]}[ratio]
+    loss, gradient, _ = exactly(
+        [0.002, 0.004, -0.006], [0.0] * 3, [advantage] * 3, weights, chosen, backend, segment=segment
+    )
+    assert loss == pytest.approx(sum(w * x for w, x in zip(weights, losses, strict=True)), abs=3e-7)
+    mates = [[j for j in range(3) if segment[j] == s] for s in segment]
+    expected = [sum(weights[j] * slopes[j] for j in js) / len(js) for js in mates]
+    assert gradient == pytest.approx(expected, abs=3e-7)
+
+
+# Log ratios of three rollouts to the engine: sums -.6, .05, -.04.
+ENGINE = [-0.1, 1.5, -0.8, 0.0, -0.05, 0.02, -0.01, -0.01, 0.04]
+TOKENS = [1.1051709181, 0.2231301601, 2.2255409285, 1, 1.0512710964, 0.9801986733, 1.0100501671, 1.0100501671,
+          0.9607894392]  # fmt: skip
+ALL, NONE = [0.5488116361] * 3 + [1.0512710964] * 2 + [0.9607894392] * 4, [0.0] * 9
+MEANS = [0.8187307531] * 3 + [1.0253151205] * 2 + [0.9900498337] * 4
+
+
+@EITHER
+@pytest.mark.parametrize("given_, weights", [
+    (dict(importance="token"), [min(w, 2.0) for w in TOKENS]),
+    (dict(importance="token", importance_floor=0.5), [min(max(w, 0.5), 2.0) for w in TOKENS]),
+    (dict(importance="token", importance_mode="mask", importance_floor=0.5), [TOKENS[0], 0, 0, *TOKENS[3:]]),
+    (dict(importance="sequence"), ALL),
+    (dict(importance="sequence", importance_floor=0.6), [0.6] * 3 + ALL[3:]),
+    (dict(importance="sequence", importance_mode="mask", importance_floor=0.5), ALL),
+    (dict(importance="sequence", importance_mode="mask", importance_floor=0.6), NONE[:3] + ALL[3:]),
+    (dict(importance="sequence", importance_mode="mask", importance_cap=1.0), ALL[:3] + NONE[:2] + ALL[5:]),
+    (dict(importance="geometric"), MEANS),
+    (dict(importance="geometric", importance_mode="mask", importance_floor=0.99, importance_cap=1.03),
+     NONE[:3] + MEANS[3:]),
+])  # fmt: skip
+def test_bounded_importance_weights_by_hand(given_, weights, backend):
+    more = dict(engine_logp=ENGINE, sequence=[0] * 3 + [1] * 2 + [2] * 4)
+    _, gradient, _ = exactly([0.0] * 9, None, [1.0] * 9, [1.0] * 9, LossSettings(**given_), backend, **more)
+    assert gradient == pytest.approx([-w for w in weights], abs=2e-7)
+
+
+@EITHER
+def test_ratios_of_turns_with_weights_of_rollouts_by_hand(backend):
+    # Rollout 0 has turns of log ratios .02 .04 | -.06 and weighs exp(.3); rollout 1's weight, exp(-.2), is masked.
+    chosen = LossSettings(0.5, 0.5, ratio="turn", importance="sequence", importance_mode="mask", importance_floor=0.9)
+    loss, gradient, _ = exactly(
+        [0.02, 0.04, -0.06, 0.01], [0.0] * 4, [1.0] * 4, [1.0] * 4, chosen, backend,
+        engine_logp=[-0.1, -0.1, -0.1, 0.2], segment=[0, 0, 1, 2], sequence=[0, 0, 0, 1],
+    )  # fmt: skip
+    first, second = math.exp(0.3 + 0.03), math.exp(0.3 - 0.06)
+    assert loss == pytest.approx(-2 * first - second, rel=1e-6)
+    assert gradient == pytest.approx([-first, -first, -second, 0], rel=1e-6)
 
 
 def test_weights_are_the_aggregation_and_zero_weight_counts_nowhere():
@@ -138,7 +307,10 @@ def test_more_than_one_dimension_is_refused():
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(importance="seq"), "importance is 'seq'; choose one of none, token, sequence"),
+    (dict(importance="seq"), "importance is 'seq'; choose one of none, token, sequence, geometric"),
+    (dict(ratio="word"), "ratio is 'word'; choose one of token, turn, sequence"),
+    (dict(importance_floor=2.5), "importance_floor must be from 0 to importance_cap, got 2.5"),
+    (dict(importance_floor=-1), "importance_floor must be from 0 to importance_cap, got -1"),
     (dict(importance_mode="drop"), "importance_mode is 'drop'; choose one of truncate, mask"),
     (dict(dual_clip=0.5), "dual_clip must exceed 1, got 0.5"),
     (dict(importance_cap=0.0), "importance_cap must exceed 0, got 0.0"),
@@ -155,7 +327,7 @@ def test_a_pair_of_weight_0_adds_nothing():
     old = [-1.1, -1e4, math.nan, -1.0]
     for settings_, more, ratio in (
         (LossSettings(), {}, math.exp(0.1)),
-        (LossSettings(sequence_ratio=True), {"sequence": [0, 0, 0, 1]}, math.exp(0.1)),
+        (LossSettings(ratio="sequence"), {"segment": [0, 0, 0, 1]}, math.exp(0.1)),
     ):
         loss, grad, metrics = loss_of([-1.0] * 4, old, [1.0, -1.0, 1.0, 1.0], [0.5, 0.0, 0.0, 0.5], settings_, **more)
         assert loss == pytest.approx(-0.5 * ratio - 0.5)
@@ -165,14 +337,24 @@ def test_a_pair_of_weight_0_adds_nothing():
 
 @pytest.mark.parametrize(
     "settings_",
-    [LossSettings(kl=1), LossSettings(entropy=1), LossSettings(importance="token"), LossSettings(sequence_ratio=True)],
-)
+    [
+        LossSettings(kl=1), LossSettings(entropy=1), LossSettings(importance="token"), LossSettings(ratio="sequence"),
+        LossSettings(ratio="turn"),
+    ],
+)  # fmt: skip
 def test_a_missing_input_is_named(settings_):
-    with pytest.raises(ValueError, match=r"need (ref_logp|entropy|engine_logp|sequence)="):
+    with pytest.raises(ValueError, match=r"need (ref_logp|entropy|engine_logp|segment)="):
         loss_of([-1.0], None, [1.0], [1.0], settings_)
 
 
-def fused(case, settings_, dtype, backend, old, ref, temperature=1.0, softcap=0.0, spread=1.0):
+@pytest.mark.parametrize("importance", ["sequence", "geometric"])
+def test_a_rollouts_weight_needs_its_number_beside_its_turns(importance):
+    with pytest.raises(ValueError, match="need sequence="):
+        loss_of([-1.0], None, [1.0], [1.0], LossSettings(ratio="turn", importance=importance), segment=[0],
+                engine_logp=[-1.0])  # fmt: skip
+
+
+def fused(case, settings_, dtype, backend, old, ref, temperature=1.0, softcap=0.0, spread=1.0, scaled=False):
     g = torch.Generator().manual_seed(case[-1])
     n, h, v, m = case[:4]
     randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
@@ -180,14 +362,16 @@ def fused(case, settings_, dtype, backend, old, ref, temperature=1.0, softcap=0.
     rows, labels = torch.randint(0, n, (m,), generator=g), torch.randint(0, v, (m,), generator=g)
     old_logp, ref_logp, engine_logp, advantages = randn(m) - 2, randn(m) - 2, randn(m) - 2, randn(m)
     weights = torch.rand(m, generator=g, dtype=torch.float64) * (torch.rand(m, generator=g) > 0.2)
+    clip_scale = 4 * torch.rand(m, generator=g, dtype=torch.float64) if scaled else None
     loss, metrics = linear_policy_loss(
         leaves[0], leaves[1], labels, rows, old_logp.to(dtype) if old else None, advantages.to(dtype),
         weights.to(dtype), settings_, bias=leaves[2], temperature=temperature, softcap=softcap,
+        clip_scale=clip_scale if clip_scale is None else clip_scale.to(dtype),
         ref_logp=ref_logp.to(dtype) if ref else None, engine_logp=engine_logp.to(dtype), backend=backend,
     )  # fmt: skip
     grads = torch.autograd.grad(loss * 1.7, leaves)
     pairs = dict(old_logp=old_logp if old else None, ref_logp=ref_logp if ref else None)
-    pairs |= dict(engine_logp=engine_logp, advantages=advantages, weights=weights)
+    pairs |= dict(engine_logp=engine_logp, advantages=advantages, weights=weights, clip_scale=clip_scale)
     slopes = magnitudes.of_head_gradients(
         dict(zip(("hidden", "weight", "bias"), leaves, strict=True)), labels, rows, pairs, settings_,
         temperature=temperature, softcap=softcap,
@@ -205,11 +389,13 @@ def fused(case, settings_, dtype, backend, old, ref, temperature=1.0, softcap=0.
     case=st.tuples(st.integers(1, 30), st.integers(1, 17), st.integers(1, 50), st.integers(1, 60), st.integers(0, 999)),
     kl=st.sampled_from([0.0, 0.3]), entropy=st.sampled_from([0.0, 0.2]), old=st.booleans(),
     dual=st.sampled_from([None, 1.5]), softcap=st.sampled_from([0.0, 2.0]),
-    importance=st.sampled_from(["none", "token"]),
+    importance=st.sampled_from(["none", "token"]), scaled=st.booleans(),
 )  # fmt: skip
-def test_fused_equals_its_definition(case, kl, entropy, old, dual, softcap, importance):
-    settings_ = LossSettings(kl=kl, entropy=entropy, dual_clip=dual, importance=importance)
-    run = lambda dtype, backend: fused(case, settings_, dtype, backend, old, kl > 0, 1.3, softcap)  # noqa: E731
+def test_fused_equals_its_definition(case, kl, entropy, old, dual, softcap, importance, scaled):
+    settings_ = LossSettings(kl=kl, entropy=entropy, dual_clip=dual, importance=importance, importance_floor=0.5)
+    run = lambda dtype, backend: fused(  # noqa: E731
+        case, settings_, dtype, backend, old, kl > 0, 1.3, softcap, scaled=scaled
+    )
     exact, ours, plain = run(torch.float64, "reference"), run(torch.float32, "torch"), run(torch.float32, "reference")
     slopes = float(exact["slopes"])
     for name in exact:
@@ -251,10 +437,15 @@ def test_panels_whose_largest_logits_are_far_apart(entropy, monkeypatch):
         torch.testing.assert_close(ours[name].double(), exact[name], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("settings_", [LossSettings(sequence_ratio=True), LossSettings(importance="sequence")])
-def test_what_needs_the_whole_sequence_is_refused(settings_):
+@pytest.mark.parametrize("settings_, what", [
+    (LossSettings(ratio="sequence"), "ratio='sequence' needs the whole sequence"),
+    (LossSettings(ratio="turn"), "ratio='turn' needs the whole turn"),
+    (LossSettings(importance="sequence"), "importance='sequence' needs the whole sequence"),
+    (LossSettings(importance="geometric"), "importance='geometric' needs the whole sequence"),
+])  # fmt: skip
+def test_what_needs_whole_turns_or_rollouts_is_refused(settings_, what):
     x = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="needs the whole sequence first; use linear_logprob and policy_loss"):
+    with pytest.raises(ValueError, match=f"^linear_policy_loss: {what} first; use linear_logprob and policy_loss$"):
         linear_policy_loss(
             x, x, torch.zeros(2, dtype=torch.long), None, None, torch.zeros(2), torch.zeros(2), settings_
         )

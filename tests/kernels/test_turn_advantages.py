@@ -1,6 +1,7 @@
 """turn_advantages: hand-worked numbers for every normaliser, exact zeros, torch path against reference."""
 
-from itertools import accumulate, product
+from dataclasses import replace
+from itertools import accumulate, pairwise, product
 from math import fsum
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_kernels.turn_advantages import GAIN, OUTCOME, Normaliser, turn_advantages
+from igpo_kernels.turn_advantages import GAIN, OUTCOME, Normaliser, normalised_rewards, turn_advantages
 
 BACKENDS = ["torch", "reference"]
 POOLS = ["separate", "joint", "scaled_separate"]
+"""Pools of all backends; Triton's kernel has no others."""
+ALL_POOLS = [*POOLS, "turn_index", "raw"]
 
 
 def tensors(groups, dtype=torch.float64):
@@ -43,6 +46,10 @@ def advantages(groups, normaliser, gamma=1.0, backend="auto", dtype=torch.float6
 GROUP = [[[1.0, 3.0, 1.0], [2.0, 0.0]]]
 PLAIN = dict(min_std=0.0)
 RELEASED = dict(min_std=1e-6, outcome_min_std=1e-6, min_var=1e-8)
+
+# A2TGPO: three rollouts of 3, 3 and 2 turns. Gains of turn 1 {.5, .2, -.1}: z 1.2247449, 0, -1.2247449; of turn 2
+# {.1, .3}: -1, 1. Outcomes {1, 0, 0}: 1.4142136, -.7071068 twice.
+RAGGED = [[[0.5, 0.1, 1.0], [0.2, 0.3, 0.0], [-0.1, 0.0]]]
 
 WORKED = {
     # A: 1, then 1.2247449 + 1, then -1.2247449 + that. B: -1, then 0 - 1.
@@ -173,6 +180,41 @@ WORKED = {
         1.0,
         [0.5773503, -1.7320508, 0.5773503, 0.5773503],
     ),
+    # (1.2247449 - 1) / sqrt(2) + 1.4142136, -1 + 1.4142136; (0 + 1) / sqrt(2) - .7071068 = 0, 1 - .7071068; one gain.
+    "by turn number, over the root": (
+        RAGGED,
+        Normaliser("turn_index", accumulate="sum_over_sqrt", **PLAIN),
+        1.0,
+        [1.5731322, 0.4142136, 1.4142136, 0.0, 0.2928932, -0.7071068, -1.9318517, -0.7071068],
+    ),
+    # The outcome is not discounted: (1.2247449 - .9) / sqrt(2) + 1.4142136 and (0 + .9) / sqrt(2) - .7071068.
+    "by turn number, over the root, discounted": (
+        RAGGED,
+        Normaliser("turn_index", accumulate="sum_over_sqrt", **PLAIN),
+        0.9,
+        [1.6438428, 0.4142136, 1.4142136, -0.0707107, 0.2928932, -0.7071068, -1.9318517, -0.7071068],
+    ),
+    # The usual sum over the same pools.
+    "by turn number": (
+        RAGGED,
+        Normaliser("turn_index", **PLAIN),
+        1.0,
+        [1.6389584, 0.4142136, 1.4142136, 0.2928932, 0.2928932, -0.7071068, -1.9318517, -0.7071068],
+    ),
+    # One pool per turn number of the batch: turn 1 {.5, .2, -.1, .2}: mean .2, var .045, std .2121320.
+    "by turn number, over the batch": (
+        [*RAGGED, [[0.2, 1.0]]],
+        Normaliser("turn_index", scope="batch", outcome_weight=0.0, accumulate="none", **PLAIN),
+        1.0,
+        [1.4142136, -1.0, 0.0, 0.0, 1.0, 0.0, -1.4142136, 0.0, 0.0, 0.0],
+    ),
+    # Gains as they are, of which the gate drops one and the weight takes half; outcomes normalised, and not summed.
+    "raw": (
+        [[[0.5, 0.1, 1.0], [-0.3, 0.0]]],
+        Normaliser("raw", gate=0.2, gain_weight=0.5, accumulate="none", center=True, min_std=9.0),
+        0.5,
+        [1.25, 1.0, 1.0, -1.15, -1.0],
+    ),
     # Two groups do not mix: +-1 each, whatever their size.
     "groups": (
         [[[100.0], [0.0]], [[0.1], [0.2]]],
@@ -200,7 +242,7 @@ def test_normalises_before_discounting(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("pool", [*POOLS, "turn_index"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("reward", "rollouts"), [(0.7, 15), (0.1, 10), (0.1, 3), (0.7, 1)])
 def test_equal_rewards_give_exact_zeros(backend, pool, dtype, reward, rollouts):
@@ -233,7 +275,7 @@ def test_pool_of_one_and_underflow_give_zeros(backend):
 def test_one_turn_question_reduces_to_outcome_only(backend):
     groups = [[[0.2], [0.9], [0.4]], [[1.0], [-2.0]]]
     outcome_only = advantages(groups, Normaliser(gain_weight=0.0), backend=backend)
-    for pool in POOLS:
+    for pool in ALL_POOLS:
         floor = 0.0 if pool == "joint" else 0.05  # a joint pool's floor is of outcomes, too
         assert advantages(groups, Normaliser(pool, min_std=floor), 0.9, backend) == outcome_only
 
@@ -256,8 +298,16 @@ normalisers = st.builds(
 )
 
 
+any_normaliser = st.builds(
+    replace,
+    normalisers,
+    pool=st.sampled_from(ALL_POOLS),
+    accumulate=st.sampled_from(["sum", "sum_over_sqrt", "none"]),
+)
+
+
 @settings(max_examples=300, deadline=None)
-@given(batches, normalisers, st.sampled_from([0.0, 0.9, 1.0]), st.sampled_from([torch.float32, torch.float64]))
+@given(batches, any_normaliser, st.sampled_from([0.0, 0.9, 1.0]), st.sampled_from([torch.float32, torch.float64]))
 def test_torch_path_equals_reference(groups, normaliser, gamma, dtype):
     expected = advantages(groups, normaliser, gamma, "reference", dtype)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-6
@@ -267,7 +317,31 @@ def test_torch_path_equals_reference(groups, normaliser, gamma, dtype):
 
 
 @settings(max_examples=50, deadline=None)
-@given(batches, st.sampled_from(POOLS))
+@given(batches, any_normaliser)
+def test_normalised_rewards_are_what_is_weighted_and_summed(groups, normaliser):
+    """With one turn's gain and no sum, an advantage is the weighted z and the outcome's."""
+    n = replace(normaliser, accumulate="none")
+    for backend in BACKENDS:
+        z = normalised_rewards(*tensors(groups), n, backend=backend).tolist()
+        kinds, offsets = tensors(groups)[1:3]
+        weighted = [
+            x * (n.gain_weight if kind == GAIN else n.outcome_weight) for x, kind in zip(z, kinds.tolist(), strict=True)
+        ]
+        expected = list(weighted)
+        for first, end in pairwise(offsets.tolist()):
+            for s in range(first, end - 1):
+                expected[s] += weighted[end - 1]
+        assert advantages(groups, n, backend=backend) == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
+def test_triton_refuses_what_its_kernel_lacks():
+    for n in (Normaliser("turn_index"), Normaliser("raw"), Normaliser(accumulate="none")):
+        with pytest.raises(ValueError, match="the triton kernel has no"):
+            advantages(GROUP, n, backend="triton")
+
+
+@settings(max_examples=50, deadline=None)
+@given(batches, st.sampled_from(ALL_POOLS))
 def test_groups_are_independent(groups, pool):
     together = advantages(groups, Normaliser(pool), 0.9)
     alone = [a for group in groups for a in advantages([group], Normaliser(pool), 0.9)]

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from igpo_fast.model import use_attend
 from igpo_fast.update.advantages import Recipe, credit_rollouts
+from igpo_fast.update.gains import values_of
 from igpo_fast.update.losses import token_weights
 from igpo_fast.update.packs import answer_means
 from igpo_fast.update.policy import LossInputs, Policy, make_trees
-from igpo_fast.update.rewards import values_of
 from igpo_kernels import LossSettings, Tree, pack
 from tests.parity import naive
 from tests.trees import VOCAB, random_branches, random_group
@@ -195,25 +195,40 @@ def test_two_pass_gradients_off_policy(packs, split):
     assert 0.05 < clipped / tokens < 0.95  # some tokens were clipped, so the test covers both sides
 
 
-def test_the_packed_gspo_gradient():
+@pytest.mark.parametrize("ratio", ["sequence", "turn"])
+def test_the_packed_gradient_of_ratios_over_tokens(ratio):
+    # Advantages differ by turn: a rollout's ratio meets each of them, and their clip ranges.
     case, (ours, plain) = Case(3), models(2)
-    advantages = [case.rng.normal() * np.ones(len(r.turns)) for r in case.rollouts]
+    advantages, scales = ([f(size=len(r.turns)) for r in case.rollouts] for f in (case.rng.normal, case.rng.uniform))
     weights = token_weights([r.decision_tokens for r in case.rollouts], "seq_mean_token_mean")
-    policy = Policy(ours, TEMPERATURE, LossSettings(sequence_ratio=True))
+    policy = Policy(ours, TEMPERATURE, LossSettings(0.03, 0.03, ratio=ratio))
     total = 0.0
     old_logp = []
     for i, rollout in enumerate(case.rollouts):
         at = np.flatnonzero(rollout.turn_of_token >= 0)
+        turn = rollout.turn_of_token[at]
         logp = naive.logprobs(plain, rollout.ids, TEMPERATURE)[at - 1]
         old = logp.detach() + 0.05 * torch.tensor(case.rng.normal(size=len(at)), dtype=torch.float32)
         old_logp.append(old.numpy())
-        total = total + naive.clipped_loss(logp.mean(), old.mean(), float(advantages[i][0])) / len(case.rollouts)
+        for t in range(len(rollout.turns)):
+            of = turn == t if ratio == "turn" else turn >= 0
+            width = 0.03 * scales[i][t]
+            loss = naive.clipped_loss(logp[of].mean(), old[of].mean(), float(advantages[i][t]), width, width)
+            total = total + loss * weights[i] * int((turn == t).sum())
     total.backward()
+    clipped = tokens = 0.0
     for plan in case.plans(2, branches=False):
         n = plan.n_decisions
-        advantage = np.array([advantages[r][0] for r in plan.rollout[:n]], np.float32)
-        policy(plan, LossInputs(weights[plan.rollout[:n]], advantage, case.pairs(plan, old_logp))).loss.backward()
+        advantage, scale = (
+            np.array([x[r][t] for r, t in zip(plan.rollout[:n], plan.turn[:n], strict=True)], np.float32)
+            for x in (advantages, scales)
+        )
+        inputs = LossInputs(weights[plan.rollout[:n]], advantage, case.pairs(plan, old_logp), clip_scale=scale)
+        result = policy(plan, inputs)
+        result.loss.backward()
+        clipped, tokens = clipped + result.sums["clipped"], tokens + result.sums["tokens"]
     assert_same_gradients(gradients(ours), gradients(plain))
+    assert 0.05 < clipped / tokens < 0.95
 
 
 def test_each_packed_token_is_read_exactly_once_in_one_pass_mode():

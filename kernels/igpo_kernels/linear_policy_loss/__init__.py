@@ -31,6 +31,7 @@ def linear_policy_loss(
     bias: torch.Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = 0.0,
+    clip_scale: torch.Tensor | None = None,
     engine_logp: torch.Tensor | None = None,
     ref_logp: torch.Tensor | None = None,
     backend: str = "auto",
@@ -42,28 +43,30 @@ def linear_policy_loss(
     Args:
         hidden: [N, H]. weight: [V, H]. bias: [V]. labels, rows: as in ``linear_logprob``. On Triton hidden and weight
             have one dtype, bfloat16, float16 or float32.
-        old_logp, advantages, weights, settings, engine_logp, ref_logp: [M], as in ``policy_loss``, of any float dtype;
-            ``old_logp=None`` is ratio 1.
+        old_logp, advantages, weights, settings, clip_scale, engine_logp, ref_logp: [M], as in ``policy_loss``, of any
+            float dtype; ``old_logp=None`` is ratio 1.
         temperature, softcap, backend: as in ``linear_logprob``.
     Returns:
         The loss (a scalar), and ``policy_loss``'s sums together with ``logp`` [M] (no gradient); float32 or wider.
     Raises:
-        ValueError: shapes, dtypes or values that do not fit, and settings that need the whole sequence before the first
-            gradient (sequence-level ratio or importance weights): use linear_logprob and policy_loss for those.
+        ValueError: shapes, dtypes or values that do not fit, and settings that need a whole turn or rollout before the
+            first gradient (their ratios or importance weights): use linear_logprob and policy_loss for those.
         RuntimeError: a second backward, or a second derivative.
     """
     settings = settings or LossSettings()
-    if settings.sequence_ratio or settings.importance == "sequence":
-        what = "sequence_ratio" if settings.sequence_ratio else "importance='sequence'"
+    if settings.needs_segment or settings.needs_sequence:
+        name, whole = ("ratio", settings.ratio) if settings.needs_segment else ("importance", "sequence")
         raise ValueError(
-            f"linear_policy_loss: {what} needs the whole sequence first; use linear_logprob and policy_loss"
+            f"linear_policy_loss: {name}={getattr(settings, name)!r} needs the whole {whole} first; "
+            "use linear_logprob and policy_loss"
         )
     labels, rows, temperature, softcap = head_arguments(
         "linear_policy_loss", hidden, weight, labels, rows, temperature, softcap, bias
     )
     pair_inputs = dict(
-        old_logp=old_logp, advantages=advantages, weights=weights, engine_logp=engine_logp, ref_logp=ref_logp
-    )
+        old_logp=old_logp, advantages=advantages, weights=weights, clip_scale=clip_scale, engine_logp=engine_logp,
+        ref_logp=ref_logp,
+    )  # fmt: skip
     check_inputs("linear_policy_loss", labels.shape, settings, pair_inputs, exempt=("entropy",))
     if not torch.is_grad_enabled():  # an autograd.Function is not told
         hidden, weight, bias = (None if x is None else x.detach() for x in (hidden, weight, bias))

@@ -8,5 +8,5 @@ from igpo_kernels.policy_loss.reference import policy_loss
 
 def linear_policy_loss(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap):
     logp, entropy = linear_logprob(hidden, weight, labels, rows, bias, temperature, softcap, True)
-    loss, metrics = policy_loss(logp, settings=settings, entropy=entropy, sequence=None, **pair_inputs)
+    loss, metrics = policy_loss(logp, settings=settings, entropy=entropy, segment=None, sequence=None, **pair_inputs)
     return loss, {**metrics, "logp": logp.detach()}

@@ -182,7 +182,7 @@ def chunk_loss(swept: Swept, row: torch.Tensor, inputs: dict, settings: LossSett
     logp = (swept.target - swept.top[row] - swept.log_mass[row]).requires_grad_(differentiate)
     entropy = swept.entropy[row].requires_grad_(differentiate)
     with torch.set_grad_enabled(differentiate):
-        loss, metrics = policy_loss(logp, settings=settings, entropy=entropy, sequence=None, **inputs)
+        loss, metrics = policy_loss(logp, settings=settings, entropy=entropy, segment=None, sequence=None, **inputs)
     slopes = torch.autograd.grad(loss, (logp, entropy)) if differentiate else None
     return loss.detach(), metrics, logp.detach(), slopes
 

@@ -13,6 +13,7 @@ from igpo_kernels.policy_loss.triton_kernels import (
     load,
     no_terms,
     pair_terms,
+    scaled_range,
     store_partials,
 )
 
@@ -72,10 +73,11 @@ def softmax_of(row_ptr, bias_ptr, n_vocab, softcap, inverse_temperature, CAPPED:
 @triton.jit(do_not_specialize=["first", "columns"])
 def row_loss_kernel(
     logits_ptr, d_logits_ptr, bias_ptr, label_ptr, order_ptr, offset_ptr, old_ptr, advantage_ptr, weight_ptr,
-    engine_ptr, ref_ptr, scale_ptr, logp_ptr, d_logp_ptr, partial_ptr,
+    clip_scale_ptr, engine_ptr, ref_ptr, scale_ptr, logp_ptr, d_logp_ptr, partial_ptr,
     first, columns, n_vocab, logits_stride, d_logits_stride,
     inverse_temperature, softcap, low, high, dual_clip, kl, bonus,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr, importance_cap=None, MASKED: tl.constexpr = False,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr,
+    importance_floor=None, importance_cap=None, MASKED: tl.constexpr = False,
 ):  # fmt: skip
     """Row ``first + program``: logp and d_logp of its pairs, partial sums [SUMS, columns], the gradient of its logits.
 
@@ -104,10 +106,16 @@ def row_loss_kernel(
         gap = old - load(engine_ptr, pair, mask) if engine_ptr is not None else tl.zeros_like(logp)
         weight = load(weight_ptr, pair, mask)
         ref_logp = load(ref_ptr, pair, mask) if ref_ptr is not None else None
-        correction = 1.0 if importance_cap is None else importance_weight(gap, importance_cap, MASKED)
+        correction = 1.0
+        if importance_cap is not None:
+            correction = importance_weight(gap, importance_floor, importance_cap, MASKED)
+        log_ratio, lowest, highest = logp - old, low, high
+        advantage = load(advantage_ptr, pair, mask)
+        if clip_scale_ptr is not None:
+            lowest, highest, advantage = scaled_range(load(clip_scale_ptr, pair, mask), low, high, advantage)
         d_logp, terms = pair_terms(
-            logp, logp - old, gap, correction, load(advantage_ptr, pair, mask), weight, ref_logp,
-            tl.zeros_like(logp) + entropy, low, high, dual_clip, kl, bonus,
+            logp, log_ratio, gap, correction, advantage, weight, ref_logp,
+            tl.zeros_like(logp) + entropy, lowest, highest, dual_clip, kl, bonus,
         )  # fmt: skip
         d_logp *= scale
         tl.store(d_logp_ptr + at, d_logp, mask=mask)

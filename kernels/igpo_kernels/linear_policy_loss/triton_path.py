@@ -16,7 +16,7 @@ from igpo_kernels.policy_loss.gradients import hand_out
 from igpo_kernels.policy_loss.reference import METRICS
 from igpo_kernels.policy_loss.settings import LossSettings
 from igpo_kernels.policy_loss.triton_kernels import SUMS
-from igpo_kernels.policy_loss.triton_path import bounds, finish, scale_
+from igpo_kernels.policy_loss.triton_path import bounds, finish, importance_bounds, scale_
 from igpo_kernels.products import product
 from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Tunable, Variant, arch_of, config_for, configs
 from igpo_kernels.workspace import workspace_bytes
@@ -68,7 +68,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         logits = new(height, -(-vocab // ALIGN) * ALIGN)
         states = torch.empty((height, size), dtype=dtype, device=hidden.device)
         d_states = None if d_hidden is None else new(height, size)
-        importance_cap = float(settings.importance_cap) if settings.importance == "token" else None
+        floor, cap = importance_bounds(settings) if settings.importance == "token" else (None, None)
         for first in range(0, count, height):
             at = distinct[first : first + height]
             x = torch.index_select(hidden, 0, at, out=states[: len(at)])
@@ -77,10 +77,11 @@ class _LinearPolicyLoss(torch.autograd.Function):
             product(x, weight.T, z[:, :vocab])
             row_loss_kernel[(len(at),)](
                 z, d_z if differentiate else None, bias, labels, order, offsets,
-                inputs["old_logp"], inputs["advantages"], inputs["weights"], inputs["engine_logp"], inputs["ref_logp"],
-                scale, logp, d_logp, partials, first, count, vocab, z.stride(0), d_z.stride(0),
+                inputs["old_logp"], inputs["advantages"], inputs["weights"], inputs["clip_scale"],
+                inputs["engine_logp"], inputs["ref_logp"], scale, logp, d_logp, partials, first, count, vocab,
+                z.stride(0), d_z.stride(0),
                 float(1 / temperature), float(softcap), *bounds(settings), settings.dual_clip, float(settings.kl),
-                float(settings.entropy), CAPPED=softcap > 0, importance_cap=importance_cap,
+                float(settings.entropy), CAPPED=softcap > 0, importance_floor=floor, importance_cap=cap,
                 MASKED=settings.importance_mode == "mask", **config.launch(),
             )  # fmt: skip
             if d_weight is not None:
@@ -137,9 +138,11 @@ def range_of_half(inputs: dict, settings) -> torch.Tensor:
 FEATURES = {
     "ratio-one": ("d_logits_ptr",),
     "ratio": ("d_logits_ptr", "old_ptr"),
+    "scaled": ("d_logits_ptr", "old_ptr", "clip_scale_ptr"),
     "full": ("d_logits_ptr", "bias_ptr", "old_ptr", "engine_ptr", "ref_ptr", "dual_clip", "importance_cap"),
     # Masked weights, and a vocabulary that 16 does not divide.
     "ragged": ("d_logits_ptr", "old_ptr", "engine_ptr", "importance_cap"),
+    "banded": ("d_logits_ptr", "old_ptr", "engine_ptr", "importance_floor", "importance_cap"),
     "values": ("old_ptr",),
 }
 OPTIONAL = {name for names in FEATURES.values() for name in names} | {"scale_ptr"}
@@ -153,7 +156,7 @@ def variants() -> Iterator[Variant]:
     """Every shipped configuration, with the sets of optional inputs that trainers use."""
     for arch, shape_class, dtype, config in configs("linear_policy_loss"):
         for features, given in FEATURES.items():
-            constexprs = {"CAPPED": features == "full", "MASKED": features == "ragged", **config.constants}
+            constexprs = {"CAPPED": features == "full", "MASKED": features in ("ragged", "banded"), **config.constants}
             signature = {}
             for name in row_loss_kernel.arg_names:
                 if name in OPTIONAL and name not in given and not (name == "scale_ptr" and dtype == "fp16"):
@@ -182,6 +185,6 @@ def _workload(device: torch.device, dtype: str):
     x, weight = (torch.randn(rows, hidden, device=device, dtype=DTYPES[dtype]) for rows in (n, vocab))
     rows, labels = torch.arange(n, device=device), torch.randint(0, vocab, (n,), device=device)
     one = torch.ones(n, device=device)
-    inputs = dict(old_logp=None, advantages=one, weights=one, engine_logp=None, ref_logp=None)
+    inputs = dict(advantages=one, weights=one, old_logp=None, clip_scale=None, engine_logp=None, ref_logp=None)
     x.requires_grad_()
     return lambda: linear_policy_loss(x, weight, None, labels, rows, inputs, LossSettings(), 1.0, 0.0)

@@ -25,9 +25,11 @@ def policy_loss(
     weights: torch.Tensor,
     settings: LossSettings | None = None,
     *,
+    clip_scale: torch.Tensor | None = None,
     engine_logp: torch.Tensor | None = None,
     ref_logp: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
+    segment: torch.Tensor | None = None,
     sequence: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -38,24 +40,28 @@ def policy_loss(
         old_logp: [M], or None for ratio 1 (the gradient is then the policy gradient's).
         advantages: [M], one per token. weights: [M], global: they define the aggregation, nothing is divided here. A
             pair of weight 0 adds nothing to any result, whatever its other numbers are.
+        clip_scale: [M], at least 0: pair m's ratio is clipped to [1 - clip_low * scale_m, 1 + clip_high * scale_m].
+            None is 1 everywhere. ``settings.dual_clip`` is not scaled.
         engine_logp: [M], of the rollout engine that sampled; gives ``mismatch`` and, with
             ``settings.importance``, the correction c_m (of old_logp, or of logp without gradient).
         ref_logp: [M] of the reference policy, for ``settings.kl``.
         entropy: [M], with gradient, for ``settings.entropy``.
-        sequence: int64 [M], the rollout to which a pair belongs, from 0; needed by sequence-level settings. A rollout's
-            pairs must all be here.
+        segment: int64 [M], the turn or rollout with which a pair shares its ratio, from 0; turns are numbered across
+            rollouts. Needed unless ``settings.ratio`` is ``token``. A segment's pairs must all be here.
+        sequence: int64 [M], the rollout to which a pair belongs, from 0; needed by ``settings.importance`` of
+            ``sequence`` and ``geometric``. A rollout's pairs must all be here.
     Returns:
         The loss (a scalar), and sums over pairs of non-zero weight: ``tokens``, ``clipped``, ``ratio``, ``kl``,
         ``mismatch``, ``entropy``; the maximum ``ratio_max``; and ``policy``, the loss without KL and entropy. All are
         float32 on Triton, else of the inputs' dtype. On Triton backward runs once: the gradient is handed out.
     Raises:
         ValueError: shapes that differ (advantages are never broadcast) or have more than one dimension, a missing
-            input, or a negative ``sequence``.
+            input, or a negative ``segment`` or ``sequence``.
     """
     settings = settings or LossSettings()
     inputs = dict(
-        old_logp=old_logp, advantages=advantages, weights=weights, engine_logp=engine_logp, ref_logp=ref_logp,
-        entropy=entropy, sequence=sequence,
+        old_logp=old_logp, advantages=advantages, weights=weights, clip_scale=clip_scale, engine_logp=engine_logp,
+        ref_logp=ref_logp, entropy=entropy, segment=segment, sequence=sequence,
     )  # fmt: skip
     check_tensors("policy_loss", logp=logp)
     check_inputs("policy_loss", logp.shape, settings, inputs)
@@ -74,7 +80,7 @@ def check_inputs(op: str, shape: torch.Size, settings: LossSettings, inputs: dic
             raise ValueError(f"{op}: {name} is {tuple(x.shape)}, the pairs {tuple(shape)}; give one number per pair")
     needs = {
         "ref_logp": settings.kl, "entropy": settings.entropy, "engine_logp": settings.importance != "none",
-        "sequence": settings.sequence_ratio or settings.importance == "sequence",
+        "segment": settings.needs_segment, "sequence": settings.needs_sequence,
     }  # fmt: skip
     for name, needed in needs.items():
         if needed and inputs.get(name) is None and name not in exempt:

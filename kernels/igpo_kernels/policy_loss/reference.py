@@ -10,27 +10,30 @@ METRICS = ("policy", "tokens", "clipped", "ratio", "ratio_max", "kl", "mismatch"
 """Names and order of the sums that every implementation returns beside the loss."""
 
 
-def sequence_count(lowest: int, highest: int) -> int:
+def segment_count(name: str, lowest: int, highest: int) -> int:
+    """Number of segments (``name``: of what) whose numbers lie between these."""
     if lowest < 0:
-        raise ValueError(f"policy_loss: sequence holds {lowest}; number sequences from 0, leave out pairs without one")
+        raise ValueError(f"policy_loss: {name} holds {lowest}; number {name}s from 0, leave out pairs without one")
     return highest + 1
 
 
-def _per_sequence(x, active, sequence, reduce):
-    """Sum or mean of x over each pair's sequence; x is 0 where not active."""
-    n = sequence_count(*torch.stack(sequence.aminmax()).tolist()) if len(sequence) else 0
-    total = x.new_zeros(n).index_add(0, sequence, x)
+def _per_segment(x, active, name, segment, reduce):
+    """Sum or mean of x over each pair's segment; x is 0 where not active."""
+    n = segment_count(name, *torch.stack(segment.aminmax()).tolist()) if len(segment) else 0
+    total = x.new_zeros(n).index_add(0, segment, x)
     if reduce == "mean":
-        total = total / x.new_zeros(n).index_add(0, sequence, active.to(x.dtype)).clamp(min=1)
-    return total[sequence]
+        total = total / x.new_zeros(n).index_add(0, segment, active.to(x.dtype)).clamp(min=1)
+    return total[segment]
 
 
-def policy_loss(logp, *, old_logp, advantages, weights, settings, engine_logp, ref_logp, entropy, sequence):
+def policy_loss(
+    logp, *, old_logp, advantages, weights, settings, clip_scale, engine_logp, ref_logp, entropy, segment, sequence
+):
     # A pair of weight 0 adds nothing, not even 0 * inf.
     kept = weights != 0
-    logp, old_logp, advantages, engine_logp, ref_logp, entropy = (
+    logp, old_logp, advantages, clip_scale, engine_logp, ref_logp, entropy = (
         None if x is None else torch.where(kept, x, 0.0)
-        for x in (logp, old_logp, advantages, engine_logp, ref_logp, entropy)
+        for x in (logp, old_logp, advantages, clip_scale, engine_logp, ref_logp, entropy)
     )
     active = kept.to(logp.dtype)
     anchor = logp.detach() if old_logp is None else old_logp
@@ -40,19 +43,22 @@ def policy_loss(logp, *, old_logp, advantages, weights, settings, engine_logp, r
         gap = anchor - engine_logp
         mismatch = gap.abs()
         if settings.importance != "none":
-            gap = _per_sequence(gap, active, sequence, "sum") if settings.importance == "sequence" else gap
-            correction = gap.exp()
-            dropped = (correction > settings.importance_cap) & (settings.importance_mode == "mask")
-            correction = torch.where(dropped, 0.0, correction.clamp(max=settings.importance_cap))
+            if settings.needs_sequence:
+                reduce = "mean" if settings.importance == "geometric" else "sum"
+                gap = _per_segment(gap, active, "sequence", sequence, reduce)
+            correction, (floor, cap) = gap.exp(), (settings.importance_floor, settings.importance_cap)
+            dropped = ((correction < floor) | (correction > cap)) & (settings.importance_mode == "mask")
+            correction = torch.where(dropped, 0.0, correction.clamp(floor, cap))
     log_ratio = logp - anchor
-    if settings.sequence_ratio:
-        # Value and gradient of the sequence's mean: GSPO.
-        log_ratio = _per_sequence(log_ratio.where(~dropped, 0.0), active * ~dropped, sequence, "mean")
+    if settings.needs_segment:
+        # Value and gradient of the segment's mean.
+        log_ratio = _per_segment(log_ratio.where(~dropped, 0.0), active * ~dropped, "segment", segment, "mean")
     # Larger ratios are held where a clip applies anyway: overflowing, they would make the gradient 0 * inf.
     largest = math.log(torch.finfo(logp.dtype).max) / 2
     held = (log_ratio > largest) & ((advantages >= 0) | (settings.dual_clip is not None) | dropped)
     ratio = torch.where(held, largest, log_ratio).exp()
-    clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    scale = 1 if clip_scale is None else clip_scale.to(ratio.dtype)
+    clipped = ratio.clamp(1 - settings.clip_low * scale, 1 + settings.clip_high * scale)
     surrogate = torch.maximum(-ratio * advantages, -clipped * advantages)
     if settings.dual_clip is not None:
         surrogate = torch.where(advantages < 0, torch.minimum(surrogate, -settings.dual_clip * advantages), surrogate)

@@ -1,4 +1,4 @@
-"""policy_loss's device code: the terms of one pair, the pass over tokens, statistics of sequences, the final sum.
+"""policy_loss's device code: the terms of one pair, the pass over tokens, statistics of segments, the final sum.
 
 Every value is float32. Selections are written so that NaN stays NaN: comparisons with NaN are false.
 """
@@ -44,9 +44,38 @@ def surrogate_of(ratio, advantage, low, high, dual_clip):
 
 
 @triton.jit
-def importance_weight(gap, cap, MASKED: tl.constexpr):
+def scaled_range(scale, low, high, advantage):
+    """The clip range of a pair, and its advantage: a NaN scale, which the range's comparisons would hide, spoils it."""
+    return 1 + (low - 1) * scale, 1 + (high - 1) * scale, tl.where(scale == scale, advantage, scale)
+
+
+@triton.jit
+def importance_weight(gap, floor, cap, MASKED: tl.constexpr):
+    """floor may be None."""
     weight = tl.exp(gap)
-    return tl.where(weight > cap, 0.0 if MASKED else cap, weight)
+    bounded = tl.where(weight > cap, 0.0 if MASKED else cap, weight)
+    if floor is not None:
+        bounded = tl.where(weight < floor, 0.0 if MASKED else floor, bounded)
+    return bounded
+
+
+@triton.jit
+def load_number(pointer, at, mask):
+    return tl.load(pointer + at) if mask is None else tl.load(pointer + at, mask=mask, other=0)
+
+
+@triton.jit
+def correction_of(
+    gap, sequence_ptr, gap_ptr, at, mask, floor, cap, TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr
+):
+    """Importance weights of pairs: of their own gaps, of their sequences', or 1."""
+    correction = tl.zeros_like(gap) + 1
+    if TOKEN_IMPORTANCE:
+        correction = importance_weight(gap, floor, cap, MASKED)
+    if gap_ptr is not None:
+        gap = load(gap_ptr, load_number(sequence_ptr, at, mask), mask)
+        correction = importance_weight(gap, floor, cap, MASKED)
+    return correction
 
 
 @triton.jit
@@ -110,34 +139,32 @@ def store_partials(partial_ptr, column, columns, total):
 
 @triton.jit
 def tile_terms(
-    logp_ptr, old_ptr, advantage_ptr, weight_ptr, engine_ptr, ref_ptr, entropy_ptr,
-    sequence_ptr, sequence_ratio_ptr, sequence_gap_ptr, sequence_slope_ptr, d_logp_ptr,
-    at, mask, low, high, dual_clip, kl, bonus, cap, TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr,
+    logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, ref_ptr, entropy_ptr,
+    segment_ptr, ratio_ptr, slope_ptr, sequence_ptr, gap_ptr, d_logp_ptr,
+    at, mask, low, high, dual_clip, kl, bonus, floor, cap, TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Load a tile of pairs, store its gradient, return its terms."""
     logp = load(logp_ptr, at, mask)
     old = load(old_ptr, at, mask) if old_ptr is not None else logp
     gap = old - load(engine_ptr, at, mask) if engine_ptr is not None else tl.zeros_like(logp)
     log_ratio = logp - old
-    correction = importance_weight(gap, cap, MASKED) if TOKEN_IMPORTANCE else tl.zeros_like(logp) + 1
-    sequence = None
-    if sequence_ptr is not None:
-        sequence = tl.load(sequence_ptr + at) if mask is None else tl.load(sequence_ptr + at, mask=mask, other=0)
-    if sequence_ratio_ptr is not None:
-        log_ratio = load(sequence_ratio_ptr, sequence, mask)
-    if sequence_gap_ptr is not None:
-        correction = importance_weight(load(sequence_gap_ptr, sequence, mask), cap, MASKED)
+    correction = correction_of(gap, sequence_ptr, gap_ptr, at, mask, floor, cap, TOKEN_IMPORTANCE, MASKED)
+    segment = load_number(segment_ptr, at, mask) if segment_ptr is not None else None
+    if ratio_ptr is not None:
+        log_ratio = load(ratio_ptr, segment, mask)
     weight = load(weight_ptr, at, mask)
     advantage = load(advantage_ptr, at, mask)
+    if clip_scale_ptr is not None:
+        low, high, advantage = scaled_range(load(clip_scale_ptr, at, mask), low, high, advantage)
     ref_logp = load(ref_ptr, at, mask) if ref_ptr is not None else None
     entropy = load(entropy_ptr, at, mask) if entropy_ptr is not None else None
     d_logp, terms = pair_terms(
         logp, log_ratio, gap, correction, advantage, weight, ref_logp, entropy, low, high, dual_clip, kl, bonus
     )
     if d_logp_ptr is not None:
-        if sequence_slope_ptr is not None:
-            # Every pair moves the whole sequence's ratio: its gradient is the sequence's mean slope.
-            d_logp = load(sequence_slope_ptr, sequence, mask)
+        if slope_ptr is not None:
+            # Every pair moves the whole segment's ratio: its gradient is the segment's mean slope.
+            d_logp = load(slope_ptr, segment, mask)
             if MASKED:
                 d_logp = tl.where(correction == 0, 0.0, d_logp)
             if ref_logp is not None:
@@ -149,9 +176,9 @@ def tile_terms(
 
 @triton.jit(do_not_specialize=["n"])
 def policy_loss_kernel(
-    logp_ptr, old_ptr, advantage_ptr, weight_ptr, engine_ptr, ref_ptr, entropy_ptr,
-    sequence_ptr, sequence_ratio_ptr, sequence_gap_ptr, sequence_slope_ptr, d_logp_ptr, partial_ptr,
-    n: tl.int64, low, high, dual_clip, kl, bonus, cap,
+    logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, ref_ptr, entropy_ptr,
+    segment_ptr, ratio_ptr, slope_ptr, sequence_ptr, gap_ptr, d_logp_ptr, partial_ptr,
+    n: tl.int64, low, high, dual_clip, kl, bonus, floor, cap,
     TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One pass over n pairs: d_logp [n], and partial sums [SUMS, programs]."""
@@ -162,17 +189,17 @@ def policy_loss_kernel(
     for tile in range(program, full, programs):
         at = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         terms = tile_terms(
-            logp_ptr, old_ptr, advantage_ptr, weight_ptr, engine_ptr, ref_ptr, entropy_ptr,
-            sequence_ptr, sequence_ratio_ptr, sequence_gap_ptr, sequence_slope_ptr, d_logp_ptr,
-            at, None, low, high, dual_clip, kl, bonus, cap, TOKEN_IMPORTANCE, MASKED,
+            logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, ref_ptr, entropy_ptr,
+            segment_ptr, ratio_ptr, slope_ptr, sequence_ptr, gap_ptr, d_logp_ptr,
+            at, None, low, high, dual_clip, kl, bonus, floor, cap, TOKEN_IMPORTANCE, MASKED,
         )  # fmt: skip
         total = combine(total, terms)
     if program == full % programs:
         at = tl.cast(full, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         terms = tile_terms(
-            logp_ptr, old_ptr, advantage_ptr, weight_ptr, engine_ptr, ref_ptr, entropy_ptr,
-            sequence_ptr, sequence_ratio_ptr, sequence_gap_ptr, sequence_slope_ptr, d_logp_ptr,
-            at, at < n, low, high, dual_clip, kl, bonus, cap, TOKEN_IMPORTANCE, MASKED,
+            logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, ref_ptr, entropy_ptr,
+            segment_ptr, ratio_ptr, slope_ptr, sequence_ptr, gap_ptr, d_logp_ptr,
+            at, at < n, low, high, dual_clip, kl, bonus, floor, cap, TOKEN_IMPORTANCE, MASKED,
         )  # fmt: skip
         total = combine(total, terms)
     store_partials(partial_ptr, program, programs, total)
@@ -210,54 +237,80 @@ def policy_loss_scale_kernel(gradient_ptr, factor_ptr, n: tl.int64, BLOCK: tl.co
 
 
 @triton.jit
-def policy_loss_sequence_kernel(
-    logp_ptr, old_ptr, advantage_ptr, weight_ptr, engine_ptr, order_ptr, offset_ptr,
-    ratio_ptr, gap_ptr, slope_ptr, low, high, dual_clip, cap,
-    TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Per sequence: mean log ratio, summed engine gap, mean slope; its pairs are order[offset[s] : offset[s + 1]].
-
-    Pairs of weight 0 are left out, and from ratio and slope also pairs whose own importance is masked.
-    """
+def policy_loss_gap_kernel(
+    anchor_ptr, weight_ptr, engine_ptr, order_ptr, offset_ptr, gap_ptr, MEAN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Per sequence: sum or mean of anchor - engine over its pairs order[offset[s] : offset[s + 1]] of weight not 0."""
     s = tl.program_id(0)
     begin, end = tl.load(offset_ptr + s), tl.load(offset_ptr + s + 1)
-    counts = tl.zeros([BLOCK], tl.float32)
-    log_ratios, gaps = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    counts, gaps = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = at < end
         pair = tl.load(order_ptr + at, mask=mask, other=0)
         active = load(weight_ptr, pair, mask) != 0
-        logp = load(logp_ptr, pair, active)
-        old = load(old_ptr, pair, active) if old_ptr is not None else logp
-        in_mean = active
-        if TOKEN_IMPORTANCE and MASKED:
-            in_mean = active & (importance_weight(old - load(engine_ptr, pair, active), cap, MASKED) != 0)
-        counts += in_mean.to(tl.float32)
-        log_ratios += tl.where(in_mean, logp - old, 0.0)
-        if gap_ptr is not None:
-            gaps += old - load(engine_ptr, pair, active)
+        counts += active.to(tl.float32)
+        gaps += load(anchor_ptr, pair, active) - load(engine_ptr, pair, active)
+    gap = tl.sum(gaps, 0)
+    if MEAN:
+        gap /= tl.maximum(tl.sum(counts, 0), 1.0)
+    tl.store(gap_ptr + s, gap)
+
+
+@triton.jit
+def policy_loss_segment_kernel(
+    logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, sequence_ptr, gap_ptr,
+    order_ptr, offset_ptr, ratio_ptr, slope_ptr, low, high, dual_clip, floor, cap,
+    TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Per segment: mean log ratio and mean slope; its pairs are order[offset[s] : offset[s + 1]].
+
+    Pairs of weight 0 are left out, and so are pairs that importance masks.
+    """
+    s = tl.program_id(0)
+    begin, end = tl.load(offset_ptr + s), tl.load(offset_ptr + s + 1)
+    counts, log_ratios = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        pair, kept, logp, old, _, _ = segment_pairs(
+            logp_ptr, old_ptr, weight_ptr, engine_ptr, sequence_ptr, gap_ptr, order_ptr, at, at < end, floor, cap,
+            TOKEN_IMPORTANCE, MASKED,
+        )  # fmt: skip
+        counts += kept.to(tl.float32)
+        log_ratios += tl.where(kept, logp - old, 0.0)
     count = tl.maximum(tl.sum(counts, 0), 1.0)
-    correction = 1.0
-    if gap_ptr is not None:
-        gap = tl.sum(gaps, 0)
-        tl.store(gap_ptr + s, gap)
-        correction = importance_weight(gap, cap, MASKED)
-    if ratio_ptr is not None:
-        log_ratio = tl.sum(log_ratios, 0) / count
-        tl.store(ratio_ptr + s, log_ratio)
-        slopes = tl.zeros([BLOCK], tl.float32)
-        for start in range(begin, end, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            mask = at < end
-            pair = tl.load(order_ptr + at, mask=mask, other=0)
-            weight = load(weight_ptr, pair, mask)
-            active = weight != 0
-            if TOKEN_IMPORTANCE:
-                anchor = load(old_ptr if old_ptr is not None else logp_ptr, pair, active)
-                correction = importance_weight(anchor - load(engine_ptr, pair, active), cap, MASKED)
-            ratio = tl.zeros([BLOCK], tl.float32) + tl.exp(log_ratio)
-            _, slope = surrogate_of(ratio, load(advantage_ptr, pair, active), low, high, dual_clip)
-            factor = weight * correction
-            slopes += tl.where(factor != 0, factor * slope, 0.0)
-        tl.store(slope_ptr + s, tl.sum(slopes, 0) / count)
+    log_ratio = tl.sum(log_ratios, 0) / count
+    tl.store(ratio_ptr + s, log_ratio)
+    ratio = tl.zeros([BLOCK], tl.float32) + tl.exp(log_ratio)
+    slopes = tl.zeros([BLOCK], tl.float32)
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        pair, kept, _, _, weight, correction = segment_pairs(
+            logp_ptr, old_ptr, weight_ptr, engine_ptr, sequence_ptr, gap_ptr, order_ptr, at, at < end, floor, cap,
+            TOKEN_IMPORTANCE, MASKED,
+        )  # fmt: skip
+        advantage, lowest, highest = load(advantage_ptr, pair, kept), low, high
+        if clip_scale_ptr is not None:
+            lowest, highest, advantage = scaled_range(load(clip_scale_ptr, pair, kept), low, high, advantage)
+        _, slope = surrogate_of(ratio, advantage, lowest, highest, dual_clip)
+        factor = weight * correction
+        slopes += tl.where(factor != 0, factor * slope, 0.0)
+    tl.store(slope_ptr + s, tl.sum(slopes, 0) / count)
+
+
+@triton.jit
+def segment_pairs(
+    logp_ptr, old_ptr, weight_ptr, engine_ptr, sequence_ptr, gap_ptr, order_ptr, at, mask, floor, cap,
+    TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Load pairs in the order of their segments, and whether each is part of its segment's mean."""
+    pair = tl.load(order_ptr + at, mask=mask, other=0)
+    weight = load(weight_ptr, pair, mask)
+    kept = weight != 0
+    logp = load(logp_ptr, pair, kept)
+    old = load(old_ptr, pair, kept) if old_ptr is not None else logp
+    gap = old - load(engine_ptr, pair, kept) if TOKEN_IMPORTANCE else tl.zeros_like(logp)
+    correction = correction_of(gap, sequence_ptr, gap_ptr, pair, kept, floor, cap, TOKEN_IMPORTANCE, MASKED)
+    if MASKED:
+        kept = kept & (correction != 0)
+    return pair, kept, logp, old, weight, correction

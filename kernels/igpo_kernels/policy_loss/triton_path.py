@@ -1,9 +1,9 @@
 """policy_loss on Triton: one pass over the tokens, then one small sum of the blocks' partial sums.
 
 20 bytes per token (logp, old_logp, advantages, weights in; the gradient out), 4 more for each further input. Sums are
-in float32 and in a fixed order: results are bitwise equal from run to run. Sequence statistics cost a sort of
-``sequence`` and a launch before it. The backward hands the gradient out, and reads it only where it must be scaled, in
-place.
+in float32 and in a fixed order: results are bitwise equal from run to run. Statistics of turns and rollouts cost a sort
+of ``segment`` or ``sequence`` and a launch before it, each. The backward hands the gradient out, and reads it only
+where it must be scaled, in place.
 """
 
 from __future__ import annotations
@@ -16,26 +16,30 @@ import triton
 
 from igpo_kernels.autograd import first_order
 from igpo_kernels.policy_loss.gradients import hand_out
-from igpo_kernels.policy_loss.reference import METRICS, sequence_count
+from igpo_kernels.policy_loss.reference import METRICS, segment_count
 from igpo_kernels.policy_loss.settings import LossSettings
 from igpo_kernels.policy_loss.triton_kernels import (
     SUMS,
     policy_loss_finish_kernel,
+    policy_loss_gap_kernel,
     policy_loss_kernel,
     policy_loss_scale_kernel,
-    policy_loss_sequence_kernel,
+    policy_loss_segment_kernel,
 )
 from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Config, Tunable, Variant, arch_of, config_for, configs
 
 
-def policy_loss(logp, *, old_logp, advantages, weights, settings, engine_logp, ref_logp, entropy, sequence):
+def policy_loss(
+    logp, *, old_logp, advantages, weights, settings, clip_scale, engine_logp, ref_logp, entropy, segment, sequence
+):
     if logp.dtype == torch.float64:
         raise ValueError("policy_loss: the triton backend computes in float32, logp is float64; pass backend='torch'")
     if not torch.is_grad_enabled():  # an autograd.Function is not told
         logp, entropy = logp.detach(), None if entropy is None else entropy.detach()
     given = dict(
-        old=old_logp, advantage=advantages, weight=weights, engine=engine_logp, ref=ref_logp, sequence=sequence
-    )
+        old=old_logp, advantage=advantages, weight=weights, clip_scale=clip_scale, engine=engine_logp, ref=ref_logp,
+        segment=segment if settings.needs_segment else None, sequence=sequence if settings.needs_sequence else None,
+    )  # fmt: skip
     loss, sums = _PolicyLoss.apply(logp, entropy, given, settings)
     return loss, dict(zip(METRICS, sums.unbind(), strict=True))
 
@@ -50,14 +54,13 @@ class _PolicyLoss(torch.autograd.Function):
         d_logp = torch.empty_like(logp) if ctx.needs_input_grad[0] else None
         programs = programs_for(len(logp), config)
         partials = logp.new_empty((SUMS.value, programs), dtype=torch.float32)
-        ratio, gap, slope = sequence_statistics(logp, given, settings, arch)
-        by_sequence = given["sequence"] if ratio is not None or gap is not None else None
+        gap = gaps_of_sequences(logp, given, settings, arch)
+        ratio, slope = segment_statistics(logp, given, gap, settings, arch)
         policy_loss_kernel[(programs,)](
-            logp, given["old"], given["advantage"], given["weight"], given["engine"], given["ref"], entropy,
-            by_sequence, ratio, gap, slope, d_logp, partials, len(logp), *bounds(settings), settings.dual_clip,
-            float(settings.kl), float(settings.entropy), float(settings.importance_cap),
-            TOKEN_IMPORTANCE=settings.importance == "token", MASKED=settings.importance_mode == "mask",
-            BLOCK=config["BLOCK"], **config.options(),
+            logp, given["old"], given["advantage"], given["weight"], given["clip_scale"], given["engine"], given["ref"],
+            entropy, given["segment"], ratio, slope, given["sequence"], gap, d_logp, partials, len(logp),
+            *bounds(settings), settings.dual_clip, float(settings.kl), float(settings.entropy),
+            *importance_bounds(settings), **importance_flags(settings), BLOCK=config["BLOCK"], **config.options(),
         )  # fmt: skip
         loss, sums = finish(partials, arch)
         ctx.save_for_backward(given["weight"] if ctx.needs_input_grad[1] else None)
@@ -91,6 +94,14 @@ def bounds(settings: LossSettings) -> tuple[float, float]:
     return float(1 - settings.clip_low), float(1 + settings.clip_high)
 
 
+def importance_bounds(settings: LossSettings) -> tuple[float | None, float]:
+    return float(settings.importance_floor) or None, float(settings.importance_cap)
+
+
+def importance_flags(settings: LossSettings) -> dict[str, bool]:
+    return {"TOKEN_IMPORTANCE": settings.importance == "token", "MASKED": settings.importance_mode == "mask"}
+
+
 def finish(partials: torch.Tensor, arch: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss and the metrics [8] from partial sums [9, columns]."""
     sums = partials.new_empty(SUMS.value)
@@ -99,53 +110,82 @@ def finish(partials: torch.Tensor, arch: str) -> tuple[torch.Tensor, torch.Tenso
     return sums[0].data, sums[1:]  # no view to autograd: the loss may be changed in place
 
 
-def sequence_statistics(logp, given, settings, arch):
-    """Mean log ratio, summed engine gap and mean slope of each sequence; None where the settings need none."""
-    of_ratio, of_gap = settings.sequence_ratio, settings.importance == "sequence"
-    if not (of_ratio or of_gap) or not len(logp):
-        return None, None, None
-    by_sequence, order = given["sequence"].sort(stable=True)
-    count = sequence_count(*torch.stack((by_sequence[0], by_sequence[-1])).tolist())
-    offsets = torch.searchsorted(by_sequence, torch.arange(count + 1, device=logp.device))
-    new = lambda wanted: logp.new_empty(count, dtype=torch.float32) if wanted else None  # noqa: E731
-    ratio, gap, slope = new(of_ratio), new(of_gap), new(of_ratio)
-    policy_loss_sequence_kernel[(count,)](
-        logp, given["old"], given["advantage"], given["weight"], given["engine"], order, offsets,
-        ratio, gap, slope, *bounds(settings), settings.dual_clip, float(settings.importance_cap),
-        TOKEN_IMPORTANCE=settings.importance == "token", MASKED=settings.importance_mode == "mask",
-        **config_for("policy_loss_sequence", arch, "any", "fp32").launch(),
+def gaps_of_sequences(logp, given, settings, arch):
+    """Summed or mean engine gap of each sequence; None where the settings need none."""
+    if given["sequence"] is None or not len(logp):
+        return None
+    order, offsets = by_segment("sequence", given["sequence"])
+    gap = logp.new_empty(len(offsets) - 1, dtype=torch.float32)
+    policy_loss_gap_kernel[(len(gap),)](
+        logp if given["old"] is None else given["old"], given["weight"], given["engine"], order, offsets, gap,
+        MEAN=settings.importance == "geometric", **config_for("policy_loss_gap", arch, "any", "fp32").launch(),
     )  # fmt: skip
-    return ratio, gap, slope
+    return gap
+
+
+def segment_statistics(logp, given, gap, settings, arch):
+    """Mean log ratio and mean slope of each segment; None where the settings need none."""
+    if given["segment"] is None or not len(logp):
+        return None, None
+    order, offsets = by_segment("segment", given["segment"])
+    ratio, slope = (logp.new_empty(len(offsets) - 1, dtype=torch.float32) for _ in range(2))
+    policy_loss_segment_kernel[(len(ratio),)](
+        logp, given["old"], given["advantage"], given["weight"], given["clip_scale"], given["engine"],
+        given["sequence"], gap, order, offsets, ratio, slope, *bounds(settings), settings.dual_clip,
+        *importance_bounds(settings), **importance_flags(settings),
+        **config_for("policy_loss_segment", arch, "any", "fp32").launch(),
+    )  # fmt: skip
+    return ratio, slope
+
+
+def by_segment(name: str, segment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs [M] in the order of their segments, and the offset of each segment [segments + 1]."""
+    in_order, order = segment.sort(stable=True)
+    count = segment_count(name, *torch.stack((in_order[0], in_order[-1])).tolist())
+    return order, torch.searchsorted(in_order, torch.arange(count + 1, device=segment.device))
 
 
 # Which optional arguments a shipped variant has; the rest are compiled out.
-SEQUENCE = ("old_ptr", "engine_ptr", "sequence_ptr", "sequence_ratio_ptr", "sequence_gap_ptr", "sequence_slope_ptr",
-            "ratio_ptr", "gap_ptr", "slope_ptr")  # fmt: skip
 FEATURES = {
     "ratio-one": (),
     "ratio": ("old_ptr",),
+    "scaled": ("old_ptr", "clip_scale_ptr"),
     "full": ("old_ptr", "engine_ptr", "ref_ptr", "entropy_ptr", "dual_clip"),
     "masked": ("old_ptr", "engine_ptr"),
-    "sequence": SEQUENCE,
-    "sequence-full": (*SEQUENCE, "ref_ptr", "entropy_ptr", "dual_clip"),
-}
+    "banded": ("old_ptr", "engine_ptr", "floor"),
+    "sequence": ("old_ptr", "engine_ptr", "entropy_ptr", "sequence_ptr", "gap_ptr"),
+    "segment": ("old_ptr", "engine_ptr", "entropy_ptr", "segment_ptr", "ratio_ptr", "slope_ptr"),
+    "segment-full": (
+        "old_ptr", "engine_ptr", "ref_ptr", "entropy_ptr", "dual_clip", "clip_scale_ptr", "floor", "segment_ptr",
+        "ratio_ptr", "slope_ptr", "sequence_ptr", "gap_ptr",
+    ),
+}  # fmt: skip
 OPTIONAL = {name for names in FEATURES.values() for name in names}
-INTEGERS = {"sequence_ptr": "*i64:16", "order_ptr": "*i64:16", "offset_ptr": "*i64:16", "n": "i64", "columns": "i32"}
+INTEGERS = {
+    "segment_ptr": "*i64:16", "sequence_ptr": "*i64:16", "order_ptr": "*i64:16", "offset_ptr": "*i64:16", "n": "i64",
+    "columns": "i32",
+}  # fmt: skip
 
 
 def variants() -> Iterator[Variant]:
     """Every shipped configuration, with the sets of optional inputs that trainers use."""
     for features in FEATURES:
         yield from _variants("policy_loss", policy_loss_kernel, features)
-    for features in ("sequence", "sequence-full"):
-        yield from _variants("policy_loss_sequence", policy_loss_sequence_kernel, features)
+    for features in ("sequence", "segment-full"):
+        yield from _variants("policy_loss_gap", policy_loss_gap_kernel, features)
+    for features in ("segment", "segment-full"):
+        yield from _variants("policy_loss_segment", policy_loss_segment_kernel, features)
     yield from _variants("policy_loss_finish", policy_loss_finish_kernel, "ratio")
     yield from _variants("policy_loss_scale", policy_loss_scale_kernel, "ratio")
 
 
 def _variants(kernel: str, fn, features: str) -> Iterator[Variant]:
     for arch, shape_class, dtype, config in configs(kernel):
-        flags = {"TOKEN_IMPORTANCE": features in ("full", "masked"), "MASKED": features in ("masked", "sequence-full")}
+        flags = {
+            "TOKEN_IMPORTANCE": features in ("full", "masked", "banded"),
+            "MASKED": features in ("masked", "banded", "segment-full"),
+            "MEAN": features == "segment-full",
+        }
         constexprs = {k: v for k, v in {**flags, **config.constants}.items() if k in fn.arg_names}
         signature = {}
         for name in fn.arg_names:
@@ -174,7 +214,7 @@ def tunables() -> Iterator[Tunable]:
 def _workload(device: torch.device):
     n = 16 << 20
     logp, old, advantages, weights = (torch.rand(n, device=device) for _ in range(4))
-    absent = dict(engine_logp=None, ref_logp=None, entropy=None, sequence=None)
+    absent = dict.fromkeys(("clip_scale", "engine_logp", "ref_logp", "entropy", "segment", "sequence"))
     logp.requires_grad_()
     return lambda: policy_loss(
         logp, old_logp=old, advantages=advantages, weights=weights, settings=LossSettings(), **absent

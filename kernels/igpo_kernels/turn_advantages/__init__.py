@@ -6,10 +6,16 @@ import torch
 
 from igpo_kernels.backend import choose, lazy
 from igpo_kernels.checks import check_tensors
-from igpo_kernels.turn_advantages.reference import GAIN, OUTCOME, Normaliser, turn_advantages_reference
-from igpo_kernels.turn_advantages.torch_path import turn_advantages_torch
+from igpo_kernels.turn_advantages.reference import (
+    GAIN,
+    OUTCOME,
+    Normaliser,
+    normalised_rewards_reference,
+    turn_advantages_reference,
+)
+from igpo_kernels.turn_advantages.torch_path import normalised_rewards_torch, turn_advantages_torch
 
-__all__ = ["GAIN", "OUTCOME", "Normaliser", "turn_advantages"]
+__all__ = ["GAIN", "OUTCOME", "Normaliser", "normalised_rewards", "turn_advantages"]
 
 IMPLEMENTATIONS = {
     "reference": turn_advantages_reference,
@@ -43,7 +49,8 @@ def turn_advantages(
         normaliser: see ``Normaliser``.
         token_offsets: int64 [S + 1]: turn s has tokens ``token_offsets[s] .. [s + 1] - 1``, or none.
         n_tokens: M, which is ``token_offsets[-1]``; read from there, which a GPU waits for, if not given.
-        backend: ``auto``, ``torch``, ``reference`` or ``triton``.
+        backend: ``auto``, ``torch``, ``reference`` or ``triton``; Triton's kernel has the pools ``separate``,
+            ``joint`` and ``scaled_separate`` and accumulates by ``sum``; ``auto`` takes torch for others.
     Returns:
         Advantages [S], or [M] with ``token_offsets``, in rewards' dtype, on their device; computed in float64.
     Raises:
@@ -61,8 +68,45 @@ def turn_advantages(
         n_tokens = int(token_offsets[-1])
     if not rewards.is_cuda:
         _check_values(rewards, kinds, rollout_offsets, group_offsets, token_offsets, n_tokens)
+    if normaliser.pool in ("turn_index", "raw") or normaliser.accumulate != "sum":
+        if backend == "triton":
+            raise ValueError(
+                f"turn_advantages: the triton kernel has no pool={normaliser.pool} with "
+                f"accumulate={normaliser.accumulate}; use backend auto or torch"
+            )
+        backend = "torch" if backend == "auto" else backend
     run = choose("turn_advantages", backend, rewards.device, IMPLEMENTATIONS)
     return run(rewards, kinds, rollout_offsets, group_offsets, gamma, normaliser, token_offsets, n_tokens)
+
+
+@torch.no_grad()
+def normalised_rewards(
+    rewards: torch.Tensor,
+    kinds: torch.Tensor,
+    rollout_offsets: torch.Tensor,
+    group_offsets: torch.Tensor,
+    normaliser: Normaliser,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The normalised rewards z of S turns, before weights and the sum over later turns.
+
+    Args:
+        rewards, kinds, rollout_offsets, group_offsets, normaliser: as in ``turn_advantages``.
+        backend: ``auto`` (torch), ``torch`` or ``reference``.
+    Returns:
+        float64 [S].
+    Raises:
+        ValueError: what ``turn_advantages`` raises.
+    """
+    named = dict(rewards=rewards, kinds=kinds, rollout_offsets=rollout_offsets, group_offsets=group_offsets)
+    check_tensors("normalised_rewards", **named)
+    _check(*named.values(), 1.0, None)
+    if not rewards.is_cuda:
+        _check_values(*named.values(), None, None)
+    paths = {"reference": normalised_rewards_reference, "torch": normalised_rewards_torch}
+    run = choose("normalised_rewards", backend, rewards.device, paths)
+    return run(*named.values(), normaliser)
 
 
 def _check(rewards, kinds, rollout_offsets, group_offsets, gamma, token_offsets) -> None:

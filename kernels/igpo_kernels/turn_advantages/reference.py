@@ -12,7 +12,8 @@ import torch
 GAIN, OUTCOME = 0, 1
 MIN_OUTCOME_SCALE, MAX_FACTOR = 0.3, 10.0
 
-Pool = Literal["separate", "joint", "scaled_separate"]
+Pool = Literal["separate", "joint", "scaled_separate", "turn_index", "raw"]
+Accumulate = Literal["sum", "sum_over_sqrt", "none"]
 Scope = Literal["group", "batch"]
 
 
@@ -25,7 +26,11 @@ class Normaliser:
     """
 
     pool: Pool = "separate"
-    """Gains and outcomes in separate pools, in a joint one, or separate with gains brought to the outcomes' size."""
+    """Gains and outcomes in separate pools, in a joint one, or separate with gains brought to the outcomes' size;
+    gains of one turn number in a pool of their own (A2TGPO); or gains as they are, but for the gate."""
+    accumulate: Accumulate = "sum"
+    """What a turn gets of later ones: the discounted sum of all rewards; that of gains, divided by the square root of
+    their number, and the outcome (A2TGPO); or its own gain and the outcome."""
     gate: float = 0.0
     """Gains smaller in magnitude count as 0."""
     center: bool = True
@@ -48,7 +53,7 @@ class Normaliser:
     """Span of a pool: one group, or the whole batch."""
 
     def __post_init__(self):
-        for name, known in (("pool", get_args(Pool)), ("scope", get_args(Scope))):
+        for name, known in (("pool", get_args(Pool)), ("accumulate", get_args(Accumulate)), ("scope", get_args(Scope))):
             if getattr(self, name) not in known:
                 raise ValueError(f"Normaliser.{name}: got {getattr(self, name)!r}; expected one of {known}")
         for name in ("gate", "min_std", "outcome_min_std", "min_var"):
@@ -75,14 +80,59 @@ def turn_advantages_reference(
     """Arguments and result as ``igpo_kernels.turn_advantages``; checks nothing."""
     n, kinds = normaliser, kinds.tolist()
     rollouts, groups = rollout_offsets.tolist(), group_offsets.tolist()
+    z = _normalised(rewards.tolist(), kinds, rollouts, groups, n)
+    weights = {GAIN: n.gain_weight, OUTCOME: n.outcome_weight}
+    weighted = [x * weights[k] for x, k in zip(z, kinds, strict=True)]
+    advantages = list(weighted)
+    for start, end in pairwise(rollouts):
+        last = end - 1
+        if n.accumulate == "sum":
+            for s in reversed(range(start, last)):
+                advantages[s] += gamma * advantages[s + 1]
+            continue
+        later = 0.0
+        for s in reversed(range(start, last)):
+            later = weighted[s] + gamma * later
+            own = later / sqrt(last - s) if n.accumulate == "sum_over_sqrt" else weighted[s]
+            advantages[s] = own + weighted[last]
+    if token_offsets is not None:
+        tokens = (end - start for start, end in pairwise(token_offsets.tolist()))
+        advantages = [a for a, count in zip(advantages, tokens, strict=True) for _ in range(count)]
+    return torch.tensor(advantages, dtype=rewards.dtype, device=rewards.device)
+
+
+def normalised_rewards_reference(
+    rewards: torch.Tensor,
+    kinds: torch.Tensor,
+    rollout_offsets: torch.Tensor,
+    group_offsets: torch.Tensor,
+    normaliser: Normaliser,
+) -> torch.Tensor:
+    """Arguments and result as ``igpo_kernels.turn_advantages.normalised_rewards``; checks nothing."""
+    arguments = (x.tolist() for x in (rewards, kinds, rollout_offsets, group_offsets))
+    return torch.tensor(_normalised(*arguments, normaliser), dtype=torch.float64, device=rewards.device)
+
+
+def _normalised(
+    rewards: list[float], kinds: list[int], rollouts: list[int], groups: list[int], n: Normaliser
+) -> list[float]:
+    """z of every turn."""
     if n.scope == "batch":
         groups = [0, groups[-1]]
-    r = [0.0 if k == GAIN and abs(x) < n.gate else x for x, k in zip(rewards.tolist(), kinds, strict=True)]
-    z = [0.0] * len(r)
+    number = [s - start for start, end in pairwise(rollouts) for s in range(start, end)]
+    r = [0.0 if k == GAIN and abs(x) < n.gate else x for x, k in zip(rewards, kinds, strict=True)]
+    z = list(r)
     for first, last in pairwise(groups):
         turns = range(rollouts[first], rollouts[last])
         gains, outcomes = ([s for s in turns if kinds[s] == kind] for kind in (GAIN, OUTCOME))
-        for pool in [turns] if n.pool == "joint" else [gains, outcomes]:
+        pools = [gains, outcomes]
+        if n.pool == "joint":
+            pools = [turns]
+        elif n.pool == "raw":
+            pools = [outcomes]
+        elif n.pool == "turn_index":
+            pools = [*([s for s in gains if number[s] == t] for t in range(len(turns))), outcomes]
+        for pool in pools:
             normalised = _normalise([r[s] for s in pool], [kinds[s] for s in pool], n)
             for s, x in zip(pool, normalised, strict=True):
                 z[s] = x
@@ -91,15 +141,7 @@ def turn_advantages_reference(
             gain_size = fsum(abs(z[s]) for s in gains) / len(gains)
             for s in gains:
                 z[s] *= min(max(outcome_size, MIN_OUTCOME_SCALE) / gain_size, MAX_FACTOR)
-    weights = {GAIN: n.gain_weight, OUTCOME: n.outcome_weight}
-    advantages = [x * weights[k] for x, k in zip(z, kinds, strict=True)]
-    for start, end in pairwise(rollouts):
-        for s in reversed(range(start, end - 1)):
-            advantages[s] += gamma * advantages[s + 1]
-    if token_offsets is not None:
-        tokens = (end - start for start, end in pairwise(token_offsets.tolist()))
-        advantages = [a for a, count in zip(advantages, tokens, strict=True) for _ in range(count)]
-    return torch.tensor(advantages, dtype=rewards.dtype, device=rewards.device)
+    return z
 
 
 def _normalise(pool: list[float], kinds: list[int], n: Normaliser) -> list[float]:

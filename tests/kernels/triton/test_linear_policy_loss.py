@@ -19,6 +19,7 @@ from igpo_kernels.triton_variants import Config  # noqa: E402
 FULL = LossSettings(clip_high=0.28, dual_clip=1.5, kl=0.3, entropy=0.2)
 TOKEN = LossSettings(kl=0.1, importance="token", importance_cap=1.3)
 MASK = LossSettings(entropy=0.1, importance="token", importance_mode="mask", importance_cap=1.3)
+BAND = LossSettings(importance="token", importance_cap=1.3, importance_floor=0.7)
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,7 @@ def make(n, h, v, m, seed=0, shift=0.0, scale=1.0):
     )
     leaves = dict(hidden=randn(n, h) * scale / h**0.5, weight=randn(v, h), bias=randn(v) + shift)
     rows, labels = torch.randint(0, n, (m,), generator=g), torch.randint(0, v, (m,), generator=g)
+    pairs["clip_scale"] = 3 * torch.rand(m, generator=g, dtype=torch.float64)
     return leaves, dict(labels=labels, rows=rows), pairs
 
 
@@ -91,7 +93,7 @@ def check(case, setting=FULL, device="cpu", dtype=torch.float32, **options):
 @given(
     case=st.tuples(*(st.integers(1, most) for most in (30, 17, 100, 60, 999))),
     full=st.booleans(), softcap=st.sampled_from([0.0, 2.0]), temperature=st.sampled_from([0.7, 1.0, 1.3]),
-    without=st.sets(st.sampled_from(["bias", "old_logp", "engine_logp"])),
+    without=st.sets(st.sampled_from(["bias", "old_logp", "engine_logp", "clip_scale"])),
 )  # fmt: skip
 def test_ragged_shapes(case, full, softcap, temperature, without, device):
     without = without if full else without | {"ref_logp"}
@@ -106,7 +108,7 @@ def test_rows_with_many_pairs_and_shared_labels(device):
         check((leaves, {**ids, "labels": ids["labels"] % labels}, pairs), device=device)
 
 
-@pytest.mark.parametrize("setting", [TOKEN, MASK], ids=["truncate", "mask"])
+@pytest.mark.parametrize("setting", [TOKEN, MASK, BAND], ids=["truncate", "mask", "band"])
 def test_importance_weights_of_tokens(setting, device):
     check(make(6, 6, 40, 16), setting, device)
     check(make(6, 6, 40, 16), setting, device, without=("old_logp",))
@@ -115,8 +117,8 @@ def test_importance_weights_of_tokens(setting, device):
 def test_a_pair_of_weight_0_adds_nothing(device):
     leaves, ids, pairs = make(3, 4, 40, 12)
     junk = pairs["weights"] == 0
-    bad = {k: torch.where(junk, value, pairs[k]) for k, value in
-           dict(old_logp=-1e4, advantages=-torch.inf, ref_logp=1e4, engine_logp=torch.nan).items()}  # fmt: skip
+    values = dict(old_logp=-1e4, advantages=-torch.inf, ref_logp=1e4, engine_logp=torch.nan, clip_scale=torch.nan)
+    bad = {k: torch.where(junk, value, pairs[k]) for k, value in values.items()}
     kept = {k: x[~junk] for k, x in pairs.items()}, {k: x[~junk] for k, x in ids.items()}
     assert 0 < junk.sum() < 12
     for dtype, setting in ((torch.float32, TOKEN), (torch.float16, FULL)):
@@ -125,6 +127,14 @@ def test_a_pair_of_weight_0_adds_nothing(device):
         found["logp"] = found["logp"][~junk]
         for name, x in expected.items():
             torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-3 * float(x.abs().max()))
+
+
+def test_a_nan_scale_is_not_hidden(device):
+    leaves, ids, pairs = make(3, 4, 40, 12)
+    pairs["weights"] += 0.1
+    pairs["clip_scale"][5] = torch.nan
+    out = run((leaves, ids, pairs), LossSettings(), "triton", torch.float32, device)
+    assert out["loss"].isnan() and out["d_hidden"][ids["rows"][5]].isnan().any()
 
 
 def test_no_pairs_give_zero_gradients(device):

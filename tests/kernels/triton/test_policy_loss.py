@@ -21,12 +21,24 @@ SETTINGS = {
     "mask": LossSettings(kl=0.1, importance="token", importance_mode="mask", importance_cap=1.3),
     "sequence weights": LossSettings(entropy=0.1, importance="sequence", importance_cap=1.5),
     "sequence mask": LossSettings(importance="sequence", importance_mode="mask", importance_cap=1.1),
-    "gspo": LossSettings(sequence_ratio=True, clip_low=0.03, clip_high=0.04, kl=0.2, entropy=0.1, dual_clip=1.2),
-    "gspo and token weights": LossSettings(sequence_ratio=True, clip_low=0.05, importance="token"),
+    "gspo": LossSettings(ratio="sequence", clip_low=0.03, clip_high=0.04, kl=0.2, entropy=0.1, dual_clip=1.2),
+    "gspo and token weights": LossSettings(ratio="sequence", clip_low=0.05, importance="token"),
     "gspo and token mask": LossSettings(
-        sequence_ratio=True, importance="token", importance_mode="mask", importance_cap=1.1
+        ratio="sequence", importance="token", importance_mode="mask", importance_cap=1.1
     ),
-    "gspo and sequence weights": LossSettings(sequence_ratio=True, importance="sequence"),
+    "gspo and sequence weights": LossSettings(ratio="sequence", importance="sequence"),
+    "turn": LossSettings(ratio="turn", clip_low=0.03, clip_high=0.04, kl=0.2, entropy=0.1, dual_clip=1.2),
+    "turn and sequence mask": LossSettings(
+        ratio="turn", importance="sequence", importance_mode="mask", importance_cap=1.5, importance_floor=0.6
+    ),
+    "turn and geometric weights": LossSettings(ratio="turn", clip_low=0.05, importance="geometric", importance_cap=1.1),
+    "geometric mask": LossSettings(
+        importance="geometric", importance_mode="mask", importance_cap=1.05, importance_floor=0.95
+    ),
+    "token band": LossSettings(importance="token", importance_cap=1.2, importance_floor=0.8, dual_clip=1.5),
+    "turn and token band": LossSettings(
+        ratio="turn", importance="token", importance_mode="mask", importance_cap=1.2, importance_floor=0.8
+    ),
 }
 
 
@@ -35,10 +47,12 @@ def make(m, seed=0, sequences=5):
     randn = lambda scale=1.0: scale * torch.randn(m, generator=g, dtype=torch.float64)  # noqa: E731
     logp = randn() - 2
     weights = torch.rand(m, generator=g, dtype=torch.float64) * (torch.rand(m, generator=g) > 0.2)
-    return dict(
+    case = dict(
         logp=logp, old_logp=logp + randn(0.3), advantages=randn(), weights=weights, engine_logp=logp + randn(0.3),
         ref_logp=logp + randn(0.5), entropy=randn().abs(), sequence=torch.randint(0, sequences, (m,), generator=g),
     )  # fmt: skip
+    turn = torch.randint(0, 3, (m,), generator=g)
+    return case | dict(segment=3 * case["sequence"] + turn, clip_scale=1 + 0.3 * randn().tanh())
 
 
 def run(case, setting, backend, dtype, device="cpu", without=(), layout=lambda x: x):
@@ -72,7 +86,8 @@ def small_tiles(monkeypatch):
     """Several tiles a program, at lengths the interpreter can do."""
     table = {
         "policy_loss": {"BLOCK": 64, "PROGRAMS": 3},
-        "policy_loss_sequence": {"BLOCK": 16},
+        "policy_loss_gap": {"BLOCK": 16},
+        "policy_loss_segment": {"BLOCK": 16},
         "policy_loss_finish": {"BLOCK": 2},
         "policy_loss_scale": {"BLOCK": 64, "PROGRAMS": 3},
     }
@@ -95,16 +110,16 @@ def test_shipped_tiles(m, device, monkeypatch):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     m=st.integers(1, 400), seed=st.integers(0, 999), sequences=st.integers(1, 40),
-    name=st.sampled_from(list(SETTINGS)), old=st.booleans(),
+    name=st.sampled_from(list(SETTINGS)), without=st.sets(st.sampled_from(["old_logp", "clip_scale"])),
 )  # fmt: skip
-def test_ragged_lengths(m, seed, sequences, name, old, device):
-    check(make(m, seed, sequences), SETTINGS[name], device, without=() if old else ("old_logp",))
+def test_ragged_lengths(m, seed, sequences, name, without, device):
+    check(make(m, seed, sequences), SETTINGS[name], device, without=without)
 
 
-OPTIONAL = ("old_logp", "engine_logp", "ref_logp", "entropy", "sequence")
+OPTIONAL = ("old_logp", "clip_scale", "engine_logp", "ref_logp", "entropy", "segment", "sequence")
 
 
-@pytest.mark.parametrize("without", [s for k in (1, 5) for s in itertools.combinations(OPTIONAL, k)], ids="-".join)
+@pytest.mark.parametrize("without", [s for k in (1, 7) for s in itertools.combinations(OPTIONAL, k)], ids="-".join)
 def test_absent_inputs(without, device):
     check(make(77), LossSettings(dual_clip=2.0), device, without=without)
 
@@ -129,6 +144,7 @@ def test_strided_inputs(layout, device):
     assert not layout(make(300)["logp"]).is_contiguous()
     check(make(300), SETTINGS["everything"], device, layout=layout)
     check(make(300), SETTINGS["gspo"], device, layout=layout)
+    check(make(300), SETTINGS["turn and sequence mask"], device, layout=layout)
 
 
 def test_half_precision_inputs(device):
@@ -138,8 +154,9 @@ def test_half_precision_inputs(device):
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("name, setting", [
-    *((name, "everything") for name in ("logp", "old_logp", "advantages", "ref_logp", "entropy", "engine_logp")),
-    ("engine_logp", "mask"),
+    *((name, "everything") for name in
+      ("logp", "old_logp", "advantages", "clip_scale", "ref_logp", "entropy", "engine_logp")),
+    ("engine_logp", "mask"), ("engine_logp", "token band"),
 ])  # fmt: skip
 def test_nan_is_never_hidden(name, setting, backend, device):
     case = make(200)
@@ -153,7 +170,7 @@ def test_nan_is_never_hidden(name, setting, backend, device):
 
 
 def test_twice_is_bitwise_equal(device):
-    for name in ("everything", "gspo and sequence weights"):
+    for name in ("everything", "turn and sequence mask"):
         first, second = (run(make(400), SETTINGS[name], "triton", torch.float32, device) for _ in range(2))
         assert all(torch.equal(first[k], second[k]) for k in first)
 
@@ -173,7 +190,8 @@ def test_a_pair_of_weight_0_adds_nothing(name, backend, device):
     case, junk = make(60), torch.arange(60) % 3 == 1
     case["weights"] = torch.where(junk, 0.0, case["weights"] + 0.1)
     bad = {k: x.clone() for k, x in case.items()}
-    for k, value in dict(logp=-1.0, old_logp=-1e4, advantages=-1.0, engine_logp=float("nan"), ref_logp=1e4).items():
+    junk_of = dict(old_logp=-1e4, engine_logp=float("nan"), clip_scale=float("nan"), ref_logp=1e4)
+    for k, value in (dict(logp=-1.0, advantages=-1.0) | junk_of).items():
         bad[k][junk] = value
     bad["entropy"][junk] = float("inf")
     expected = run({k: x[~junk] for k, x in case.items()}, SETTINGS[name], "reference", torch.float64)
@@ -203,12 +221,23 @@ def test_a_ratio_of_no_advantage_may_overflow(device):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("setting", ["gspo", "sequence weights"])
-def test_negative_sequences_are_refused(setting, backend, device):
+@pytest.mark.parametrize("setting, name", [("turn", "segment"), ("sequence weights", "sequence")])
+def test_negative_numbers_are_refused(setting, name, backend, device):
     case = make(4)
-    case["sequence"] = torch.tensor([0, 0, 1, -1])
-    with pytest.raises(ValueError, match="sequence holds -1; number sequences from 0"):
+    case[name] = torch.tensor([0, 0, 1, -1])
+    with pytest.raises(ValueError, match=f"{name} holds -1; number {name}s from 0"):
         run(case, SETTINGS[setting], backend, torch.float32, device)
+
+
+@pytest.mark.parametrize("name", ["plain", "everything", "turn"])
+def test_a_scale_of_1_changes_no_bit(name, device):
+    case = make(300) | {"clip_scale": torch.ones(300, dtype=torch.float64)}
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        scaled, plain = (
+            run(case, SETTINGS[name], backend, dtype, device, without=without) for without in ((), ("clip_scale",))
+        )
+        assert 20 < plain["clipped"] < 280
+        assert all(torch.equal(scaled[k], plain[k]) for k in plain)
 
 
 def test_the_gradient_is_handed_out_once(device):

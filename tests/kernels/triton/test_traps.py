@@ -70,7 +70,7 @@ def test_offsets_past_2_to_the_31_elements(device):
     ids = offsets[:n]
     logp, slope, partials = (torch.empty(*shape, device=device) for shape in ((n,), (n,), (9, n)))
     row_loss_kernel[(n,)](
-        logits, logits, None, ids, ids, offsets, None, ones, ones, None, None, None, logp, slope, partials,
+        logits, logits, None, ids, ids, offsets, None, ones, ones, None, None, None, None, logp, slope, partials,
         0, n, vocab, stride, stride, 1.0, 0.0, 0.8, 1.2, None, 0.0, 0.0, CAPPED=False, BLOCK=32, PAIRS=16,
     )  # fmt: skip
     torch.testing.assert_close(logp, expected[ids, ids])

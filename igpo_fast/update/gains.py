@@ -1,0 +1,85 @@
+"""Answer values, and what each turn gains: information, or the cost of a malformed or repeated call."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from igpo_fast.types import INVALID, Answers, Basis, Rollout
+
+
+def values_of(answer_logp: ArrayLike, basis: Basis, answers: Answers) -> np.ndarray:
+    """v_t of one rollout from its accepted answers' mean log-probabilities.
+
+    Args:
+        answer_logp: (1/A) sum_j log pi(a_j | prefix_t, wrapper, a_<j), nats, [n_answers >= 1, T].
+        basis: ``log_prob`` keeps the mean log-probability, ``prob`` takes its exp (before combining answers).
+        answers: the ``first`` answer's value, or the ``max`` or ``mean`` over answers; NaN if one is NaN.
+    Returns:
+        float64 [T].
+    Raises:
+        ValueError: answer_logp is not [n_answers >= 1, T].
+    """
+    logp = np.asarray(answer_logp, dtype=np.float64)
+    if logp.ndim != 2 or len(logp) == 0:
+        raise ValueError(f"values_of: got answer_logp of shape {logp.shape}; expected [n_answers >= 1, T]")
+    values = np.exp(logp) if basis == "prob" else logp
+    if answers == "first":
+        return values[0]
+    return values.max(axis=0) if answers == "max" else values.mean(axis=0)
+
+
+def information_gain(values_T: ArrayLike, earning: np.ndarray | None = None) -> tuple[np.ndarray, int]:
+    """The information gain of turns 1 .. T-1, and the number of undefined ones.
+
+    ig_t = v_t - v_s, where s is the last turn before t that earns one, or the prompt (0). An undefined gain (a value is
+    NaN or infinite) is 0.
+
+    Args:
+        earning: the turns that earn a gain, bool [T-1]; all of them if None.
+    Returns:
+        Gains, float64 [T-1], NaN for turns that earn none; and the count.
+    """
+    values = np.asarray(values_T, dtype=np.float64)
+    gains = np.full(max(len(values) - 1, 0), np.nan)
+    turns = np.arange(1, len(values)) if earning is None else np.flatnonzero(earning) + 1
+    with np.errstate(invalid="ignore"):
+        between = np.diff(values[[0, *turns]]) if len(values) else gains
+    defined = np.isfinite(between)
+    gains[turns - 1] = np.where(defined, between, 0.0)
+    return gains, int((~defined).sum())
+
+
+def earning_turns(rollout: Rollout, tools: Collection[str], every: int, penalised: bool) -> np.ndarray:
+    """Which turns earn a gain of their own: bool [T-1]. The tokens of one that does not share the advantage of the next
+    that does, or of the last turn.
+
+    Args:
+        tools: actions whose turns earn gains; all if empty.
+        every: only every so many turns, counted from the first, earn one.
+        penalised: whether malformed turns always count, because they pay a penalty in place of a gain.
+    """
+    actions = [turn.action for turn in rollout.turns[:-1]]
+    return np.array(
+        [
+            (penalised and action == INVALID) or ((not tools or action in tools) and number % every == 0)
+            for number, action in enumerate(actions, start=1)
+        ],
+        dtype=bool,
+    )
+
+
+def repeated_passages(rollout: Rollout) -> np.ndarray:
+    """The share of each response's passages that the rollout has seen before, in an earlier response or in this one:
+    float64 [T-1]; 0 where nothing was found. (StepSearch, arXiv 2505.15107: the part that needs no labels.)"""
+    seen: set[str] = set()
+    shares = np.zeros(len(rollout.turns) - 1)
+    for t, turn in enumerate(rollout.turns[:-1]):
+        repeated = 0
+        for passage in turn.passages:
+            repeated += passage in seen
+            seen.add(passage)
+        shares[t] = repeated / max(len(turn.passages), 1)
+    return shares

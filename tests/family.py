@@ -1,0 +1,74 @@
+"""The published variants of information gain, written from their papers' formulas in plain Python. Imports nothing of
+ours. A rollout is (actions of its turns, values v_0 .. v_{T-1}, outcome, passages of its responses)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import exp, sqrt
+
+
+def z_scores(pool):
+    """(x - mean) / population std; zeros for a pool without spread."""
+    if not pool or max(pool) == min(pool):
+        return [0.0 for _ in pool]
+    mean = sum(pool) / len(pool)
+    std = sqrt(sum((x - mean) ** 2 for x in pool) / len(pool))
+    return [(x - mean) / std for x in pool] if std else [0.0 for _ in pool]
+
+
+def a2tgpo(group, gamma, beta, weight):
+    """A2TGPO, Eq. 3 and 6 to 9 and 11: advantages and clip factors, per rollout and turn."""
+    gains = [[after - before for before, after in pairwise(v)] for _, v, _, _ in group]
+    z_out = z_scores([outcome for _, _, outcome, _ in group])
+    z = [list(row) for row in gains]
+    for t in range(max(map(len, gains), default=0)):
+        members = [i for i, row in enumerate(gains) if t < len(row)]
+        for i, x in zip(members, z_scores([gains[i][t] for i in members]), strict=True):
+            z[i][t] = x
+    advantages, factors = [], []
+    for row, outcome in zip(z, z_out, strict=True):
+        n = len(row)
+        own = [sum(gamma ** (k - t) * weight * row[k] for k in range(t, n)) / sqrt(n - t) for t in range(n)]
+        advantages.append([a + outcome for a in own] + [outcome])
+        factors.append([1 + beta * (2 / (1 + exp(-x)) - 1) for x in row] + [1.0])
+    return advantages, factors
+
+
+def dr_venus(group, tools, every, penalty, gamma):
+    """DR-Venus's code: gains at kept turns since the last kept one, scaled separately, summed over kept turns only. A
+    turn that is not kept shares the advantage of the next that is."""
+    kept, rewards = [], []
+    for actions, v, outcome, _ in group:
+        marks, row, before = [], [], 0
+        for t, action in enumerate(actions[:-1], start=1):
+            malformed = penalty and action == "invalid"
+            if malformed or ((not tools or action in tools) and t % every == 0):
+                marks.append(t)
+                row.append(-penalty if malformed else v[t] - v[before])
+                before = t
+        kept.append([*marks, len(actions)])
+        rewards.append([*row, outcome])
+    z_ig = z_scores([x for row in rewards for x in row[:-1]])
+    z_out = z_scores([row[-1] for row in rewards])
+    size = sum(map(abs, z_ig)) / len(z_ig) if z_ig else 0.0
+    scale = min(10.0, max(0.3, sum(map(abs, z_out)) / len(z_out)) / size) if size else 0.0
+    taken = iter(z_ig)
+    out = []
+    for marks, row, last, (actions, *_) in zip(kept, rewards, z_out, group, strict=True):
+        r = [scale * next(taken) for _ in row[:-1]] + [last]
+        for k in reversed(range(len(r) - 1)):
+            r[k] += gamma * r[k + 1]
+        out.append([r[min(k for k, mark in enumerate(marks) if mark >= t)] for t in range(1, len(actions) + 1)])
+    return out
+
+
+def redundancy(passages):
+    """StepSearch's P_t: the share of a response's passages that were seen before, in this response or an earlier."""
+    seen, shares = [], []
+    for response in passages:
+        repeated = 0
+        for passage in response:
+            repeated += passage in seen
+            seen.append(passage)
+        shares.append(repeated / len(response) if response else 0.0)
+    return shares
