@@ -462,6 +462,7 @@ def training(n, h, v, a_row=2, dtype=torch.float32, backend="torch", frozen=(), 
     rows, one = torch.arange(n).repeat_interleave(a_row), torch.ones(n * a_row)
     labels = torch.randint(0, v, rows.shape, generator=g)
     pairs = dict(old_logp=-2 * one, ref_logp=-2 * one, advantages=one, weights=one, rows=rows, labels=labels)
+    pairs["clip_scale"] = one
 
     def run():
         loss, _ = linear_policy_loss(
