@@ -38,6 +38,8 @@ RUNS = {
     "ratios of turns": ("algorithm.ratio=turn", "algorithm.importance=geometric", "train.updates=2"),
     "robust": ("algorithm.preset=robust",),
     "paper_v1": ("algorithm.preset=paper_v1",),
+    "a2tgpo": ("algorithm.preset=a2tgpo", "train.updates=2"),
+    "dr_venus": ("algorithm.preset=dr_venus", "algorithm.ig_weight_end=0.5"),
     "small packs": ("algorithm.passes=two", "train.token_budget=150"),
     "no evaluation": ("eval.every=0",),
     "evaluation every step": ("eval.every=1",),
