@@ -33,6 +33,9 @@ from igpo_fast.update.policy import PackResult, Policy
 from igpo_fast.update.states import Write, read_states, read_weights, write_states, write_weights
 from igpo_kernels import TreePlan
 
+# An op that only inference uses. Building it takes a C++ compiler, and a run that is killed meanwhile leaves a lock at
+# which all later runs wait.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logger.setLevel(logging.ERROR)  # it warns of optimisers that it has not tested, ours among them
 warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # its calls of torch
 WHOLE = ("exp_avg", "exp_avg_sq")
