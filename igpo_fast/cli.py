@@ -399,7 +399,8 @@ def _evaluated(target: str, file: Path | None, overrides: list[str], checkpoint:
     from igpo_fast.run.checkpoint import RunFolder
 
     run = RunFolder(target)
-    weights = str(run.chosen(checkpoint))  # verified: a damaged one is refused
+    if not run.saved():
+        raise InputError(f"{run.checkpoints}: no checkpoint yet; train for longer")
     held_out = run.config.eval.questions
     if settings.data.source == "files" and settings.data.eval is None and settings.eval.questions > held_out:
         raise InputError(
@@ -408,7 +409,7 @@ def _evaluated(target: str, file: Path | None, overrides: list[str], checkpoint:
         )
     for changed in run.changed_contents(settings):
         typer.echo(f"warning: {changed}", err=True)
-    return settings, weights
+    return settings, str(run.chosen(checkpoint))  # verified: a damaged one is refused
 
 
 @contextmanager
