@@ -38,9 +38,6 @@ from igpo_kernels import TreePlan
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logger.setLevel(logging.ERROR)  # it warns of optimisers that it has not tested, ours among them
 warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # its calls of torch
-# DeepSpeed builds or loads an operation for CPU inference at each start, which we do not use. A process killed
-# meanwhile leaves a lock file, at which every later run on the machine waits for ever.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 WHOLE = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a weight, but for its count of steps."""
 
