@@ -336,7 +336,9 @@ def plan(
         int | None, typer.Option(min=1, help="Mean; a quarter of rollout.max_tokens if not given.")
     ] = None,
     turns: Annotated[int | None, typer.Option(min=1, help="Mean; half of rollout.max_turns if not given.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Mean length of a prompt.")] = 512,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Mean; 512, or a quarter of a rollout if that is less.")
+    ] = None,
     mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the GPU's FLOP/s that passes reach.")] = 0.3,
     questions_per_gpu: Annotated[int | None, typer.Option(min=1, help="In place of train.questions.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -354,11 +356,9 @@ def plan(
     counts = gpus.split(",")
     if not all(count.isdecimal() and int(count) for count in counts):
         raise InputError(f"--gpus={gpus}: give a number of GPUs, or several like 8,64,512")
-    assumed = estimate.Assumed(
-        tokens_per_rollout or settings.rollout.max_tokens // 4,
-        turns or -(-settings.rollout.max_turns // 2),
-        prompt=prompt_tokens, mfu=mfu,
-    )  # fmt: skip
+    tokens = tokens_per_rollout or settings.rollout.max_tokens // 4
+    prompt = prompt_tokens or min(512, max(1, tokens // 4))
+    assumed = estimate.Assumed(tokens, turns or -(-settings.rollout.max_turns // 2), prompt=prompt, mfu=mfu)
     shape = shape_of(settings, decoder_config(settings, settings.model.vocab_size))
     estimates = [
         estimate.estimate(estimate.asking(settings, questions_per_gpu, n), shape, n, estimate.GPUS[gpu], assumed)

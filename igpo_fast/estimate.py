@@ -155,7 +155,8 @@ def group_tree(config: Config, assumed: Assumed, scored: bool) -> Tree:
         )
     if length < p + 2 * turns:
         raise InputError(
-            f"--tokens-per-rollout={length}: no room for a prompt of {p} tokens and {turns} turns; give more"
+            f"--tokens-per-rollout={length}: no room for --prompt-tokens={p} and --turns={turns}; give more, or less "
+            "of these"
         )
     boundaries = p + (length - p) * np.arange(turns) // turns
     ends = np.append(boundaries[1:], length)

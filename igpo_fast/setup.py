@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from igpo_fast import adapter, model
-from igpo_fast.config import PRESETS, Config
+from igpo_fast.config import PRESETS, Config, Distributed
 from igpo_fast.data.load import Data, load_data, question_order, without_long
 from igpo_fast.data.tokenizer import check_known, load_tokenizer
 from igpo_fast.engines import vllm
@@ -66,8 +66,9 @@ class Setup:
     def summary(self, passes: str) -> str:
         """A summary of the run, in one line."""
         lm, a, threads = self.lm, self.config.algorithm, torch.get_num_threads()
+        count = sum(getattr(p, "ds_numel", p.numel()) for p in lm.parameters())  # ZeRO-3 empties what it shares out
         return (
-            f"{type(lm).__name__}, {sum(p.numel() for p in lm.parameters()):,} parameters, {lm.dtype} on {lm.device}; "
+            f"{type(lm).__name__}, {count:,} parameters, {lm.dtype} on {lm.device}; "
             f"{a.name} (preset {a.preset}), {passes} pass{'es' if passes == 'two' else ''} per update, engine "
             f"{self.agent.engine.name}, kernels {_kernels(self.config, lm)}{', Liger layers' * has_liger(lm)}, "
             f"{threads} thread{'s' * (threads > 1)}, "
@@ -135,6 +136,7 @@ def set_up(
         model.recompute_layers(lm)
     warnings = (
         *settings_warnings(config),
+        "" if uses_deepspeed(config, ranks) else _idle_sharding(config),
         *data.warnings,
         model.check_positions(lm, config.rollout.max_tokens, longest_answer),
     )
@@ -197,6 +199,18 @@ def uses_deepspeed(config: Config, ranks: Ranks) -> bool:
             f"distributed.engine=none trains in one process, and {ranks.size} have started; use auto or deepspeed"
         )
     return memory.uses_deepspeed(config, ranks.size, model.device_of(config.model.device) != "cpu")
+
+
+def _idle_sharding(config: Config) -> str:
+    """A warning about keys that only DeepSpeed reads, where the plain learner trains; empty if there are none."""
+    given, plain = config.distributed, Distributed()
+    idle = [key for key in ("zero_stage", "offload") if getattr(given, key) != getattr(plain, key)]
+    if not idle:
+        return ""
+    named = ", ".join(f"distributed.{key}={getattr(given, key)}" for key in idle)
+    return (
+        f"{named} does nothing here: one process trains without DeepSpeed; set distributed.engine=deepspeed, or --nproc"
+    )
 
 
 def make_updater(setup: Setup, learner: Learner, progress: Progress, ranks: Ranks) -> Updater:
@@ -284,7 +298,7 @@ def settings_warnings(config: Config) -> list[str]:
             f"algorithm.ratio={a.ratio} with train.updates=1 never clips (gspo then equals grpo): all ratios are 1; "
             "raise train.updates, or use algorithm.ratio=token"
         )
-    if a.adaptive_clip and config.train.updates == 1:
+    if a.adaptive_clip and ALGORITHMS[a.name].needs_values and config.train.updates == 1:
         warnings.append(
             f"algorithm.adaptive_clip={a.adaptive_clip:g} with train.updates=1 never acts: all ratios are 1; raise "
             "train.updates"

@@ -87,7 +87,7 @@ def launch(command: Sequence[str], ranks: int, folder: Path) -> int:
         early[first].seek(0)
         said = log_end(folder, first) or (f"; it said: {_last_lines(early[first].read())}" if first else "")
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        raise RunError(f"rank {first} ended with {how}{said}")
+        raise RunError(f"rank {first} ended with {how}; the same command goes on after its last checkpoint{said}")
     return 2 if status == STALLED else status
 
 

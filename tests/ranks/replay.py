@@ -29,7 +29,7 @@ from tests.trees import VOCAB
 
 UPDATES = 5
 BETA = 0.9
-GROUPS, BUDGET = 3, 142
+GROUPS, BUDGET = 3, 88
 """Groups, and tokens per pack: one pack per group, which two ranks cannot share out equally."""
 
 
