@@ -409,7 +409,10 @@ def test_no_key_that_changes_the_training_is_a_session_s():
     assert sections == {
         "distributed": ["engine", "offload", "zero_stage"], "eval": ["every"],
         "model": ["device", "gradient_checkpointing"],
-        "rollout": ["concurrency", "gpu_memory", "mismatch_stop", "mismatch_warn", "server", "server_timeout"],
+        "rollout": [
+            "concurrency", "gpu_memory", "mismatch_stop", "mismatch_warn", "server", "server_timeout",
+            "tensor_parallel", "transfer",
+        ],
         "run": ["cache", "dir", "tracker"],
         "search": ["backoff", "concurrency", "max_response_mb", "on_failure", "retries", "timeout", "url"],
         "train": ["checkpoint_every", "keep_best", "keep_checkpoints", "threads", "token_budget"],
