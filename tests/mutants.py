@@ -480,7 +480,7 @@ MUTANTS = [
          "test_gains.py::test_a_malformed_turn_pays_in_place_of_its_gain"),
         ("clip ranges narrow with the gain", "1 + recipe.adaptive_clip * np.tanh", "1 - recipe.adaptive_clip * np.tanh",
          "test_gains.py::test_a2tgpo_by_hand"),
-        ("the last turn's clip range follows the outcome", "np.tanh(z / 2), 1.0)", "np.tanh(z / 2), 1 + np.tanh(z / 2))",
+        ("the last turn's clip range follows its reward", "np.tanh(z / 2), 1.0)", "np.tanh(z / 2), 1 + np.tanh(z / 2))",
          "test_gains.py::test_a2tgpo_by_hand"),
         ("repeats cost their own turn alone", "costs[t] += recipe.discount * costs[t + 1]", "pass",
          "test_gains.py::test_repeated_passages_cost_their_share"),
