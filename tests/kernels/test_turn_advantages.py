@@ -225,6 +225,9 @@ WORKED = {
 }
 
 
+ON_TRITON = [name for name, (_, n, _, _) in WORKED.items() if n.pool in POOLS and n.accumulate == "sum"]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", WORKED)
 def test_hand_worked(case, backend):

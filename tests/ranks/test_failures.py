@@ -51,6 +51,7 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_number(tmp_path, cache, alo
     same(folder, alone())
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_while_sampling_is_one_line_and_costs_no_finished_step(tmp_path, cache, alone):
     folder, every = tmp_path / "run", "train.checkpoint_every=6"
     done = faulty(folder, cache, 1, "error", 4, every)
