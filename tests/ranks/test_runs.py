@@ -28,7 +28,9 @@ def test_two_ranks_sample_and_learn_what_one_does(tmp_path, cache, alone, stage,
 
 
 @pytest.mark.parametrize("before, after", [
-    ((2, 3), (1, 0)), pytest.param((1, 0), (2, 2), marks=pytest.mark.slow), pytest.param((2, 2), (2, 3), marks=pytest.mark.slow),
+    ((2, 3), (1, 0)),
+    pytest.param((1, 0), (2, 2), marks=pytest.mark.slow),
+    pytest.param((2, 2), (2, 3), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_run_resumes_in_other_ranks_and_stages(tmp_path, cache, alone, before, after):
     for (ranks, stage), steps in ((before, 4), (after, STEPS)):
