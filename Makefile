@@ -29,7 +29,7 @@ test slow aot: export PATH := $(abspath $(BIN)):$(PATH)
 
 test: $(VENV)/.installed $(VENV)/.vllm
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm and not aot"
-	$(BIN)/python -m pytest -m vllm
+	$(BIN)/python -m pytest -m "vllm and not slow"
 
 # The suite on the newest of everything instead of the versions that setup pins; by hand, for it may fetch CUDA's
 # libraries. A CPU build, where one is offered: make test-newest TORCH="torch==2.15.0+cpu"

@@ -75,6 +75,7 @@ def engine(setup, server):
     return servers(setup, server)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["", "gloo"])
 def test_two_workers_sample_with_the_trainers_weights(setup, server, backend):
     engine = servers(setup, server, backend=backend, bucket_bytes=20_000)
@@ -89,6 +90,7 @@ def test_two_workers_sample_with_the_trainers_weights(setup, server, backend):
         assert abs(mine.logp - theirs.logp).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_two_workers_of_a_run_of_one_process(tmp_path, cache):
     """In a process of its own: vLLM has one engine per process."""
     overrides = (*SETTINGS, *WORLD, *OPTIONS, "rollout.engine=vllm", "rollout.tensor_parallel=2", "train.steps=2")
@@ -112,6 +114,7 @@ def test_a_bit_that_changed_in_one_worker_is_found(setup, engine, flip, kind):
     assert len(asyncio.run(engine.generate(request(0, setup.agent.dialect.prompt(setup.data.train[0])))).ids)
 
 
+@pytest.mark.slow
 def test_a_replica_that_dies_in_the_middle_of_a_broadcast_is_lost(setup, server, monkeypatch):
     """The last test: its server is gone. The timeout of 120 s is not waited for."""
     sound, sent = Broadcast.__call__, []
