@@ -57,8 +57,8 @@ class Ranks:
             beats.start()
 
     def close(self) -> None:
-        """Leave the other processes. Without it threads of torch's groups may outlive Python and abort the process. vLLM's
-        groups lie inside ours, and it ends them all itself."""
+        """Leave the other processes. Without it threads of torch's groups may outlive Python and abort the process.
+        vLLM's groups lie inside ours, and it ends them all itself."""
         if self.size > 1 and dist.is_initialized() and "vllm" not in sys.modules:
             dist.destroy_process_group()
 
