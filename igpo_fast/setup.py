@@ -63,12 +63,11 @@ class Setup:
         e = self.config.eval
         return replace(self.agent, sampling=Sampling(e.temperature, e.top_p, e.top_k, e.repetition_penalty))
 
-    def summary(self, passes: str) -> str:
-        """A summary of the run, in one line."""
+    def summary(self, passes: str, parameters: int) -> str:
+        """A summary of the run, in one line; ``parameters`` is ``Learner.parameters``."""
         lm, a, threads = self.lm, self.config.algorithm, torch.get_num_threads()
-        count = sum(getattr(p, "ds_numel", p.numel()) for p in lm.parameters())  # ZeRO-3 empties what it shares out
         return (
-            f"{type(lm).__name__}, {count:,} parameters, {lm.dtype} on {lm.device}; "
+            f"{type(lm).__name__}, {parameters:,} parameters, {lm.dtype} on {lm.device}; "
             f"{a.name} (preset {a.preset}), {passes} pass{'es' if passes == 'two' else ''} per update, engine "
             f"{self.agent.engine.name}, kernels {_kernels(self.config, lm)}{', Liger layers' * has_liger(lm)}, "
             f"{threads} thread{'s' * (threads > 1)}, "

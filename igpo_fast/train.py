@@ -77,7 +77,7 @@ class Trainer:
         self._stragglers: Counter[str] = Counter()  # counts of the last rollouts
         self.learner = make_learner(config, self.setup.lm, self.ranks)
         self.update: Updater = make_updater(self.setup, self.learner, display, self.ranks)
-        self.display.note(self.setup.summary(self.update.passes))
+        self.display.note(self.setup.summary(self.update.passes, self.learner.parameters))
         for warning in self.setup.warnings:
             display.warn(warning)
 

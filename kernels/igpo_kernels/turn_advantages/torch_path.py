@@ -104,21 +104,25 @@ def _statistics_by_number(
     if not len(x):
         return x.new_zeros(4, 0)
     lengths = rollout_offsets.diff()
-    number = torch.arange(len(gain), device=x.device) - rollout_offsets[:-1].repeat_interleave(
-        lengths, output_size=len(gain)
-    )
+    _, number = _places(rollout_offsets, len(gain))
     pool = torch.arange(len(turns_P), device=x.device).repeat_interleave(turns_P, output_size=len(gain))
     key, order = torch.sort((pool * int(lengths.max()) + number)[gain], stable=True)
-    statistics = torch.empty_like(x).expand(4, -1).clone()
+    statistics = x.new_empty(4, len(x))
     statistics[:, order] = _statistics(x[order], torch.unique_consecutive(key, return_counts=True)[1])
     return statistics
+
+
+def _places(rollout_offsets: torch.Tensor, turns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each turn's rollout, and its number there from 0: int64 [S] each."""
+    lengths, device = rollout_offsets.diff(), rollout_offsets.device
+    rollout = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=turns)
+    return rollout, torch.arange(turns, device=device) - rollout_offsets[rollout]
 
 
 def _accumulate(z: torch.Tensor, rollout_offsets: torch.Tensor, gamma: float, how: Accumulate) -> torch.Tensor:
     """What each turn gets of its own and later rewards (``Normaliser.accumulate``). z: [S]."""
     lengths = rollout_offsets.diff()
-    rollout = torch.arange(len(lengths), device=z.device).repeat_interleave(lengths, output_size=len(z))
-    turn = torch.arange(len(z), device=z.device) - rollout_offsets[rollout]
+    rollout, turn = _places(rollout_offsets, len(z))
     if how == "sum":
         return _discounted(z, rollout, turn, gamma)
     last = rollout_offsets[1:] - 1
