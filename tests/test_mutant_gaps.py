@@ -107,7 +107,7 @@ class Updates:
             agent=None,
             warnings=(),
             branches_of=lambda question: branches[question.id],
-            summary=lambda passes: "",
+            summary=lambda passes, parameters: "",
         )
         monkeypatch.setattr(train, "set_up", lambda config, **_: setattr(setup, "config", config) or setup)
         settings = [f"rollout.temperature={TEMPERATURE}", "train.lr=1e-12", "train.max_grad_norm=1e9"]
