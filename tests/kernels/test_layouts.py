@@ -57,7 +57,8 @@ def compare(run, dtypes=(torch.float32,), backend="torch"):
         found, plain = run(dtype, backend), run(dtype, "reference")
         for name, e in exact.items():
             assert found[name].shape == e.shape, name
-            rounding = torch.finfo(found[name].dtype).eps * 8 * (1 + float(e.abs().max()))
+            # In float64 the definition errs by nothing; how an op's sums are grouped depends on the processor.
+            rounding = torch.finfo(found[name].dtype).eps * 32 * (1 + float(e.abs().max()))
             allowed = 2 * float((plain[name].double() - e).abs().max()) + rounding
             assert float((found[name].double() - e).abs().max()) <= allowed, (name, dtype)
 
