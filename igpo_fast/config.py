@@ -45,7 +45,7 @@ from igpo_fast.config_types import (
     Url,
 )  # fmt: skip
 from igpo_fast.errors import masked
-from igpo_fast.types import Accumulate, Aggregation, Answers, Basis, Normalisation, Outcome, Pool, Ratio
+from igpo_fast.types import Accumulate, Aggregation, Answers, Baseline, Basis, Normalisation, Outcome, Pool, Ratio
 
 SESSION = Field(json_schema_extra={"session": True})
 """Marks a key that a later session of a run may change: it changes neither the data nor, beyond
@@ -389,6 +389,12 @@ class Algorithm(Section):
     1000). `hotpot`: like `squad`, and yes and no match only themselves."""
     answers: Answers = "first"
     """Accepted answers that a value is computed from."""
+    baseline: Baseline = "previous"
+    """What a value is compared with: the value before the turn (`previous`); the value with responses that searches for
+    other questions of the batch got (`random`); or nothing (`none`). `masked` needs no answers: the probability of the
+    rollout's own next turn is compared with the one after an empty response."""
+    baseline_samples: Positive = 3
+    """Responses per turn with `baseline=random`; their mean counts."""
     wrapper: str | None = None
     """Text around a forced answer, which replaces `{}`. null takes the released code's,
     `\\nNow there's enough information to answer\\n</think>\\n<answer>\\n{}\\n</answer>`, after the `<think>` with which
@@ -650,6 +656,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_group(self):
         name = self.algorithm.name
+        if self.algorithm.baseline == "random" and self.train.questions == 1:
+            raise ValueError(
+                "algorithm.baseline=random takes responses from other questions of the batch; give train.questions=2 "
+                "or more"
+            )
         if self.rollout.group_size == 1 and name in GROUP_NORMALISED:
             raise ValueError(
                 f"rollout.group_size=1 with algorithm.name={name} leaves nothing to compare a rollout with; "

@@ -87,7 +87,7 @@ def packed_error(lm: PreTrainedModel, backend: str) -> float:
     trees = [Tree(rollouts, [branch])]
     plan = pack(trees)
     scored = Policy(lm, 1.0, LossSettings(), backend)(plan)
-    packed = np.concatenate([scored.decision_logp, scored.answer_logp])
+    packed = np.concatenate([scored.decision_logp, scored.scored_logp])
     _, logits = separate_passes(lm, trees)
     logp = logits.float().log_softmax(-1)
     separate = logp.gather(1, plan.tensor("label", lm.device)[:, None])[:, 0].cpu().numpy()

@@ -38,9 +38,9 @@ from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.trajectories import Message, Record, read_records
 from igpo_fast.types import Answers, Basis
 from igpo_fast.update.gains import information_gain, values_of
-from igpo_fast.update.packs import answer_means
+from igpo_fast.update.packs import means_of
 from igpo_fast.update.policy import Policy
-from igpo_kernels import Branch, LossSettings, RolloutTokens, Tree, pack
+from igpo_kernels import ANSWER, Branch, LossSettings, RolloutTokens, Tree, pack
 
 BUDGETS = dict(max_passage_tokens=128, max_answer_tokens=64, max_answers=4)
 """Limits of the dialects; passages are part of the messages and are not cut here."""
@@ -338,7 +338,7 @@ class Scorer:
             rollouts = [RolloutTokens(i, t.ids, untrained(t.ids), t.boundaries) for i, t in members]
             trees.append(Tree(rollouts, members[0][1].branches))
         plan = pack(trees)
-        means = answer_means(plan, self.policy(plan).answer_logp)
+        means = means_of(plan, self.policy(plan).scored_logp, ANSWER)
         return {i: values_of(mean, self.basis, self.answers) for i, mean in means.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -27,13 +27,14 @@ from igpo_fast.rollouts.tools.search import make_search
 from igpo_fast.run import memory
 from igpo_fast.sft import Progress as SftProgress
 from igpo_fast.sft import warm_start
-from igpo_fast.types import Question
+from igpo_fast.types import SEARCH, Question, ToolResult
 from igpo_fast.update.advantages import ALGORITHMS, recipe_of
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.losses import loss_settings_of
 from igpo_fast.update.packs import Packer
 from igpo_fast.update.passes import choose_passes, groups_per_pack, least_budget, most_decision_tokens
 from igpo_fast.update.schedule import schedule_factor
+from igpo_fast.update.scoring import Scoring
 from igpo_fast.update.update import Progress, Updater
 from igpo_kernels import Branch, triton_variants
 from igpo_kernels.huggingface import heads_of
@@ -50,10 +51,8 @@ class Setup:
     lm: PreTrainedModel
     agent: Agent
     """Samples the rollouts that are trained on."""
-    branches_of: Callable[[Question], Sequence[Branch]]
-    """The answers that are forced after each prefix; none if the algorithm needs no values."""
-    answer_tokens: int
-    """Most tokens that the forced answers of a training question take after one prefix."""
+    scoring: Scoring
+    """What is scored beside the rollouts' own tokens."""
     warnings: tuple[str, ...] = ()
     """Notes for the user before work begins, one line each."""
 
@@ -118,10 +117,7 @@ def set_up(
     if config.data.skip_long:
         data = without_long(data, lambda question: limits.fits(len(dialect.prompt(question))))
     _check_questions(config, data, dialect, limits)
-    branches_of = partial(_branches, config, dialect)
-    branches = [branches_of(question) for question in data.train]
-    answer_tokens = max(sum(len(branch.ids) for branch in answers) for answers in branches)
-    longest_answer = max((len(branch.ids) for answers in branches for branch in answers), default=0)
+    scoring = _scoring(config, dialect, data.train)
     tool = tool or make_search(config, data)
     tool.check(data.train[0].question)
     if trained:
@@ -137,7 +133,7 @@ def set_up(
         *settings_warnings(config),
         "" if uses_deepspeed(config, ranks) else _idle_sharding(config),
         *data.warnings,
-        model.check_positions(lm, config.rollout.max_tokens, longest_answer),
+        model.check_positions(lm, config.rollout.max_tokens, scoring.answer_tokens + scoring.response_tokens),
     )
     engine = _make_engine(config, lm, words, ranks)
     if config.model.lora_rank and trained:
@@ -152,7 +148,7 @@ def set_up(
         seed=config.train.seed,
         concurrency=config.rollout.concurrency,
     )
-    return Setup(config, data, words, lm, agent, branches_of, answer_tokens, tuple(filter(None, warnings)))
+    return Setup(config, data, words, lm, agent, scoring, tuple(filter(None, warnings)))
 
 
 def make_learner(config: Config, lm: PreTrainedModel, ranks: Ranks) -> Learner:
@@ -220,11 +216,11 @@ def make_updater(setup: Setup, learner: Learner, progress: Progress, ranks: Rank
     """
     config = setup.config
     recipe = recipe_of(config.algorithm, config.train.steps)
-    passes = choose_passes(config, recipe, setup.answer_tokens)
-    least = least_budget(config, recipe, setup.answer_tokens, passes)
-    packer = Packer(learner, setup.branches_of, recipe, passes, config.train.token_budget, ranks, least)
+    passes = choose_passes(config, recipe, setup.scoring)
+    least = least_budget(config, setup.scoring, passes)
+    packer = Packer(learner, setup.scoring, recipe, passes, config.train.token_budget, ranks, least)
     return Updater(
-        learner, packer, recipe, passes=passes, groups_per_pack=groups_per_pack(config, recipe, setup.answer_tokens),
+        learner, packer, recipe, passes=passes, groups_per_pack=groups_per_pack(config, setup.scoring),
         updates=config.train.updates, aggregation=config.algorithm.aggregation,
         most_tokens=most_decision_tokens(config), mismatch_stop=config.rollout.mismatch_stop, progress=progress,
     )  # fmt: skip
@@ -316,9 +312,26 @@ def settings_warnings(config: Config) -> list[str]:
     return warnings
 
 
-def _branches(config: Config, dialect: Dialect, question: Question) -> Sequence[Branch]:
-    count = recipe_of(config.algorithm).scored_answers
-    return () if count == 0 else dialect.branches(question)[:count]
+def _scoring(config: Config, dialect: Dialect, questions: Sequence[Question]) -> Scoring:
+    """What the algorithm scores beside the rollouts' own tokens."""
+    a, recipe, search = config.algorithm, recipe_of(config.algorithm), config.search
+    count = recipe.scored_answers
+
+    def branches_of(question: Question) -> Sequence[Branch]:
+        return () if count == 0 else dialect.branches(question)[:count]
+
+    empty, _ = dialect.response(SEARCH, ToolResult(()))
+    baseline = a.baseline if recipe.needs_values else "previous"
+    most = len(empty) + search.top_k * (search.max_passage_tokens + 4)  # blank lines between passages, with a margin
+    return Scoring(
+        branches_of,
+        answer_tokens=max(sum(len(branch.ids) for branch in branches_of(question)) for question in questions),
+        baseline=baseline,
+        samples=a.baseline_samples,
+        longest_response=min(most, config.rollout.max_tokens) if baseline == "random" else 0,
+        masked_response=empty if baseline == "masked" else None,
+        seed=config.train.seed,
+    )
 
 
 def _small_model(config: Config, vocab_size: int, eos_token_id: int | None) -> PreTrainedModel:

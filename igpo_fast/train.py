@@ -123,12 +123,13 @@ class Trainer:
         With ``rollout.overlap`` groups are scored while others wait for their tools, in packs that do not depend on the
         finishing order. One-pass mode cannot begin so early: its backward would add gradients in finishing order, and
         weights that depend on all tokens of the batch are not known yet. Neither can several ranks, whose passes may
-        wait for each other.
+        wait for each other, nor a baseline that takes responses of other groups.
         """
         rollout, wanted = self.config.rollout, self.config.train.questions
         asked = wanted + rollout.oversample
         by_gains = rollout.skip_collapsed and self.update.recipe.needs_values
-        early = self.update.passes == "two" and rollout.overlap and self.ranks.size == 1
+        alone = self.ranks.size == 1 and not self.update.packer.scoring.needs_batch
+        early = self.update.passes == "two" and rollout.overlap and alone
         readings: Readings = {}
 
         def sample() -> dict[int, Group]:

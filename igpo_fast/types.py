@@ -23,6 +23,7 @@ SEARCH, ANSWER, INVALID = "search", "answer", "invalid"
 
 Basis = Literal["log_prob", "prob"]
 Answers = Literal["first", "max", "mean"]
+Baseline = Literal["previous", "random", "masked", "none"]
 Pool = Literal["separate", "joint", "scaled_separate", "turn_index", "raw"]
 Accumulate = Literal["sum", "sum_over_sqrt", "none"]
 Outcome = Literal["f1", "em"]
@@ -185,8 +186,8 @@ class Credit:
     values: np.ndarray
     """v_t at prefix_0 .. prefix_{T-1}, in the configured basis: float64 [T]; NaN where undefined."""
     gains: np.ndarray
-    """ig_t = v_t - v_{t-1}, credited to turns 1 .. T-1: float64 [T-1]; NaN for a turn that earns none (``ig_tools``,
-    ``ig_every``), whose gain is in that of the next."""
+    """ig_t = v_t - v_{t-1}, or v_t less what ``baseline`` compares it with, credited to turns 1 .. T-1: float64 [T-1];
+    NaN for a turn that earns none (``ig_tools``, ``ig_every``)."""
     outcome: float
     """F1 or EM of the final answer, or the format penalty."""
     f1: float
@@ -195,6 +196,10 @@ class Credit:
     """A_t, after normalising and discounting: float64 [T]."""
     clip_scale: np.ndarray | None = None
     """Factor of each turn's clip range: float64 [T]; None is 1."""
+    baselines: np.ndarray | None = None
+    """What v_1 .. v_{T-1} are compared with, if not with the value before: float64 [T-1]; NaN where there is none."""
+    undefined: int = 0
+    """Number of gains that count as 0 because a value is NaN or infinite."""
 
 
 @dataclass(frozen=True)

@@ -72,3 +72,14 @@ def redundancy(passages):
             seen.append(passage)
         shares.append(repeated / len(response) if response else 0.0)
     return shares
+
+
+def ig_search(values, random_values):
+    """IG-Search, Eq. 3: v after each response less the mean of v after other questions' responses."""
+    return [v - sum(others) / len(others) for v, others in zip(values[1:], random_values, strict=True)]
+
+
+def infopo(real, masked):
+    """InfoPO's gain of each turn but the last: the mean over the next turn's tokens of the log-probability after the
+    real response less the one after the masked."""
+    return [sum(a - b for a, b in zip(x, y, strict=True)) / len(x) for x, y in zip(real, masked, strict=True)]

@@ -13,6 +13,7 @@ from igpo_fast.run.metrics import StepMetrics
 from igpo_fast.types import Batch
 from igpo_fast.update.advantages import credit_rollouts
 from igpo_fast.update.policy import Policy
+from igpo_fast.update.scoring import Scoring
 from igpo_kernels import LossSettings, Tree, linear_logprob, linear_policy_loss, pack, pack_within, tree_attention
 from igpo_kernels.workspace import CPU_BYTES
 from tests.allocations import peak_bytes
@@ -99,14 +100,13 @@ class Updates:
     The model stands still (the learning rate is nothing), so the gradients of several steps are of one model.
     """
 
-    def __init__(self, monkeypatch, case, lm, *overrides):
+    def __init__(self, monkeypatch, case, lm, *overrides, **scoring):
         branches = {g.question.id: tuple(b) for g, b in zip(case.groups, case.branches, strict=True)}
         setup = SimpleNamespace(
             lm=lm,
-            answer_tokens=1,
             agent=None,
             warnings=(),
-            branches_of=lambda question: branches[question.id],
+            scoring=Scoring(**{"branches_of": lambda question: branches[question.id], "answer_tokens": 1} | scoring),
             summary=lambda passes, parameters: "",
         )
         monkeypatch.setattr(train, "set_up", lambda config, **_: setattr(setup, "config", config) or setup)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from igpo_fast.update.packs import advantages_of_pairs, answer_means, decision_runs, of_pairs
+from igpo_fast.update.packs import advantages_of_pairs, decision_runs, means_of, of_pairs
 from igpo_fast.update.policy import make_trees
 from igpo_kernels import ANSWER, pack_within
 from tests.trees import random_branches, random_group
@@ -55,7 +55,7 @@ def test_numbers_of_decision_tokens_come_in_the_plans_order(seed):
 
 
 @SEEDS
-def test_answer_means_are_over_each_answers_tokens(seed):
+def test_means_are_over_each_answers_tokens(seed):
     plans, _, rng = packed(seed)
     for plan in plans:
         logp = rng.normal(size=plan.n_pairs - plan.n_decisions)
@@ -63,7 +63,7 @@ def test_answer_means_are_over_each_answers_tokens(seed):
         pairs = (x[plan.kind == ANSWER].tolist() for x in (plan.rollout, plan.answer, plan.turn))
         for rollout, answer, turn, value in zip(*pairs, logp, strict=True):
             parts.setdefault(rollout, {}).setdefault((answer, turn), []).append(value)
-        found = answer_means(plan, logp)
+        found = means_of(plan, logp, ANSWER)
         assert set(found) == set(parts)
         for rollout, cells in parts.items():
             assert found[rollout].size == len(cells)
@@ -72,4 +72,4 @@ def test_answer_means_are_over_each_answers_tokens(seed):
 
 def test_a_pack_without_answers_has_no_means():
     plans, *_ = packed(0, answers=(0, 0))
-    assert all(answer_means(plan, np.zeros(0)) == {} for plan in plans)
+    assert all(means_of(plan, np.zeros(0), ANSWER) == {} for plan in plans)

@@ -6,6 +6,7 @@ from igpo_fast.config import load
 from igpo_fast.errors import InputError
 from igpo_fast.update.advantages import Recipe
 from igpo_fast.update.passes import choose_passes, groups_per_pack, most_decision_tokens
+from igpo_fast.update.scoring import Scoring
 
 SMALL = ("rollout.group_size=4", "rollout.max_tokens=90", "rollout.max_turns=2", "train.token_budget=1000")
 DYNAMIC = ("rollout.oversample=4", "rollout.skip_collapsed=true")
@@ -13,7 +14,8 @@ DYNAMIC = ("rollout.oversample=4", "rollout.skip_collapsed=true")
 
 def chosen(*overrides, answer_tokens=5):
     config = load(None, [*SMALL, *overrides])
-    return choose_passes(config, Recipe(algorithm=config.algorithm.name), answer_tokens)
+    recipe = Recipe(algorithm=config.algorithm.name)
+    return choose_passes(config, recipe, Scoring(None, answer_tokens if recipe.needs_values else 0))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_collapsed_means_nothing_where_advantages_are_the_batchs():
 def test_whole_groups_that_surely_fit_a_pack(budget, groups):
     # A rollout takes at most 90 tokens and 2 answers of 5: 100, a group 400.
     config = load(None, [*SMALL, f"train.token_budget={budget}"])
-    assert groups_per_pack(config, Recipe(), answer_tokens=5) == groups
+    assert groups_per_pack(config, Scoring(None, 5)) == groups
 
 
 @pytest.mark.parametrize("turn_tokens, most", [(20, 40), (44, 88), (45, 90), (60, 90)])

@@ -40,9 +40,11 @@ def scored_rollouts(draw):
     rollout = Rollout(question, draw(st.integers(0, 9)), np.array(draw(IDS), np.int32), tuple(made))
     number = st.one_of(NUMBER, st.just(float("nan")))
     array = lambda n: np.array(draw(st.lists(number, min_size=n, max_size=n)), np.float64)  # noqa: E731
-    values = array(len(made))
-    gains = np.diff(values) if np.isfinite(values[0]) else np.empty(0)
-    return rollout, Credit(values, gains, draw(NUMBER), 0.5, 1.0, array(len(made)))
+    values, gains = array(len(made)), array(len(made) - 1)
+    if np.isnan([*values, *gains]).all():
+        gains = np.empty(0)  # not scored
+    compared = draw(st.sampled_from([None, array(len(made) - 1)]))
+    return rollout, Credit(values, gains, draw(NUMBER), 0.5, 1.0, array(len(made)), baselines=compared)
 
 
 @given(scored_rollouts(), st.booleans())
@@ -60,7 +62,8 @@ def test_a_record_says_everything(pair, scored):
             assert getattr(turn, name) == getattr(same, name)
     assert (earned is None) == (not scored)
     if scored:
-        for name in ("values", "gains", "advantages"):
+        assert (earned.baselines is None) == (scores.baselines is None)
+        for name in ("values", "gains", "advantages", "baselines"):
             np.testing.assert_array_equal(getattr(earned, name), getattr(scores, name))
         assert (earned.outcome, earned.f1, earned.em) == (scores.outcome, scores.f1, scores.em)
     assert record_of(read, earned) == record

@@ -12,7 +12,8 @@ def random_turn(rng, last, vocab=VOCAB):
     n, m = int(rng.integers(1, 6)), 0 if last else int(rng.integers(1, 7))
     draw = lambda k: rng.integers(0, vocab, k).astype(np.int32)  # noqa: E731
     action = "answer" if last else "search"
-    return Turn(draw(n), rng.normal(-1, 0.3, n).astype(np.float32), "", action, "x", draw(m))
+    logp = rng.normal(-1, 0.3, n).astype(np.float32)
+    return Turn(draw(n), logp, "", action, "x", draw(m), passages=() if last else ("p",))
 
 
 def random_group(rng, rollouts=4, max_turns=4, vocab=VOCAB):

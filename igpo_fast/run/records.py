@@ -19,13 +19,15 @@ def record_of(rollout: Rollout, credit: Credit | None = None) -> dict[str, Any]:
     """The JSON object of a rollout.
 
     ``values`` are v_0 .. v_{T-1}; a turn's ``value`` is the one after it and ``info_gain`` its increase, both null
-    for the last turn. Undefined numbers are null: all of these if the algorithm needs no values, and rewards and
-    advantages of a rollout that was only evaluated.
+    for the last turn. With ``baseline`` other than ``previous`` a turn also has what its value is compared with, as
+    ``baseline``. Undefined numbers are null: all of these if the algorithm needs no values, and rewards and advantages
+    of a rollout that was only evaluated.
     """
     question, unscored = rollout.question, [None] * len(rollout.turns)
     values = _numbers(credit.values) if credit else unscored
     gains = _numbers(credit.gains) if credit and len(credit.gains) else unscored[1:]
     advantages = _numbers(credit.advantages) if credit else unscored
+    compared = [*_numbers(credit.baselines), None] if credit and credit.baselines is not None else None
     outcome, f1, em = _numbers([credit.outcome, credit.f1, credit.em]) if credit else [None] * 3
     return {
         "version": VERSION,
@@ -50,14 +52,15 @@ def record_of(rollout: Rollout, credit: Credit | None = None) -> dict[str, Any]:
                 "passages": list(turn.passages),
                 "tokens": len(turn.ids),
                 "value": value,
+                **({} if compared is None else {"baseline": compared[t]}),
                 "info_gain": gain,
                 "advantage": advantage,
                 "ids": turn.ids.tolist(),
                 "logp": _numbers(turn.logp),
                 "response_ids": turn.response_ids.tolist(),
             }
-            for turn, value, gain, advantage in zip(
-                rollout.turns, [*values[1:], None], [*gains, None], advantages, strict=True
+            for t, (turn, value, gain, advantage) in enumerate(
+                zip(rollout.turns, [*values[1:], None], [*gains, None], advantages, strict=True)
             )
         ],
         "prompt_ids": rollout.prompt_ids.tolist(),
@@ -99,14 +102,18 @@ def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, Credit | None]:
     rollout = Rollout(question, record["index"], prompt, turns, truncated)
     if record["outcome"] is None:
         return rollout, None
-    gains = [turn["info_gain"] for turn in record["turns"][:-1]]
+    before_last = record["turns"][:-1]
+    gains = [turn["info_gain"] for turn in before_last]
+    unscored = all(value is None for value in (*record["values"], *gains))
+    compared = [turn["baseline"] for turn in before_last] if "baseline" in record["turns"][0] else None
     credit = Credit(
         values=_array(record["values"], np.float64),
-        gains=_array([] if record["values"][0] is None else gains, np.float64),
+        gains=_array([] if unscored else gains, np.float64),
         outcome=record["outcome"],
         f1=record["f1"],
         em=record["em"],
         advantages=_array([turn["advantage"] for turn in record["turns"]], np.float64),
+        baselines=None if compared is None else _array(compared, np.float64),
     )
     return rollout, credit
 

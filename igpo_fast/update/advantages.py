@@ -10,9 +10,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from igpo_fast.types import INVALID, Accumulate, Answers, Basis, Credit, Group, Normalisation, Outcome, Pool, Rollout
+from igpo_fast.types import (
+    INVALID,
+    SEARCH,
+    Accumulate,
+    Answers,
+    Baseline,
+    Basis,
+    Credit,
+    Group,
+    Normalisation,
+    Outcome,
+    Pool,
+    Rollout,
+)
 from igpo_fast.update.gains import earning_turns, information_gain, repeated_passages
 from igpo_fast.update.rewards import exact_match, f1_score, outcome
+from igpo_fast.update.scoring import Values
 from igpo_kernels.turn_advantages import GAIN, OUTCOME, Normaliser, normalised_rewards, turn_advantages
 
 if TYPE_CHECKING:
@@ -79,6 +93,7 @@ class Recipe:
     turn_format_penalty: float = 0.0
     redundancy_penalty: float = 0.0
     adaptive_clip: float = 0.0
+    baseline: Baseline = "previous"
     steps: int = 1
     """Steps of the run."""
 
@@ -122,9 +137,14 @@ class Recipe:
     @property
     def scored_answers(self) -> int | None:
         """Number of accepted answers that are scored, as the end of a slice: None for all."""
-        if not self.needs_values:
+        if not self.needs_values or self.baseline == "masked":
             return 0
         return 1 if self.answers == "first" else None
+
+    @property
+    def earning_tools(self) -> tuple[str, ...]:
+        """Tools whose turns earn gains, all if empty. Only a search has random passages to be compared with."""
+        return self.ig_tools or ((SEARCH,) if self.baseline == "random" else ())
 
     @property
     def discount(self) -> float:
@@ -140,14 +160,15 @@ def recipe_of(algorithm: config.Algorithm, steps: int = 1) -> Recipe:
 
 
 def credit_rollouts(
-    groups: Sequence[Group], values_per_rollout: Sequence[np.ndarray] | None, recipe: Recipe
+    groups: Sequence[Group], values_per_rollout: Sequence[Values | np.ndarray] | None, recipe: Recipe
 ) -> tuple[Credit, ...]:
     """Rewards and advantages of every turn, one ``Credit`` per rollout in the groups' order.
 
     Args:
         groups: at least one, each with at least one rollout.
-        values_per_rollout: v_t of each rollout, float [T] in ``recipe.basis``, in the groups' order. An
-            outcome-only algorithm only reports them and accepts None: values are then NaN [T], gains empty.
+        values_per_rollout: v_t of each rollout, float [T] in ``recipe.basis``, in the groups' order, or ``Values``,
+            which also hold what they are compared with. An outcome-only algorithm only reports them and accepts None:
+            values are then NaN [T], gains empty.
         recipe: settings of rewards and advantages.
     Raises:
         ValueError: values are missing although the algorithm needs them, or do not match the rollouts' turns.
@@ -157,15 +178,20 @@ def credit_rollouts(
     if values_per_rollout is None:
         if recipe.needs_values:
             raise ValueError(f"credit_rollouts: algorithm {recipe.algorithm} needs answer values; got None")
-        values = [np.full(n, np.nan) for n in turns]
+        values, baselines = [np.full(n, np.nan) for n in turns], [None] * len(turns)
     else:
-        values = [np.asarray(v, dtype=np.float64) for v in values_per_rollout]
+        both = [v if isinstance(v, Values) else Values(v) for v in values_per_rollout]
+        values, baselines = [np.asarray(v.values, dtype=np.float64) for v in both], [v.baselines for v in both]
         if [v.shape for v in values] != [(n,) for n in turns]:
             raise ValueError("credit_rollouts: values_per_rollout must hold one [T] array per rollout, in order")
     penalised = recipe.turn_format_penalty != 0
-    earning = [earning_turns(rollout, recipe.ig_tools, recipe.ig_every, penalised) for rollout in rollouts]
-    scored = values_per_rollout is not None
-    gains = [information_gain(v, e)[0] if scored else np.empty(0) for v, e in zip(values, earning, strict=True)]
+    earning = [earning_turns(rollout, recipe.earning_tools, recipe.ig_every, penalised) for rollout in rollouts]
+    nothing = np.empty(0), 0
+    found = [
+        nothing if values_per_rollout is None else information_gain(*each)
+        for each in zip(values, earning, baselines, strict=True)
+    ]
+    gains = [gain for gain, _ in found]
     outcomes = [outcome(r, recipe.outcome, recipe.f1_normalisation, recipe.format_penalty) for r in rollouts]
     clip_scales: list[np.ndarray | None] = [None] * len(rollouts)
     if recipe.over_tokens:
@@ -200,6 +226,8 @@ def credit_rollouts(
             em=exact_match(rollout.answer, rollout.question.answers, recipe.f1_normalisation),
             advantages=advantages[i],
             clip_scale=clip_scales[i],
+            baselines=baselines[i],
+            undefined=found[i][1],
         )
         for i, rollout in enumerate(rollouts)
     )
@@ -289,5 +317,5 @@ def reward_metrics(groups: Sequence[Group], credits: Sequence[Credit], gate: flo
     metrics["group/collapsed_outcome"] = collapsed_outcome(groups, credits)
     metrics["group/collapsed"] = collapsed(groups, credits)
     if scored:
-        metrics["reward/ig_nan"] = float(sum(information_gain(s.values)[1] for s in scored))
+        metrics["reward/ig_nan"] = float(sum(s.undefined for s in credits))
     return metrics

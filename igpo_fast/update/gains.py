@@ -31,14 +31,17 @@ def values_of(answer_logp: ArrayLike, basis: Basis, answers: Answers) -> np.ndar
     return values.max(axis=0) if answers == "max" else values.mean(axis=0)
 
 
-def information_gain(values_T: ArrayLike, earning: np.ndarray | None = None) -> tuple[np.ndarray, int]:
+def information_gain(
+    values_T: ArrayLike, earning: np.ndarray | None = None, baselines: ArrayLike | None = None
+) -> tuple[np.ndarray, int]:
     """The information gain of turns 1 .. T-1, and the number of undefined ones.
 
-    ig_t = v_t - v_s, where s is the last turn before t that earns one, or the prompt (0). An undefined gain (a value is
-    NaN or infinite) is 0.
+    ig_t = v_t - v_s, where s is the last turn before t that earns one, or the prompt (0); with ``baselines``
+    ig_t = v_t - b_t. An undefined gain (a value is NaN or infinite) is 0.
 
     Args:
         earning: the turns that earn a gain, bool [T-1]; all of them if None.
+        baselines: b_t of turns 1 .. T-1: float64 [T-1].
     Returns:
         Gains, float64 [T-1], NaN for turns that earn none; and the count.
     """
@@ -46,7 +49,10 @@ def information_gain(values_T: ArrayLike, earning: np.ndarray | None = None) -> 
     gains = np.full(max(len(values) - 1, 0), np.nan)
     turns = np.arange(1, len(values)) if earning is None else np.flatnonzero(earning) + 1
     with np.errstate(invalid="ignore"):
-        between = np.diff(values[[0, *turns]]) if len(values) else gains
+        if baselines is not None:
+            between = values[turns] - np.asarray(baselines, dtype=np.float64)[turns - 1]
+        else:
+            between = np.diff(values[[0, *turns]]) if len(values) else gains
     defined = np.isfinite(between)
     gains[turns - 1] = np.where(defined, between, 0.0)
     return gains, int((~defined).sum())

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from igpo_fast.ranks import Ranks
-from igpo_fast.types import Batch, Credit, Group, Question, Rollout
+from igpo_fast.types import Batch, Credit, Group, Rollout
 from igpo_fast.update.advantages import Recipe, collapsed, credit_rollouts
 from igpo_fast.update.balance import attention_share, shares, tree_cost
 from igpo_fast.update.gains import values_of
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.policy import make_trees
-from igpo_kernels import Branch, RolloutTokens, Tree, TreePlan, pack, pack_within
+from igpo_fast.update.scoring import Scoring, Values
+from igpo_kernels import ANSWER, FORK, RolloutTokens, Tree, TreePlan, pack, pack_within
 
 
 class Pack(NamedTuple):
@@ -42,8 +44,8 @@ FILLER = Pack(pack([Tree([RolloutTokens(0, np.zeros(2, np.int32), np.array([-1, 
 class Reading(NamedTuple):
     """A scoring pass's results for one rollout."""
 
-    values: np.ndarray | None
-    """v_t: float64 [T]; None if the algorithm needs no values."""
+    values: Values | None
+    """None if the algorithm needs no values."""
     logp: np.ndarray
     """Log-probabilities of its decision tokens: float32 [decision tokens]."""
 
@@ -59,8 +61,7 @@ class Packer:
     backwards may wait for each other.
 
     Args:
-        branches_of: the answers that are forced after each prefix of a question's rollouts; none if the algorithm
-            needs no values.
+        scoring: what is scored beside the rollouts' own tokens.
         passes: ``one`` or ``two``.
         token_budget: most packed tokens per forward.
         least: tokens of what is never split over packs: a rollout with its answers, or in one-pass mode a group.
@@ -70,14 +71,15 @@ class Packer:
     def __init__(
         self,
         learner: Learner,
-        branches_of: Callable[[Question], Sequence[Branch]],
+        scoring: Scoring,
         recipe: Recipe,
         passes: str,
         token_budget: int,
         ranks: Ranks,
         least: int = 1,
     ):
-        self._learner, self._branches_of, self._recipe = learner, branches_of, recipe
+        self.scoring = scoring
+        self._learner, self._recipe = learner, recipe
         self._passes, self._budget, self._least, self.ranks = passes, token_budget, least, ranks
         self._tokens_per_pair = attention_share(learner.lm, learner.parameters)
 
@@ -89,12 +91,14 @@ class Packer:
         return self._budget
 
     def packs(self, batch: Batch, share: Sequence[int], scored: bool) -> list[Pack]:
-        """This rank's packs of the groups ``share``, with answers if ``scored``. One-pass mode needs whole groups."""
+        """This rank's packs of the groups ``share``, with answers and forks if ``scored``. One-pass mode needs whole
+        groups."""
         sizes = [len(group.rollouts) for group in batch.groups]
         starts = np.cumsum([0, *sizes])
-        branches = [self._branches_of(batch.groups[g].question) if scored else () for g in share]
+        branches = [self.scoring.branches_of(batch.groups[g].question) if scored else () for g in share]
         numbers = [range(starts[g], starts[g + 1]) for g in share]
-        trees = self._mine(make_trees([batch.groups[g] for g in share], branches, numbers))
+        forks = self.scoring.forks(batch) if scored else None
+        trees = self._mine(make_trees([batch.groups[g] for g in share], branches, numbers, forks))
         plans = pack_within(trees, self._budget, split=self._passes == "two")
         group_of_rollout = np.repeat(np.arange(len(sizes)), sizes)
         for plan in plans:
@@ -110,20 +114,26 @@ class Packer:
         return [trees[i] for i in shares(costs, self.ranks.size)[self.ranks.number]]
 
     def separate_tokens(self, batch: Batch) -> int:
-        """Tokens that separate passes would read for the same results: each rollout once per pass, and each of its
-        prefixes with each answer."""
-        total = 0
-        for group in batch.groups:
-            answers = [branch.stop - 1 for branch in self._branches_of(group.question)]
-            for rollout in group.rollouts:
-                total += len(rollout.ids) * (1 if self._passes == "one" else 2)
-                total += len(answers) * int(rollout.boundaries.sum()) + len(rollout.boundaries) * sum(answers)
-        return total
+        """Tokens that separate passes would read for the same results: each rollout once per pass, and what is scored
+        beside it."""
+        passes = 1 if self._passes == "one" else 2
+        return passes * sum(len(rollout.ids) for rollout in batch.rollouts) + self.scoring.separate_tokens(batch)
 
-    def values(self, plan: TreePlan, answer_logp: np.ndarray) -> dict[int, np.ndarray]:
-        """v_t of each rollout in a pack, by its number in the batch: float64 [T] each."""
-        means = answer_means(plan, answer_logp)
-        return {i: values_of(mean, self._recipe.basis, self._recipe.answers) for i, mean in means.items()}
+    def values(self, batch: Batch, plan: TreePlan, scored_logp: np.ndarray) -> dict[int, Values]:
+        """The values of a pack's rollouts, by their numbers in the batch; none if the algorithm needs none.
+
+        Args:
+            scored_logp: of each pair of answers and forks, in the plan's order: float64 [M - D].
+        """
+        if not self._recipe.needs_values:
+            return {}
+        rollouts = batch.rollouts
+        answers, forks = (means_of(plan, scored_logp, kind) for kind in (ANSWER, FORK))
+        value_of = partial(values_of, basis=self._recipe.basis, answers=self._recipe.answers)
+        return {
+            i: self.scoring.values(len(rollouts[i].turns), answers.get(i), forks.get(i), value_of)
+            for i in decision_runs(plan)[0]
+        }
 
     def read(self, batch: Batch, readings: Readings) -> list[dict[str, int]]:
         """Run the first of two passes over groups that are not in ``readings`` yet.
@@ -140,7 +150,7 @@ class Packer:
             result = self._learner(read.plan)
             if read.filler:
                 continue
-            values = self.values(read.plan, result.answer_logp)
+            values = self.values(new, read.plan, result.scored_logp)
             numbers, starts = decision_runs(read.plan)
             for i, logp in zip(numbers, np.split(result.decision_logp, starts[1:]), strict=True):
                 mine[rollout_key(rollouts[i])] = Reading(values.get(i), logp)
@@ -201,22 +211,25 @@ def clip_scales_of_pairs(plan: TreePlan, credits: Mapping[int, Credit] | Sequenc
     return of_turns(plan, {i: credits[i].clip_scale for i in numbers})
 
 
-def answer_means(plan: TreePlan, answer_logp: np.ndarray) -> dict[int, np.ndarray]:
-    """Mean log-probability of each accepted answer after each prefix: rollout number -> float64 [answers, T].
+def means_of(plan: TreePlan, scored_logp: np.ndarray, kind: int) -> dict[int, np.ndarray]:
+    """Mean log-probability of each scored text: rollout number -> float64 [answers, turns], NaN where there is none.
 
     Args:
-        answer_logp: of each answer pair, in the plan's order: float64 [M - D].
+        scored_logp: of each pair of answers and forks, in the plan's order: float64 [M - D].
+        kind: ``ANSWER`` (after each prefix: T turns) or ``FORK`` (``Fork.answer``, ``Fork.turn``).
     """
-    rollout, turn, answer = (x[plan.n_decisions :] for x in (plan.rollout, plan.turn, plan.answer))
-    if not len(rollout):
+    members = np.flatnonzero(plan.kind == kind)
+    if not len(members):
         return {}
+    rollout, turn, answer = (x[members] for x in (plan.rollout, plan.turn, plan.answer))
+    logp = scored_logp[members - plan.n_decisions]
     numbers, number = np.unique(rollout, return_inverse=True)
     answers, turns = np.zeros((2, len(numbers)), dtype=np.int64)
     np.maximum.at(answers, number, answer + 1)
     np.maximum.at(turns, number, turn + 1)
     shape = len(numbers), answers.max(), turns.max()
     cell = np.ravel_multi_index((number, answer, turn), shape)
-    total = np.bincount(cell, answer_logp, np.prod(shape)).reshape(shape)
+    total = np.bincount(cell, logp, np.prod(shape)).reshape(shape)
     count = np.bincount(cell, minlength=np.prod(shape)).reshape(shape)
-    means = total / np.maximum(count, 1)
+    means = np.where(count, total / np.maximum(count, 1), np.nan)
     return {int(i): means[r, : answers[r], : turns[r]] for r, i in enumerate(numbers)}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from igpo_fast.config import Config
 from igpo_fast.errors import InputError
 from igpo_fast.update.advantages import Recipe
+from igpo_fast.update.scoring import Scoring
 
 
-def longest_rollout(config: Config, recipe: Recipe, answer_tokens: int) -> int:
-    """Most packed tokens that a rollout and its forced answers may take."""
-    return config.rollout.max_tokens + config.rollout.max_turns * answer_tokens * recipe.needs_values
+def longest_rollout(config: Config, scoring: Scoring) -> int:
+    """Most packed tokens that a rollout and what is scored beside it may take."""
+    return config.rollout.max_tokens + scoring.most_tokens(config.rollout.max_turns, most_decision_tokens(config))
 
 
 def most_decision_tokens(config: Config) -> int:
@@ -18,35 +19,33 @@ def most_decision_tokens(config: Config) -> int:
     return min(rollout.max_turns * rollout.max_turn_tokens, rollout.max_tokens)
 
 
-def groups_per_pack(config: Config, recipe: Recipe, answer_tokens: int) -> int:
+def groups_per_pack(config: Config, scoring: Scoring) -> int:
     """Number of whole groups that always fit a pack, at least 1; they are scored together once all have finished."""
-    largest = config.rollout.group_size * longest_rollout(config, recipe, answer_tokens)
+    largest = config.rollout.group_size * longest_rollout(config, scoring)
     return max(1, config.train.token_budget // largest)
 
 
-def least_budget(config: Config, recipe: Recipe, answer_tokens: int, passes: str) -> int:
+def least_budget(config: Config, scoring: Scoring, passes: str) -> int:
     """Tokens that a pack must hold: two passes may split a group down to its rollouts, one pass may not."""
     rollouts = config.rollout.group_size if passes == "one" else 1
-    return rollouts * longest_rollout(config, recipe, answer_tokens)
+    return rollouts * longest_rollout(config, scoring)
 
 
-def choose_passes(config: Config, recipe: Recipe, answer_tokens: int) -> str:
+def choose_passes(config: Config, recipe: Recipe, scoring: Scoring) -> str:
     """``one`` or ``two`` passes over a rollout's tokens per update; fixed for the run.
 
-    Args:
-        answer_tokens: most tokens that forced answers take after one prefix.
     Raises:
         InputError: ``algorithm.passes=one`` is impossible with the configuration, a rollout may exceed
             ``train.token_budget``, or ``rollout.skip_collapsed`` is set although groups have no advantages of their
             own.
     """
     rollout, asked, budget = config.rollout, config.algorithm.passes, config.train.token_budget
-    longest = longest_rollout(config, recipe, answer_tokens)
+    longest = longest_rollout(config, scoring)
     largest = rollout.group_size * longest
     if longest > budget:
         raise InputError(
-            f"train.token_budget={budget}: a rollout and its forced answers may take {longest} tokens; raise it, or "
-            "lower rollout.max_tokens"
+            f"train.token_budget={budget}: a rollout and what is scored beside it may take {longest} tokens; raise it, "
+            f"or lower rollout.max_tokens{' or search.max_passage_tokens' * scoring.needs_batch}"
         )
     if rollout.skip_collapsed and recipe.over_tokens:
         raise InputError(

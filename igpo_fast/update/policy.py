@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from igpo_fast.model import hidden_states, lm_head
 from igpo_fast.types import Group
+from igpo_fast.update.scoring import Forks
 from igpo_kernels import (
     Branch,
     LossSettings,
@@ -57,8 +58,8 @@ class SupervisedInputs:
 class PackResult:
     """Results of a pass over a pack."""
 
-    answer_logp: np.ndarray
-    """log pi of each answer pair, in the plan's order: float64 [M - D]; empty without branches."""
+    scored_logp: np.ndarray
+    """log pi of each pair of answers and forks, in the plan's order: float64 [M - D]; empty without any."""
     decision_logp: np.ndarray | None = None
     """log pi of each decision pair: float32 [D]."""
     loss: torch.Tensor | None = None
@@ -108,22 +109,22 @@ class Policy(torch.nn.Module):
                 TreeAttend(plan, self.backend),
             )  # fmt: skip
         n = plan.n_decisions
-        answer_logp = np.zeros(0)
+        scored_logp = np.zeros(0)
         with torch.no_grad():
             if plan.n_pairs > n:
-                answer_logp = self._logp(hidden.detach(), plan, slice(n, None)).double().cpu().numpy()
+                scored_logp = self._logp(hidden.detach(), plan, slice(n, None)).double().cpu().numpy()
             if inputs is None:
-                return PackResult(answer_logp, self._logp(hidden, plan, slice(0, n)).float().cpu().numpy())
+                return PackResult(scored_logp, self._logp(hidden, plan, slice(0, n)).float().cpu().numpy())
         if isinstance(inputs, SupervisedInputs):
             weight = torch.as_tensor(inputs.weights, device=device)
             logp = self._logp(hidden, plan, slice(0, n))
             weight = weight.to(logp.dtype)
-            return PackResult(answer_logp, loss=-(weight * logp).sum() / weight.sum())
+            return PackResult(scored_logp, loss=-(weight * logp).sum() / weight.sum())
         if inputs.advantages is None:
-            inputs = replace(inputs, advantages=advantages_of(answer_logp))
+            inputs = replace(inputs, advantages=advantages_of(scored_logp))
         loss, sums, logp = self._loss(hidden, plan, inputs)
         return PackResult(
-            answer_logp, logp.float().cpu().numpy(), loss, {name: float(value) for name, value in sums.items()}
+            scored_logp, logp.float().cpu().numpy(), loss, {name: float(value) for name, value in sums.items()}
         )
 
     def _head(self) -> tuple[torch.Tensor, dict]:
@@ -162,18 +163,23 @@ class Policy(torch.nn.Module):
 
 
 def make_trees(
-    groups: Sequence[Group], branches: Sequence[Sequence[Branch]] | None, numbers: Sequence[Sequence[int]]
+    groups: Sequence[Group],
+    branches: Sequence[Sequence[Branch]] | None,
+    numbers: Sequence[Sequence[int]],
+    forks: Forks | None = None,
 ) -> list[Tree]:
     """One tree per group.
 
     Args:
         branches: the answers to force, one sequence per group; None for passes without scoring.
         numbers: each rollout's number in its batch, which comes back as ``TreePlan.rollout``.
+        forks: other continuations that are scored.
     """
+    forks = forks or {}
     return [
         Tree(
             [
-                RolloutTokens(number, rollout.ids, rollout.turn_of_token, rollout.boundaries)
+                RolloutTokens(number, rollout.ids, rollout.turn_of_token, rollout.boundaries, forks.get(number, ()))
                 for number, rollout in zip(group_numbers, group.rollouts, strict=True)
             ],
             () if branches is None else branches[i],

@@ -135,8 +135,8 @@ class Updater:
             first = np.cumsum([0, *(len(group.rollouts) for group in batch.groups)])
             credits: dict[int, Credit] = {}
 
-            def advantages_of(pack: Pack, answer_logp: np.ndarray) -> np.ndarray:
-                values = self.packer.values(pack.plan, answer_logp)
+            def advantages_of(pack: Pack, scored_logp: np.ndarray) -> np.ndarray:
+                values = self.packer.values(batch, pack.plan, scored_logp)
                 inside = [i for g in pack.groups for i in range(first[g], first[g + 1])]
                 groups = [batch.groups[g] for g in pack.groups]
                 scored = credit_rollouts(groups, [values[i] for i in inside], self.recipe.at(batch.step))

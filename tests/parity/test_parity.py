@@ -11,9 +11,9 @@ from igpo_fast.model import use_attend
 from igpo_fast.update.advantages import Recipe, credit_rollouts
 from igpo_fast.update.gains import values_of
 from igpo_fast.update.losses import token_weights
-from igpo_fast.update.packs import answer_means
+from igpo_fast.update.packs import means_of
 from igpo_fast.update.policy import LossInputs, Policy, make_trees
-from igpo_kernels import LossSettings, Tree, pack
+from igpo_kernels import ANSWER, LossSettings, Tree, pack
 from tests.parity import naive
 from tests.trees import VOCAB, random_branches, random_group
 
@@ -117,7 +117,7 @@ def test_answer_values_and_sampled_logprobs(seed, packs):
     values, logp = {}, {}
     for plan in case.plans(packs):
         scores = policy(plan)
-        values |= {i: values_of(m, "log_prob", "max") for i, m in answer_means(plan, scores.answer_logp).items()}
+        values |= {i: values_of(m, "log_prob", "max") for i, m in means_of(plan, scores.scored_logp, ANSWER).items()}
         for i in np.unique(plan.rollout):
             logp[i] = scores.decision_logp[plan.rollout[: plan.n_decisions] == i]
     expected = case.naive_values(plain)
@@ -148,8 +148,8 @@ def test_one_pass_gradients(packs, aggregation, backend="auto", groups=5):
         at = np.unique(plan.rollout)
         groups = [case.groups[g] for g in np.unique(case.group_of[at])]
 
-        def advantages_of(answer_logp, plan=plan, groups=groups, at=at):
-            means = answer_means(plan, answer_logp)
+        def advantages_of(scored_logp, plan=plan, groups=groups, at=at):
+            means = means_of(plan, scored_logp, ANSWER)
             scores = credit_rollouts(groups, [values_of(means[i], "prob", "max") for i in at], recipe)
             of = dict(zip(at, scores, strict=True))
             n = plan.n_decisions
@@ -240,7 +240,7 @@ def test_each_packed_token_is_read_exactly_once_in_one_pass_mode():
     for plan in plans:
         n = plan.n_decisions
         inputs = LossInputs(np.full(n, 1 / n, np.float32), None)
-        policy(plan, inputs, lambda answer_logp, n=n: np.ones(n, np.float32)).loss.backward()
+        policy(plan, inputs, lambda scored_logp, n=n: np.ones(n, np.float32)).loss.backward()
     assert read == [plan.n_tokens for plan in plans]
     decisions = sum(r.decision_tokens for r in case.rollouts)
     answers = sum(
