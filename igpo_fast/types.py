@@ -29,6 +29,7 @@ Outcome = Literal["f1", "em"]
 Normalisation = Literal["igpo", "squad", "hotpot"]
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 Ratio = Literal["token", "turn", "sequence"]
+Level = Literal["token", "turn"]
 Truncation = Literal["", "tokens", "turns"]
 
 
@@ -195,6 +196,9 @@ class Credit:
     """A_t, after normalising and discounting: float64 [T]."""
     clip_scale: np.ndarray | None = None
     """Factor of each turn's clip range: float64 [T]; None is 1."""
+    token_advantages: np.ndarray | None = None
+    """Advantages of the decision tokens, whose means per turn are ``advantages``: float32 [decision tokens]; None where
+    a turn's tokens share one. Not on record."""
 
 
 @dataclass(frozen=True)
