@@ -556,6 +556,9 @@ class Critic(Section):
     1."""
     whiten: bool = True
     """Bring advantages to mean 0 and standard deviation 1 over the batch's decision tokens."""
+    potential: bool = False
+    """With `ppo_ig`: the outcome pays back the value that the last turn begins with, so that gains say when a rollout
+    earns but not how much in all (TIPS; exact with `gamma=1` and `ig_gate=0`)."""
 
 
 class Train(Section):
