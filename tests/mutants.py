@@ -460,7 +460,7 @@ MUTANTS = [
         ("advantage of the turn after", "{i: credits[i].advantages for i",
          "{i: np.roll(credits[i].advantages, -1) for i", ONE_PASS),
         ("advantages of a rollout's first turn", " + plan.turn[:n]", "",
-         "test_packs.py::test_advantages_are_each_turns"),
+         "test_packs.py::test_advantages_are_each_turns_or_each_tokens"),
         ("answers' means over all turns", "(number, answer, turn), shape", "(number, answer, 0 * turn), shape",
          "test_packs.py::test_answer_means_are_over_each_answers_tokens"),
     ),
