@@ -149,6 +149,8 @@ class ZeroLearner(Learner):
         if not (sound and math.isfinite(norm)):
             return None
         self._applied += 1
+        if self._applied == 1:
+            self._link()
         return norm
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -230,5 +232,12 @@ class ZeroLearner(Learner):
         for p in flat:
             moments = {key: torch.zeros_like(p) for key in WHOLE}
             self.optimizer.state[p] = {"step": torch.tensor(float(self._applied)), **moments}
+        self._link()
+
+    def _link(self) -> None:
+        """Let DeepSpeed's stages 1 and 2 find the optimiser's states, now that all exist. By itself it looks for them
+        once, after the first group's first step, when the others have none."""
+        zero = self._engine.optimizer
         if self._stage < 3:
+            zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
