@@ -47,10 +47,10 @@ def critic_settings_of(config: config.Config, recipe: Recipe) -> CriticSettings 
 
 
 class ValueHead(torch.nn.Module):
-    """V = w h / |h| + b of hidden states h, computed in float32; 0 at first.
+    """V = w h / |h|_1 of hidden states h, |h|_1 the sum of their absolute numbers, computed in float32; 0 at first.
 
-    Hidden states are brought to length 1: models differ in it a hundredfold, and with it would differ what a learning
-    rate does, and the head's share of the clipped gradient norm.
+    So an update of Adam moves a value by hardly more than the learning rate, whatever the model's width and the size of
+    its hidden states; and the head's gradient is small beside the model's, with which it is clipped.
 
     Args:
         coefficient: factor of the gradient that goes on to the hidden states.
@@ -59,7 +59,6 @@ class ValueHead(torch.nn.Module):
     def __init__(self, hidden_size: int, coefficient: float = 1.0):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(hidden_size))
-        self.bias = torch.nn.Parameter(torch.zeros(1))
         self._coefficient = coefficient
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -67,7 +66,7 @@ class ValueHead(torch.nn.Module):
         hidden, fixed = hidden.float(), hidden.detach().float()
         if self._coefficient != 1:
             hidden = fixed + self._coefficient * (hidden - fixed) if self._coefficient else fixed
-        return torch.nn.functional.normalize(hidden, dim=-1) @ self.weight.float() + self.bias.float()
+        return torch.nn.functional.normalize(hidden, p=1, dim=-1) @ self.weight.float()
 
 
 @dataclass(frozen=True)
