@@ -63,10 +63,12 @@ class ValueHead(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [D, H] to values: float32 [D]."""
-        hidden, fixed = hidden.float(), hidden.detach().float()
-        if self._coefficient != 1:
-            hidden = fixed + self._coefficient * (hidden - fixed) if self._coefficient else fixed
-        return torch.nn.functional.normalize(hidden, p=1, dim=-1) @ self.weight.float()
+        if not self._coefficient:
+            hidden = hidden.detach()
+        inputs = torch.nn.functional.normalize(hidden.float(), p=1, dim=-1)
+        if inputs.requires_grad:
+            inputs.register_hook(lambda gradient: self._coefficient * gradient)
+        return inputs @ self.weight.float()
 
 
 @dataclass(frozen=True)

@@ -226,11 +226,10 @@ class Learner:
             state = states[name]
             if bad := [key for key, value in state.items() if value.ndim and value.shape != master.shape]:
                 raise ValueError(f"{bad[0]} of {name} has another shape than the weight")
-            if name.startswith(CRITIC):
-                master.copy_(state["master"])
-            elif name in self._masters.copied:
-                if not torch.equal(state["master"].to(self._masters.copied[name]), self._masters.copied[name]):
-                    raise ValueError(f"the float32 master of {name} does not round to the model's")
+            known = self._masters.copied.get(name) if not name.startswith(CRITIC) else None
+            if known is not None and not torch.equal(state["master"].to(known), known):
+                raise ValueError(f"the float32 master of {name} does not round to the model's")
+            if "master" in state:
                 master.copy_(state["master"])
             moments = {key: state[key] for key in MOMENTS if key in state}
             if moments:

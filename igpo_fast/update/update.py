@@ -207,15 +207,14 @@ class Updater:
                 )  # fmt: skip
                 self._learner.backward(self._learner(plan, idle).loss)
                 continue
-            of_tokens = weights[plan.rollout[: plan.n_decisions]]
             inputs = LossInputs(
-                weights=of_tokens.astype(np.float32),
+                weights=weights[plan.rollout[: plan.n_decisions]].astype(np.float32),
                 advantages=None if advantages_of else advantages_of_pairs(plan, credits),
                 old_logp=None if old_logp is None else of_pairs(plan, old_logp),
                 engine_logp=of_pairs(plan, engine_logp),
                 ref_logp=self._learner.reference(plan),
                 clip_scale=None if old_logp is None else clip_scales_of_pairs(plan, credits),  # else the ratio is 1
-                critic=targets and _value_inputs(plan, of_tokens, targets),
+                critic=targets and _value_inputs(plan, weights, targets),
             )
             result = self._learner(plan, inputs, advantages_of and (lambda logp, pack=pack: advantages_of(pack, logp)))
             self._learner.backward(result.loss)
@@ -259,6 +258,7 @@ class Updater:
         return weights
 
 
-def _value_inputs(plan: TreePlan, of_tokens: np.ndarray, targets: Sequence[Targets]) -> ValueInputs:
+def _value_inputs(plan: TreePlan, weights: np.ndarray, targets: Sequence[Targets]) -> ValueInputs:
+    """Inputs of a pack's value loss from the token weight and the targets of each rollout."""
     returns, values, share = (of_pairs(plan, column) for column in zip(*targets, strict=True))
-    return ValueInputs((of_tokens * share).astype(np.float32), returns, values)
+    return ValueInputs((weights[plan.rollout[: plan.n_decisions]] * share).astype(np.float32), returns, values)
