@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class CriticSettings:
     """Settings of the head, its loss and its estimates."""
 
-    lr: float = 1e-3
+    lr: float = 0.1
     coefficient: float = 0.1
     """Factor of the value loss's gradient in the model's layers; the head's own is 1."""
     level: Level = "token"

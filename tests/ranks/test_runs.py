@@ -15,7 +15,7 @@ from tests.tiny import STEPS, rows
 
 pytest.importorskip("deepspeed")
 TWO = ("algorithm.passes=two", "train.updates=2")
-PPO = ("algorithm.name=ppo", "critic.lr=1e-2")
+PPO = ("algorithm.name=ppo",)
 ONE_EACH = [pytest.param(stage, (), marks=pytest.mark.slow) for stage in (1, 2)] + [(3, ())]
 TWO_EACH = [pytest.param(stage, TWO, marks=pytest.mark.slow) for stage in (1, 3)] + [(2, TWO)]
 
