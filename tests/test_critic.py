@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from igpo_fast.config import load
 from igpo_fast.errors import InputError
+from igpo_fast.model import build
 from igpo_fast.setup import settings_warnings
 from igpo_fast.types import ANSWER, INVALID, SEARCH, Credit, Question, Rollout, Turn
 from igpo_fast.update.advantages import Recipe, recipe_of
@@ -25,8 +26,12 @@ from igpo_fast.update.critic import (
     turn_rewards,
     value_loss,
 )
+from igpo_fast.update.learner import Learner
 from igpo_fast.update.passes import choose_passes
+from igpo_fast.update.policy import LossInputs, make_trees
+from igpo_kernels import pack
 from tests import family
+from tests.trees import VOCAB, random_group
 
 RECIPE = Recipe(algorithm="ppo_ig")
 
@@ -313,3 +318,25 @@ def test_a_critic_takes_two_passes():
     chosen = load(None, ["algorithm.name=ppo", "rollout.oversample=4", "rollout.skip_collapsed=true"])
     with pytest.raises(InputError, match=r"^rollout.skip_collapsed: algorithm.name=ppo estimates advantages with a"):
         choose_passes(chosen, recipe, 0)
+
+
+# --- that it learns ---
+
+
+def test_values_learn_what_hidden_states_tell():
+    """Returns that depend on the question alone: 0 or 1."""
+    rng = np.random.default_rng(0)
+    groups = [random_group(rng) for _ in range(6)]
+    numbers = np.split(np.arange(24), 6)
+    lm = build(VOCAB, hidden_size=32, layers=1, heads=2, kv_heads=2, ffn_size=32, max_tokens=64, tie_embeddings=True,
+               seed=0)  # fmt: skip
+    learner = Learner(lm, lr=1e-3, factor=lambda step: 1.0, critic=CriticSettings(lr=0.1, coefficient=1.0, clip=0.0))
+    plan = pack(make_trees(groups, None, numbers))
+    n = plan.n_decisions
+    returns, zeros = (plan.rollout[:n] // 4 % 2).astype(np.float32), np.zeros(n, np.float32)
+    assert learner(plan).critic.tolist() == [0.0] * n
+    for _ in range(60):
+        inputs = ValueInputs(np.full(n, 1 / n, np.float32), returns, zeros)
+        learner.backward(learner(plan, LossInputs(zeros, zeros, critic=inputs)).loss)
+        learner.step()
+    assert (learner(plan).critic - returns).var() < 0.1 * returns.var()
