@@ -45,7 +45,18 @@ from igpo_fast.config_types import (
     Url,
 )  # fmt: skip
 from igpo_fast.errors import masked
-from igpo_fast.types import Accumulate, Aggregation, Answers, Baseline, Basis, Normalisation, Outcome, Pool, Ratio
+from igpo_fast.types import (
+    Accumulate,
+    Aggregation,
+    Answers,
+    Baseline,
+    Basis,
+    Level,
+    Normalisation,
+    Outcome,
+    Pool,
+    Ratio,
+)
 
 SESSION = Field(json_schema_extra={"session": True})
 """Marks a key that a later session of a run may change: it changes neither the data nor, beyond
@@ -354,8 +365,9 @@ class Search(Section):
 
 
 class Algorithm(Section):
-    name: Literal["igpo", "ig_only", "grpo", "dr_grpo", "rloo", "reinforce_pp", "gspo"] = "igpo"
-    """Algorithm; `ig_only` is igpo without the outcome, all others but igpo are outcome-only."""
+    name: Literal["igpo", "ig_only", "grpo", "dr_grpo", "rloo", "reinforce_pp", "gspo", "ppo", "ppo_ig"] = "igpo"
+    """Algorithm. `ig_only` is igpo without the outcome, `ppo_ig` is ppo with gains as rewards; all others but igpo are
+    outcome-only. `ppo` and `ppo_ig` have a critic (section `critic`)."""
     preset: Literal["paper", "paper_v1", "robust", "a2tgpo", "dr_venus"] = "paper"
     """Preset for keys of this section, unless they are given; docs/algorithms.md says where each comes from."""
     basis: Basis = "log_prob"
@@ -419,7 +431,8 @@ class Algorithm(Section):
     adaptive_clip: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Clip ranges of a turn are up to so much wider or narrower by its normalised gain (A2TGPO); 0 leaves them."""
     gamma: Fraction = 1.0
-    """Discount of later turns' rewards; outcome-only algorithms use 1."""
+    """Discount of later turns' rewards; outcome-only algorithms use 1. With a critic (`ppo`, `ppo_ig`) it is the
+    discount of later steps, 1 unless given whatever the preset."""
     passes: Literal["auto", "one", "two"] = "auto"
     """Passes over a rollout's tokens per update."""
     ratio: Ratio = "token"
@@ -475,6 +488,19 @@ class Algorithm(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_idle(self):
+        if self.name not in CRITICS:
+            return self
+        usual = {key: field.default for key, field in type(self).model_fields.items()} | PRESETS[self.preset]
+        for key in OF_GROUPS:
+            if getattr(self, key) != (usual | OWN_LOSS[self.name])[key]:
+                raise ValueError(
+                    f"algorithm.{key} does nothing with algorithm.name={self.name}, whose rewards are compared with a "
+                    "critic's values and not within groups; leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_bounds(self):
         sides = {
             "importance_cap": "above 1; raise the cap (2 is usual)",
@@ -513,13 +539,44 @@ PRESETS: dict[str, dict] = {
 OWN_LOSS: dict[str, dict] = {
     "dr_grpo": dict(aggregation="seq_mean_token_sum_norm"),
     "gspo": dict(ratio="sequence"),
+    "ppo": dict(gamma=1.0, adaptive_clip=0.0),
+    "ppo_ig": dict(gamma=1.0, adaptive_clip=0.0),
 }
 """Defaults that come with ``algorithm.name``."""
+CRITICS = ("ppo", "ppo_ig")
+"""Algorithms with a critic."""
+OF_GROUPS = (
+    "pool", "ig_center", "ig_min_std", "outcome_min_std", "min_var", "accumulate", "adaptive_clip",
+)  # fmt: skip
+"""Keys of ``algorithm`` about normalised rewards, which a critic's algorithms do not have."""
 CLIP_OF_RATIO: dict[str, dict] = {
     "turn": dict(clip_low=3e-3, clip_high=4e-3),
     "sequence": dict(clip_low=3e-4, clip_high=4e-4),
 }
 """Defaults that come with ``algorithm.ratio``: a mean over tokens stays closer to 1."""
+
+
+class Critic(Section):
+    """The critic of `algorithm.name=ppo` and `ppo_ig`: a value head on the policy's hidden states. Unused otherwise."""
+
+    lr: LearningRate = 0.1
+    """Learning rate of the head, about the farthest that one update moves a value, whatever the model; so its unit is
+    that of rewards. Warm-up and schedule are section `train`'s."""
+    coefficient: NonNegative = 0.1
+    """Weight of the value loss in the model's layers, beside the policy's; 0 trains the head alone."""
+    level: Level = "token"
+    """Steps of advantage estimation: decision tokens, or turns, whose value is that of their first token."""
+    gae_lambda: Fraction = 1.0
+    """Weight of later steps' errors in an advantage: 1 compares the whole return with the value (no bias), less trusts
+    the values of the next steps (less variance)."""
+    clip: NonNegative = 0.5
+    """Farthest that a value moves from the one before the update; 0 sets no limit. It acts with `train.updates` above
+    1."""
+    whiten: bool = True
+    """Bring advantages to mean 0 and standard deviation 1 over the batch's decision tokens."""
+    potential: bool = False
+    """With `ppo_ig`: the outcome pays back the value that the last turn begins with, so that gains say when a rollout
+    earns but not how much in all (TIPS; exact with `gamma=1` and `ig_gate=0`)."""
 
 
 class Train(Section):
@@ -626,6 +683,7 @@ class Config(Section):
     rollout: Rollout = Rollout()
     search: Search = Search()
     algorithm: Algorithm = Algorithm()
+    critic: Critic = Critic()
     train: Train = Train()
     eval: Eval = Eval()
     distributed: Distributed = Distributed()
@@ -664,7 +722,7 @@ class Config(Section):
         if self.rollout.group_size == 1 and name in GROUP_NORMALISED:
             raise ValueError(
                 f"rollout.group_size=1 with algorithm.name={name} leaves nothing to compare a rollout with; "
-                "give 2 or more, or algorithm.name=reinforce_pp"
+                "give 2 or more, or algorithm.name=reinforce_pp or ppo"
             )
         if self.rollout.max_turns == 1 and name == "ig_only":
             raise ValueError(

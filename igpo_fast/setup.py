@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from igpo_fast import adapter, model
-from igpo_fast.config import PRESETS, Config, Distributed
+from igpo_fast.config import CRITICS, PRESETS, Config, Critic, Distributed
 from igpo_fast.data.load import Data, load_data, question_order, without_long
 from igpo_fast.data.tokenizer import check_known, load_tokenizer
 from igpo_fast.engines import vllm
@@ -29,6 +29,7 @@ from igpo_fast.sft import Progress as SftProgress
 from igpo_fast.sft import warm_start
 from igpo_fast.types import SEARCH, Question, ToolResult
 from igpo_fast.update.advantages import ALGORITHMS, recipe_of
+from igpo_fast.update.critic import critic_settings_of
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.losses import loss_settings_of
 from igpo_fast.update.packs import Packer
@@ -167,7 +168,7 @@ def make_learner(config: Config, lm: PreTrainedModel, ranks: Ranks) -> Learner:
     made = partial(
         Learner, temperature=config.rollout.temperature, settings=loss_settings_of(config.algorithm),
         backend=config.model.kernels, lr=train.lr, factor=factor, betas=train.betas, weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
+        max_grad_norm=train.max_grad_norm, critic=critic_settings_of(config, recipe_of(config.algorithm)),
     )  # fmt: skip
     if not uses_deepspeed(config, ranks):
         return made(lm)
@@ -223,6 +224,7 @@ def make_updater(setup: Setup, learner: Learner, progress: Progress, ranks: Rank
         learner, packer, recipe, passes=passes, groups_per_pack=groups_per_pack(config, setup.scoring),
         updates=config.train.updates, aggregation=config.algorithm.aggregation,
         most_tokens=most_decision_tokens(config), mismatch_stop=config.rollout.mismatch_stop, progress=progress,
+        critic=critic_settings_of(config, recipe),
     )  # fmt: skip
 
 
@@ -303,6 +305,11 @@ def settings_warnings(config: Config) -> list[str]:
             "algorithm.ratio=sequence gives all tokens of a rollout the same gradient, so that gains do not tell its "
             "turns apart; use algorithm.ratio=turn"
         )
+    if a.name not in CRITICS and (given := [k for k, v in config.critic if v != getattr(Critic(), k)]):
+        named = ", ".join(f"critic.{key}={getattr(config.critic, key)}" for key in given)
+        warnings.append(f"{named} does nothing: algorithm.name={a.name} has no critic; use ppo or ppo_ig")
+    if a.name == "ppo" and config.critic.potential:
+        warnings.append("critic.potential=true does nothing: algorithm.name=ppo pays no gains; use ppo_ig")
     preset = PRESETS[a.preset]
     if a.ig_gate and a.basis != preset["basis"] and a.ig_gate == preset["ig_gate"]:
         warnings.append(

@@ -30,6 +30,7 @@ Outcome = Literal["f1", "em"]
 Normalisation = Literal["igpo", "squad", "hotpot"]
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 Ratio = Literal["token", "turn", "sequence"]
+Level = Literal["token", "turn"]
 Truncation = Literal["", "tokens", "turns"]
 
 
@@ -200,6 +201,9 @@ class Credit:
     """What v_1 .. v_{T-1} are compared with, if not with the value before: float64 [T-1]; NaN where there is none."""
     undefined: int = 0
     """Number of gains that count as 0 because a value is NaN or infinite."""
+    token_advantages: np.ndarray | None = None
+    """Advantages of the decision tokens, whose means per turn are ``advantages``: float32 [decision tokens]; None where
+    a turn's tokens share one. Not on record."""
 
 
 @dataclass(frozen=True)

@@ -83,3 +83,27 @@ def infopo(real, masked):
     """InfoPO's gain of each turn but the last: the mean over the next turn's tokens of the log-probability after the
     real response less the one after the masked."""
     return [sum(a - b for a, b in zip(x, y, strict=True)) / len(x) for x, y in zip(real, masked, strict=True)]
+
+
+def ppo(lengths, rewards, values, gamma, lam, level):
+    """PPO's advantages and returns of one rollout, per decision token, by GAE's sum of discounted errors. Turn t has
+    ``lengths[t]`` tokens and earns ``rewards[t]`` at its last; ``values`` are the tokens'."""
+    first = [sum(lengths[:t]) for t in range(len(lengths))]
+    if level == "turn":
+        v, r = [values[i] for i in first], list(rewards)
+    else:
+        v, r = list(values), [0.0] * sum(lengths)
+        for t, i in enumerate(first):
+            r[i + lengths[t] - 1] = rewards[t]
+    errors = [r[s] + gamma * (v[s + 1] if s + 1 < len(v) else 0.0) - v[s] for s in range(len(v))]
+    advantages = [sum((gamma * lam) ** (k - s) * errors[k] for k in range(s, len(v))) for s in range(len(v))]
+    returns = [a + b for a, b in zip(advantages, v, strict=True)]
+    if level == "turn":
+        advantages, returns = ([x[t] for t, n in enumerate(lengths) for _ in range(n)] for x in (advantages, returns))
+    return advantages, returns
+
+
+def tips(values, score, alpha):
+    """TIPS's rewards of a rollout's turns (its code, without its scaling per batch): the potential's increase, and its
+    last value taken off the score."""
+    return [alpha * (after - before) for before, after in pairwise(values)] + [score - alpha * values[-1]]

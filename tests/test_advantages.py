@@ -175,7 +175,7 @@ def test_gamma_discounts_igpo_but_not_outcome_only():
 
 
 def test_which_algorithms_need_values():
-    assert {name for name, a in ALGORITHMS.items() if a.needs_values} == {"igpo", "ig_only"}
+    assert {name for name, a in ALGORITHMS.items() if a.needs_values} == {"igpo", "ig_only", "ppo_ig"}
 
 
 def test_one_turn_question_reduces_to_outcome_only():

@@ -26,6 +26,7 @@ from igpo_fast.ranks import Ranks
 from igpo_fast.run.checkpoint import RunFolder, Writer, load_checkpoint, open_run, rewind
 from igpo_fast.run.records import record_of
 from igpo_fast.types import ANSWER, SEARCH, Credit, Question, Rollout, Turn
+from igpo_fast.update.critic import CriticSettings
 from igpo_fast.update.learner import Learner
 
 LEARNER = "learner-00000-of-00001.pt"
@@ -36,17 +37,20 @@ class Tokenizer:
         (folder / "tokenizer.json").write_text("{}")
 
 
-def build(seed=0, dtype=torch.float32):
+def build(seed=0, dtype=torch.float32, critic=None):
     """A learner of a tiny tied model."""
     torch.manual_seed(seed)
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     lm = Qwen2ForCausalLM(Qwen2Config(vocab_size=32, num_key_value_heads=1, tie_word_embeddings=True, **sizes))
-    return Learner(lm.to(dtype), lr=1e-2, factor=lambda step: 1 / (1 + step), weight_decay=0.01)
+    return Learner(lm.to(dtype), lr=1e-2, factor=lambda step: 1 / (1 + step), weight_decay=0.01, critic=critic)
 
 
 def update(learner):
     ids = torch.randint(32, (2, 8))
-    learner.backward(learner.lm(input_ids=ids, labels=ids).loss)
+    loss = learner.lm(input_ids=ids, labels=ids).loss
+    if head := learner.policy.critic:
+        loss = loss + (head(learner.lm.model(input_ids=ids).last_hidden_state) - 1).square().mean()
+    learner.backward(loss)
     learner.step()
 
 
@@ -92,21 +96,24 @@ def run(tmp_path):
 # --- weights, optimiser, generators ---
 
 
+@pytest.mark.parametrize("critic", [None, CriticSettings(lr=0.1)], ids=["", "critic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resumed_updates_equal_uninterrupted_ones(run, dtype):
-    learner = build(dtype=dtype)
+def test_resumed_updates_equal_uninterrupted_ones(run, dtype, critic):
+    learner = build(dtype=dtype, critic=critic)
     update(learner)
     save(run, 1, learner, {"cursor": 7, "order": [3, 1, 2]})
     update(learner)
-    wanted = {name: p.clone() for name, p in learner.lm.state_dict().items()}
+    wanted = {name: p.clone() for name, p in learner.policy.state_dict().items()}
 
-    fresh = build(seed=1, dtype=dtype)
+    fresh = build(seed=1, dtype=dtype, critic=critic)
     assert load(run, fresh) == (1, {"cursor": 7, "order": [3, 1, 2]})
     update(fresh)
-    for name, tensor in fresh.lm.state_dict().items():
+    for name, tensor in fresh.policy.state_dict().items():
         assert torch.equal(tensor, wanted[name]), name
-    assert fresh.lm.dtype == dtype
+        assert tensor.dtype == dtype
     assert fresh.lr == learner.lr
+    # Each group has its own rate: 1e-2 and the critic's, halved in the second update.
+    assert [group["lr"] for group in fresh.optimizer.param_groups] == pytest.approx([0.005, 0.05][: 1 + bool(critic)])
 
 
 def test_tied_embeddings_stay_one_tensor_and_transformers_loads_the_folder(run):

@@ -68,6 +68,8 @@ def test_one_process_by_hand(dtype, size, checkpointing):
         "AdamW's temporaries": 8 * 8 * 12,  # a feed-forward matrix, twice
     }
     assert "reference" not in sizes(["algorithm.kl=0"], tiny(), Place(1, gpu=False))
+    ppo = [f"train.precision={dtype}", "train.token_budget=100", "algorithm.name=ppo"]
+    assert sizes(ppo, tiny(), Place(1, gpu=False))["critic"] == 100 * 8 * (size + 3 * 4)
     assert memory.kv_bytes_per_token(tiny(), getattr(torch, dtype)) == 2 * 3 * 1 * 4 * size
 
 

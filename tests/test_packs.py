@@ -26,14 +26,21 @@ SEEDS = pytest.mark.parametrize("seed", range(8))
 
 
 @SEEDS
-def test_advantages_are_each_turns(seed):
+def test_advantages_are_each_turns_or_each_tokens(seed):
     plans, rollouts, rng = packed(seed)
-    scores = [SimpleNamespace(advantages=rng.normal(size=len(rollout.turns))) for rollout in rollouts]
+    draw = lambda n: rng.normal(size=n)  # noqa: E731
+    of_turns = [SimpleNamespace(advantages=draw(len(r.turns)), token_advantages=None) for r in rollouts]
+    of_tokens = [SimpleNamespace(token_advantages=draw(r.decision_tokens)) for r in rollouts]
     assert len(plans) > 1
     for plan in plans:
         n = plan.n_decisions
-        loop = [scores[i].advantages[t] for i, t in zip(plan.rollout[:n], plan.turn[:n], strict=True)]
-        found = advantages_of_pairs(plan, dict(enumerate(scores)))
+        loop = [of_turns[i].advantages[t] for i, t in zip(plan.rollout[:n], plan.turn[:n], strict=True)]
+        found = advantages_of_pairs(plan, dict(enumerate(of_turns)))
+        assert found.dtype == np.float32 and np.array_equal(found, np.array(loop, dtype=np.float32))
+        place = {i: np.cumsum(rollouts[i].turn_of_token >= 0) - 1 for i in np.unique(plan.rollout[:n])}
+        pairs = zip(plan.rollout[:n], plan.token[:n], strict=True)
+        loop = [of_tokens[i].token_advantages[place[i][token]] for i, token in pairs]
+        found = advantages_of_pairs(plan, dict(enumerate(of_tokens)))
         assert found.dtype == np.float32 and np.array_equal(found, np.array(loop, dtype=np.float32))
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
 from igpo_fast import adapter
-from igpo_fast.config import Config
+from igpo_fast.config import CRITICS, Config
 from igpo_fast.errors import InputError
 from igpo_fast.pretrained import read_config
 from igpo_kernels.workspace import CPU_BYTES, GPU_BYTES
@@ -238,6 +238,8 @@ def _pack(config: Config, lm: PretrainedConfig, size: int, gpu: bool) -> Iterabl
     last = 6 * ffn + 12 * hidden  # the same, and gradients on their way
     kept = token * (layers * hidden + last if config.model.gradient_checkpointing else (layers - 1) * saved + last)
     yield Part("activations of a pack", kept, ("packs",))
+    if config.algorithm.name in CRITICS:  # hidden states of decision tokens, and three float32 copies in backward
+        yield Part("critic", token * hidden + 3 * 4 * config.train.token_budget * hidden, ("packs",))
     yield Part("LM head", 2 * token * hidden + (GPU_BYTES if gpu else CPU_BYTES), ("packs",))
 
 

@@ -21,7 +21,8 @@ KEYS = (
     "reward/ig_gated", "reward/ig_cum_negative", "reward/ig_nan", "value/first", "value/last",
     "group/collapsed_outcome", "group/collapsed", "turns/mean", "turns/format_error", "turns/truncated_tokens",
     "turns/truncated_turns", "tokens/packed", "tokens/rollout", "tokens/scored", "sharing/ratio", "loss/policy",
-    "loss/kl", "loss/entropy", "loss/clip_frac", "loss/grad_norm", "mismatch/logp_abs_diff", "mismatch/logp_abs_max",
+    "loss/kl", "loss/entropy", "loss/clip_frac", "loss/grad_norm", "critic/loss", "critic/clipped",
+    "critic/explained_variance", "critic/value_mean", "mismatch/logp_abs_diff", "mismatch/logp_abs_max",
     "mismatch/capped", "mismatch/masked", "importance/ess", "tool/", "time/rollout", "time/score", "time/train",
     "time/sync", "time/step", "time/eval", "memory/peak_gb", "eval/f1", "eval/f1_se", "eval/em", "eval/turns",
     "eval/search_failures",
@@ -37,7 +38,10 @@ TOKEN_MEANS = {
     "mismatch/masked": "masked",
 }
 """Row key -> the pack's sum that is divided by its ``tokens``."""
-SUMS = ("policy", "tokens", "importance", "squared_importance", *TOKEN_MEANS.values())
+SUMS = (
+    "policy", "tokens", "importance", "squared_importance", "value", "value_steps", "value_clipped",
+    *TOKEN_MEANS.values(),
+)  # fmt: skip
 """A pack's sums that are added up over a step."""
 EVALUATION = "eval"
 """The phase that is not counted in ``time/step``."""
@@ -95,7 +99,8 @@ class StepMetrics:
 
         Args:
             packs: per pack, the results of ``igpo_kernels.policy_loss``: sums over its pairs (``policy``, weighted, and
-                ``tokens``, ``kl``, ``entropy``, ``clipped``, ``mismatch``), and ``losses.importance_sums``.
+                ``tokens``, ``kl``, ``entropy``, ``clipped``, ``mismatch``), ``losses.importance_sums``, and
+                ``critic.value_loss``'s sums.
                 Unmeasured ones are left out (``losses.measured``). Scalars; tensors are read in ``row`` only, so that
                 nothing waits for the GPU.
             grad_norm: gradient norm before clipping.
@@ -109,8 +114,9 @@ class StepMetrics:
     def row(self) -> dict[str, float]:
         """The row, keys in the order of ``KEYS``.
 
-        ``loss/policy`` and ``loss/grad_norm`` are means over updates, keys of ``TOKEN_MEANS`` means over decision
-        tokens; a mean over nothing is absent. ``importance/ess`` is the effective sample size of the bounded importance
+        ``loss/policy``, ``critic/loss`` and ``loss/grad_norm`` are means over updates, ``critic/clipped`` is one over
+        the critic's steps, keys of ``TOKEN_MEANS`` are means over decision tokens; a mean over nothing is absent.
+        ``importance/ess`` is the effective sample size of the bounded importance
         weights as a share of all decision tokens (Kish; masked ones weigh 0): 1 where all are equal, 0 where all are 0.
         Times are in seconds; ``time/step`` counts from this object's creation, without ``time/eval``.
         """
@@ -119,6 +125,9 @@ class StepMetrics:
         if updates := len(self._grad_norms):
             row["loss/policy"] = sums["policy"] / updates
             row["loss/grad_norm"] = sum(map(float, self._grad_norms)) / updates
+            if "value" in sums:
+                row["critic/loss"] = sums["value"] / updates
+                row["critic/clipped"] = sums["value_clipped"] / sums["value_steps"]
         if tokens := sums.get("tokens"):
             row |= {key: sums[name] / tokens for key, name in TOKEN_MEANS.items() if name in sums}
             if "importance" in sums:

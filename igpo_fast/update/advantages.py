@@ -46,6 +46,8 @@ class Algorithm:
     leave_one_out: bool = False
     over_tokens: bool = False
     """Whether outcomes are normalised over the batch's decision tokens, not over a group's rollouts. Outcome-only."""
+    critic: bool = False
+    """Whether advantages are estimated from a critic's values (critic.py); ``credit_rollouts`` leaves them 0."""
 
     @property
     def needs_values(self) -> bool:
@@ -61,6 +63,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "rloo": Algorithm(gain_weight=0.0, scale_std=False, leave_one_out=True),
     "reinforce_pp": Algorithm(gain_weight=0.0, over_tokens=True),
     "gspo": Algorithm(gain_weight=0.0),
+    "ppo": Algorithm(gain_weight=0.0, critic=True),
+    "ppo_ig": Algorithm(critic=True),
 }
 
 
@@ -130,6 +134,11 @@ class Recipe:
         return ALGORITHMS[self.algorithm].needs_values
 
     @property
+    def critic(self) -> bool:
+        """Whether a critic's values give the advantages."""
+        return ALGORITHMS[self.algorithm].critic
+
+    @property
     def over_tokens(self) -> bool:
         """Whether advantages depend on the whole batch, not on the rollout's group alone."""
         return ALGORITHMS[self.algorithm].over_tokens
@@ -148,8 +157,8 @@ class Recipe:
 
     @property
     def discount(self) -> float:
-        """gamma, or 1 for an outcome-only algorithm: the outcome counts equally for every turn."""
-        return self.gamma if self.needs_values else 1.0
+        """gamma, or 1 for an outcome-only algorithm without a critic: the outcome counts equally for every turn."""
+        return self.gamma if self.needs_values or self.critic else 1.0
 
 
 def recipe_of(algorithm: config.Algorithm, steps: int = 1) -> Recipe:
@@ -194,7 +203,9 @@ def credit_rollouts(
     gains = [gain for gain, _ in found]
     outcomes = [outcome(r, recipe.outcome, recipe.f1_normalisation, recipe.format_penalty) for r in rollouts]
     clip_scales: list[np.ndarray | None] = [None] * len(rollouts)
-    if recipe.over_tokens:
+    if recipe.critic:
+        advantages = [np.zeros(n) for n in turns]
+    elif recipe.over_tokens:
         tokens = [rollout.decision_tokens for rollout in rollouts]
         normalised = _normalised_over_tokens(outcomes, tokens, recipe.normaliser)
         advantages = [np.full(n, a) for n, a in zip(turns, normalised, strict=True)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +18,22 @@ import torch
 from transformers import PreTrainedModel
 
 from igpo_fast import adapter
+from igpo_fast.update.critic import CriticSettings, ValueHead
 from igpo_fast.update.policy import LossInputs, PackResult, Policy, SupervisedInputs
 from igpo_fast.update.states import Write, copies, read_states, read_weights, write_states, write_weights
 from igpo_kernels import LossSettings, TreePlan
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """AdamW's state of a weight."""
+CRITIC = "critic."
+"""Begins the names of the critic's weights. They are no weights of the model: a checkpoint has them among the
+optimiser's states, as masters."""
+
+
+def trained_weights(lm: torch.nn.Module, critic: ValueHead | None = None) -> dict[str, torch.nn.Parameter]:
+    """The weights that an optimiser updates, by name, the critic's last."""
+    trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
+    return trained | ({f"{CRITIC}{name}": p for name, p in critic.named_parameters()} if critic else {})
 
 
 class Masters:
@@ -35,10 +45,11 @@ class Masters:
 
     Args:
         lm: its parameters that require gradients are mastered.
+        critic: mastered, too.
     """
 
-    def __init__(self, lm: torch.nn.Module):
-        trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
+    def __init__(self, lm: torch.nn.Module, critic: ValueHead | None = None):
+        trained = trained_weights(lm, critic)
         self.copied = {name: p for name, p in trained.items() if p.dtype != torch.float32}
         """The model's parameters whose masters are copies."""
         self.of = {
@@ -72,7 +83,8 @@ class Learner:
         settings: settings of the policy loss. With a KL coefficient the reference is a frozen copy of ``lm``, or, if it
             has adapters, ``lm`` without them.
         backend: implementation of igpo_kernels.
-        factor: the learning rate of update 0, 1, .. as a share of ``lr``.
+        factor: the learning rate of update 0, 1, .. as a share of ``lr``, and of the critic's.
+        critic: settings of a critic; None for none.
     """
 
     def __init__(
@@ -87,9 +99,12 @@ class Learner:
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
+        critic: CriticSettings | None = None,
     ):
         self.settings = settings or LossSettings()
-        self.policy = Policy(lm, temperature, self.settings, backend)
+        head = critic and ValueHead(lm.config.get_text_config().hidden_size, critic.coefficient).to(lm.device, lm.dtype)
+        self.policy = Policy(lm, temperature, self.settings, backend, head, critic.clip if critic else 0.0)
+        self._rates = [lr, critic.lr] if critic else [lr]
         self._lr, self._factor, self._max_grad_norm = lr, factor, max_grad_norm
         self._reference: Callable[[TreePlan], PackResult] | None = None
         self._adapted = adapter.adapted(lm)
@@ -109,10 +124,16 @@ class Learner:
         return reference
 
     def _optimise(self, betas: tuple[float, float], weight_decay: float) -> None:
-        self._masters = Masters(self.lm)
+        self._masters = Masters(self.lm, self.policy.critic)
         self.optimizer = torch.optim.AdamW(
-            self._masters.of.values(), lr=self._lr, betas=betas, weight_decay=weight_decay
+            self._groups(self._masters.of), lr=self._lr, betas=betas, weight_decay=weight_decay
         )
+
+    def _groups(self, trained: Mapping[str, torch.nn.Parameter]) -> list[dict]:
+        """AdamW's groups: the model's weights and the critic's, in the order of ``_rates``."""
+        of_critic = [p for name, p in trained.items() if name.startswith(CRITIC)]
+        others = [p for name, p in trained.items() if not name.startswith(CRITIC)]
+        return [{"params": group} for group in (others, of_critic) if group]
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -143,7 +164,7 @@ class Learner:
 
     def forget(self) -> bool:
         """Drop the gradients so far, those of a pass that raised included; returns False if only a new process can."""
-        self.lm.zero_grad()
+        self.policy.zero_grad()
         self.optimizer.zero_grad()
         return True
 
@@ -156,8 +177,8 @@ class Learner:
             The gradient norm before clipping; None if the update was dropped, because ``sound`` is False or the norm is
             not finite. The schedule goes on in either case.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self._factor(self._number)
         self.steps += 1
         self._number += 1
         return self._step(sound)
@@ -182,7 +203,7 @@ class Learner:
         states, counts = {}, {"number": self._number}
         for name, master in self._masters.of.items():
             moments = self.optimizer.state.get(master, {})
-            copied = {"master": master} if name in self._masters.copied else {}
+            copied = {"master": master} if name in self._masters.copied or name.startswith(CRITIC) else {}
             states[name] = copies(copied | {key: moments[key] for key in MOMENTS if key in moments})
 
         def write(folder: Path) -> None:
@@ -205,9 +226,10 @@ class Learner:
             state = states[name]
             if bad := [key for key, value in state.items() if value.ndim and value.shape != master.shape]:
                 raise ValueError(f"{bad[0]} of {name} has another shape than the weight")
-            if name in self._masters.copied:
-                if not torch.equal(state["master"].to(self._masters.copied[name]), self._masters.copied[name]):
-                    raise ValueError(f"the float32 master of {name} does not round to the model's")
+            known = self._masters.copied.get(name) if not name.startswith(CRITIC) else None
+            if known is not None and not torch.equal(state["master"].to(known), known):
+                raise ValueError(f"the float32 master of {name} does not round to the model's")
+            if "master" in state:
                 master.copy_(state["master"])
             moments = {key: state[key] for key in MOMENTS if key in state}
             if moments:
@@ -215,4 +237,5 @@ class Learner:
                     key: value.clone() if key == "step" else value.to(master.device, copy=True)
                     for key, value in moments.items()
                 }
+        self._masters.round()
         self._number = counts["number"]

@@ -48,6 +48,8 @@ class Reading(NamedTuple):
     """None if the algorithm needs no values."""
     logp: np.ndarray
     """Log-probabilities of its decision tokens: float32 [decision tokens]."""
+    critic: np.ndarray | None = None
+    """The critic's values of its decision tokens: float32 [decision tokens]; None without a critic."""
 
 
 Readings = dict[tuple[str, int], Reading]
@@ -152,8 +154,10 @@ class Packer:
                 continue
             values = self.values(new, read.plan, result.scored_logp)
             numbers, starts = decision_runs(read.plan)
-            for i, logp in zip(numbers, np.split(result.decision_logp, starts[1:]), strict=True):
-                mine[rollout_key(rollouts[i])] = Reading(values.get(i), logp)
+            logp = np.split(result.decision_logp, starts[1:])
+            critic = [None] * len(logp) if result.critic is None else np.split(result.critic, starts[1:])
+            for i, *of_tokens in zip(numbers, logp, critic, strict=True):
+                mine[rollout_key(rollouts[i])] = Reading(values.get(i), *of_tokens)
         told = self.ranks.gather((mine, [read.tokens for read in packs if not read.filler]))
         for theirs, _ in told:
             readings |= theirs
@@ -199,8 +203,11 @@ def of_turns(plan: TreePlan, per_rollout: Mapping[int, np.ndarray] | Sequence[np
 
 
 def advantages_of_pairs(plan: TreePlan, credits: Mapping[int, Credit] | Sequence[Credit]) -> np.ndarray:
-    """A_t of each decision pair's turn: float32 [D]."""
-    return of_turns(plan, {i: credits[i].advantages for i in decision_runs(plan)[0]})
+    """The advantage of each decision pair, or A_t of its turn: float32 [D]."""
+    numbers = decision_runs(plan)[0]
+    if credits[numbers[0]].token_advantages is not None:
+        return of_pairs(plan, {i: credits[i].token_advantages for i in numbers})
+    return of_turns(plan, {i: credits[i].advantages for i in numbers})
 
 
 def clip_scales_of_pairs(plan: TreePlan, credits: Mapping[int, Credit] | Sequence[Credit]) -> np.ndarray | None:

@@ -47,13 +47,16 @@ def choose_passes(config: Config, recipe: Recipe, scoring: Scoring) -> str:
             f"train.token_budget={budget}: a rollout and what is scored beside it may take {longest} tokens; raise it, "
             f"or lower rollout.max_tokens{' or search.max_passage_tokens' * scoring.needs_batch}"
         )
-    if rollout.skip_collapsed and recipe.over_tokens:
+    if rollout.skip_collapsed and (recipe.over_tokens or recipe.critic):
+        why = "estimates advantages with a critic" if recipe.critic else "normalises over the batch"
         raise InputError(
-            f"rollout.skip_collapsed: algorithm.name={recipe.algorithm} normalises over the batch, so no group has "
-            "advantages of its own; leave it out"
+            f"rollout.skip_collapsed: algorithm.name={recipe.algorithm} {why}, so no group has advantages of its own; "
+            "leave it out"
         )
     hindrance = None
-    if config.train.updates > 1:
+    if recipe.critic:
+        hindrance = f"algorithm.name={recipe.algorithm} needs the critic's values of the whole batch first"
+    elif config.train.updates > 1:
         hindrance = f"train.updates={config.train.updates} needs old log-probabilities"
     elif recipe.needs_values and rollout.skip_collapsed:
         hindrance = "rollout.skip_collapsed chooses groups by their gains"

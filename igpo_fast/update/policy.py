@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from igpo_fast.model import hidden_states, lm_head
 from igpo_fast.types import Group
+from igpo_fast.update.critic import ValueHead, ValueInputs, value_loss
 from igpo_fast.update.scoring import Forks
 from igpo_kernels import (
     Branch,
@@ -44,6 +45,8 @@ class LossInputs:
     ref_logp: np.ndarray | None = None
     clip_scale: np.ndarray | None = None
     """Factors of ``clip_low`` and ``clip_high``; None is 1."""
+    critic: ValueInputs | None = None
+    """Inputs of the value loss, of a policy with a critic."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,9 @@ class PackResult:
     """log pi of each decision pair: float32 [D]."""
     loss: torch.Tensor | None = None
     sums: dict[str, float] | None = None
-    """``policy_loss``'s sums."""
+    """``policy_loss``'s sums, and ``value_loss``'s with a critic."""
+    critic: np.ndarray | None = None
+    """The critic's value of each decision pair: float32 [D]; None in a pass with a loss."""
 
 
 AdvantagesOf = Callable[[np.ndarray], np.ndarray]
@@ -78,11 +83,17 @@ class Policy(torch.nn.Module):
         lm: made by ``igpo_fast.model``.
         temperature: divides every logit, as in sampling.
         backend: implementation of igpo_kernels.
+        critic: gives a value of each decision pair's hidden state.
+        value_clip: ``value_loss``'s ``clip``.
     """
 
-    def __init__(self, lm: PreTrainedModel, temperature: float, settings: LossSettings, backend: str = "auto"):
+    def __init__(
+        self, lm: PreTrainedModel, temperature: float, settings: LossSettings, backend: str = "auto",
+        critic: ValueHead | None = None, value_clip: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
         self.lm, self.temperature, self.settings, self.backend = lm, temperature, settings, backend
+        self.critic, self._value_clip = critic, value_clip
 
     def choose_attention(self, plan: TreePlan) -> None:
         """Choose the attention implementation for a plan that was just built."""
@@ -114,7 +125,9 @@ class Policy(torch.nn.Module):
             if plan.n_pairs > n:
                 scored_logp = self._logp(hidden.detach(), plan, slice(n, None)).double().cpu().numpy()
             if inputs is None:
-                return PackResult(scored_logp, self._logp(hidden, plan, slice(0, n)).float().cpu().numpy())
+                critic = None if self.critic is None else self._values(hidden, plan).cpu().numpy()
+                logp = self._logp(hidden, plan, slice(0, n)).float().cpu().numpy()
+                return PackResult(scored_logp, logp, critic=critic)
         if isinstance(inputs, SupervisedInputs):
             weight = torch.as_tensor(inputs.weights, device=device)
             logp = self._logp(hidden, plan, slice(0, n))
@@ -123,9 +136,16 @@ class Policy(torch.nn.Module):
         if inputs.advantages is None:
             inputs = replace(inputs, advantages=advantages_of(scored_logp))
         loss, sums, logp = self._loss(hidden, plan, inputs)
+        if inputs.critic is not None:
+            of_critic, more = value_loss(self._values(hidden, plan), inputs.critic, self._value_clip)
+            loss, sums = loss + of_critic, sums | more
         return PackResult(
             scored_logp, logp.float().cpu().numpy(), loss, {name: float(value) for name, value in sums.items()}
         )
+
+    def _values(self, hidden: torch.Tensor, plan: TreePlan) -> torch.Tensor:
+        """The critic's value of each decision pair: float32 [D]."""
+        return self.critic(hidden[plan.tensor("row", hidden.device)[: plan.n_decisions]])
 
     def _head(self) -> tuple[torch.Tensor, dict]:
         head = lm_head(self.lm)
@@ -143,6 +163,7 @@ class Policy(torch.nn.Module):
         on = {
             name: None if value is None else torch.as_tensor(value, dtype=torch.float32, device=device)
             for name, value in vars(inputs).items()
+            if name != "critic"
         }
         part = slice(0, plan.n_decisions)
         if settings.needs_segment or settings.needs_sequence:

@@ -18,6 +18,7 @@ import torch
 from igpo_fast.errors import DivergedError
 from igpo_fast.types import Aggregation, Batch, Credit
 from igpo_fast.update.advantages import Recipe, credit_rollouts, reward_metrics
+from igpo_fast.update.critic import CriticSettings, Targets, ValueInputs, estimate
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.losses import importance_sums, measured, token_weights
 from igpo_fast.update.packs import (
@@ -30,6 +31,7 @@ from igpo_fast.update.packs import (
     rollout_key,
 )
 from igpo_fast.update.policy import LossInputs
+from igpo_kernels import TreePlan
 
 T = TypeVar("T")
 PerRollout = Mapping[int, np.ndarray]
@@ -65,16 +67,18 @@ class Updater:
         updates: optimiser steps per batch, each on its share of the groups; one pass takes one.
         mismatch_stop: largest mean difference between the engine's and the trainer's log-probabilities over the
             batch's tokens; a larger one raises before anything changes. 0 is no limit.
+        critic: settings of the critic, for a recipe that has one; it takes two passes.
     """
 
     def __init__(
         self, learner: Learner, packer: Packer, recipe: Recipe, *, passes: str, groups_per_pack: int, updates: int,
         aggregation: Aggregation, most_tokens: int, mismatch_stop: float, progress: Progress,
+        critic: CriticSettings | None = None,
     ):  # fmt: skip
         self.packer, self.recipe, self.passes, self.groups_per_pack = packer, recipe, passes, groups_per_pack
         self._learner, self._updates, self._aggregation = learner, updates, aggregation
         self._most_tokens, self._mismatch_stop, self._progress = most_tokens, mismatch_stop, progress
-        self._halved = False
+        self._critic, self._halved = critic, False
 
     def __call__(self, batch: Batch, readings: Readings, row: Row) -> Batch:
         """Score groups that are not in ``readings`` yet and take the batch's optimiser steps.
@@ -155,13 +159,20 @@ class Updater:
         old_logp = {i: readings[rollout_key(rollout)].logp for i, rollout in enumerate(batch.rollouts)}
         differences = [np.abs(old_logp[i] - rollout.logp) for i, rollout in enumerate(batch.rollouts)]
         self._check_mismatch(batch.step, float(np.concatenate(differences).mean()))
-        credits = self.packer.credits(batch.step, batch.groups, readings)
+        credits, targets = self.packer.credits(batch.step, batch.groups, readings), None
+        if self._critic:
+            values = [readings[rollout_key(rollout)].critic for rollout in batch.rollouts]
+            recipe = self.recipe.at(batch.step)
+            credits, targets, metrics = estimate(batch.rollouts, credits, values, recipe, self._critic)
+            row.set(metrics)
         self._progress.phase("train", total=updates)
         with row.timed("train"):
             for share in np.array_split(np.arange(len(batch.groups)), updates):
                 packs = self.packer.packs(batch, share, scored=False)
                 weights = self._weights(batch, share)
-                self._step(batch, packs, weights, row, credits=dict(enumerate(credits)), old_logp=old_logp)
+                self._step(
+                    batch, packs, weights, row, credits=dict(enumerate(credits)), old_logp=old_logp, targets=targets
+                )
                 self._progress.advance()
         return credits
 
@@ -181,6 +192,7 @@ class Updater:
         credits: Mapping[int, Credit],
         advantages_of: Callable[[Pack, np.ndarray], np.ndarray] | None = None,
         old_logp: PerRollout | None = None,
+        targets: Sequence[Targets] | None = None,
     ) -> None:
         """One optimiser update over packs, whose losses only add because the weights are global."""
         engine_logp = {i: rollout.logp for i, rollout in enumerate(batch.rollouts)}
@@ -189,7 +201,10 @@ class Updater:
             plan = pack.plan
             if pack.filler:
                 nothing = np.zeros(plan.n_decisions, np.float32)
-                idle = LossInputs(nothing, nothing, engine_logp=nothing, ref_logp=self._learner.reference(plan))
+                idle = LossInputs(
+                    nothing, nothing, engine_logp=nothing, ref_logp=self._learner.reference(plan),
+                    critic=targets and ValueInputs(nothing, nothing, nothing),
+                )  # fmt: skip
                 self._learner.backward(self._learner(plan, idle).loss)
                 continue
             inputs = LossInputs(
@@ -199,6 +214,7 @@ class Updater:
                 engine_logp=of_pairs(plan, engine_logp),
                 ref_logp=self._learner.reference(plan),
                 clip_scale=None if old_logp is None else clip_scales_of_pairs(plan, credits),  # else the ratio is 1
+                critic=targets and _value_inputs(plan, weights, targets),
             )
             result = self._learner(plan, inputs, advantages_of and (lambda logp, pack=pack: advantages_of(pack, logp)))
             self._learner.backward(result.loss)
@@ -240,3 +256,9 @@ class Updater:
         lengths = [r.decision_tokens for r, mine in zip(batch.rollouts, inside, strict=True) if mine]
         weights[inside] = token_weights(lengths, self._aggregation, self._most_tokens)
         return weights
+
+
+def _value_inputs(plan: TreePlan, weights: np.ndarray, targets: Sequence[Targets]) -> ValueInputs:
+    """Inputs of a pack's value loss from the token weight and the targets of each rollout."""
+    returns, values, share = (of_pairs(plan, column) for column in zip(*targets, strict=True))
+    return ValueInputs((weights[plan.rollout[: plan.n_decisions]] * share).astype(np.float32), returns, values)

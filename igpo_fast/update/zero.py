@@ -28,7 +28,7 @@ from deepspeed.utils import (
 
 from igpo_fast import adapter
 from igpo_fast.ranks import Ranks
-from igpo_fast.update.learner import Learner
+from igpo_fast.update.learner import CRITIC, Learner, trained_weights
 from igpo_fast.update.policy import PackResult, Policy
 from igpo_fast.update.states import Write, read_states, read_weights, write_states, write_weights
 from igpo_kernels import TreePlan
@@ -50,7 +50,7 @@ class _Pass(torch.nn.Module):
 
     def __init__(self, policy: Policy):
         super().__init__()
-        self.lm = policy.lm
+        self.lm, self.critic = policy.lm, policy.critic
         self._policy = [policy]  # in a list: a submodule would have hooks of its own
         self.result: PackResult | None = None
         head = policy.lm.get_output_embeddings()
@@ -87,8 +87,7 @@ class ZeroLearner(Learner):
         self.alone = stage < 3 or ranks.size == 1
 
     def _optimise(self, betas, weight_decay) -> None:
-        trained = [p for p in self.lm.parameters() if p.requires_grad]
-        inner = _AdamW(trained, lr=self._lr, betas=betas, weight_decay=weight_decay)
+        inner = _AdamW(self._groups(self._trained()), lr=self._lr, betas=betas, weight_decay=weight_decay)
         self._pass = _Pass(self.policy)
         self._engine, *_ = deepspeed.initialize(
             model=self._pass, optimizer=inner, config=self._config(), dist_init_required=False
@@ -150,6 +149,8 @@ class ZeroLearner(Learner):
         if not (sound and math.isfinite(norm)):
             return None
         self._applied += 1
+        if self._applied == 1:
+            self._link()
         return norm
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -181,7 +182,8 @@ class ZeroLearner(Learner):
         weights = {name: whole[id(weight)] for name, weight in self._saved().items()} if self._ranks.first else {}
         states, counts = {}, {"number": self._number}
         for number, (name, p) in enumerate(self._trained().items()):
-            state = {} if self.lm.dtype == torch.float32 else {"master": safe_get_full_fp32_param(p)}
+            own = self.lm.dtype != torch.float32 or name.startswith(CRITIC)
+            state = {"master": safe_get_full_fp32_param(p)} if own else {}
             if self._applied:
                 state |= {key: safe_get_full_optimizer_state(p, key) for key in WHOLE}
                 state["step"] = torch.tensor(float(self._applied))
@@ -207,13 +209,17 @@ class ZeroLearner(Learner):
             self._make_moments()
         for name, p in trained.items():
             state = states[name]
-            safe_set_full_fp32_param(p, state.get("master", weights[name]).to(p.device))
+            master = state["master"] if "master" in state else weights[name]
+            if name.startswith(CRITIC):
+                with self._gathered([p], modifier_rank=0):
+                    p.data.copy_(master)
+            safe_set_full_fp32_param(p, master.to(p.device))
             for key in WHOLE if self._applied else ():
                 safe_set_full_optimizer_state(p, state[key].to(p.device), key)
         self._number = counts["number"]
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
-        return {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
+        return trained_weights(self.lm, self.policy.critic)
 
     def _make_moments(self) -> None:
         """Give the optimiser the states that its first step would make, so that they can be set."""
@@ -226,5 +232,12 @@ class ZeroLearner(Learner):
         for p in flat:
             moments = {key: torch.zeros_like(p) for key in WHOLE}
             self.optimizer.state[p] = {"step": torch.tensor(float(self._applied)), **moments}
+        self._link()
+
+    def _link(self) -> None:
+        """Let DeepSpeed's stages 1 and 2 find the optimiser's states, now that all exist. By itself it looks for them
+        once, after the first group's first step, when the others have none."""
+        zero = self._engine.optimizer
         if self._stage < 3:
+            zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()

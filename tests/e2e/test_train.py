@@ -23,14 +23,22 @@ GAIN_KEYS = {
     "reward/ig_mean", "reward/ig_abs", "reward/ig_zero", "reward/ig_cum_negative", "reward/ig_nan",
     "value/first", "value/last",
 }  # fmt: skip
+CRITIC_KEYS = {"critic/loss", "critic/clipped", "critic/value_mean"}
 EVAL_KEYS = {"eval/f1", "eval/f1_se", "eval/em", "eval/turns"}
-OPTIONAL_KEYS = {"loss/kl", "mismatch/capped", "mismatch/masked", "importance/ess", "reward/ig_gated"}
+OPTIONAL_KEYS = {"loss/kl", "mismatch/capped", "mismatch/masked", "importance/ess", "reward/ig_gated",
+    "critic/explained_variance"}  # fmt: skip
 """Written where there is something to measure."""
 SERVER_KEYS = {"tool/", "eval/search_failures"}
 """Only where search can fail: these runs search in process."""
 RUNS = {
-    **{name: ("algorithm.passes=one", f"algorithm.name={name}") for name in ALGORITHMS if name != "reinforce_pp"},
+    **{
+        name: ("algorithm.passes=one", f"algorithm.name={name}")
+        for name, a in ALGORITHMS.items()
+        if name != "reinforce_pp" and not a.critic
+    },
     "reinforce_pp": ("algorithm.name=reinforce_pp",),
+    "ppo": ("algorithm.name=ppo",),
+    "ppo_ig": ("algorithm.name=ppo_ig", "critic.level=turn", "critic.gae_lambda=0.9", "train.updates=2"),
     "two passes": ("algorithm.passes=two",),
     "two updates": ("train.updates=2", "algorithm.answers=mean"),
     "token importance": ("algorithm.importance=token",),
@@ -69,7 +77,11 @@ def records(run, step):
 
 
 def passes_of(run):
-    return "two" if {"algorithm.passes=two", "train.updates=2"} & set(RUNS[run.name]) else "one"
+    return "two" if {"algorithm.passes=two", "train.updates=2", "algorithm.name=ppo"} & set(RUNS[run.name]) else "one"
+
+
+def has_critic(run):
+    return ALGORITHMS[run.config.algorithm.name].critic
 
 
 def scores_values(run):
@@ -87,6 +99,7 @@ def test_every_promised_metric_is_there(run_of, name):
     every = run.config.eval.every
     wanted = (set(KEYS) | GAIN_KEYS | {f"tool/{name}" for name in FOUND}) - SERVER_KEYS - OPTIONAL_KEYS
     wanted -= set() if scores_values(run) else GAIN_KEYS
+    wanted -= set() if has_critic(run) else CRITIC_KEYS
     wanted -= {"time/score"} if passes_of(run) == "one" else set()  # not measured
     for row in run.raw[1:]:
         evaluated = row["step"] == STEPS or (every and row["step"] % every == 0)
@@ -211,10 +224,10 @@ def test_one_pass_and_two_give_the_same_weights(tmp_path, cache, preset):
         assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
 
 
-@pytest.mark.parametrize("name", ["igpo", "reinforce_pp", "gspo"])
+@pytest.mark.parametrize("name", ["igpo", "reinforce_pp", "gspo", "ppo"])
 def test_packs_only_add(tmp_path, cache, name):
     """Statistics and weights are the batch's, however many packs it takes."""
-    options = (f"algorithm.name={name}", "train.questions=8", "algorithm.passes=one")
+    options = (f"algorithm.name={name}", "train.questions=8", "algorithm.passes=auto")
     whole, run = weights_after_one_step(tmp_path / "1", cache, *options)
     parts, run_parts = weights_after_one_step(tmp_path / "2", cache, *options, "train.token_budget=500")
     for name in whole:
@@ -247,6 +260,25 @@ def test_a_checkpoint_is_a_transformers_model(run_of):
     with torch.no_grad():
         hidden = hidden_states(ours, ids, torch.arange(len(ids)), attend)
         torch.testing.assert_close(hidden @ lm_head(ours).weight.T, lm(ids[None]).logits[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo_ig"])
+def test_a_critic_resumes_exactly_and_is_no_part_of_the_model(run_of, tmp_path, cache, name):
+    whole = run_of(name)
+    folder = tmp_path / "run"
+    for steps in (4, STEPS):
+        train(settings(folder, cache, *RUNS[name], f"train.steps={steps}"), Recorder())
+    assert rows(folder) == rows(whole.folder)
+    ours, theirs = (RunFolder(path).saved()[STEPS] for path in (folder, whole.folder))
+    states = [torch.load(path / "learner-00000-of-00001.pt")["states"] for path in (ours, theirs)]
+    assert states[0].keys() == states[1].keys()
+    for weight, kinds in states[1].items():
+        assert all(torch.equal(states[0][weight][kind], tensor) for kind, tensor in kinds.items()), weight
+    head = states[1]["critic.weight"]
+    assert head["master"].abs().max() > 0 and head["exp_avg"].shape == head["master"].shape == (48,)
+    _, about = AutoModelForCausalLM.from_pretrained(theirs, output_loading_info=True)
+    assert not any(about.values())
+    assert whole.raw[1]["critic/value_mean"] == 0 and whole.raw[-1]["critic/value_mean"] != 0
 
 
 class Plain:

@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from igpo_fast.model import use_attend
 from igpo_fast.update.advantages import Recipe, credit_rollouts
+from igpo_fast.update.critic import CriticSettings, ValueHead, ValueInputs, estimate
 from igpo_fast.update.gains import values_of
 from igpo_fast.update.losses import token_weights
-from igpo_fast.update.packs import means_of
+from igpo_fast.update.packs import advantages_of_pairs, means_of
 from igpo_fast.update.policy import LossInputs, Policy, make_trees
 from igpo_kernels import ANSWER, LossSettings, Tree, pack
 from tests.parity import naive
@@ -229,6 +230,74 @@ def test_the_packed_gradient_of_ratios_over_tokens(ratio):
         clipped, tokens = clipped + result.sums["clipped"], tokens + result.sums["tokens"]
     assert_same_gradients(gradients(ours), gradients(plain))
     assert 0.05 < clipped / tokens < 0.95
+
+
+def head_of(hidden_size, coefficient=1.0):
+    head = ValueHead(hidden_size, coefficient)
+    with torch.no_grad():
+        head.weight.normal_(0.2, 3, generator=torch.Generator().manual_seed(3))
+    return head
+
+
+@pytest.mark.parametrize("packs", [1, 3])
+@pytest.mark.parametrize("level", ["token", "turn"])
+def test_values_and_gradients_of_a_critic(packs, level):
+    """Policy and value loss of off-policy PPO, the values' clip included; prompts and turns are shared."""
+    case, (ours, plain) = Case(13), models(1)
+    clip, weights = 0.1, token_weights([r.decision_tokens for r in case.rollouts], "token_mean")
+    critic = CriticSettings(level=level, gae_lambda=0.9, clip=clip)
+    policy = Policy(ours, TEMPERATURE, LossSettings(), critic=head_of(32, 0.5), value_clip=clip)
+    read = {}
+    for plan in case.plans(packs):
+        values = policy(plan).critic
+        read |= {i: values[plan.rollout[: plan.n_decisions] == i] for i in np.unique(plan.rollout)}
+    head = head_of(32)
+    at = [np.flatnonzero(r.turn_of_token >= 0) - 1 for r in case.rollouts]
+    with torch.no_grad():
+        separate = [naive.values(plain, head, r.ids)[a].numpy() for r, a in zip(case.rollouts, at, strict=True)]
+    for i, values in enumerate(separate):
+        np.testing.assert_allclose(read[i], values, atol=1e-4)
+
+    noise = lambda r, by: case.rng.normal(0, by, r.decision_tokens).astype(np.float32)  # noqa: E731
+    old = [values + noise(r, 0.15) for values, r in zip(separate, case.rollouts, strict=True)]
+    credits = credit_rollouts(case.groups, case.naive_values(plain), Recipe(algorithm="ppo_ig", answers="max"))
+    credits, targets, _ = estimate(case.rollouts, credits, old, Recipe(algorithm="ppo_ig"), critic)
+    old_logp = [noise(r, 0.3) - 4 for r in case.rollouts]
+    clipped = steps = 0.0
+    for plan in case.plans(packs, branches=False):
+        n = plan.n_decisions
+        returns, values, share = (case.pairs(plan, column) for column in zip(*targets, strict=True))
+        of_tokens = weights[plan.rollout[:n]]
+        inputs = LossInputs(
+            of_tokens, advantages_of_pairs(plan, credits), case.pairs(plan, old_logp),
+            critic=ValueInputs((share * of_tokens).astype(np.float32), returns, values),
+        )  # fmt: skip
+        result = policy(plan, inputs)
+        result.loss.backward()
+        clipped, steps = clipped + result.sums["value_clipped"], steps + result.sums["value_steps"]
+    assert 0.1 < clipped / steps < 0.9
+    assert steps == sum(len(r.turns) if level == "turn" else r.decision_tokens for r in case.rollouts)
+
+    for i, rollout in enumerate(case.rollouts):
+        logp = naive.logprobs(plain, rollout.ids, TEMPERATURE)[at[i]]
+        surrogate = naive.clipped_loss(logp, torch.tensor(old_logp[i]), torch.tensor(credits[i].token_advantages))
+        values, was, target = naive.values(plain, head, rollout.ids)[at[i]], torch.tensor(old[i]), targets[i].returns
+        near = torch.minimum(torch.maximum(values, was - clip), was + clip)
+        worse = torch.maximum((values - torch.tensor(target)) ** 2, (near - torch.tensor(target)) ** 2)
+        turn = rollout.turn_of_token[at[i] + 1]
+        counted = np.ones(len(turn)) if level == "token" else [
+            (turn == t).sum() * (k == 0 or turn[k - 1] != t) for k, t in enumerate(turn)
+        ]  # fmt: skip
+        of_head = (torch.tensor(np.array(counted)) * worse).sum() / 2
+        # The head's own gradient is whole, the model's half.
+        parameters = list(plain.parameters())
+        own = torch.autograd.grad(weights[i] * of_head, [*head.parameters(), *parameters], retain_graph=True)
+        for p, g in zip([*head.parameters(), *parameters], own, strict=True):
+            g = g if p is head.weight else 0.5 * g
+            p.grad = g if p.grad is None else p.grad + g
+        (weights[i] * surrogate.sum()).backward()
+    assert_same_gradients(gradients(policy.critic), gradients(head))
+    assert_same_gradients(gradients(ours), gradients(plain))
 
 
 def test_each_packed_token_is_read_exactly_once_in_one_pass_mode():

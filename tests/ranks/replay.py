@@ -19,7 +19,8 @@ from igpo_fast.run.display import Display
 from igpo_fast.run.metrics import StepMetrics
 from igpo_fast.types import Batch
 from igpo_fast.update.advantages import Recipe
-from igpo_fast.update.learner import Learner
+from igpo_fast.update.critic import CriticSettings, ValueInputs
+from igpo_fast.update.learner import Learner, trained_weights
 from igpo_fast.update.packs import FILLER, Packer
 from igpo_fast.update.policy import LossInputs
 from igpo_fast.update.update import Updater
@@ -41,15 +42,17 @@ class Way(NamedTuple):
     lora: bool = False
     dtype: str = "float32"
     recompute: bool = False
+    critic: bool = False
 
     def __str__(self) -> str:
-        more = "-recompute" if self.recompute else ""
+        more = "-recompute" * self.recompute + "-critic" * self.critic
         kind = "lora" if self.lora else "whole"
         return f"{self.passes}-{'tied' if self.tied else 'untied'}-{kind}-{self.dtype}{more}"
 
 
 WAYS = [Way(*way) for way in itertools.product(("one", "two"), (True, False), (False, True))]
 WAYS += [Way("one", True, lora, recompute=True) for lora in (False, True)]
+WAYS += [Way("two", True, lora, critic=True) for lora in (False, True)]
 HALF = Way("one", True, False, "bfloat16")
 
 
@@ -78,32 +81,34 @@ def replay(way: Way, make_learner, moment, ranks: Ranks) -> dict:
 
     Args:
         make_learner: a model and a learner's options -> the learner.
-        moment: a learner and a parameter -> its exp_avg, whole.
+        moment: a learner, a parameter's name and the parameter -> its exp_avg, whole.
     """
     case = Case(7, GROUPS)
     lm = model(way)
-    names = [name for name, parameter in lm.named_parameters() if parameter.requires_grad]
+    critic = CriticSettings(lr=3e-3, coefficient=0.5) if way.critic else None
     settings = LossSettings(entropy=0.01, kl=0.05)
     learner = make_learner(
         lm, temperature=1.3, settings=settings, lr=1e-3, factor=lambda step: 1.0, betas=(BETA, 0.999),
-        max_grad_norm=1e9,
+        max_grad_norm=1e9, critic=critic,
     )  # fmt: skip
     branches = {g.question.id: tuple(b) for g, b in zip(case.groups, case.branches, strict=True)}
-    recipe = Recipe(answers="max", basis="prob", min_std=0.05, center=False)
+    name = "ppo_ig" if way.critic else "igpo"
+    recipe = Recipe(name, answers="max", basis="prob", min_std=0.05, center=False)
     packer = Packer(learner, lambda question: branches[question.id], recipe, way.passes, BUDGET, ranks)
     updater = Updater(
         learner, packer, recipe, passes=way.passes, groups_per_pack=1, updates=1, aggregation="token_mean",
-        most_tokens=100, mismatch_stop=0.0, progress=Display(1),
+        most_tokens=100, mismatch_stop=0.0, progress=Display(1), critic=critic,
     )  # fmt: skip
     norms, gradients, rows = [], [], []
-    before = dict.fromkeys(names, 0.0)
+    before = dict.fromkeys(trained_weights(lm, learner.policy.critic), 0.0)
     for step in range(1, UPDATES + 1):
         row = StepMetrics(step)
         updater(Batch(step, tuple(case.groups)), {}, row)
         rows.append({key: value for key, value in row.row().items() if not key.startswith(("time", "memory"))})
         norms.append(rows[-1]["loss/grad_norm"])
-        now = {name: moment(learner, p).clone() for name, p in learner.lm.named_parameters() if name in names}
-        gradients.append({name: (now[name] - BETA * before[name]) / (1 - BETA) for name in names})
+        trained = trained_weights(learner.lm, learner.policy.critic)
+        now = {name: moment(learner, name, p).clone() for name, p in trained.items()}
+        gradients.append({name: (now[name] - BETA * before[name]) / (1 - BETA) for name in now})
         before = now
     weights = {name: weight.clone() for name, weight in learner.weights()}
     dropped = []
@@ -111,10 +116,12 @@ def replay(way: Way, make_learner, moment, ranks: Ranks) -> dict:
         plan = FILLER.plan
         one = np.ones(plan.n_decisions, np.float32)
         ref = learner.reference(plan)
-        learner.backward(learner(plan, LossInputs(one, one, engine_logp=one, ref_logp=ref)).loss * factor)
+        inputs = LossInputs(one, one, engine_logp=one, ref_logp=ref, critic=critic and ValueInputs(one, one, one))
+        learner.backward(learner(plan, inputs).loss * factor)
         dropped.append(learner.step(sound))
     zeros = np.zeros(plan.n_decisions, np.float32)
-    learner.backward(learner(plan, LossInputs(zeros, zeros, engine_logp=zeros, ref_logp=zeros)).loss)
+    idle = critic and ValueInputs(zeros, zeros, zeros)
+    learner.backward(learner(plan, LossInputs(zeros, zeros, engine_logp=zeros, ref_logp=zeros, critic=idle)).loss)
     dropped.append(learner.step())
     last = packer.packs(Batch(9, tuple(case.groups)), range(GROUPS), scored=True)
     packs, kept = ranks.gather(len(last)), ranks.gather(sum(not pack.filler for pack in last))
@@ -133,13 +140,8 @@ def replay(way: Way, make_learner, moment, ranks: Ranks) -> dict:
 
 def plain(way: Way) -> dict:
     """The replay in this process."""
-    masters = lambda learner, p: learner.optimizer.state[master_of(learner, p)]["exp_avg"]  # noqa: E731
+    masters = lambda learner, name, _: learner.optimizer.state[learner._masters.of[name]]["exp_avg"]  # noqa: E731
     return replay(way, Learner, masters, Ranks())
-
-
-def master_of(learner, parameter):
-    (name,) = [name for name, p in learner.lm.named_parameters() if p is parameter]
-    return learner._masters.of[name]
 
 
 def main(folder: Path) -> None:
@@ -154,7 +156,7 @@ def main(folder: Path) -> None:
     np.random.seed(0)
     for stage, way in itertools.product((1, 2, 3), (*WAYS, HALF)):
         make = partial(ZeroLearner, ranks=ranks, stage=stage)
-        found = replay(way, make, lambda learner, p: safe_get_full_optimizer_state(p, "exp_avg"), ranks)
+        found = replay(way, make, lambda learner, _, p: safe_get_full_optimizer_state(p, "exp_avg"), ranks)
         if ranks.first:
             torch.save(found, folder / f"{way}-{stage}.pt")
 

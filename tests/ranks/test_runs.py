@@ -15,6 +15,7 @@ from tests.tiny import STEPS, rows
 
 pytest.importorskip("deepspeed")
 TWO = ("algorithm.passes=two", "train.updates=2")
+PPO = ("algorithm.name=ppo",)
 ONE_EACH = [pytest.param(stage, (), marks=pytest.mark.slow) for stage in (1, 2)] + [(3, ())]
 TWO_EACH = [pytest.param(stage, TWO, marks=pytest.mark.slow) for stage in (1, 3)] + [(2, TWO)]
 
@@ -27,17 +28,19 @@ def test_two_ranks_sample_and_learn_what_one_does(tmp_path, cache, alone, stage,
     assert len(list((tmp_path / "run" / LAST).glob("learner-*"))) == 2
 
 
-@pytest.mark.parametrize("before, after", [
-    ((2, 3), (1, 0)),
-    pytest.param((1, 0), (2, 2), marks=pytest.mark.slow),
-    pytest.param((2, 2), (2, 3), marks=pytest.mark.slow),
+@pytest.mark.parametrize("before, after, settings", [
+    ((2, 3), (1, 0), ()),
+    pytest.param((1, 0), (2, 2), (), marks=pytest.mark.slow),
+    pytest.param((2, 2), (2, 3), (), marks=pytest.mark.slow),
+    pytest.param((1, 0), (2, 3), PPO, marks=pytest.mark.slow),
+    pytest.param((2, 3), (2, 2), PPO, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_a_run_resumes_in_other_ranks_and_stages(tmp_path, cache, alone, before, after):
+def test_a_run_resumes_in_other_ranks_and_stages(tmp_path, cache, alone, before, after, settings):
     for (ranks, stage), steps in ((before, 4), (after, STEPS)):
         stages = [f"distributed.zero_stage={stage}"] if stage else []
-        train(tmp_path / "run", cache, f"train.steps={steps}", "eval.every=2", *stages, ranks=ranks)
-    same(tmp_path / "run", alone())
-    wanted = load_file(alone() / LAST / "model.safetensors")
+        train(tmp_path / "run", cache, *settings, f"train.steps={steps}", "eval.every=2", *stages, ranks=ranks)
+    same(tmp_path / "run", alone(*settings))
+    wanted = load_file(alone(*settings) / LAST / "model.safetensors")
     for name, weight in load_file(tmp_path / "run" / LAST / "model.safetensors").items():
         torch.testing.assert_close(weight, wanted[name], rtol=1e-3, atol=1e-4)
 
