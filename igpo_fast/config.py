@@ -56,6 +56,7 @@ from igpo_fast.types import (
     Outcome,
     Pool,
     Ratio,
+    ValueModel,
 )
 
 SESSION = Field(json_schema_extra={"session": True})
@@ -401,6 +402,11 @@ class Algorithm(Section):
     1000). `hotpot`: like `squad`, and yes and no match only themselves."""
     answers: Answers = "first"
     """Accepted answers that a value is computed from."""
+    value_model: ValueModel = "policy"
+    """Model that gives the values: the policy itself, in the pass that trains it; the `reference`, in the forward that
+    `kl` needs anyway; or a `teacher`, a copy of the policy that is refreshed every `teacher_every` steps."""
+    teacher_every: Positive = 200
+    """Steps between refreshes of the teacher."""
     baseline: Baseline = "previous"
     """What a value is compared with: the value before the turn (`previous`); the value with responses that searches for
     other questions of the batch got (`random`); or nothing (`none`). `masked` needs no answers: the probability of the

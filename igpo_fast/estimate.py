@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +22,12 @@ from igpo_fast.run import memory
 from igpo_fast.run.memory import Place, Shape
 from igpo_fast.update.advantages import recipe_of
 from igpo_fast.update.passes import choose_passes
-from igpo_kernels import Branch, RolloutTokens, Tree, TreePlan, pack_within
+from igpo_fast.update.scoring import Scoring
+from igpo_kernels import Branch, Fork, RolloutTokens, Tree, TreePlan, pack_within
 from igpo_kernels.tree_attention.blocks import visible_area
+
+EMPTY = 16
+"""Tokens of a response to a search that found nothing."""
 
 
 class Gpu(NamedTuple):
@@ -97,6 +101,9 @@ class Work:
     answers: float
     """Rows of the LM head that are only scored."""
 
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
     def __mul__(self, factor: float) -> Work:
         return Work(self.tokens * factor, self.pairs * factor, self.decisions * factor, self.answers * factor)
 
@@ -165,14 +172,42 @@ def group_tree(config: Config, assumed: Assumed, scored: bool) -> Tree:
     for t, (start, stop) in enumerate(zip(boundaries, ends, strict=True)):
         turn[start : stop if t == turns - 1 else max(start + 1, stop - response)] = t
     ids = np.where(np.arange(length) < p, 0, 1 + np.arange(rollout.group_size)[:, None])
-    count = _scored_answers(config) if scored else 0
+    if not scored:
+        return Tree([RolloutTokens(i, ids[i], turn, boundaries) for i in range(rollout.group_size)])
+    scoring = _scoring(config, assumed)
+    branches = scoring.branches_of(None)
+
+    def forks_of(i: int) -> Iterator[Fork]:
+        """As ``Scoring.forks``, of the assumed lengths; no two begin alike."""
+        for t in range(turns - 1):
+            end = int(np.flatnonzero(turn == t)[-1]) + 1
+            for sample in range(scoring.samples if scoring.baseline == "random" else scoring.baseline == "masked"):
+                replaced = np.full(scoring.response_tokens, -1 - sample - scoring.samples * (t + turns * i)) % 2**31
+                if scoring.baseline == "masked":
+                    following = ids[i][turn == t + 1]
+                    both = np.concatenate([replaced, following])
+                    yield Fork(end, both, len(replaced), len(both), t)
+                for branch in branches:
+                    both = np.concatenate([replaced, branch.ids])
+                    yield Fork(end, both, len(replaced) + branch.start, len(both), t)
+
+    rollouts = [RolloutTokens(i, ids[i], turn, boundaries, tuple(forks_of(i))) for i in range(rollout.group_size)]
+    return Tree(rollouts, branches)
+
+
+def _scoring(config: Config, assumed: Assumed) -> Scoring:
+    """What is scored, with responses as long as ``search.top_k`` passages."""
+    recipe = recipe_of(config.algorithm)
+    count = recipe.scored_answers
     branch = Branch(np.zeros(assumed.answer, np.int32), assumed.answer - 1, assumed.answer)
-    return Tree([RolloutTokens(i, ids[i], turn, boundaries) for i in range(rollout.group_size)], [branch] * count)
-
-
-def _scored_answers(config: Config) -> int:
-    count = recipe_of(config.algorithm).scored_answers
-    return config.data.max_answers if count is None else count
+    branches = [branch] * (config.data.max_answers if count is None else count)
+    baseline = recipe.baseline if recipe.needs_values else "previous"
+    response = config.search.top_k * config.search.max_passage_tokens
+    return Scoring(
+        lambda question: branches, answer_tokens=len(branches) * assumed.answer, baseline=baseline,
+        samples=config.algorithm.baseline_samples, longest_response=response if baseline == "random" else 0,
+        masked_response=np.zeros(EMPTY, np.int32) if baseline == "masked" else None,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -213,16 +248,20 @@ def estimate(config: Config, shape: Shape, gpus: int, gpu: Gpu, assumed: Assumed
     place = Place(n, True, gpu.gb * 1e9)
     parts = memory.parts_of(config, shape, place)
     recipe = recipe_of(config.algorithm)
-    passes = choose_passes(config, recipe, _scored_answers(config) * assumed.answer)
+    scoring = _scoring(config, assumed)
+    passes = choose_passes(config, recipe, scoring)
     scored, plain = (_plans(config, group_tree(config, assumed, branches)) for branches in (True, False))
-    trained = scored if passes == "one" else plain
+    whole = recipe.needs_whole_groups(passes)  # then values come from the pass that trains
+    trained = scored if whole else plain
+    first = [scored] * (passes == "two" or recipe.values_apart) + [plain] * (passes == "two" and recipe.values_apart)
     mine = math.ceil(train.questions / n)  # groups of the rank that has most
 
-    group = {"score": Work(0, 0, 0, 0) if passes == "one" else work_of(scored), "train": work_of(trained)}
+    group = {"score": sum(map(work_of, first), Work(0, 0, 0, 0)), "train": work_of(trained)}
+    referred = config.algorithm.kl and recipe.value_source != "reference"
     of_group = {
         "score": forward_flops(shape, group["score"]),
         "train": training_flops(shape, group["train"], config.model.gradient_checkpointing)
-        + (forward_flops(shape, group["train"]) if config.algorithm.kl else 0.0),
+        + (forward_flops(shape, group["train"]) if referred else 0.0),
     }
     rollouts = train.questions * rollout.group_size
     kept = rollouts * assumed.tokens * assumed.rollout_bytes
@@ -287,7 +326,8 @@ def _traffic(config: Config, shape: Shape, ranks: int, passes: str, packs: int) 
     others = (ranks - 1) / ranks
     size = getattr(torch, config.train.precision).itemsize
     if config.distributed.zero_stage == 3:
-        gathered = shape.weights * packs * (2 + bool(config.algorithm.kl) + (passes == "two"))
+        referred = config.algorithm.kl or recipe_of(config.algorithm).value_source == "reference"
+        gathered = shape.weights * packs * (2 + bool(referred) + (passes == "two"))
     else:
         gathered = shape.trained * config.train.updates
     return {
@@ -333,11 +373,12 @@ def _sync_seconds(config: Config, shape: Shape, place: Place, gpu: Gpu, wire: fl
 
 def assumptions(config: Config, gpu_name: str, gpu: Gpu, assumed: Assumed) -> list[str]:
     """Everything that is assumed, one line each, with its source."""
+    answers = len(_scoring(config, assumed).branches_of(None))
     return [
         f"rollouts of {assumed.tokens:,} tokens and {assumed.turns} turns (--tokens-per-rollout, --turns; else a "
         "quarter of rollout.max_tokens and half of rollout.max_turns)",
-        f"prompts of {assumed.prompt:,} tokens (--prompt-tokens), {_scored_answers(config)} forced answers of "
-        f"{assumed.answer} tokens per prefix, wrapper included; responses of search.top_k * search.max_passage_tokens",
+        f"prompts of {assumed.prompt:,} tokens (--prompt-tokens), {answers} forced answers of {assumed.answer} tokens "
+        "per prefix, wrapper included; responses of search.top_k * search.max_passage_tokens",
         f"{gpu_name}: {gpu.gb:g} GB, {gpu.bfloat16:g} TFLOP/s in bfloat16 and {gpu.float32:g} in float32, "
         f"{gpu.memory:g} GB/s of memory, {gpu.link:g} GB/s to GPUs of the host and {gpu.network:g} to other hosts "
         f"(data sheets); parts may fill {ROOM:.0%} of its memory",

@@ -158,7 +158,7 @@ def make_learner(config: Config, lm: PreTrainedModel, ranks: Ranks) -> Learner:
     Raises:
         InputError: several processes with ``distributed.engine=none``, or DeepSpeed is not installed.
     """
-    train = config.train
+    train, recipe = config.train, recipe_of(config.algorithm)
     factor = partial(
         schedule_factor,
         warmup=train.warmup_steps * train.updates,
@@ -168,7 +168,7 @@ def make_learner(config: Config, lm: PreTrainedModel, ranks: Ranks) -> Learner:
     made = partial(
         Learner, temperature=config.rollout.temperature, settings=loss_settings_of(config.algorithm),
         backend=config.model.kernels, lr=train.lr, factor=factor, betas=train.betas, weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm, critic=critic_settings_of(config, recipe_of(config.algorithm)),
+        max_grad_norm=train.max_grad_norm, critic=critic_settings_of(config, recipe), value_model=recipe.value_source,
     )  # fmt: skip
     if not uses_deepspeed(config, ranks):
         return made(lm)
@@ -180,6 +180,11 @@ def make_learner(config: Config, lm: PreTrainedModel, ranks: Ranks) -> Learner:
             "igpo-fast[deepspeed]"
         ) from error
     distributed = config.distributed
+    if distributed.zero_stage == 3 and recipe.value_source == "teacher":
+        raise InputError(
+            "algorithm.value_model=teacher keeps a whole model per process, which distributed.zero_stage=3 avoids; "
+            "use zero_stage=2, or value_model=reference"
+        )
     return ZeroLearner(lm, ranks=ranks, stage=distributed.zero_stage, offload=distributed.offload, **made.keywords)
 
 
@@ -218,13 +223,14 @@ def make_updater(setup: Setup, learner: Learner, progress: Progress, ranks: Rank
     config = setup.config
     recipe = recipe_of(config.algorithm, config.train.steps)
     passes = choose_passes(config, recipe, setup.scoring)
-    least = least_budget(config, setup.scoring, passes)
+    least = least_budget(config, recipe, setup.scoring, passes)
     packer = Packer(learner, setup.scoring, recipe, passes, config.train.token_budget, ranks, least)
     return Updater(
         learner, packer, recipe, passes=passes, groups_per_pack=groups_per_pack(config, setup.scoring),
         updates=config.train.updates, aggregation=config.algorithm.aggregation,
         most_tokens=most_decision_tokens(config), mismatch_stop=config.rollout.mismatch_stop, progress=progress,
         critic=critic_settings_of(config, recipe),
+        teacher_every=config.algorithm.teacher_every if recipe.value_source == "teacher" else 0,
     )  # fmt: skip
 
 

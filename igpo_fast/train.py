@@ -64,7 +64,9 @@ class Trainer:
     def __init__(self, config: Config, display: Display, checkpoint: str | None = None, ranks: Ranks | None = None):
         self.config, self.display, self.ranks = config, display, ranks or Ranks()
         # The reference and an adapter's base are the model before training, which a resumed run makes again.
-        weights = None if config.algorithm.kl or config.model.lora_rank else checkpoint
+        a = config.algorithm
+        referred = a.kl or a.value_model == "reference" or config.model.lora_rank
+        weights = None if referred else checkpoint
         self.setup: Setup = set_up(
             config,
             weights=weights,
@@ -129,7 +131,7 @@ class Trainer:
         asked = wanted + rollout.oversample
         by_gains = rollout.skip_collapsed and self.update.recipe.needs_values
         alone = self.ranks.size == 1 and not self.update.packer.scoring.needs_batch
-        early = self.update.passes == "two" and rollout.overlap and alone
+        early = self.update.reads_first and rollout.overlap and alone
         readings: Readings = {}
 
         def sample() -> dict[int, Group]:

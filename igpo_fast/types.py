@@ -24,6 +24,7 @@ SEARCH, ANSWER, INVALID = "search", "answer", "invalid"
 Basis = Literal["log_prob", "prob"]
 Answers = Literal["first", "max", "mean"]
 Baseline = Literal["previous", "random", "masked", "none"]
+ValueModel = Literal["policy", "reference", "teacher"]
 Pool = Literal["separate", "joint", "scaled_separate", "turn_index", "raw"]
 Accumulate = Literal["sum", "sum_over_sqrt", "none"]
 Outcome = Literal["f1", "em"]

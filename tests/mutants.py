@@ -77,6 +77,15 @@ PANELS = f"{LOSS}::test_chunks_and_panels_add_up"
 TURNS = "kernels/test_turn_advantages.py"
 WORKED = f"{TURNS}::test_hand_worked"
 CRITIC = "test_critic.py"
+BORROWED = "test_counterfactuals.py::test_a_random_fork_has_another_questions_response_then_an_answer"
+DRAWN = "test_counterfactuals.py::test_random_forks_depend_on_step_and_seed_but_not_on_who_else_is_asked_first"
+TOO_LONG = "test_counterfactuals.py::test_responses_that_are_too_long_or_found_nothing_are_not_lent"
+REAL_SIDE = "test_counterfactuals.py::test_the_real_side_of_a_masked_response_adds_no_token"
+FORKED = "test_counterfactuals.py::test_gains_and_gradients_are_those_of_separate_passes"
+BOUND = "test_counterfactuals.py::test_no_rollout_takes_more_than_its_bound"
+SEPARATE = "test_counterfactuals.py::test_separate_tokens_are_those_of_a_pass_per_prefix_and_fork"
+UNSEARCHED = "test_counterfactuals.py::test_turns_that_did_not_search_have_no_random_fork_and_earn_nothing"
+VALUE_MODELS = "test_value_models.py::test_values_are_the_other_models_and_gradients_the_policys"
 PPO = "parity/test_parity.py::test_values_and_gradients_of_a_critic"
 VALUES = "parity/test_parity.py::test_answer_values_and_sampled_logprobs"
 SEGMENTS = "parity/test_parity.py::test_the_packed_gradient_of_ratios_over_tokens"
@@ -495,6 +504,57 @@ MUTANTS = [
         ("the whole value loss reaches the model", "self._coefficient * gradient)", "gradient)",
          f"{CRITIC}::test_the_coefficient_scales_what_reaches_the_model_and_nothing_else {PPO}"),
     ),
+    *faults("igpo_fast/update/scoring.py",
+        ("responses of the question itself", "np.flatnonzero(owners != rollout.question.id)",
+         "np.flatnonzero(owners == owners)", BORROWED),
+        ("one response per question and rollout", "(rollout.question.id, turn.response_ids.tobytes()): turn",
+         "(rollout.question.id, rollout.index): turn", BORROWED),
+        ("the same responses in every step", "[self.seed, batch.step,", "[self.seed, 0,",
+         DRAWN),
+        ("the same responses for every seed", "[self.seed, batch.step,", "[0, batch.step,",
+         DRAWN),
+        ("long responses are lent", "if turn.passages and len(turn.response_ids) <= self.longest_response",
+         "if turn.passages", TOO_LONG),
+        ("empty responses are lent", "if turn.passages and len", "if len",
+         TOO_LONG),
+        ("malformed turns have a random fork", "if rollout.turns[t - 1].action != SEARCH:", "if False:",
+         UNSEARCHED),
+        ("a fork behind the real response", "np.cumsum(lengths)[1::2]", "np.cumsum(lengths)[2::2]",
+         REAL_SIDE),
+        ("the real side is masked, too", "(REAL, rollout.turns[t - 1].response_ids), ",
+         "(REAL, self.masked_response), ",
+         REAL_SIDE),
+        ("one of the samples", "np.mean([value_of(sample) for sample in samples], axis=0)", "value_of(samples[0])",
+         FORKED),
+        ("sides exchanged", "Values(value_of(compared[[REAL]]), value_of(compared[[MASKED]])",
+         "Values(value_of(compared[[MASKED]]), value_of(compared[[REAL]])", FORKED),
+        ("a bound without samples", "searching * self.samples * (", "searching * (", BOUND),
+        ("a bound without the turns", "self.response_tokens + decision_tokens", "self.response_tokens",
+         BOUND),
+        ("the real side costs a pass", "if self.baseline != \"masked\" or f.answer == MASKED", "if True",
+         SEPARATE),
+    ),
+    *faults("igpo_fast/update/packs.py",
+        ("the reference's values for the policy's", "self._read(new, self._learner.value, mine",
+         "self._read(new, self._learner, mine", VALUE_MODELS),
+        ("answers in the policy's pass, too", "of_policy=True, scored=not apart", "of_policy=True, scored=True",
+         VALUE_MODELS),
+    ),
+    *faults("igpo_fast/update/learner.py",
+        ("the teacher follows the policy", "self._teacher = frozen()",
+         "self._teacher = Policy(lm, temperature, self.settings, backend)", VALUE_MODELS),
+        ("a teacher that is never refreshed", "self._teacher.lm.load_state_dict(self.lm.state_dict())", "pass",
+         "test_value_models.py::test_a_teacher_stands_still_between_refreshes"),
+        ("a resumed teacher is the first model", "        self._load_teacher(folder)\n", "",
+         "e2e/test_family.py::test_a_resumed_run_goes_on_as_if_it_had_not_stopped"),
+    ),
+    *faults("igpo_fast/update/update.py",
+        ("the reference runs twice", "if self.recipe.value_source == \"reference\":", "if False:", VALUE_MODELS),
+    ),
+    *faults("igpo_fast/update/gains.py",
+        ("the baseline of the turn before", "dtype=np.float64)[turns - 1]", "dtype=np.float64)[turns - 2]",
+         FORKED),
+    ),
     *faults("igpo_fast/update/advantages.py",
         ("gain credited to the next turn", "earned = gains[earning] if", "earned = np.roll(gains[earning], 1) if",
          "test_advantages.py::test_paper"),
@@ -611,7 +671,8 @@ MUTANTS = [
     ),
     *faults("igpo_fast/update/learner.py",
         ("the trainer's temperature is 1", "Policy(lm, temperature,", "Policy(lm, 1.0,", ONE_PASS),
-        ("the reference's temperature is 1", "Policy(frozen, temperature,", "Policy(frozen, 1.0,", FIRST_STEP),
+        ("the reference's temperature is 1", "requires_grad_(False), temperature,", "requires_grad_(False), 1.0,",
+         FIRST_STEP),
         ("no masters", "if p.dtype != torch.float32}", "if False}",
          "test_learner.py::test_updates_below_a_weights_rounding_are_not_lost"),
         ("the last pack's gradients alone", "master.grad += parameter.grad", "master.grad = parameter.grad.float()",
@@ -622,8 +683,8 @@ MUTANTS = [
          "test_checkpoint.py::test_resumed_updates_equal_uninterrupted_ones"),
         ("a checkpoint without the critic", " or name.startswith(CRITIC) else {}", " else {}",
          "test_checkpoint.py::test_resumed_updates_equal_uninterrupted_ones"),
-        ("a resumed critic is 0 until its update", "        self._masters.round()\n        self._number",
-         "        self._number",
+        ("a resumed critic is 0 until its update", "        self._masters.round()\n        self._load_teacher",
+         "        self._load_teacher",
          "test_checkpoint.py::test_resumed_updates_equal_uninterrupted_ones"),
         ("the critic at the model's rate", "rate * self._factor(self._number)", "self.lr",
          "test_checkpoint.py::test_resumed_updates_equal_uninterrupted_ones"),

@@ -100,7 +100,7 @@ class Updates:
     The model stands still (the learning rate is nothing), so the gradients of several steps are of one model.
     """
 
-    def __init__(self, monkeypatch, case, lm, *overrides, **scoring):
+    def __init__(self, monkeypatch, case, lm, *overrides, before=lambda trainer: None, **scoring):
         branches = {g.question.id: tuple(b) for g, b in zip(case.groups, case.branches, strict=True)}
         setup = SimpleNamespace(
             lm=lm,
@@ -114,6 +114,7 @@ class Updates:
         settings += ["rollout.group_size=2", "rollout.max_turns=2", "rollout.max_tokens=2"]
         settings += ["algorithm.preset=robust", "algorithm.answers=max", *overrides]
         self.trainer = train.Trainer(config.load(None, settings), Display(1))
+        before(self.trainer)
         self.gradients = []
         self.trainer.learner.optimizer.register_step_pre_hook(
             lambda *_: self.gradients.append({name: p.grad.clone() for name, p in lm.named_parameters()})

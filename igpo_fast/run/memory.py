@@ -164,13 +164,15 @@ def parts_of(config: Config, shape: Shape, place: Place) -> list[Part]:
     weights_of = n if stage == 3 else 1
     states_of = n if stage else 1
     own_masters = size == 2 or stage in (1, 2) or offload
-    reference = config.algorithm.kl and not shape.adapters
+    a = config.algorithm
+    reference = (a.kl or a.value_model == "reference") and not shape.adapters
     parts = [
         Part("weights", shape.weights * size // weights_of, host=offload and d.offload == "all"),
         Part("float32 masters", trained // states_of if own_masters else 0, host=offload),
         *_gradients(trained, size, stage, n, offload),
         Part("Adam states", 2 * trained // states_of, host=offload),
         Part("reference", shape.base * size // weights_of if reference else 0, host=offload and d.offload == "all"),
+        Part("teacher", (shape.base + shape.adapters) * size if a.value_model == "teacher" else 0),
         *_engine(config, shape, place, size, stage),
         *_buffers(shape, size, stage, place),
         *_pack(config, shape.lm, size, place.gpu),

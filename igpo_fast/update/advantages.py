@@ -23,6 +23,7 @@ from igpo_fast.types import (
     Outcome,
     Pool,
     Rollout,
+    ValueModel,
 )
 from igpo_fast.update.gains import earning_turns, information_gain, repeated_passages
 from igpo_fast.update.rewards import exact_match, f1_score, outcome
@@ -98,6 +99,7 @@ class Recipe:
     redundancy_penalty: float = 0.0
     adaptive_clip: float = 0.0
     baseline: Baseline = "previous"
+    value_model: ValueModel = "policy"
     steps: int = 1
     """Steps of the run."""
 
@@ -149,6 +151,20 @@ class Recipe:
         if not self.needs_values or self.baseline == "masked":
             return 0
         return 1 if self.answers == "first" else None
+
+    @property
+    def value_source(self) -> ValueModel:
+        """The model that gives the values, or, where none are needed, the policy."""
+        return self.value_model if self.needs_values else "policy"
+
+    @property
+    def values_apart(self) -> bool:
+        """Whether another model than the policy gives the values, in a pass before the policy's."""
+        return self.value_source != "policy"
+
+    def needs_whole_groups(self, passes: str) -> bool:
+        """Whether a group must be in one pack, because advantages come from the values of the pass that trains."""
+        return passes == "one" and self.needs_values and not self.values_apart
 
     @property
     def earning_tools(self) -> tuple[str, ...]:

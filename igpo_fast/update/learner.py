@@ -18,9 +18,19 @@ import torch
 from transformers import PreTrainedModel
 
 from igpo_fast import adapter
+from igpo_fast.types import ValueModel
 from igpo_fast.update.critic import CriticSettings, ValueHead
 from igpo_fast.update.policy import LossInputs, PackResult, Policy, SupervisedInputs
-from igpo_fast.update.states import Write, copies, read_states, read_weights, write_states, write_weights
+from igpo_fast.update.states import (
+    Write,
+    copies,
+    read_states,
+    read_teacher,
+    read_weights,
+    write_states,
+    write_teacher,
+    write_weights,
+)
 from igpo_kernels import LossSettings, TreePlan
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -85,6 +95,7 @@ class Learner:
         backend: implementation of igpo_kernels.
         factor: the learning rate of update 0, 1, .. as a share of ``lr``, and of the critic's.
         critic: settings of a critic; None for none.
+        value_model: what ``value`` runs: the ``policy``, the ``reference`` or a ``teacher``, a copy of the policy.
     """
 
     def __init__(
@@ -100,6 +111,7 @@ class Learner:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         critic: CriticSettings | None = None,
+        value_model: ValueModel = "policy",
     ):
         self.settings = settings or LossSettings()
         head = critic and ValueHead(lm.config.get_text_config().hidden_size, critic.coefficient).to(lm.device, lm.dtype)
@@ -108,9 +120,15 @@ class Learner:
         self._lr, self._factor, self._max_grad_norm = lr, factor, max_grad_norm
         self._reference: Callable[[TreePlan], PackResult] | None = None
         self._adapted = adapter.adapted(lm)
-        if self.settings.kl and not self._adapted:
-            frozen = copy.deepcopy(lm).requires_grad_(False)
-            self._reference = self._freeze(Policy(frozen, temperature, self.settings, backend))
+        self.value_model, self._teacher = value_model, None
+
+        def frozen() -> Policy:
+            return Policy(copy.deepcopy(lm).requires_grad_(False), temperature, self.settings, backend)
+
+        if (self.settings.kl or value_model == "reference") and not self._adapted:
+            self._reference = self._freeze(frozen())
+        if value_model == "teacher":
+            self._teacher = frozen()
         self.parameters = sum(p.numel() for p in lm.parameters())
         """How many numbers the weights are."""
         self.alone = True
@@ -153,10 +171,24 @@ class Learner:
 
     def reference(self, plan: TreePlan) -> np.ndarray | None:
         """The reference's log-probability of each decision pair: float32 [D]; None without a KL term."""
-        if self.settings.kl and self._adapted:
+        return self._read_reference(plan).decision_logp if self.settings.kl else None
+
+    def _read_reference(self, plan: TreePlan) -> PackResult:
+        if self._adapted:
             with adapter.off(self.lm):
-                return self(plan).decision_logp
-        return None if self._reference is None else self._reference(plan).decision_logp
+                return self(plan)
+        return self._reference(plan)
+
+    def value(self, plan: TreePlan) -> PackResult:
+        """A pass of the value model, without gradient."""
+        if self.value_model == "policy":
+            return self(plan)
+        return self._teacher(plan) if self._teacher else self._read_reference(plan)
+
+    @torch.no_grad()
+    def refresh_teacher(self) -> None:
+        """Copy the policy's weights into the teacher."""
+        self._teacher.lm.load_state_dict(self.lm.state_dict())
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a pack's loss to those of earlier packs."""
@@ -200,6 +232,7 @@ class Learner:
         """The state now, in the CPU's memory, for a checkpoint (states.py)."""
         named = self.lm.state_dict(keep_vars=True)
         weights = copies({n: p for n, p in named.items() if adapter.is_adapter(n)} if self._adapted else named)
+        teacher = self._teacher_copies()
         states, counts = {}, {"number": self._number}
         for name, master in self._masters.of.items():
             moments = self.optimizer.state.get(master, {})
@@ -209,8 +242,20 @@ class Learner:
         def write(folder: Path) -> None:
             write_weights(self.lm, folder, weights)
             write_states(folder, states, counts)
+            write_teacher(folder, teacher)
 
         return write
+
+    def _teacher_copies(self) -> dict[str, torch.Tensor] | None:
+        """What a checkpoint keeps of the teacher: what it keeps of the policy, by the same names."""
+        if self._teacher is None:
+            return None
+        named = self._teacher.lm.state_dict(keep_vars=True)
+        return copies({n: p for n, p in named.items() if adapter.is_adapter(n)} if self._adapted else named)
+
+    def _load_teacher(self, folder: Path) -> None:
+        if self._teacher is not None:
+            self._teacher.lm.load_state_dict(read_teacher(folder), strict=not self._adapted)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -238,4 +283,5 @@ class Learner:
                     for key, value in moments.items()
                 }
         self._masters.round()
+        self._load_teacher(folder)
         self._number = counts["number"]

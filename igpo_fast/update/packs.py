@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from igpo_fast.update.advantages import Recipe, collapsed, credit_rollouts
 from igpo_fast.update.balance import attention_share, shares, tree_cost
 from igpo_fast.update.gains import values_of
 from igpo_fast.update.learner import Learner
-from igpo_fast.update.policy import make_trees
+from igpo_fast.update.policy import PackResult, make_trees
 from igpo_fast.update.scoring import Scoring, Values
 from igpo_kernels import ANSWER, FORK, RolloutTokens, Tree, TreePlan, pack, pack_within
 
@@ -42,14 +42,15 @@ FILLER = Pack(pack([Tree([RolloutTokens(0, np.zeros(2, np.int32), np.array([-1, 
 
 
 class Reading(NamedTuple):
-    """A scoring pass's results for one rollout."""
+    """What the passes before the update say about one rollout; None for what no pass gave."""
 
-    values: Values | None
-    """None if the algorithm needs no values."""
-    logp: np.ndarray
+    values: Values | None = None
+    logp: np.ndarray | None = None
     """Log-probabilities of its decision tokens: float32 [decision tokens]."""
     critic: np.ndarray | None = None
-    """The critic's values of its decision tokens: float32 [decision tokens]; None without a critic."""
+    """The critic's values of its decision tokens: float32 [decision tokens]."""
+    other_logp: np.ndarray | None = None
+    """As ``logp``, under the value model, if that is not the policy."""
 
 
 Readings = dict[tuple[str, int], Reading]
@@ -93,15 +94,15 @@ class Packer:
         return self._budget
 
     def packs(self, batch: Batch, share: Sequence[int], scored: bool) -> list[Pack]:
-        """This rank's packs of the groups ``share``, with answers and forks if ``scored``. One-pass mode needs whole
-        groups."""
+        """This rank's packs of the groups ``share``, with answers and forks if ``scored``. Groups stay whole if their
+        advantages come from the pass itself."""
         sizes = [len(group.rollouts) for group in batch.groups]
         starts = np.cumsum([0, *sizes])
         branches = [self.scoring.branches_of(batch.groups[g].question) if scored else () for g in share]
         numbers = [range(starts[g], starts[g + 1]) for g in share]
         forks = self.scoring.forks(batch) if scored else None
         trees = self._mine(make_trees([batch.groups[g] for g in share], branches, numbers, forks))
-        plans = pack_within(trees, self._budget, split=self._passes == "two")
+        plans = pack_within(trees, self._budget, split=not self._recipe.needs_whole_groups(self._passes))
         group_of_rollout = np.repeat(np.arange(len(sizes)), sizes)
         for plan in plans:
             self._learner.policy.choose_attention(plan)
@@ -138,7 +139,8 @@ class Packer:
         }
 
     def read(self, batch: Batch, readings: Readings) -> list[dict[str, int]]:
-        """Run the first of two passes over groups that are not in ``readings`` yet.
+        """Run the passes before the update, over groups that are not in ``readings`` yet: the value model's, if it is
+        not the policy, and the first of the policy's two.
 
         Returns:
             Token counts of the packs that the ranks have read.
@@ -146,22 +148,46 @@ class Packer:
         new = Batch(
             batch.step, tuple(group for group in batch.groups if rollout_key(group.rollouts[0]) not in readings)
         )
-        packs, rollouts = self.packs(new, range(len(new.groups)), scored=True), new.rollouts
-        mine: Readings = {}
-        for read in packs:
-            result = self._learner(read.plan)
+        mine: dict[int, Reading] = {}
+        counts: list[dict[str, int]] = []
+        apart = self._recipe.values_apart
+        if apart:
+            self._read(new, self._learner.value, mine, counts, of_policy=False, scored=True)
+        if self._passes == "two":
+            self._read(new, self._learner, mine, counts, of_policy=True, scored=not apart)
+        told = self.ranks.gather((mine, counts))
+        for theirs, _ in told:
+            for i, reading in theirs.items():
+                key = rollout_key(new.rollouts[i])
+                found = {name: value for name, value in reading._asdict().items() if value is not None}
+                readings[key] = readings.get(key, Reading())._replace(**found)
+        return [tokens for _, counts in told for tokens in counts]
+
+    def _read(
+        self,
+        batch: Batch,
+        model: Callable[[TreePlan], PackResult],
+        readings: dict[int, Reading],
+        counts: list[dict[str, int]],
+        *,
+        of_policy: bool,
+        scored: bool,
+    ) -> None:
+        """Add what one model's pass gives to this rank's readings, by the rollouts' numbers, and to its counts."""
+        for read in self.packs(batch, range(len(batch.groups)), scored):
+            result = model(read.plan)
             if read.filler:
                 continue
-            values = self.values(new, read.plan, result.scored_logp)
+            counts.append(read.tokens)
             numbers, starts = decision_runs(read.plan)
+            values = self.values(batch, read.plan, result.scored_logp) if scored else {}
             logp = np.split(result.decision_logp, starts[1:])
             critic = [None] * len(logp) if result.critic is None else np.split(result.critic, starts[1:])
-            for i, *of_tokens in zip(numbers, logp, critic, strict=True):
-                mine[rollout_key(rollouts[i])] = Reading(values.get(i), *of_tokens)
-        told = self.ranks.gather((mine, [read.tokens for read in packs if not read.filler]))
-        for theirs, _ in told:
-            readings |= theirs
-        return [tokens for _, counts in told for tokens in counts]
+            for i, of_tokens, of_critic in zip(numbers, logp, critic, strict=True):
+                found = dict(logp=of_tokens, critic=of_critic) if of_policy else dict(other_logp=of_tokens)
+                if i in values:
+                    found["values"] = values[i]
+                readings[i] = readings.get(i, Reading())._replace(**found)
 
     def credits(self, step: int, groups: Sequence[Group], readings: Readings) -> tuple[Credit, ...]:
         """Rewards and advantages of the groups' rollouts in a step; outcome-only algorithms need no ``readings``."""

@@ -25,9 +25,9 @@ def groups_per_pack(config: Config, scoring: Scoring) -> int:
     return max(1, config.train.token_budget // largest)
 
 
-def least_budget(config: Config, scoring: Scoring, passes: str) -> int:
-    """Tokens that a pack must hold: two passes may split a group down to its rollouts, one pass may not."""
-    rollouts = config.rollout.group_size if passes == "one" else 1
+def least_budget(config: Config, recipe: Recipe, scoring: Scoring, passes: str) -> int:
+    """Tokens that a pack must hold: a rollout, or a group where its advantages come from one pass."""
+    rollouts = config.rollout.group_size if recipe.needs_whole_groups(passes) else 1
     return rollouts * longest_rollout(config, scoring)
 
 
@@ -60,7 +60,7 @@ def choose_passes(config: Config, recipe: Recipe, scoring: Scoring) -> str:
         hindrance = f"train.updates={config.train.updates} needs old log-probabilities"
     elif recipe.needs_values and rollout.skip_collapsed:
         hindrance = "rollout.skip_collapsed chooses groups by their gains"
-    elif largest > budget:
+    elif largest > budget and recipe.needs_whole_groups("one"):
         hindrance = f"a group may take {largest} tokens, over train.token_budget={budget}"
     if hindrance is None:
         return "two" if asked == "two" else "one"

@@ -2,6 +2,7 @@
 
     model.safetensors, config.json, ...   weights in the precision that the trainer computes in
     learner-00000-of-00002.pt, ...        per weight its float32 master and Adam's moments, each in one of the files
+    teacher.pt                            weights of a teacher (algorithm.value_model)
 
 Tensors are whole and known by their weights' names. So the files depend neither on the number of processes that wrote
 them nor on how a learner shares out its state.
@@ -21,6 +22,7 @@ States = Mapping[str, Mapping[str, torch.Tensor]]
 """Weight's name -> kind of state (master, exp_avg, exp_avg_sq, step) -> tensor."""
 
 
+TEACHER = "teacher.pt"
 Write = Callable[[Path], None]
 """Writes a learner's part of a checkpoint into a folder, from copies in the CPU's memory: in any thread, any time."""
 
@@ -71,6 +73,22 @@ def read_states(folder: Path, names: Iterable[str]) -> tuple[dict[str, dict[str,
     if unknown := sorted(set(names) ^ states.keys()):
         raise ValueError(f"the optimiser's state and the model differ in {unknown[0]}")
     return states, counts
+
+
+def write_teacher(folder: Path, weights: Mapping[str, torch.Tensor] | None) -> None:
+    """Write the teacher's weights, if there is one."""
+    if weights is not None:
+        with open(folder / TEACHER, "wb") as file:
+            torch.save(dict(weights), file)
+
+
+def read_teacher(folder: Path) -> dict[str, torch.Tensor]:
+    """The teacher's weights, left on the disk until they are used.
+
+    Raises:
+        Exception: whatever unpickling raises for a damaged or missing file.
+    """
+    return torch.load(folder / TEACHER, map_location="cpu", weights_only=True, mmap=True)
 
 
 def read_weights(lm: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ from igpo_fast.update.losses import importance_sums, measured, token_weights
 from igpo_fast.update.packs import (
     Pack,
     Packer,
+    Reading,
     Readings,
     advantages_of_pairs,
     clip_scales_of_pairs,
@@ -68,17 +69,18 @@ class Updater:
         mismatch_stop: largest mean difference between the engine's and the trainer's log-probabilities over the
             batch's tokens; a larger one raises before anything changes. 0 is no limit.
         critic: settings of the critic, for a recipe that has one; it takes two passes.
+        teacher_every: steps between refreshes of the learner's teacher; 0 without one.
     """
 
     def __init__(
         self, learner: Learner, packer: Packer, recipe: Recipe, *, passes: str, groups_per_pack: int, updates: int,
         aggregation: Aggregation, most_tokens: int, mismatch_stop: float, progress: Progress,
-        critic: CriticSettings | None = None,
+        critic: CriticSettings | None = None, teacher_every: int = 0,
     ):  # fmt: skip
         self.packer, self.recipe, self.passes, self.groups_per_pack = packer, recipe, passes, groups_per_pack
         self._learner, self._updates, self._aggregation = learner, updates, aggregation
         self._most_tokens, self._mismatch_stop, self._progress = most_tokens, mismatch_stop, progress
-        self._critic, self._halved = critic, False
+        self._critic, self._teacher_every, self._halved = critic, teacher_every, False
 
     def __call__(self, batch: Batch, readings: Readings, row: Row) -> Batch:
         """Score groups that are not in ``readings`` yet and take the batch's optimiser steps.
@@ -93,6 +95,8 @@ class Updater:
             OutOfMemoryError, MemoryError: memory does not suffice, and packs cannot be smaller.
         """
         credits = self._with_less(batch, lambda: self._credits(batch, readings, row))
+        if self._teacher_every and batch.step % self._teacher_every == 0:
+            self._learner.refresh_teacher()
         row.set(reward_metrics(batch.groups, credits, self.recipe.gate))
         separate = self.packer.separate_tokens(batch)
         row.set(
@@ -123,19 +127,23 @@ class Updater:
         )
         return part()
 
-    def _credits(self, batch: Batch, readings: Readings, row: Row) -> tuple[Credit, ...]:
-        return self._one_pass(batch, row) if self.passes == "one" else self._two_passes(batch, readings, row)
+    @property
+    def reads_first(self) -> bool:
+        """Whether a pass comes before the update: the first of two, or that of another model's values."""
+        return self.passes == "two" or self.recipe.values_apart
 
-    def _one_pass(self, batch: Batch, row: Row) -> tuple[Credit, ...]:
+    def _credits(self, batch: Batch, readings: Readings, row: Row) -> tuple[Credit, ...]:
+        if self.recipe.needs_whole_groups(self.passes):
+            return self._in_one_pass(batch, row)
+        return self._from_readings(batch, readings, row)
+
+    def _in_one_pass(self, batch: Batch, row: Row) -> tuple[Credit, ...]:
+        """Values, advantages, loss and gradients from one pass over each pack."""
         self._progress.phase("train")
         everything = range(len(batch.groups))
         with row.timed("train"):
             packs = self.packer.packs(batch, everything, scored=True)
             weights = self._weights(batch, everything)
-            if not self.recipe.needs_values:  # known beforehand, from the whole batch
-                known = credit_rollouts(batch.groups, None, self.recipe.at(batch.step))
-                self._step(batch, packs, weights, row, credits=dict(enumerate(known)))
-                return known
             first = np.cumsum([0, *(len(group.rollouts) for group in batch.groups)])
             credits: dict[int, Credit] = {}
 
@@ -152,32 +160,41 @@ class Updater:
             credits |= theirs
         return tuple(credits[i] for i in range(len(batch.rollouts)))
 
-    def _two_passes(self, batch: Batch, readings: Readings, row: Row) -> tuple[Credit, ...]:
+    def _from_readings(self, batch: Batch, readings: Readings, row: Row) -> tuple[Credit, ...]:
+        """Advantages that are known before the update, from the passes before it or from outcomes alone."""
         updates = min(self._updates, len(batch.groups))
-        self._progress.phase("score")
-        self.read(batch, readings, row)
-        old_logp = {i: readings[rollout_key(rollout)].logp for i, rollout in enumerate(batch.rollouts)}
-        differences = [np.abs(old_logp[i] - rollout.logp) for i, rollout in enumerate(batch.rollouts)]
-        self._check_mismatch(batch.step, float(np.concatenate(differences).mean()))
+        if self.reads_first:
+            self._progress.phase("score")
+            self.read(batch, readings, row)
+        known = [readings.get(rollout_key(rollout), Reading()) for rollout in batch.rollouts]
+        old_logp = None
+        if self.passes == "two":
+            old_logp = {i: reading.logp for i, reading in enumerate(known)}
+            differences = [np.abs(old_logp[i] - rollout.logp) for i, rollout in enumerate(batch.rollouts)]
+            self._check_mismatch(batch.step, float(np.concatenate(differences).mean()))
+        ref_logp = None
+        if self.recipe.value_source == "reference":
+            ref_logp = {i: reading.other_logp for i, reading in enumerate(known)}
         credits, targets = self.packer.credits(batch.step, batch.groups, readings), None
         if self._critic:
-            values = [readings[rollout_key(rollout)].critic for rollout in batch.rollouts]
+            values = [reading.critic for reading in known]
             recipe = self.recipe.at(batch.step)
             credits, targets, metrics = estimate(batch.rollouts, credits, values, recipe, self._critic)
             row.set(metrics)
-        self._progress.phase("train", total=updates)
+        self._progress.phase("train", total=updates if self.passes == "two" else None)
         with row.timed("train"):
             for share in np.array_split(np.arange(len(batch.groups)), updates):
                 packs = self.packer.packs(batch, share, scored=False)
                 weights = self._weights(batch, share)
                 self._step(
-                    batch, packs, weights, row, credits=dict(enumerate(credits)), old_logp=old_logp, targets=targets
-                )
+                    batch, packs, weights, row, credits=dict(enumerate(credits)), old_logp=old_logp, ref_logp=ref_logp,
+                    targets=targets,
+                )  # fmt: skip
                 self._progress.advance()
         return credits
 
     def read(self, batch: Batch, readings: Readings, row: Row) -> None:
-        """Run the first of two passes over groups that are not in ``readings`` yet."""
+        """Run the passes before the update over groups that are not in ``readings`` yet."""
         with row.timed("score"):
             for tokens in self._with_less(batch, lambda: self.packer.read(batch, readings)):
                 row.add(tokens)
@@ -192,9 +209,11 @@ class Updater:
         credits: Mapping[int, Credit],
         advantages_of: Callable[[Pack, np.ndarray], np.ndarray] | None = None,
         old_logp: PerRollout | None = None,
+        ref_logp: PerRollout | None = None,
         targets: Sequence[Targets] | None = None,
     ) -> None:
-        """One optimiser update over packs, whose losses only add because the weights are global."""
+        """One optimiser update over packs, whose losses only add because the weights are global. The reference runs
+        only if ``ref_logp`` are not known."""
         engine_logp = {i: rollout.logp for i, rollout in enumerate(batch.rollouts)}
         mine = []
         for pack in packs:
@@ -202,7 +221,8 @@ class Updater:
             if pack.filler:
                 nothing = np.zeros(plan.n_decisions, np.float32)
                 idle = LossInputs(
-                    nothing, nothing, engine_logp=nothing, ref_logp=self._learner.reference(plan),
+                    nothing, nothing, engine_logp=nothing,
+                    ref_logp=nothing if ref_logp else self._learner.reference(plan),
                     critic=targets and ValueInputs(nothing, nothing, nothing),
                 )  # fmt: skip
                 self._learner.backward(self._learner(plan, idle).loss)
@@ -212,7 +232,7 @@ class Updater:
                 advantages=None if advantages_of else advantages_of_pairs(plan, credits),
                 old_logp=None if old_logp is None else of_pairs(plan, old_logp),
                 engine_logp=of_pairs(plan, engine_logp),
-                ref_logp=self._learner.reference(plan),
+                ref_logp=of_pairs(plan, ref_logp) if ref_logp else self._learner.reference(plan),
                 clip_scale=None if old_logp is None else clip_scales_of_pairs(plan, credits),  # else the ratio is 1
                 critic=targets and _value_inputs(plan, weights, targets),
             )

@@ -30,7 +30,7 @@ from igpo_fast import adapter
 from igpo_fast.ranks import Ranks
 from igpo_fast.update.learner import CRITIC, Learner, trained_weights
 from igpo_fast.update.policy import PackResult, Policy
-from igpo_fast.update.states import Write, read_states, read_weights, write_states, write_weights
+from igpo_fast.update.states import Write, read_states, read_weights, write_states, write_teacher, write_weights
 from igpo_kernels import TreePlan
 
 # An op that only inference uses. Building it takes a C++ compiler, and a run that is killed meanwhile leaves a lock at
@@ -180,6 +180,7 @@ class ZeroLearner(Learner):
                 if self._ranks.first and id(weight) not in whole:
                     whole[id(weight)] = weight.detach().to("cpu", copy=True)
         weights = {name: whole[id(weight)] for name, weight in self._saved().items()} if self._ranks.first else {}
+        teacher = self._teacher_copies() if self._ranks.first else None
         states, counts = {}, {"number": self._number}
         for number, (name, p) in enumerate(self._trained().items()):
             own = self.lm.dtype != torch.float32 or name.startswith(CRITIC)
@@ -193,6 +194,7 @@ class ZeroLearner(Learner):
         def write(folder: Path) -> None:
             if self._ranks.first:
                 write_weights(self.lm, folder, weights)
+                write_teacher(folder, teacher)
             write_states(folder, states, counts, self._ranks.number, self._ranks.size)
 
         return write
@@ -216,6 +218,7 @@ class ZeroLearner(Learner):
             safe_set_full_fp32_param(p, master.to(p.device))
             for key in WHOLE if self._applied else ():
                 safe_set_full_optimizer_state(p, state[key].to(p.device), key)
+        self._load_teacher(folder)
         self._number = counts["number"]
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:

@@ -23,6 +23,7 @@ from igpo_fast.update.critic import CriticSettings, ValueInputs
 from igpo_fast.update.learner import Learner, trained_weights
 from igpo_fast.update.packs import FILLER, Packer
 from igpo_fast.update.policy import LossInputs
+from igpo_fast.update.scoring import Scoring
 from igpo_fast.update.update import Updater
 from igpo_kernels import LossSettings
 from tests.parity.test_parity import Case
@@ -94,7 +95,7 @@ def replay(way: Way, make_learner, moment, ranks: Ranks) -> dict:
     branches = {g.question.id: tuple(b) for g, b in zip(case.groups, case.branches, strict=True)}
     name = "ppo_ig" if way.critic else "igpo"
     recipe = Recipe(name, answers="max", basis="prob", min_std=0.05, center=False)
-    packer = Packer(learner, lambda question: branches[question.id], recipe, way.passes, BUDGET, ranks)
+    packer = Packer(learner, Scoring(lambda question: branches[question.id]), recipe, way.passes, BUDGET, ranks)
     updater = Updater(
         learner, packer, recipe, passes=way.passes, groups_per_pack=1, updates=1, aggregation="token_mean",
         most_tokens=100, mismatch_stop=0.0, progress=Display(1), critic=critic,
