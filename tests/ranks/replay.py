@@ -108,7 +108,7 @@ def replay(way: Way, make_learner, moment, ranks: Ranks) -> dict:
         learner.backward(learner(FILLER.plan, inputs).loss * factor)
         return learner.step(sound)
 
-    dropped = [drop(math.nan)]  # before an update has made Adam's states
+    dropped = [drop(0.5, sound=False)]  # before an update has made Adam's states
     norms, gradients, rows = [], [], []
     before = dict.fromkeys(trained_weights(lm, learner.policy.critic), 0.0)
     for step in range(1, UPDATES + 1):
