@@ -542,7 +542,7 @@ CLIP_OF_RATIO: dict[str, dict] = {
 class Critic(Section):
     """The critic of `algorithm.name=ppo` and `ppo_ig`: a value head on the policy's hidden states. Unused otherwise."""
 
-    lr: LearningRate = 0.1
+    lr: LearningRate = 0.05
     """Learning rate of the head, about the farthest that one update moves a value, whatever the model; so its unit is
     that of rewards. Warm-up and schedule are section `train`'s."""
     coefficient: NonNegative = 0.1

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,6 +113,11 @@ def replay(way: Way, make_learner, moment, ranks: Ranks) -> dict:
     norms, gradients, rows = [], [], []
     before = dict.fromkeys(trained_weights(lm, learner.policy.critic), 0.0)
     for step in range(1, UPDATES + 1):
+        if way.critic and step == 3:  # an update that a checkpoint undoes
+            folder = Path(ranks.first_alone(tempfile.mkdtemp))
+            learner.snapshot()(folder)
+            assert drop(0.5) is not None
+            learner.load(folder)
         row = StepMetrics(step)
         updater(Batch(step, tuple(case.groups)), {}, row)
         rows.append({key: value for key, value in row.row().items() if not key.startswith(("time", "memory"))})
