@@ -565,9 +565,9 @@ CLIP_OF_RATIO: dict[str, dict] = {
 class Critic(Section):
     """The critic of `algorithm.name=ppo` and `ppo_ig`: a value head on the policy's hidden states. Unused otherwise."""
 
-    lr: LearningRate = 0.1
-    """Learning rate of the head, about the farthest that one update moves a value, whatever the model; so its unit is
-    that of rewards. Warm-up and schedule are section `train`'s."""
+    lr: LearningRate = 0.05
+    """Learning rate of the head, about the farthest that one update moves a value, whatever the model: its unit is that
+    of rewards. Warm-up and schedule are section `train`'s."""
     coefficient: NonNegative = 0.1
     """Weight of the value loss in the model's layers, beside the policy's; 0 trains the head alone."""
     level: Level = "token"

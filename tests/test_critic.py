@@ -243,7 +243,8 @@ def test_the_head_begins_at_0_and_sees_directions_only():
     assert head(hidden).tolist() == [0.0] * 3
     with torch.no_grad():
         head.weight.copy_(torch.tensor([3.0, 0.0, 4.0, 0.0]))
-    assert head(torch.tensor([[6.0, 0.0, -2.0, 0.0]])).item() == pytest.approx((3 * 6 - 4 * 2) / 8)
+        head.bias.fill_(0.5)
+    assert head(torch.tensor([[6.0, 0.0, -2.0, 0.0]])).item() == pytest.approx((3 * 6 - 4 * 2) / 8 + 0.5)
     assert torch.allclose(head(hidden), head(100 * hidden))
     assert head(hidden.bfloat16()).dtype == torch.float32
 
@@ -257,7 +258,7 @@ def test_the_coefficient_scales_what_reaches_the_model_and_nothing_else(coeffici
         hidden = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
         value = head(hidden)
         value.square().sum().backward()
-        found.append((value, head.weight.grad, hidden.grad))
+        found.append((value, head.weight.grad, head.bias.grad, hidden.grad))
     (*ours, reached), (*theirs, whole) = found
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert whole.abs().max() > 0.1

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class CriticSettings:
     """Settings of the head, its loss and its estimates."""
 
-    lr: float = 0.1
+    lr: float = 0.05
     coefficient: float = 0.1
     """Factor of the value loss's gradient in the model's layers; the head's own is 1."""
     level: Level = "token"
@@ -47,10 +47,10 @@ def critic_settings_of(config: config.Config, recipe: Recipe) -> CriticSettings 
 
 
 class ValueHead(torch.nn.Module):
-    """V = w h / |h|_1 of hidden states h, |h|_1 the sum of their absolute numbers, computed in float32; 0 at first.
+    """V = w h / |h|_1 + b of hidden states h, |h|_1 the sum of their absolute numbers, computed in float32; 0 at first.
 
-    So an update of Adam moves a value by hardly more than the learning rate, whatever the model's width and the size of
-    its hidden states; and the head's gradient is small beside the model's, with which it is clipped.
+    So an update of Adam moves both terms by hardly more than the learning rate, whatever the model's width and the size
+    of its hidden states; and the head's gradient is no larger than the values' errors, with which it is clipped.
 
     Args:
         coefficient: factor of the gradient that goes on to the hidden states.
@@ -59,6 +59,7 @@ class ValueHead(torch.nn.Module):
     def __init__(self, hidden_size: int, coefficient: float = 1.0):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(hidden_size))
+        self.bias = torch.nn.Parameter(torch.zeros(1))
         self._coefficient = coefficient
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -68,7 +69,7 @@ class ValueHead(torch.nn.Module):
         inputs = torch.nn.functional.normalize(hidden.float(), p=1, dim=-1)
         if inputs.requires_grad:
             inputs.register_hook(lambda gradient: self._coefficient * gradient)
-        return inputs @ self.weight.float()
+        return inputs @ self.weight.float() + self.bias.float()
 
 
 @dataclass(frozen=True)

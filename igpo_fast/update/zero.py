@@ -24,6 +24,8 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 
 from igpo_fast import adapter
@@ -215,11 +217,23 @@ class ZeroLearner(Learner):
             if name.startswith(CRITIC):
                 with self._gathered([p], modifier_rank=0):
                     p.data.copy_(master)
-            safe_set_full_fp32_param(p, master.to(p.device))
+            self._set(p, master)
             for key in WHOLE if self._applied else ():
-                safe_set_full_optimizer_state(p, state[key].to(p.device), key)
+                self._set(p, state[key], key)
         self._load_teacher(folder)
         self._number = counts["number"]
+
+    def _set(self, p: torch.nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
+        """Set a weight's master, or its state ``key``, from the whole tensor. Under stage 3 DeepSpeed itself only sets
+        weights whose numbers the ranks share out evenly."""
+        of_master, of_state = safe_set_full_fp32_param, safe_set_full_optimizer_state
+        if self._stage == 3:
+            of_master, of_state = safe_set_local_fp32_param, safe_set_local_optimizer_state
+            size = p.ds_tensor.numel()
+            mine = value.flatten()[size * self._ranks.number :][:size]
+            value = torch.nn.functional.pad(mine, (0, size - len(mine)))
+        value = value.to(p.device)
+        of_master(p, value) if key is None else of_state(p, value, key)
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         return trained_weights(self.lm, self.policy.critic)

@@ -20,10 +20,10 @@ from tests.tiny import STEPS, Recorder, files, rows, settings
 
 MODES = {
     "one": ("algorithm.kl=0.05", "algorithm.passes=one"),
-    "two": ("algorithm.kl=0", "train.updates=2", "algorithm.importance=token"),
+    "two": ("algorithm.kl=0", "train.updates=2", "algorithm.importance=token", "algorithm.name=ppo_ig"),
 }
 """``one`` has a reference model, which a later session makes again from the warm start. ``two`` has none, so that a
-later session needs its checkpoint alone; it has old log-probabilities and two updates per step."""
+later session needs its checkpoint alone; it has old log-probabilities, a critic and two updates per step."""
 STOPPED = 130
 
 

@@ -35,4 +35,4 @@ def values(lm, head, ids):
     """A critic's value of ids[i], i = 1 .. L-1: the head on the last hidden state of ids[:i]: [L-1], with gradient."""
     ids = torch.as_tensor(ids, dtype=torch.long)
     hidden = lm.model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
-    return hidden / hidden.abs().sum(-1, keepdim=True) @ head.weight
+    return hidden / hidden.abs().sum(-1, keepdim=True) @ head.weight + head.bias

@@ -235,7 +235,8 @@ def test_the_packed_gradient_of_ratios_over_tokens(ratio):
 def head_of(hidden_size, coefficient=1.0):
     head = ValueHead(hidden_size, coefficient)
     with torch.no_grad():
-        head.weight.normal_(0.2, 3, generator=torch.Generator().manual_seed(3))
+        head.weight.normal_(0, 3, generator=torch.Generator().manual_seed(3))
+        head.bias.fill_(0.2)
     return head
 
 
@@ -293,7 +294,7 @@ def test_values_and_gradients_of_a_critic(packs, level):
         parameters = list(plain.parameters())
         own = torch.autograd.grad(weights[i] * of_head, [*head.parameters(), *parameters], retain_graph=True)
         for p, g in zip([*head.parameters(), *parameters], own, strict=True):
-            g = g if p is head.weight else 0.5 * g
+            g = g if p is head.weight or p is head.bias else 0.5 * g
             p.grad = g if p.grad is None else p.grad + g
         (weights[i] * surrogate.sum()).backward()
     assert_same_gradients(gradients(policy.critic), gradients(head))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,9 +101,24 @@ def replay(way: Way, make_learner, moment, ranks: Ranks) -> dict:
         learner, packer, recipe, passes=way.passes, groups_per_pack=1, updates=1, aggregation="token_mean",
         most_tokens=100, mismatch_stop=0.0, progress=Display(1), critic=critic,
     )  # fmt: skip
+
+    def drop(factor: float, sound: bool = True) -> float | None:
+        """The norm of an update whose loss is ``factor`` times a filler's; None if it was dropped."""
+        one = np.ones(FILLER.plan.n_decisions, np.float32)
+        ref, values = learner.reference(FILLER.plan), critic and ValueInputs(one, one, one)
+        inputs = LossInputs(one, one, engine_logp=one, ref_logp=ref, critic=values)
+        learner.backward(learner(FILLER.plan, inputs).loss * factor)
+        return learner.step(sound)
+
+    dropped = [drop(0.5, sound=False)]  # before an update has made Adam's states
     norms, gradients, rows = [], [], []
     before = dict.fromkeys(trained_weights(lm, learner.policy.critic), 0.0)
     for step in range(1, UPDATES + 1):
+        if way.critic and step == 3:  # an update that a checkpoint undoes
+            folder = Path(ranks.first_alone(tempfile.mkdtemp))
+            learner.snapshot()(folder)
+            assert drop(0.5) is not None
+            learner.load(folder)
         row = StepMetrics(step)
         updater(Batch(step, tuple(case.groups)), {}, row)
         rows.append({key: value for key, value in row.row().items() if not key.startswith(("time", "memory"))})
@@ -112,14 +128,8 @@ def replay(way: Way, make_learner, moment, ranks: Ranks) -> dict:
         gradients.append({name: (now[name] - BETA * before[name]) / (1 - BETA) for name in now})
         before = now
     weights = {name: weight.clone() for name, weight in learner.weights()}
-    dropped = []
-    for factor, sound in ((math.nan, True), (math.inf, True), (0.5, False)):
-        plan = FILLER.plan
-        one = np.ones(plan.n_decisions, np.float32)
-        ref = learner.reference(plan)
-        inputs = LossInputs(one, one, engine_logp=one, ref_logp=ref, critic=critic and ValueInputs(one, one, one))
-        learner.backward(learner(plan, inputs).loss * factor)
-        dropped.append(learner.step(sound))
+    dropped += [drop(math.nan), drop(math.inf), drop(0.5, sound=False)]
+    plan = FILLER.plan
     zeros = np.zeros(plan.n_decisions, np.float32)
     idle = critic and ValueInputs(zeros, zeros, zeros)
     learner.backward(learner(plan, LossInputs(zeros, zeros, engine_logp=zeros, ref_logp=zeros, critic=idle)).loss)
