@@ -369,7 +369,9 @@ class Algorithm(Section):
     name: Literal["igpo", "ig_only", "grpo", "dr_grpo", "rloo", "reinforce_pp", "gspo", "ppo", "ppo_ig"] = "igpo"
     """Algorithm. `ig_only` is igpo without the outcome, `ppo_ig` is ppo with gains as rewards; all others but igpo are
     outcome-only. `ppo` and `ppo_ig` have a critic (section `critic`)."""
-    preset: Literal["paper", "paper_v1", "robust", "a2tgpo", "dr_venus"] = "paper"
+    preset: Literal[
+        "paper", "paper_v1", "robust", "a2tgpo", "tips", "ig_search", "infopo", "dr_venus", "stepsearch"
+    ] = "paper"
     """Preset for keys of this section, unless they are given; docs/algorithms.md says where each comes from."""
     basis: Basis = "log_prob"
     """Definition of a value: mean log-probability of the answer's tokens, or its exp."""
@@ -425,6 +427,15 @@ class Algorithm(Section):
     """Weight of normalised gains; of outcomes it is 1."""
     ig_weight_end: NonNegative | None = None
     """Weight of gains in the last step, to which `ig_weight` leads in equal parts; null keeps it."""
+    ig_potential: bool = False
+    """With `ppo_ig`: the outcome pays back the value that the last turn begins with, so that gains say when a rollout
+    earns but not how much in all (TIPS; exact with `gamma=1` and `ig_gate=0`)."""
+    ig_spread: NonNegative = 0.0
+    """Gains count `sigmoid(-s / ig_spread)` times, where s is the standard deviation of the group's outcomes: most
+    where outcomes tell its rollouts apart least (InfoPO); 0 counts them alike."""
+    credit: Literal["turn", "query"] = "turn"
+    """Tokens that a gain acts on: all of its turn; or those of the tool call alone, over their number (`query`), which
+    needs `accumulate=none`."""
     ig_tools: tuple[Literal["search"], ...] = ()
     """Tools whose turns earn gains. Other turns share the advantage of the next that does; empty is all turns."""
     ig_every: Positive = 1
@@ -469,10 +480,11 @@ class Algorithm(Section):
     def _fill_preset(cls, values):
         if not isinstance(values, dict):
             return values
-        preset, name = values.get("preset", "paper"), values.get("name")
-        known = isinstance(preset, str) and preset in PRESETS
+        preset = values.get("preset", "paper")
+        chosen = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        name = values.get("name", chosen.get("name"))
         own = OWN_LOSS.get(name, {}) if isinstance(name, str) else {}
-        values = {**(PRESETS[preset] if known else {}), **own, **values}
+        values = {**chosen, **own, **values}
         ratio = values.get("ratio")
         return {**(CLIP_OF_RATIO.get(ratio, {}) if isinstance(ratio, str) else {}), **values}
 
@@ -490,6 +502,15 @@ class Algorithm(Section):
             raise ValueError(
                 "algorithm.adaptive_clip gives each turn a clip range, and ratio=sequence has one ratio for all turns; "
                 "use ratio=turn or token"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_credit(self):
+        if self.credit == "query" and (self.accumulate != "none" or self.name in CRITICS):
+            raise ValueError(
+                "algorithm.credit=query gives each gain to its own tool call alone; set algorithm.accumulate=none, and "
+                "use an algorithm without a critic"
             )
         return self
 
@@ -536,9 +557,26 @@ PRESETS: dict[str, dict] = {
         min_var=0.0, format_penalty=-1.0, kl=0.0, entropy=0.0, outcome="em", accumulate="sum_over_sqrt",
         adaptive_clip=0.3, ratio="turn",
     ),
+    "tips": dict(
+        name="ppo_ig", basis="log_prob", answers="sum", value_model="teacher", teacher_every=200, ig_weight=0.02,
+        ig_potential=True, ig_gate=0.0, outcome="em", format_penalty=-0.2, kl=0.001, entropy=0.0,
+    ),
+    "ig_search": dict(
+        basis="log_prob", baseline="random", baseline_samples=3, pool="raw", accumulate="none", credit="query",
+        ig_weight=0.3, ig_gate=0.0, ig_center=True, ig_min_std=1e-6, outcome_min_std=1e-6, min_var=0.0, outcome="em",
+        format_penalty=0.0, kl=0.001, entropy=0.0,
+    ),
+    "infopo": dict(
+        basis="log_prob", baseline="masked", pool="separate", accumulate="none", ig_weight=0.5, ig_spread=0.5,
+        ig_gate=0.0, ig_center=True, ig_min_std=1e-6, outcome_min_std=1e-6, min_var=0.0, format_penalty=0.0, kl=0.0,
+        entropy=0.001,
+    ),
     "dr_venus": dict(
         basis="log_prob", pool="scaled_separate", ig_gate=0.0, ig_center=True, ig_min_std=1e-6, outcome_min_std=1e-6,
         min_var=1e-8, format_penalty=-1.0, kl=0.001, entropy=0.0, turn_format_penalty=1.0, gamma=0.95,
+    ),
+    "stepsearch": dict(
+        name="ppo", redundancy_penalty=0.6, format_penalty=-1.0, kl=0.001, entropy=0.001,
     ),
 }  # fmt: skip
 
@@ -552,7 +590,7 @@ OWN_LOSS: dict[str, dict] = {
 CRITICS = ("ppo", "ppo_ig")
 """Algorithms with a critic."""
 OF_GROUPS = (
-    "pool", "ig_center", "ig_min_std", "outcome_min_std", "min_var", "accumulate", "adaptive_clip",
+    "pool", "ig_center", "ig_min_std", "outcome_min_std", "min_var", "accumulate", "adaptive_clip", "ig_spread",
 )  # fmt: skip
 """Keys of ``algorithm`` about normalised rewards, which a critic's algorithms do not have."""
 CLIP_OF_RATIO: dict[str, dict] = {
@@ -580,9 +618,6 @@ class Critic(Section):
     1."""
     whiten: bool = True
     """Bring advantages to mean 0 and standard deviation 1 over the batch's decision tokens."""
-    potential: bool = False
-    """With `ppo_ig`: the outcome pays back the value that the last turn begins with, so that gains say when a rollout
-    earns but not how much in all (TIPS; exact with `gamma=1` and `ig_gate=0`)."""
 
 
 class Train(Section):

@@ -314,8 +314,8 @@ def settings_warnings(config: Config) -> list[str]:
     if a.name not in CRITICS and (given := [k for k, v in config.critic if v != getattr(Critic(), k)]):
         named = ", ".join(f"critic.{key}={getattr(config.critic, key)}" for key in given)
         warnings.append(f"{named} does nothing: algorithm.name={a.name} has no critic; use ppo or ppo_ig")
-    if a.name == "ppo" and config.critic.potential:
-        warnings.append("critic.potential=true does nothing: algorithm.name=ppo pays no gains; use ppo_ig")
+    if a.name != "ppo_ig" and a.ig_potential:
+        warnings.append(f"algorithm.ig_potential=true does nothing with algorithm.name={a.name}; use ppo_ig")
     preset = PRESETS[a.preset]
     if a.ig_gate and a.basis != preset["basis"] and a.ig_gate == preset["ig_gate"]:
         warnings.append(

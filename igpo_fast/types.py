@@ -22,7 +22,8 @@ import numpy as np
 SEARCH, ANSWER, INVALID = "search", "answer", "invalid"
 
 Basis = Literal["log_prob", "prob"]
-Answers = Literal["first", "max", "mean"]
+Answers = Literal["first", "max", "mean", "sum"]
+CreditOf = Literal["turn", "query"]
 Baseline = Literal["previous", "random", "masked", "none"]
 ValueModel = Literal["policy", "reference", "teacher"]
 Pool = Literal["separate", "joint", "scaled_separate", "turn_index", "raw"]
@@ -102,6 +103,8 @@ class Turn:
     """The environment's response as text."""
     passages: tuple[str, ...] = ()
     """Ids of the passages in the response."""
+    call: int = 0
+    """Place in ``ids`` of the first token of its action, which goes on to the end; 0 without one."""
 
 
 @dataclass(frozen=True)

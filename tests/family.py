@@ -107,3 +107,25 @@ def tips(values, score, alpha):
     """TIPS's rewards of a rollout's turns (its code, without its scaling per batch): the potential's increase, and its
     last value taken off the score."""
     return [alpha * (after - before) for before, after in pairwise(values)] + [score - alpha * values[-1]]
+
+
+def ig_search_advantages(outcomes, gains, calls, lengths, alpha):
+    """IG-Search, Eq. 4: GRPO's advantage on every token, and alpha ig_t / |Q_t| on those of turn t's query, per rollout
+    and turn. ``calls[i][t]`` is the place of a query's first token; a turn without a gain has None."""
+    out = []
+    for advantage, row, places, sizes in zip(z_scores(outcomes), gains, calls, lengths, strict=True):
+        rollout = []
+        for gain, place, n in zip([*row, None], places, sizes, strict=True):
+            share = 0.0 if gain is None else alpha * gain / (n - place)
+            rollout.append([advantage + (share if token >= place else 0.0) for token in range(n)])
+        out.append(rollout)
+    return out
+
+
+def infopo_advantages(outcomes, gains, beta, tau):
+    """InfoPO's mixture, gains pooled per turn: A_out + beta sigmoid(-s / tau) z_t, the last turn A_out alone."""
+    mean = sum(outcomes) / len(outcomes)
+    s = sqrt(sum((o - mean) ** 2 for o in outcomes) / (len(outcomes) - 1)) if len(outcomes) > 1 else 0.0
+    gate = 1 / (1 + exp(s / tau))
+    z = iter(z_scores([g for row in gains for g in row]))
+    return [[a + beta * gate * next(z) for _ in row] + [a] for a, row in zip(z_scores(outcomes), gains, strict=True)]

@@ -564,7 +564,7 @@ MUTANTS = [
          "return self.gamma", "test_advantages.py::test_gamma_discounts_igpo_but_not_outcome_only"),
     ),
     *faults("igpo_fast/update/advantages.py",
-        ("a filtered turn shares the one before", "np.searchsorted(end, np.arange(n))",
+        ("a filtered turn shares the one before", "np.searchsorted(end, np.arange(len(r.turns)))",
          'np.maximum(np.searchsorted(end, np.arange(n), "right") - 1, 0)',
          "test_gains.py::test_turns_that_earn_nothing_share_the_next_ones_advantage"),
         ("a malformed turn keeps its gain", "np.where(malformed, -recipe.turn_format_penalty, earned)", "earned",

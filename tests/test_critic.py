@@ -29,6 +29,7 @@ from igpo_fast.update.critic import (
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.passes import choose_passes
 from igpo_fast.update.policy import LossInputs, make_trees
+from igpo_fast.update.scoring import Scoring
 from igpo_kernels import pack
 from tests import family
 from tests.trees import VOCAB, random_group
@@ -181,14 +182,17 @@ def test_what_turns_earn():
 PHI = [log(exp(-2.0) + exp(-3.0)), log(exp(-1.2) + exp(-2.5)), log(exp(-0.4) + exp(-2.0))]
 
 
+TIPS = replace(RECIPE, ig_weight=0.02, potential=True)
+
+
 def test_tips_by_hand():
     """arXiv 2603.22293, its code: alpha .02, the score 1.2."""
     expected = [0.014555, 0.014858, 1.204322]
     assert family.tips(PHI, 1.2, 0.02) == pytest.approx(expected, abs=1e-6)
-    found = turn_rewards(rollout((1, 1, 1)), credit(np.diff(PHI), 1.2, PHI[0]), replace(RECIPE, ig_weight=0.02), True)
+    found = turn_rewards(rollout((1, 1, 1)), credit(np.diff(PHI), 1.2, PHI[0]), TIPS)
     assert found == pytest.approx(expected, abs=1e-6) and found.sum() == pytest.approx(1.2 - 0.02 * PHI[0])
     # Without a search the last turn is the first.
-    once = turn_rewards(rollout((1,)), credit([], 1.2, PHI[0]), replace(RECIPE, ig_weight=0.02), True)
+    once = turn_rewards(rollout((1,)), credit([], 1.2, PHI[0]), TIPS)
     assert once == pytest.approx([1.2 - 0.02 * PHI[0]])
 
 
@@ -202,7 +206,7 @@ def test_a_potential_moves_values_and_not_advantages(batch, lam, level):
         settings = replace(RAW, gae_lambda=lam, level=level)
         one = [rollout(lengths)], [credit(gains, outcome, 0.3)]
         plain += estimate(*one, [np.array(values, np.float32)], replace(RECIPE, algorithm="ppo"), settings)[0]
-        shaped += estimate(*one, [lower], RECIPE, replace(settings, potential=True))[0]
+        shaped += estimate(*one, [lower], replace(RECIPE, potential=True), settings)[0]
     for ours, theirs in zip(shaped, plain, strict=True):
         assert ours.token_advantages == pytest.approx(theirs.token_advantages, abs=1e-4)
 
@@ -269,10 +273,10 @@ def test_the_coefficient_scales_what_reaches_the_model_and_nothing_else(coeffici
 
 
 def test_a_critics_settings_are_the_sections():
-    given = "lr=0.5 coefficient=0.75 level=turn gae_lambda=0.25 clip=0.125 whiten=false potential=true"
+    given = "lr=0.5 coefficient=0.75 level=turn gae_lambda=0.25 clip=0.125 whiten=false"
     config = load(None, ["algorithm.name=ppo", *(f"critic.{key}" for key in given.split())])
     recipe = recipe_of(config.algorithm)
-    assert critic_settings_of(config, recipe) == CriticSettings(0.5, 0.75, "turn", 0.25, 0.125, False, True)
+    assert critic_settings_of(config, recipe) == CriticSettings(0.5, 0.75, "turn", 0.25, 0.125, False)
     assert critic_settings_of(config, Recipe()) is None
     assert CriticSettings() == critic_settings_of(load(None, ["algorithm.name=ppo"]), recipe)
 
@@ -305,20 +309,23 @@ def test_a_critic_without_its_algorithm_is_told():
         "critic.lr=0.5, critic.level=turn does nothing: algorithm.name=igpo has no critic; use ppo or ppo_ig"
     )
     assert settings_warnings(load(None, ["algorithm.name=ppo", "critic.lr=0.5"])) == []
-    (warning,) = settings_warnings(load(None, ["algorithm.name=ppo", "critic.potential=true"]))
-    assert warning.startswith("critic.potential=true does nothing: algorithm.name=ppo pays no gains")
+    (warning,) = settings_warnings(load(None, ["algorithm.name=ppo", "algorithm.ig_potential=true"]))
+    assert warning == "algorithm.ig_potential=true does nothing with algorithm.name=ppo; use ppo_ig"
+
+
+NOTHING = Scoring(lambda question: ())
 
 
 def test_a_critic_takes_two_passes():
     config = load(None, ["algorithm.name=ppo", "rollout.group_size=1"])
     recipe = recipe_of(config.algorithm)
-    assert choose_passes(config, recipe, 0) == "two"
+    assert choose_passes(config, recipe, NOTHING) == "two"
     asked = load(None, ["algorithm.name=ppo", "algorithm.passes=one"])
     with pytest.raises(InputError, match=r"^algorithm.passes=one: algorithm.name=ppo needs the critic's values of the"):
-        choose_passes(asked, recipe, 0)
+        choose_passes(asked, recipe, NOTHING)
     chosen = load(None, ["algorithm.name=ppo", "rollout.oversample=4", "rollout.skip_collapsed=true"])
     with pytest.raises(InputError, match=r"^rollout.skip_collapsed: algorithm.name=ppo estimates advantages with a"):
-        choose_passes(chosen, recipe, 0)
+        choose_passes(chosen, recipe, NOTHING)
 
 
 # --- that it learns ---

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from igpo_fast.config import Algorithm
 from igpo_fast.types import ANSWER, INVALID, SEARCH, Group, Question, Rollout, Turn
 from igpo_fast.update.advantages import Recipe, credit_rollouts, recipe_of, reward_metrics
-from igpo_fast.update.gains import earning_turns, information_gain, repeated_passages
+from igpo_fast.update.gains import earning_turns, information_gain, repeated_passages, values_of
+from igpo_fast.update.scoring import Values
 from tests import family
 
 PLAIN = dict(min_std=0.0, outcome_min_std=0.0, min_var=0.0)
@@ -172,3 +173,106 @@ def test_an_undefined_value_costs_the_gains_on_its_both_sides():
 def test_settings_that_contradict_each_other_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         Algorithm(**bad)
+
+
+IG_SEARCH = replace(recipe_of(Algorithm(preset="ig_search")), **PLAIN)
+
+
+def with_lengths(monkeypatch, actions, lengths, calls, outcomes, gains, recipe):
+    """Credits of one group of rollouts whose turns have so many tokens, the call's from a place on."""
+    told = iter(outcomes)
+    monkeypatch.setattr("igpo_fast.update.advantages.outcome", lambda *_: next(told))
+    made = []
+    for i, (acts, sizes, places) in enumerate(zip(actions, lengths, calls, strict=True)):
+        turns = tuple(
+            Turn(np.ones(n, np.int32), np.zeros(n, np.float32), "", a, "", np.ones(1, np.int32), call=place)
+            for a, n, place in zip(acts, sizes, places, strict=True)
+        )
+        made.append(Rollout(Question("q", "?", ("x",)), i, np.ones(1, np.int32), turns))
+    values = [Values(np.array([0.0, *np.nan_to_num(row)]), np.where(np.isnan(row), np.nan, 0.0)) for row in gains]
+    return credit_rollouts([Group(made[0].question, tuple(made))], values, recipe)
+
+
+def test_ig_search_by_hand(monkeypatch):
+    # Outcomes 1 and 0: A 1 and -1. Turn 1: .3 * .6 / 6 = .03 on the last 6 of 8 tokens; turn 2: -.4 * .3 / 4 on all 4.
+    nothing = np.zeros(0)
+    first, second = with_lengths(
+        monkeypatch, [[S, S, A], [A]], [[8, 4, 3], [2]], [[2, 0, 1], [0]], [1.0, 0.0], [np.array([0.6, -0.4]), nothing],
+        IG_SEARCH,
+    )  # fmt: skip
+    assert first.token_advantages.tolist() == pytest.approx([1, 1, *[1.03] * 6, *[0.97] * 4, 1, 1, 1])
+    assert first.advantages.tolist() == pytest.approx([1 + 0.18 / 8, 0.97, 1.0])
+    assert second.token_advantages.tolist() == [-1.0, -1.0] and second.advantages.tolist() == [-1.0]
+
+
+def test_a_call_gets_no_gain_of_another_turn(monkeypatch):
+    # The malformed turn earns nothing; with credit=turn it would share the next one's gain.
+    rows = dict(actions=[[I, S, A], [A]], lengths=[[2, 4, 1], [1]], calls=[[0, 2, 0], [0]], outcomes=[0.0, 0.0])
+    gains = [np.array([np.nan, 0.5]), np.zeros(0)]
+    (found, _) = with_lengths(monkeypatch, **rows, gains=gains, recipe=IG_SEARCH)
+    assert found.token_advantages.tolist() == pytest.approx([0, 0, 0, 0, 0.075, 0.075, 0])
+    (shared, _) = with_lengths(monkeypatch, **rows, gains=gains, recipe=replace(IG_SEARCH, credit="turn"))
+    assert shared.token_advantages is None and shared.advantages.tolist() == pytest.approx([0.15, 0.15, 0])
+
+
+def test_infopo_by_hand(monkeypatch):
+    # Gains .8 .1 | .3 -.2, mean .25, std .3640055; outcomes 1 0: A 1 -1, sample std .7071068, gate .1955704, weight .5.
+    found = with_lengths(
+        monkeypatch, [[S, S, A]] * 2, [[4, 2, 3], [2, 5, 2]], [[0] * 3] * 2, [1.0, 0.0],
+        [np.array([0.8, 0.1]), np.array([0.3, -0.2])], replace(recipe_of(Algorithm(preset="infopo")), **PLAIN),
+    )  # fmt: skip
+    assert [c.advantages.tolist() for c in found] == [
+        pytest.approx([1 + 0.0977852 * 1.5109662, 1 - 0.0977852 * 0.4120817, 1.0], abs=1e-6),
+        pytest.approx([-1 + 0.0977852 * 0.1373606, -1 - 0.0977852 * 1.2362451, -1.0], abs=1e-6),
+    ]
+
+
+@given(groups(), st.data())
+def test_ig_search_and_infopo_as_their_formulas(group, data):
+    outcomes = [outcome for _, _, outcome, _ in group]
+    lengths = [[data.draw(st.integers(1, 5)) for _ in actions] for actions, *_ in group]
+    calls = [[data.draw(st.integers(0, n - 1)) for n in row] for row in lengths]
+    searched = [[a if a == SEARCH else None for a in actions[:-1]] for actions, *_ in group]
+    gains = [np.array([np.nan if a is None else v for a, v in zip(row, values[1:], strict=True)])
+        for row, (_, values, _, _) in zip(searched, group, strict=True)]  # fmt: skip
+    rows = dict(actions=[actions for actions, *_ in group], lengths=lengths, calls=calls, outcomes=outcomes)
+    known = [[None if np.isnan(g) else float(g) for g in row] for row in gains]
+    with pytest.MonkeyPatch.context() as patch:
+        found = with_lengths(patch, **rows, gains=gains, recipe=IG_SEARCH)
+    for credit, expected in zip(found, family.ig_search_advantages(outcomes, known, calls, lengths, 0.3), strict=True):
+        assert credit.token_advantages.tolist() == pytest.approx([a for turn in expected for a in turn], abs=1e-6)
+    every = [np.array(values[1:]) for _, values, _, _ in group]
+    recipe = replace(recipe_of(Algorithm(preset="infopo")), **PLAIN)
+    with pytest.MonkeyPatch.context() as patch:
+        found = with_lengths(patch, **rows, gains=every, recipe=recipe)
+    assert [c.advantages.tolist() for c in found] == close(family.infopo_advantages(outcomes, every, 0.5, 0.5))
+
+
+def test_the_spread_of_outcomes_gates_gains(monkeypatch):
+    # Equal outcomes: half of ig_weight. One rollout has no spread, either.
+    for outcomes in ([0.5, 0.5], [0.5]):
+        n = len(outcomes)
+        rows = dict(actions=[[S, S, A]] * n, lengths=[[1] * 3] * n, calls=[[0] * 3] * n, outcomes=outcomes)
+        gains = [np.array([0.0, 1.0])] * n
+        recipe = Recipe(baseline="none", accumulate="none", ig_spread=0.5, **PLAIN)
+        found = with_lengths(monkeypatch, **rows, gains=gains, recipe=recipe)
+        assert [c.advantages.tolist() for c in found] == [[-0.5, 0.5, 0.0]] * n
+
+
+def test_the_sum_of_answers_by_hand():
+    # TIPS's potential: log(exp(-2) + exp(-3)), and so on.
+    logp = [[-2.0, -1.2, -0.4], [-3.0, -2.5, -2.0]]
+    assert values_of(logp, "log_prob", "sum").tolist() == pytest.approx([-1.686738, -0.958992, -0.216099], abs=1e-6)
+    assert values_of(logp, "prob", "sum").tolist() == pytest.approx(np.exp([-1.686738, -0.958992, -0.216099]), abs=1e-6)
+    assert np.isnan(values_of([[np.nan], [-1.0]], "log_prob", "sum")).all()
+
+
+def test_query_credit_is_refused_where_gains_are_summed():
+    for bad in (dict(accumulate="sum"), dict(accumulate="none", name="ppo_ig")):
+        with pytest.raises(ValueError, match=r"algorithm.credit=query gives .*; set algorithm.accumulate=none"):
+            Algorithm(credit="query", **bad)
+
+
+def test_presets_of_papers_with_a_critic_bring_it():
+    assert Algorithm(preset="tips").name == "ppo_ig" and Algorithm(preset="stepsearch").name == "ppo"
+    assert Algorithm(preset="tips", name="igpo").name == "igpo"

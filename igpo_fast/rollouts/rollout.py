@@ -106,7 +106,8 @@ async def run_rollout(
                 generation = await engine.generate(request)
             text = dialect.decode(generation.ids)
             action, argument = dialect.parse(text)
-            last = Turn(generation.ids, generation.logp, text, action, argument, response_ids=NOTHING)
+            call = dialect.call(generation.ids, (action, argument))
+            last = Turn(generation.ids, generation.logp, text, action, argument, response_ids=NOTHING, call=call)
             if action == ANSWER or len(turns) + 1 == limits.max_turns:
                 break
             result = await agent.tool(argument, question.corpus) if action == SEARCH else None

@@ -48,6 +48,7 @@ def record_of(rollout: Rollout, credit: Credit | None = None) -> dict[str, Any]:
                 "text": turn.text,
                 "action": turn.action,
                 "argument": turn.argument,
+                "call": turn.call,
                 "response": turn.response,
                 "passages": list(turn.passages),
                 "tokens": len(turn.ids),
@@ -95,6 +96,7 @@ def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, Credit | None]:
             response_ids=np.array(turn["response_ids"], np.int32),
             response=turn["response"],
             passages=tuple(turn["passages"]),
+            call=turn.get("call", 0),
         )
         for turn in record["turns"]
     )

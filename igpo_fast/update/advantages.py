@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +18,7 @@ from igpo_fast.types import (
     Baseline,
     Basis,
     Credit,
+    CreditOf,
     Group,
     Normalisation,
     Outcome,
@@ -100,6 +101,9 @@ class Recipe:
     adaptive_clip: float = 0.0
     baseline: Baseline = "previous"
     value_model: ValueModel = "policy"
+    potential: bool = False
+    ig_spread: float = 0.0
+    credit: CreditOf = "turn"
     steps: int = 1
     """Steps of the run."""
 
@@ -179,7 +183,10 @@ class Recipe:
 
 def recipe_of(algorithm: config.Algorithm, steps: int = 1) -> Recipe:
     """The recipe that the configuration's section ``algorithm`` describes, for a run of ``steps``."""
-    keys = {"algorithm": "name", "gate": "ig_gate", "center": "ig_center", "min_std": "ig_min_std"}
+    keys = {
+        "algorithm": "name", "gate": "ig_gate", "center": "ig_center", "min_std": "ig_min_std",
+        "potential": "ig_potential",
+    }  # fmt: skip
     named = {f.name: getattr(algorithm, keys.get(f.name, f.name)) for f in fields(Recipe) if f.name != "steps"}
     return Recipe(**named, steps=steps)
 
@@ -218,7 +225,7 @@ def credit_rollouts(
     ]
     gains = [gain for gain, _ in found]
     outcomes = [outcome(r, recipe.outcome, recipe.f1_normalisation, recipe.format_penalty) for r in rollouts]
-    clip_scales: list[np.ndarray | None] = [None] * len(rollouts)
+    of_turns: list[dict] = [{} for _ in rollouts]
     if recipe.critic:
         advantages = [np.zeros(n) for n in turns]
     elif recipe.over_tokens:
@@ -227,23 +234,7 @@ def credit_rollouts(
         advantages = [np.full(n, a) for n, a in zip(turns, normalised, strict=True)]
     else:
         rewards = [_rewards(*parts, recipe) for parts in zip(rollouts, earning, gains, outcomes, strict=True)]
-        ends = [np.flatnonzero([*e, True]) for e in earning]  # the turns that earn a reward
-        segments = [np.searchsorted(end, np.arange(n)) for end, n in zip(ends, turns, strict=True)]
-        offsets = np.cumsum([0, *map(len, ends)])
-        kinds = np.full(offsets[-1], GAIN)
-        kinds[offsets[1:] - 1] = OUTCOME
-        sizes = np.cumsum([0, *(len(group.rollouts) for group in groups)])
-        arrays = [torch.from_numpy(x) for x in (np.concatenate(rewards), kinds, offsets, sizes)]
-        per_reward = turn_advantages(*arrays, recipe.discount, recipe.normaliser).numpy()
-        advantages = [
-            per_reward[first:][segment] - _repetition(rollout, end, recipe)[segment]
-            for first, segment, rollout, end in zip(offsets, segments, rollouts, ends, strict=False)
-        ]
-        if recipe.adaptive_clip:
-            z = normalised_rewards(*arrays, recipe.normaliser).numpy()
-            # A2TGPO (arXiv 2605.06200), Eq. 11: within 1 +- adaptive_clip. The last turn has no gain.
-            scale = np.where(kinds == GAIN, 1 + recipe.adaptive_clip * np.tanh(z / 2), 1.0)
-            clip_scales = [scale[first:][segment] for first, segment in zip(offsets, segments, strict=False)]
+        advantages, of_turns = _normalised_in_groups(groups, rewards, earning, recipe)
     return tuple(
         Credit(
             values=values[i],
@@ -252,7 +243,7 @@ def credit_rollouts(
             f1=f1_score(rollout.answer, rollout.question.answers, recipe.f1_normalisation),
             em=exact_match(rollout.answer, rollout.question.answers, recipe.f1_normalisation),
             advantages=advantages[i],
-            clip_scale=clip_scales[i],
+            **of_turns[i],
             baselines=baselines[i],
             undefined=found[i][1],
         )
@@ -267,6 +258,65 @@ def _rewards(rollout: Rollout, earning: np.ndarray, gains: np.ndarray, last: flo
         malformed = np.array([turn.action == INVALID for turn in rollout.turns[:-1]], dtype=bool)[earning]
         earned = np.where(malformed, -recipe.turn_format_penalty, earned)
     return np.append(earned, last)
+
+
+def _normalised_in_groups(
+    groups: Sequence[Group], rewards: Sequence[np.ndarray], earning: Sequence[np.ndarray], recipe: Recipe
+) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]]]:
+    """Advantages from rewards that are compared within their groups: float64 [T] per rollout; and the other fields of
+    each ``Credit`` that come with them."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    ends = [np.flatnonzero([*e, True]) for e in earning]  # the turns that earn a reward
+    segments = [np.searchsorted(end, np.arange(len(r.turns))) for end, r in zip(ends, rollouts, strict=True)]
+    offsets = np.cumsum([0, *map(len, ends)])
+    kinds = np.full(offsets[-1], GAIN)
+    kinds[offsets[1:] - 1] = OUTCOME
+    sizes = np.cumsum([0, *(len(group.rollouts) for group in groups)])
+    arrays = [torch.from_numpy(x) for x in (np.concatenate(rewards), kinds, offsets, sizes)]
+    total = turn_advantages(*arrays, recipe.discount, recipe.normaliser).numpy()
+    apart = recipe.needs_values and (recipe.ig_spread or recipe.credit == "query")
+    of_outcomes = total
+    if apart:  # advantages are linear in the weights of gains and outcomes
+        of_outcomes = turn_advantages(*arrays, recipe.discount, replace(recipe.normaliser, gain_weight=0.0)).numpy()
+    if apart and recipe.ig_spread:
+        spread = [_spread(rewards[a:b]) for a, b in pairwise(sizes)]
+        gate = 1 / (1 + np.exp(np.array(spread) / recipe.ig_spread))
+        total = of_outcomes + np.repeat(gate, np.diff(offsets[sizes])) * (total - of_outcomes)
+    costs = [_repetition(rollout, end, recipe) for rollout, end in zip(rollouts, ends, strict=True)]
+    per_turn = lambda x, i: (x[offsets[i] : offsets[i + 1]] - costs[i])[segments[i]]  # noqa: E731
+    advantages = [per_turn(total, i) for i in range(len(rollouts))]
+    more: list[dict[str, np.ndarray]] = [{} for _ in rollouts]
+    if recipe.credit == "query" and apart:
+        for i, rollout in enumerate(rollouts):
+            others = per_turn(of_outcomes, i)
+            own = np.isin(np.arange(len(others)), ends[i])  # others show the next one's gain
+            of_tokens = _of_calls(rollout, others, own * (advantages[i] - others))
+            advantages[i] = np.array([tokens.mean() for tokens in of_tokens])
+            more[i]["token_advantages"] = np.concatenate(of_tokens).astype(np.float32)
+    if recipe.adaptive_clip:
+        z = normalised_rewards(*arrays, recipe.normaliser).numpy()
+        # A2TGPO (arXiv 2605.06200), Eq. 11: within 1 +- adaptive_clip. The last turn has no gain.
+        scale = np.where(kinds == GAIN, 1 + recipe.adaptive_clip * np.tanh(z / 2), 1.0)
+        for i, segment in enumerate(segments):
+            more[i]["clip_scale"] = scale[offsets[i] : offsets[i + 1]][segment]
+    return advantages, more
+
+
+def _spread(rewards: Sequence[np.ndarray]) -> float:
+    """Standard deviation of a group's outcomes, a sample's as in InfoPO's code; 0 for one rollout."""
+    outcomes = [row[-1] for row in rewards]
+    return float(np.std(outcomes, ddof=1)) if len(outcomes) > 1 else 0.0
+
+
+def _of_calls(rollout: Rollout, others: np.ndarray, gains: np.ndarray) -> list[np.ndarray]:
+    """Advantages of each turn's tokens: ``others``, to which those of its tool call add its gain over their number
+    (IG-Search, arXiv 2604.15148, Eq. 4)."""
+    tokens = []
+    for turn, other, gain in zip(rollout.turns, others, gains, strict=True):
+        row = np.full(len(turn.ids), other)
+        row[turn.call :] += gain / (len(turn.ids) - turn.call)
+        tokens.append(row)
+    return tokens
 
 
 def _repetition(rollout: Rollout, ends: np.ndarray, recipe: Recipe) -> np.ndarray:

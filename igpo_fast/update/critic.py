@@ -38,7 +38,6 @@ class CriticSettings:
     clip: float = 0.5
     """Farthest that a value moves from the one before the update while the loss still rewards it; 0 is no limit."""
     whiten: bool = True
-    potential: bool = False
 
 
 def critic_settings_of(config: config.Config, recipe: Recipe) -> CriticSettings | None:
@@ -125,15 +124,14 @@ def gae(rewards: np.ndarray, values: np.ndarray, gamma: float, gae_lambda: float
     return advantages
 
 
-def turn_rewards(rollout: Rollout, credit: Credit, recipe: Recipe, potential: bool = False) -> np.ndarray:
+def turn_rewards(rollout: Rollout, credit: Credit, recipe: Recipe) -> np.ndarray:
     """What a rollout's turns earn, before any normalisation: float64 [T]. The outcome in the last; in those before it
     ``ig_weight`` times the gain, if it passes the gate, or the penalty of a malformed turn; off it comes what repeated
     passages cost.
 
-    Args:
-        potential: the outcome pays back ``ig_weight`` times the value of the last prefix. Where nothing else was gated
-            or charged, a rollout's rewards then add up to ``outcome - ig_weight v_0`` whatever it found (TIPS, arXiv
-            2603.22293).
+    With ``recipe.potential`` the outcome pays back ``ig_weight`` times the value of the last prefix. Where nothing else
+    was gated or charged, a rollout's rewards then add up to ``outcome - ig_weight v_0`` whatever it found (TIPS, arXiv
+    2603.22293).
     """
     rewards = np.zeros(len(rollout.turns))
     rewards[-1] = credit.outcome
@@ -143,7 +141,7 @@ def turn_rewards(rollout: Rollout, credit: Credit, recipe: Recipe, potential: bo
         if recipe.turn_format_penalty:
             earned[[turn.action == INVALID for turn in rollout.turns[:-1]]] = -recipe.turn_format_penalty
         rewards[:-1] = recipe.ig_weight * earned
-        if potential:
+        if recipe.potential:
             rewards[-1] -= recipe.ig_weight * np.nan_to_num(credit.values[-1])
     if recipe.redundancy_penalty:
         rewards[:-1] -= recipe.redundancy_penalty * repeated_passages(rollout)
@@ -189,7 +187,7 @@ def estimate(
     filled_values, filled_rewards = np.zeros((2, *inside.shape))
     filled_values[inside] = np.concatenate(at_steps)
     for row, end, rollout, credit in zip(filled_rewards, ends, rollouts, credits, strict=True):
-        row[end] = turn_rewards(rollout, credit, recipe, settings.potential)
+        row[end] = turn_rewards(rollout, credit, recipe)
     advantages = gae(filled_rewards, filled_values, recipe.discount, settings.gae_lambda)
     returns = advantages + filled_values
     metrics = {"critic/value_mean": float(filled_values[inside].mean())}

@@ -16,7 +16,8 @@ def values_of(answer_logp: ArrayLike, basis: Basis, answers: Answers) -> np.ndar
     Args:
         answer_logp: (1/A) sum_j log pi(a_j | prefix_t, wrapper, a_<j), nats, [n_answers >= 1, T].
         basis: ``log_prob`` keeps the mean log-probability, ``prob`` takes its exp (before combining answers).
-        answers: the ``first`` answer's value, or the ``max`` or ``mean`` over answers; NaN if one is NaN.
+        answers: the ``first`` answer's value, the ``max`` or ``mean`` over answers, or the value of the ``sum`` of
+            their probabilities (with ``log_prob`` its log); NaN if one is NaN.
     Returns:
         float64 [T].
     Raises:
@@ -28,6 +29,9 @@ def values_of(answer_logp: ArrayLike, basis: Basis, answers: Answers) -> np.ndar
     values = np.exp(logp) if basis == "prob" else logp
     if answers == "first":
         return values[0]
+    if answers == "sum":
+        with np.errstate(invalid="ignore"):
+            return values.sum(axis=0) if basis == "prob" else np.logaddexp.reduce(values, axis=0)
     return values.max(axis=0) if answers == "max" else values.mean(axis=0)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from igpo_fast.errors import InputError
 from igpo_fast.rollouts.dialect.encoding import Encoder, unquote
 from igpo_fast.rollouts.dialect.parsing import ANSWERS, CLOSE, OPEN
-from igpo_fast.types import Question
+from igpo_fast.types import INVALID, Question
 from igpo_kernels import Branch
 
 if TYPE_CHECKING:
@@ -84,6 +84,20 @@ class Dialect(ABC):
         """The first well-formed action of a turn: (SEARCH, query), (ANSWER, answer), or (INVALID, "") where there is
         none. Raises nothing, whatever the text; ``parsing.first_action`` says what counts.
         """
+
+    def call(self, ids: np.ndarray, action: tuple[str, str]) -> int:
+        """The place of the first token of a turn's action, which goes on to the end of the turn: the shortest end of
+        ``ids`` that reads as the same action. 0 for a turn without one."""
+        if action[0] == INVALID:
+            return 0
+        first, behind = 0, len(ids)  # all ids read so, no ids do not
+        while behind - first > 1:
+            middle = (first + behind) // 2
+            if self.parse(self.decode(ids[middle:])) == action:
+                first = middle
+            else:
+                behind = middle
+        return first
 
     @abstractmethod
     def response(self, action: str, result: ToolResult | None, *, ended: bool = True) -> tuple[np.ndarray, str]:
