@@ -41,6 +41,17 @@ class DialectContract:
         assert ids[-1] in dialect.stop_ids or text.endswith(tuple(dialect.stop_strings))
         assert dialect.parse(dialect.decode(ids)) == (action, self.argument)
 
+    @pytest.mark.parametrize("action", [SEARCH, ANSWER])
+    def test_a_call_is_the_shortest_end_that_reads_alike(self, dialect, action):
+        written = dialect.encode(dialect.write(action, self.argument))
+        meant = (action, self.argument)
+        reads = [dialect.parse(dialect.decode(written[place:])) == meant for place in range(len(written))]
+        own = dialect.call(written, meant)
+        assert reads[own] and not any(reads[own + 1 :])
+        before = dialect.encode("A B D")
+        assert dialect.call(np.concatenate([before, written]), meant) == len(before) + own
+        assert dialect.call(before, (INVALID, "")) == 0
+
     def test_any_text_parses(self, dialect):
         whole = dialect.write(SEARCH, self.argument)
         for text in (*ODD, *(whole[:n] for n in range(len(whole))), whole[1:], whole * 2):
