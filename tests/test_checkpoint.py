@@ -325,7 +325,7 @@ def test_an_edit_of_the_stored_configuration_is_refused(tmp_path):
     """``train --config RUN/config.yaml`` reads the very file that was edited."""
     begun(tmp_path, settings_for())
     stored = tmp_path / "config.yaml"
-    stored.write_text(stored.read_text().replace("lr: 0.01\n", "lr: 0.02\n").replace("every: 20", "every: 5"))
+    stored.write_text(stored.read_text().replace("lr: 0.01\n", "lr: 0.02\n").replace(" every: 20\n", " every: 5\n"))
     edited = config.load(stored)
     assert (edited.train.lr, edited.eval.every) == (0.02, 5)
     with pytest.raises(InputError, match=r"train\.lr was 0\.01 when this run began and is now 0\.02; keep it"):

@@ -107,7 +107,7 @@ class TestOverlap:
         (batch, early, weights), (batch_too, early_too, weights_too) = results
         assert early.keys() == early_too.keys() and len(early) == 24
         for key in early:
-            assert early[key].values.tolist() == early_too[key].values.tolist()
+            assert early[key].values.values.tolist() == early_too[key].values.values.tolist()
             assert early[key].logp.tolist() == early_too[key].logp.tolist()
         for scores, same in zip(batch.credits, batch_too.credits, strict=True):
             assert scores.advantages.tolist() == same.advantages.tolist()
