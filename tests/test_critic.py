@@ -126,10 +126,11 @@ def test_rounding_is_not_brought_to_unit_size():
 
 
 def test_equal_advantages_are_whitened_to_exact_zeros():
+    """Fifteen .7, whose mean is rounded."""
     found, _, metrics = estimate(
-        [rollout((3,)), rollout((1,))], [credit([], 0.7)] * 2, [np.zeros(3), np.zeros(1)], RECIPE, CriticSettings()
+        [rollout((14,)), rollout((1,))], [credit([], 0.7)] * 2, [np.zeros(14), np.zeros(1)], RECIPE, CriticSettings()
     )
-    assert [f.token_advantages.tolist() for f in found] == [[0.0] * 3, [0.0]]
+    assert [f.token_advantages.tolist() for f in found] == [[0.0] * 14, [0.0]]
     assert metrics == {"critic/value_mean": 0.0}  # nothing varies that could be explained
 
 
