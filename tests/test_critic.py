@@ -116,11 +116,22 @@ def test_whitening_counts_tokens_of_the_whole_batch():
         assert targets[0].returns == pytest.approx([0.6] * 3)  # as earned
 
 
-def test_equal_advantages_are_whitened_to_exact_zeros():
+def test_rounding_is_not_brought_to_unit_size():
+    """Advantages .6 and returns .7, but for 1e-7: over a floor of 1e-4 that is 1e-3."""
+    values = [np.full(3, 0.1, np.float32), np.full(1, 0.1 + 1e-7, np.float32)]
     found, _, metrics = estimate(
-        [rollout((3,)), rollout((1,))], [credit([], 0.7)] * 2, [np.zeros(3), np.zeros(1)], RECIPE, CriticSettings()
+        [rollout((3,)), rollout((1,))], [credit([], 0.7)] * 2, values, RECIPE, CriticSettings()
     )
-    assert [f.token_advantages.tolist() for f in found] == [[0.0] * 3, [0.0]]
+    assert 0 < max(abs(f.token_advantages).max() for f in found) < 2e-3
+    assert metrics.keys() == {"critic/value_mean"}
+
+
+def test_equal_advantages_are_whitened_to_exact_zeros():
+    """Fifteen .7, whose mean is rounded."""
+    found, _, metrics = estimate(
+        [rollout((14,)), rollout((1,))], [credit([], 0.7)] * 2, [np.zeros(14), np.zeros(1)], RECIPE, CriticSettings()
+    )
+    assert [f.token_advantages.tolist() for f in found] == [[0.0] * 14, [0.0]]
     assert metrics == {"critic/value_mean": 0.0}  # nothing varies that could be explained
 
 
@@ -157,7 +168,7 @@ def test_ragged_batches_follow_the_definition(batch, gamma, lam, level):
         means = [part.mean() for part in np.split(np.array(advantages), np.cumsum(lengths)[:-1])]
         assert ours.advantages == pytest.approx(means, abs=1e-5)
         if pool.std() > 1e-3:
-            whitened = (np.array(advantages) - pool.mean()) / pool.std()
+            whitened = (np.array(advantages) - pool.mean()) / (pool.var() + 1e-8) ** 0.5
             assert theirs.token_advantages == pytest.approx(whitened, abs=1e-3)
 
 

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from igpo_fast import config
 
 
+ROUNDING = 1e-6
+"""Returns that differ by less differ by the rounding of values."""
+
+
 @dataclass(frozen=True)
 class CriticSettings:
     """Settings of the head, its loss and its estimates."""
@@ -191,7 +195,7 @@ def estimate(
     advantages = gae(filled_rewards, filled_values, recipe.discount, settings.gae_lambda)
     returns = advantages + filled_values
     metrics = {"critic/value_mean": float(filled_values[inside].mean())}
-    if returns[inside].min() < returns[inside].max():
+    if returns[inside].std() > ROUNDING:
         metrics["critic/explained_variance"] = 1 - float(advantages[inside].var() / returns[inside].var())
 
     def per_token(filled: np.ndarray) -> list[np.ndarray]:
@@ -216,7 +220,7 @@ def estimate(
 
 
 def _white(advantages: np.ndarray) -> np.ndarray:
-    """At mean 0 and std 1; zeros if all are equal."""
+    """At mean 0 and std 1, but for verl's floor of 1e-4 under the std; zeros if all are equal."""
     if advantages.min() == advantages.max():
         return np.zeros_like(advantages)
-    return (advantages - advantages.mean()) / advantages.std()
+    return (advantages - advantages.mean()) / np.sqrt(advantages.var() + 1e-8)
