@@ -496,7 +496,7 @@ MUTANTS = [
         ("noise of rounding", "np.sqrt(advantages.var() + 1e-8)", "advantages.std()",
          f"{CRITIC}::test_rounding_is_not_brought_to_unit_size"),
         ("a share of rounding is explained", "> ROUNDING", "> 0",
-         f"{CRITIC}::test_rounding_is_not_brought_to_unit_size"),
+         f"{CRITIC}::test_equal_advantages_are_whitened_to_exact_zeros"),
         ("the gate does not gate", "< recipe.gate] = 0.0", "< 0] = 0.0", f"{CRITIC}::test_what_turns_earn"),
         ("gains of full weight", "= recipe.ig_weight * earned", "= earned", f"{CRITIC}::test_what_turns_earn"),
         ("a potential that is kept", "            rewards[-1] -= ", "            rewards[-1] -= 0 * ",
