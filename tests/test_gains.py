@@ -259,6 +259,18 @@ def test_the_spread_of_outcomes_gates_gains(monkeypatch):
         assert [c.advantages.tolist() for c in found] == [[-0.5, 0.5, 0.0]] * n
 
 
+def test_each_group_has_its_own_gate():
+    one, two = (Group(Question(q, "?", ("x",)), (rollout(0, [S, A]), rollout(1, [S, A]))) for q in "ab")
+    answered = lambda r, argument: replace(r, turns=(r.turns[0], replace(r.turns[1], argument=argument)))  # noqa: E731
+    one = replace(one, rollouts=(answered(one.rollouts[0], "x"), answered(one.rollouts[1], "y")))
+    two = replace(two, rollouts=(answered(two.rollouts[0], "x"), answered(two.rollouts[1], "x")))
+    recipe = Recipe(baseline="none", accumulate="none", ig_spread=0.5, **PLAIN)
+    values = [Values(np.array([0.0, v]), np.zeros(1)) for v in (1.0, 0.0, 1.0, 0.0)]
+    found = [c.advantages.tolist() for c in credit_rollouts([one, two], values, recipe)]
+    gate = 1 / (1 + np.exp(0.5**0.5 / 0.5))
+    assert found == close([[1 + gate, 1], [-1 - gate, -1], [0.5, 0], [-0.5, 0]])
+
+
 def test_the_sum_of_answers_by_hand():
     # TIPS's potential: log(exp(-2) + exp(-3)), and so on.
     logp = [[-2.0, -1.2, -0.4], [-3.0, -2.5, -2.0]]
