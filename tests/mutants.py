@@ -1114,10 +1114,10 @@ def passes_unmutated(mutants: list[Mutant], source: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="name the faults and their tests, run nothing")
-    parser.add_argument("--only", metavar="NAME", help="the faults whose name contains this")
+    parser.add_argument("--only", metavar="NAME", help="the faults whose name or file contains this")
     parser.add_argument("--why", action="store_true", help="print what the killing test said")
     options = parser.parse_args()
-    mutants = [m for m in MUTANTS if options.only is None or options.only in m.name]
+    mutants = [m for m in MUTANTS if options.only is None or options.only in f"{m.name} {m.file}"]
     width = max((len(m.name) for m in mutants), default=0)
     if options.list or not mutants:
         for m in mutants:
