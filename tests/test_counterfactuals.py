@@ -12,12 +12,13 @@ import torch
 from igpo_fast import config
 from igpo_fast.types import SEARCH, Batch
 from igpo_fast.update.advantages import Recipe, credit_rollouts
+from igpo_fast.update.policy import make_trees
 from igpo_fast.update.scoring import MASKED, REAL, Scoring, Values
-from igpo_kernels import LossSettings
+from igpo_kernels import LossSettings, tree_size
 from tests import family
 from tests.parity import naive
 from tests.parity.test_parity import TEMPERATURE, Case, assert_same_gradients, models
-from tests.test_mutant_gaps import Updates, budget, naive_gradients
+from tests.test_mutant_gaps import Updates, naive_gradients
 
 EMPTY = np.array([5, 9], np.int32)
 
@@ -62,6 +63,20 @@ def test_a_random_fork_has_another_questions_response_then_an_answer():
         for t in turns:  # two samples are two responses
             first, second = (made[t, n].ids[: made[t, n].start].tobytes() for n in (0, len(branches)))
             assert first != second or len({r for known in responses.values() for r in known}) < 3
+
+
+def test_every_response_of_another_question_is_lent_sooner_or_later():
+    case = Case(4)
+    scoring, first = scoring_of(case, "random"), case.groups[0].question.id
+    lent = {
+        fork.ids[: fork.start - case.branches[0][fork.answer % len(case.branches[0])].start].tobytes()
+        for step in range(1, 60)
+        for i, found in scoring.forks(Batch(step, tuple(case.groups))).items()
+        for fork in found
+        if case.rollouts[i].question.id == first
+    }
+    turns = [turn for r in case.rollouts if r.question.id != first for turn in r.turns[:-1]]
+    assert lent == {turn.response_ids.tobytes() for turn in turns}
 
 
 def test_random_forks_depend_on_step_and_seed_but_not_on_who_else_is_asked_first():
@@ -133,19 +148,26 @@ def naive_masked(case, plain, i):
     return sides
 
 
-@pytest.mark.parametrize("baseline", ["random", "masked", "none"])
-@pytest.mark.parametrize("passes", ["one", "two"])
-@pytest.mark.parametrize("packs", ["one pack", "several"])
+@pytest.mark.parametrize("baseline, passes, packs", [
+    ("random", "one", 1), ("random", "one", 3), ("random", "two", 3), ("masked", "one", 1), ("masked", "one", 3),
+    ("masked", "two", 1), ("none", "one", 3),
+])  # fmt: skip
 def test_gains_and_gradients_are_those_of_separate_passes(monkeypatch, baseline, passes, packs):
-    case, (ours, plain) = Case(7), models()
+    case, (ours, plain) = Case(19, groups=3), models()  # no two of its groups fit the third's pack
     scoring = scoring_of(case, baseline)
-    room = budget(case, packs) * (12 if packs == "one pack" else 3)
+    trees = make_trees(case.groups, [scoring.branches_of(g.question) for g in case.groups], case.numbers,
+        scoring.forks(Batch(1, tuple(case.groups))))  # fmt: skip
+    sizes = [tree_size(tree)[0] for tree in trees]
+    room = sum(sizes) if packs == 1 else max(sizes)
     settings = ["algorithm.preset=robust", "algorithm.basis=log_prob", "algorithm.answers=max", "algorithm.ig_gate=0"]
     settings += [f"algorithm.baseline={baseline}", f"algorithm.passes={passes}", f"train.token_budget={room}"]
     options = {
         name: getattr(scoring, name) for name in ("samples", "longest_response", "masked_response", "branches_of")
     }
+    read = []
+    ours.model.embed_tokens.register_forward_hook(lambda module, args, out: read.append(args[0].numel()))
     run = Updates(monkeypatch, case, ours, *settings, baseline=baseline, **options)
+    assert packs <= len(read) <= packs if passes == "one" else packs < len(read) <= 2 * packs
     scored = []
     for i, rollout in enumerate(case.rollouts):
         if baseline == "masked":

@@ -207,6 +207,15 @@ def test_tips_by_hand():
     assert once == pytest.approx([1.2 - 0.02 * PHI[0]])
 
 
+@given(batches(), st.sampled_from([0.02, 0.5]))
+def test_ragged_batches_earn_what_tips_pays(batch, alpha):
+    for lengths, gains, outcome, _ in batch:
+        phi = 0.3 + np.cumsum([0.0, *gains])
+        made = Credit(phi, np.array(gains, np.float64), outcome, 0.0, 0.0, np.zeros(len(lengths)))
+        found = turn_rewards(rollout(lengths), made, replace(TIPS, ig_weight=alpha))
+        assert found == pytest.approx(family.tips(phi.tolist(), outcome, alpha), abs=1e-9)
+
+
 @given(batches(), st.floats(0, 1), st.sampled_from(["token", "turn"]))
 def test_a_potential_moves_values_and_not_advantages(batch, lam, level):
     """With gamma 1 and values lower by the potential of their turn's prefix."""

@@ -14,7 +14,7 @@ from igpo_fast.update.advantages import credit_rollouts
 from igpo_kernels import LossSettings
 from tests.parity import naive
 from tests.parity.test_parity import TEMPERATURE, Case, assert_same_gradients, models
-from tests.test_mutant_gaps import Updates, budget
+from tests.test_mutant_gaps import Updates
 
 
 def moved(lm):
@@ -31,8 +31,8 @@ def moved(lm):
     ("teacher", "one", "several"), ("teacher", "two", "one pack"),
 ])  # fmt: skip
 def test_values_are_the_other_models_and_gradients_the_policys(monkeypatch, value_model, passes, packs):
-    case, (ours, plain) = Case(7), models()
-    room = budget(case, packs)
+    case, (ours, plain) = Case(7, groups=3), models()
+    room = max(plan.n_tokens for plan in case.plans(1 if packs == "one pack" else 3))
     settings = [f"algorithm.value_model={value_model}", f"algorithm.passes={passes}", f"train.token_budget={room}"]
     forwards = {"policy": 0, "reference": 0, "teacher": 0}
 
