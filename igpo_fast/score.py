@@ -3,27 +3,19 @@
 A line is ``{"question", "answers", "messages": [{"role", "content"}, ...]}``, or one of a run's own rollouts file; the
 output adds ``values`` (v_0 .. v_{T-1}) and ``info_gain`` (of turns 1 .. T-1; the last turn gives the answer and
 has none).
-
-Messages are text, not sampled tokens. They are tokenised message by message (tags) or turn by turn (chat), so tokens
-can differ from the sampled ones, mostly at the borders, and values slightly with them. Messages are text of others:
-special tokens that they spell are read as text, and in tools' messages so are the template's delimiters.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
-import secrets
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from igpo_fast.config import Config
@@ -33,17 +25,14 @@ from igpo_fast.errors import InputError
 from igpo_fast.files import atomic
 from igpo_fast.jsonl import finite
 from igpo_fast.model import device_of, load
-from igpo_fast.rollouts.dialect import CHAT_SYSTEM, SEARCH_TOOL, TODAY, Dialect, TagsDialect, make_dialect, unquote
 from igpo_fast.run.checkpoint import RunFolder
-from igpo_fast.trajectories import Message, Record, read_records
+from igpo_fast.trajectories import Record, read_records
+from igpo_fast.transcripts import WRITERS
 from igpo_fast.types import Answers, Basis
 from igpo_fast.update.gains import information_gain, values_of
 from igpo_fast.update.packs import means_of
 from igpo_fast.update.policy import Policy
 from igpo_kernels import ANSWER, Branch, LossSettings, RolloutTokens, Tree, pack
-
-BUDGETS = dict(max_passage_tokens=128, max_answer_tokens=64, max_answers=4)
-"""Limits of the dialects; passages are part of the messages and are not cut here."""
 
 
 @dataclass(frozen=True)
@@ -61,171 +50,6 @@ class Trajectory:
     def packed_tokens(self) -> int:
         """Most packed tokens that it takes."""
         return len(self.ids) + len(self.boundaries) * sum(branch.stop for branch in self.branches)
-
-
-class Tags:
-    """Trajectories as one continuous text: the concatenated contents."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, wrapper: str | None = None):
-        self.dialect: Dialect = make_dialect("tags", tokenizer, wrapper=wrapper, **BUDGETS)
-        # Writes a text as a prompt, with the start token of models that have one, and nothing else.
-        bare = replace(self.dialect.wording, system="", question="{}")
-        self._verbatim = TagsDialect(tokenizer, wording=bare, **BUDGETS)
-        self._end = tokenizer.eos_token or ""
-
-    def pieces(self, record: Record) -> list[list[np.ndarray]]:
-        """Tokens of the prompt, then of each scored turn with its responses, in pieces."""
-        for message in (*record.prompt, *(message for turn in record.turns for message in turn)):
-            if message.calls or message.thought:
-                raise InputError(
-                    f"{record.where}: message {message.number} has tool_calls or reasoning_content, which the dialect "
-                    "tags cannot write; use --dialect chat, or write them into its content"
-                )
-        if record.prompt:
-            first, *rest = record.prompt
-            asked = self._verbatim.prompt(replace(record.question, question=first.content))
-            prompt = [asked, *map(self._encode, rest)]
-        else:
-            prompt = [self.dialect.prompt(record.question)]
-        return [prompt, *([self._encode(message) for message in turn] for turn in record.turns[:-1])]
-
-    def _encode(self, message: Message) -> np.ndarray:
-        said = message.content
-        if message.role != "assistant":
-            return self.dialect.encode(self.dialect.quote(said))
-        # The policy may write delimiters and end its turn.
-        ends = self._end if self._end and said.endswith(self._end) else ""
-        return self.dialect.encode(self.dialect.quote(said.removesuffix(ends), tags=False) + ends)
-
-
-class Chat:
-    """Trajectories as the model's own chat template writes them; ``tools`` of a line reach the template.
-
-    A prefix is rendered with the opening of the next turn; a turn is the text that this adds to the prefix before.
-    Messages that a template leaves out (as Qwen3's does thoughts before the user's last message) are refused, because
-    values would be of other texts.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, wrapper: str | None = None):
-        self.tokenizer = tokenizer
-        self.dialect: Dialect = make_dialect("chat", tokenizer, wrapper=wrapper, **BUDGETS)
-
-    def pieces(self, record: Record) -> list[list[np.ndarray]]:
-        """Tokens of the prompt, then of each scored turn with its responses, in one piece each."""
-        tools = record.row.get("tools")
-        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-            raise InputError(f'{record.where}: "tools" are no list of objects; correct them, or leave them out')
-        given, turns = list(record.prompt), record.turns[:-1]
-        if not given:
-            system = Message(0, "system", CHAT_SYSTEM)
-            given, tools = [system, Message(0, "user", record.question.question)], [SEARCH_TOOL]
-        tools = _texts(tools, self.dialect.quote, self.dialect.quote)
-        messages = [self._written(message) for message in given]
-        before = self._render(record, messages, tools)
-        pieces = [[self.dialect.encode(before)]]
-        for number, turn in enumerate(turns, start=1):
-            text = before
-            for message in turn:
-                messages.append(self._written(message))
-                shorter, text = text, self._render(record, messages, tools)
-                if text == shorter:
-                    raise InputError(
-                        f"{record.where}: the chat template writes nothing for a message of role "
-                        f"{message.role!r}; use another role, or --dialect tags"
-                    )
-            if not text.startswith(before):
-                raise InputError(
-                    f"{record.where}: the chat template rewrites the text before turn {number} when that "
-                    "turn follows, so prefixes do not continue one another; use --dialect tags, or another "
-                    "template"
-                )
-            pieces.append([self.dialect.encode(text[len(before) :])])
-            before = text
-        self._check_complete(record, [*given, *(message for turn in turns for message in turn)], tools)
-        return pieces
-
-    def _written(self, message: Message) -> dict[str, Any]:
-        """A message in the template's form."""
-        own = message.role != "tool"  # only tools may not write the template's delimiters
-        return _for_template(message, lambda text: self.dialect.quote(text, tags=not own), self.dialect.quote)
-
-    def _check_complete(self, record: Record, messages: list[Message], tools: list | None) -> None:
-        """Refuse a template that leaves out part of a message: each text between tags is replaced by a mark, and all
-        marks must appear in the rendering."""
-        marks: dict[str, int] = {}
-
-        def marked(text: str, number: int) -> str:
-            pieces = _TAG.split(text)
-            for i, piece in enumerate(pieces):
-                if piece.strip() and not _TAG.fullmatch(piece):
-                    pieces[i] = f"{_MARK}{len(marks)}."
-                    marks[pieces[i]] = number
-            return "".join(pieces)
-
-        copies = [
-            _for_template(m, lambda text, number=m.number: marked(text, number), self.dialect.quote) for m in messages
-        ]
-        rendered = self._render(record, copies, tools)
-        for mark, number in marks.items():
-            if mark not in rendered:
-                raise InputError(
-                    f"{record.where}: the chat template leaves out part of message {number} (its thought, where a "
-                    "user's message follows: give results the role tool); or use --dialect tags"
-                )
-
-    def _render(self, record: Record, messages: list[dict], tools: list | None) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, tokenize=False, strftime_now=TODAY.strftime
-            )
-        except REFUSALS as error:
-            reason = unquote(" ".join(str(error).split()))
-            raise InputError(
-                f"{record.where}: the chat template refuses the messages ({reason}); correct them, or use "
-                "--dialect tags"
-            ) from None
-
-
-REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""Errors that a template may raise about messages."""
-_MARK = secrets.token_hex(8)
-"""Text that no line contains."""
-_TAG = re.compile(r"(<[^<>]{1,40}>)")
-
-
-def _for_template(message: Message, write: Callable[[str], str], quote: Callable[[str], str]) -> dict[str, Any]:
-    """A message as templates take it, its texts written by ``write``, names of arguments by ``quote``."""
-    # Templates have no environment role: messages not from a tool count as the user's.
-    role = "user" if message.role == "environment" else message.role
-    made: dict[str, Any] = {"role": role, "content": write(message.content)}
-    if message.thought:
-        made["reasoning_content"] = write(message.thought)
-    if message.calls:
-        made["tool_calls"] = [
-            {
-                "type": "function",
-                "function": {
-                    "name": write(call["name"]),
-                    "arguments": _texts(call["arguments"], write, quote),
-                },
-            }
-            for call in message.calls
-        ]
-    return made
-
-
-def _texts(value: Any, write: Callable[[str], str], quote: Callable[[str], str]) -> Any:
-    """A JSON value, its texts written by ``write``, the names in its objects by ``quote``."""
-    if isinstance(value, str):
-        return write(value)
-    if isinstance(value, list):
-        return [_texts(entry, write, quote) for entry in value]
-    if isinstance(value, dict):
-        return {quote(key): _texts(entry, write, quote) for key, entry in value.items()}
-    return value
-
-
-WRITERS = {"tags": Tags, "chat": Chat}
 
 
 class Scorer:
