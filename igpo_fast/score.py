@@ -2,17 +2,21 @@
 
 A line is ``{"question", "answers", "messages": [{"role", "content"}, ...]}``, or one of a run's own rollouts file; the
 output adds ``values`` (v_0 .. v_{T-1}) and ``info_gain`` (of turns 1 .. T-1; the last turn gives the answer and
-has none).
+has none), and with a baseline other than the value before, ``baselines`` (b_1 .. b_{T-1}). Null is what a turn has not.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,29 +31,94 @@ from igpo_fast.jsonl import finite
 from igpo_fast.model import device_of, load
 from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.trajectories import Record, read_records
-from igpo_fast.transcripts import WRITERS
-from igpo_fast.types import Answers, Basis
+from igpo_fast.transcripts import NOTHING, WRITERS
+from igpo_fast.types import INVALID, SEARCH, Answers, Baseline, Basis, Rollout, ToolResult, Turn
 from igpo_fast.update.gains import information_gain, values_of
 from igpo_fast.update.packs import means_of
 from igpo_fast.update.policy import Policy
-from igpo_kernels import ANSWER, Branch, LossSettings, RolloutTokens, Tree, pack
+from igpo_fast.update.scoring import MASKED, NONE_LENT, Lent, Scoring, Values
+from igpo_kernels import ANSWER, FORK, Branch, Fork, LossSettings, RolloutTokens, Tree, pack, tree_size
+
+LENT, LENT_PER_QUESTION = 1024, 64
+"""Most responses that ``baseline=random`` draws from, and most of one question."""
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A record as tokens, up to the last prefix that is scored."""
+    """A record as tokens, and what is scored beside them."""
 
     record: Record
-    ids: np.ndarray
-    """int32 [L]"""
-    boundaries: np.ndarray
-    """Lengths of prefix_0 .. prefix_{T-1}: int64 [T]."""
+    rollout: Rollout
+    """Its tokens, up to the last that is scored; its question's id is the same for equal questions."""
     branches: tuple[Branch, ...]
+    forks: Sequence[Fork] = ()
 
     @property
+    def boundaries(self) -> np.ndarray:
+        """Lengths of prefix_0 .. prefix_{T-1}: int64 [T]."""
+        return self.rollout.boundaries
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The longest prefix: int32 [L]."""
+        return self.rollout.ids[: self.boundaries[-1]]
+
+    def tokens(self, index: int) -> RolloutTokens:
+        """Its part of a tree, with nothing to train."""
+        ids = self.rollout.ids
+        return RolloutTokens(index, ids, np.full(len(ids), -1), self.boundaries, self.forks)
+
+    @cached_property
     def packed_tokens(self) -> int:
-        """Most packed tokens that it takes."""
-        return len(self.ids) + len(self.boundaries) * sum(branch.stop for branch in self.branches)
+        """Packed tokens of a tree of its own; a tree shared with others adds no more than that."""
+        return tree_size(Tree([self.tokens(0)], self.branches))[0]
+
+
+class Scored(NamedTuple):
+    """What is known of a record."""
+
+    record: Record
+    values: np.ndarray
+    """v_t: float64 [T]; NaN where undefined, and with ``masked`` v_0."""
+    gains: np.ndarray
+    """float64 [T-1]; NaN where the turn has no baseline."""
+    baselines: np.ndarray | None
+    """b_t of turns 1 .. T-1: float64 [T-1], NaN where there is none; None is the value before."""
+
+
+class Reservoir:
+    """Responses that turns of other questions may be given: of all that are offered, at most ``LENT``, and
+    ``LENT_PER_QUESTION`` of a question, so that every question finds another's.
+
+    The seed chooses: by a hash of question and response, so that each counts once, whatever the order of lines.
+    """
+
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._kept: dict[bytes, tuple[str, np.ndarray]] = {}
+
+    def offer(self, rollout: Rollout) -> None:
+        """Offer what its searches found."""
+        owner = rollout.question.id
+        for turn in rollout.turns[:-1]:
+            if turn.passages:
+                content = f"{self._seed} {owner} ".encode() + turn.response_ids.tobytes()
+                self._kept[blake2b(content, digest_size=16).digest()] = owner, turn.response_ids
+        if len(self._kept) > 2 * LENT:
+            self._kept = self._chosen()
+
+    def _chosen(self) -> dict[bytes, tuple[str, np.ndarray]]:
+        chosen, counts = {}, Counter()
+        for key in sorted(self._kept):
+            owner, _ = self._kept[key]
+            counts[owner] += 1
+            if counts[owner] <= LENT_PER_QUESTION and len(chosen) < LENT:
+                chosen[key] = self._kept[key]
+        return chosen
+
+    def lent(self) -> Lent:
+        chosen = self._chosen().values()
+        return Lent(np.array([owner for owner, _ in chosen]), [ids for _, ids in chosen])
 
 
 class Scorer:
@@ -61,6 +130,10 @@ class Scorer:
         temperature: divides the logits.
         basis, answers: as in ``gains.values_of``.
         wrapper: what a forced answer stands in; None takes the dialect's own.
+        baseline: what a turn's value is compared with (``Scoring``): the value ``previous`` to it; the mean value after
+            ``samples`` ``random`` responses of other questions (``lend`` first); with ``masked`` values are those of
+            the next turn's tokens, and it is that after a search that found nothing; or nothing (``none``).
+        seed: of the draws of ``random``, together with a record's number.
     Raises:
         InputError: the tokenizer cannot serve the dialect, or the temperature is not a positive number.
     """
@@ -76,45 +149,98 @@ class Scorer:
         answers: Answers = "first",
         token_budget: int = 16384,
         wrapper: str | None = None,
+        baseline: Baseline = "previous",
+        samples: int = 3,
+        seed: int = 0,
     ):
         if not 0 < temperature < math.inf:
             raise InputError(f"--temperature {temperature}: give a positive number")
         self.policy = Policy(lm, temperature, LossSettings())
         self.writer = WRITERS[dialect](tokenizer, wrapper)
         self._unknown = _unknown_id(tokenizer)
-        self.basis, self.answers, self.token_budget = basis, answers, token_budget
+        self.basis, self.answers, self.token_budget, self.baseline = basis, answers, token_budget, baseline
+        dialect, answers_of = self.writer.dialect, {"first": 1}.get(answers)
+        self.scoring = Scoring(
+            lambda question: () if baseline == "masked" else dialect.branches(question)[:answers_of],
+            baseline=baseline,
+            samples=samples,
+            masked_response=dialect.response(SEARCH, ToolResult(()))[0] if baseline == "masked" else None,
+            seed=seed,
+        )
+        self._lent = NONE_LENT
 
-    def tokenise(self, record: Record) -> Trajectory:
+    def lend(self, records: Iterable[Record]) -> None:
+        """Fill what ``random`` draws from, in one pass over all records.
+
+        Raises:
+            InputError: all ask the same question; what ``tokenise`` raises.
+        """
+        reservoir, questions = Reservoir(self.scoring.seed), set()
+        for record in records:
+            rollout = self._rollout(record)
+            reservoir.offer(rollout)
+            questions = {*questions, rollout.question.id} if len(questions) < 2 else questions
+        if len(questions) < 2:
+            raise InputError(
+                "--baseline random takes responses from other questions, and all trajectories ask the same one; give "
+                "some of another, or choose another baseline"
+            )
+        self._lent = reservoir.lent()
+
+    def tokenise(self, record: Record, number: int = 0) -> Trajectory:
         """A record as tokens.
 
+        Args:
+            number: the record's own, which seeds the draws of ``random``.
         Raises:
             InputError: a turn or an answer without tokens, a template that cannot write it, more tokens
                 than a pack holds.
         """
-        branches = self.writer.dialect.branches(record.question)[: 1 if self.answers == "first" else None]
+        branches = tuple(self.scoring.branches_of(record.question))
         for branch in branches:
             self._check_known(branch.ids, f"{record.where}: an answer")
-        ids, boundaries = self._sampled(record) if record.rollout else self._written(record)
-        trajectory = Trajectory(record, ids, boundaries, branches)
+        rollout = self._rollout(record)
+        forks = self.scoring.forks_of(rollout, self._lent, [self.scoring.seed, number])
+        trajectory = Trajectory(record, rollout, branches, forks)
         if trajectory.packed_tokens > self.token_budget:
+            fewer = ", lower --baseline-samples" if self.baseline == "random" else ""
             raise InputError(
-                f"{record.where}: {trajectory.packed_tokens} tokens with its answers, over --token-budget "
-                f"{self.token_budget}; raise it, or leave the line out"
+                f"{record.where}: {trajectory.packed_tokens} tokens with all that is scored, over --token-budget "
+                f"{self.token_budget}; raise it{fewer}, or leave the line out"
             )
         return trajectory
 
-    def _written(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of the messages, and the prefixes' lengths."""
-        parts = [np.concatenate(pieces) for pieces in self.writer.pieces(record)]
-        for number, part in enumerate(parts):
+    def _rollout(self, record: Record) -> Rollout:
+        """A record's tokens; of its last turn only what is read."""
+        rollout = self._sampled(record) if record.rollout else self._written(record)
+        if self.baseline == "masked":
+            for number, turn in enumerate(rollout.turns[1:], start=2):
+                if not len(turn.ids):
+                    raise InputError(f"{record.where}: turn {number} has no tokens; give it a text")
+        name = blake2b(record.question.question.encode(), digest_size=16).hexdigest()
+        return replace(rollout, question=replace(record.question, id=name))
+
+    def _written(self, record: Record) -> Rollout:
+        """Tokens of the messages."""
+        masked = self.baseline == "masked"
+        prompt, turns = self.writer.write(record, apart=masked or self.baseline == "random", last=masked)
+        for number, part in enumerate([prompt, *map(np.concatenate, turns)]):
             what = f"{record.where}: {f'turn {number}' if number else 'the prompt'}"
             if not len(part):
                 raise InputError(f"{what} has no tokens; give it a text")
             self._check_known(part, what)
-        return np.concatenate(parts), np.cumsum([len(part) for part in parts])
+        made = [
+            # What messages respond to a turn is taken for what a search found.
+            Turn(ids, np.zeros(len(ids), np.float32), "", SEARCH if len(response) else INVALID, "", response,
+                 passages=("",) * (len(response) > 0))
+            for ids, response in turns
+        ]  # fmt: skip
+        if not masked:
+            made.append(Turn(NOTHING, NOTHING, "", INVALID, "", NOTHING))  # the last turn, which is not read
+        return Rollout(record.question, 0, prompt, tuple(made))
 
-    def _sampled(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of a rollout, unchanged, and the prefixes' lengths."""
+    def _sampled(self, record: Record) -> Rollout:
+        """The tokens of a rollout, unchanged."""
         rollout, decode = record.rollout, self.writer.dialect.decode
         size = self.policy.lm.get_input_embeddings().num_embeddings
         same = rollout.ids.max() < size and all(decode(turn.ids) == turn.text for turn in rollout.turns)
@@ -126,7 +252,7 @@ class Scorer:
         boundaries = rollout.boundaries
         if not len(rollout.prompt_ids) or (np.diff(boundaries) == 0).any():
             raise InputError(f"{record.where}: a prompt or a turn without tokens; give the file as it was written")
-        return rollout.ids[: boundaries[-1]], boundaries
+        return rollout
 
     def _check_known(self, ids: np.ndarray, what: str) -> None:
         if self._unknown is not None and (ids == self._unknown).any():
@@ -135,12 +261,25 @@ class Scorer:
                 "the line out"
             )
 
-    def score(self, records: Iterable[Record]) -> Iterator[tuple[Record, np.ndarray, np.ndarray]]:
-        """Each record with its values, float64 [T], and gains, float64 [T-1], in order; one pass per pack."""
-        for batch in self._batches(map(self.tokenise, records)):
-            values = self._values(batch)
-            for i, trajectory in enumerate(batch):
-                yield trajectory.record, values[i], information_gain(values[i])[0]
+    def score(self, records: Iterable[Record]) -> Iterator[Scored]:
+        """What is known of each record, in order; one pass per pack.
+
+        Raises:
+            ValueError: ``random`` without ``lend`` before.
+        """
+        if self.baseline == "random" and self._lent is NONE_LENT:
+            raise ValueError("Scorer.score: baseline random draws from what was lent; call lend before")
+        trajectories = (self.tokenise(record, number) for number, record in enumerate(records))
+        for batch in self._batches(trajectories):
+            yield from map(self._scored, batch, self._values(batch))
+
+    def _scored(self, trajectory: Trajectory, found: Values) -> Scored:
+        earning = None
+        if self.baseline in ("random", "masked"):
+            compared = {fork.turn for fork in trajectory.forks if self.baseline == "random" or fork.answer == MASKED}
+            earning = np.array([t in compared for t in range(1, len(found.values))], dtype=bool)
+        gains, _ = information_gain(found.values, earning, found.baselines)
+        return Scored(trajectory.record, found.values, gains, found.baselines)
 
     def _batches(self, trajectories: Iterable[Trajectory]) -> Iterator[list[Trajectory]]:
         batch, size = [], 0
@@ -153,17 +292,23 @@ class Scorer:
         if batch:
             yield batch
 
-    def _values(self, batch: list[Trajectory]) -> dict[int, np.ndarray]:
-        """Values of each trajectory, by its index; neighbours with the same answers share a tree."""
-        untrained = lambda ids: np.full(len(ids), -1)  # noqa: E731
+    def _values(self, batch: list[Trajectory]) -> list[Values]:
+        """Values of each trajectory; neighbours with the same answers share a tree."""
         trees = []
-        for _, members in groupby(enumerate(batch), lambda member: member[1].record.question.answers):
+        scored = [(i, t) for i, t in enumerate(batch) if t.branches or t.forks]
+        for _, members in groupby(scored, lambda member: member[1].record.question.answers):
             members = list(members)
-            rollouts = [RolloutTokens(i, t.ids, untrained(t.ids), t.boundaries) for i, t in members]
-            trees.append(Tree(rollouts, members[0][1].branches))
-        plan = pack(trees)
-        means = means_of(plan, self.policy(plan).scored_logp, ANSWER)
-        return {i: values_of(mean, self.basis, self.answers) for i, mean in means.items()}
+            trees.append(Tree([t.tokens(i) for i, t in members], members[0][1].branches))
+        answers = forks = {}
+        if trees:
+            plan = pack(trees)
+            logp = self.policy(plan).scored_logp
+            answers, forks = (means_of(plan, logp, kind) for kind in (ANSWER, FORK))
+        value_of = partial(values_of, basis=self.basis, answers=self.answers)
+        return [
+            self.scoring.values(len(t.rollout.turns), answers.get(i), forks.get(i), value_of)
+            for i, t in enumerate(batch)
+        ]
 
 
 def _unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
@@ -200,7 +345,7 @@ def score_file(
     """Score the trajectories of ``source`` into ``target``.
 
     The whole input is checked before a model is loaded, and ``target`` appears when it is complete. Only one pack of
-    trajectories is in memory at a time.
+    trajectories is in memory at a time, and with ``baseline=random`` the responses that are lent.
 
     Args:
         make_scorer: called after the check.
@@ -222,9 +367,14 @@ def score_file(
     if not total:
         raise InputError(f"{source}: no trajectories; give at least one line")
     with atomic(target) as out:
-        scored = make_scorer().score(read_records(source))
-        for done, (record, values, gains) in enumerate(scored, start=1):
-            row = record.row | {"values": [finite(value) for value in values.tolist()], "info_gain": gains.tolist()}
+        scorer = make_scorer()
+        if scorer.baseline == "random":
+            scorer.lend(read_records(source))
+        for done, (record, *numbers) in enumerate(scorer.score(read_records(source)), start=1):
+            row = {name: value for name, value in record.row.items() if name != "baselines"}
+            for name, found in zip(("values", "info_gain", "baselines"), numbers, strict=True):
+                if found is not None:
+                    row[name] = [finite(number) for number in found.tolist()]
             out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             if progress:
                 progress(done, total)

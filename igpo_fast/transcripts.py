@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
@@ -25,6 +25,17 @@ BUDGETS = dict(max_passage_tokens=128, max_answer_tokens=64, max_answers=4)
 """Limits of the dialects; passages are part of the messages and are not cut here."""
 
 
+NOTHING = np.zeros(0, dtype=np.int32)
+
+
+class Written(NamedTuple):
+    """A turn's own tokens, and those of its responses, int32 [n] and [m]. Without responses, m = 0 and what opens the
+    next turn is the turn's own."""
+
+    ids: np.ndarray
+    response_ids: np.ndarray
+
+
 class Tags:
     """Trajectories as one continuous text: the concatenated contents."""
 
@@ -35,8 +46,13 @@ class Tags:
         self._verbatim = TagsDialect(tokenizer, wording=bare, **BUDGETS)
         self._end = tokenizer.eos_token or ""
 
-    def pieces(self, record: Record) -> list[list[np.ndarray]]:
-        """Tokens of the prompt, then of each scored turn with its responses, in pieces."""
+    def write(self, record: Record, *, apart: bool = False, last: bool = False) -> tuple[np.ndarray, list[Written]]:
+        """Tokens of the prompt, and of each turn but the last.
+
+        Args:
+            apart: whether it must be told where a turn's responses begin; in tags it always is.
+            last: whether the last turn comes, too, without responses.
+        """
         for message in (*record.prompt, *(message for turn in record.turns for message in turn)):
             if message.calls or message.thought:
                 raise InputError(
@@ -46,10 +62,15 @@ class Tags:
         if record.prompt:
             first, *rest = record.prompt
             asked = self._verbatim.prompt(replace(record.question, question=first.content))
-            prompt = [asked, *map(self._encode, rest)]
+            prompt = self._joined(asked, rest)
         else:
-            prompt = [self.dialect.prompt(record.question)]
-        return [prompt, *([self._encode(message) for message in turn] for turn in record.turns[:-1])]
+            prompt = self.dialect.prompt(record.question)
+        return prompt, [
+            Written(self._encode(said), self._joined(NOTHING, responses)) for said, *responses in _turns(record, last)
+        ]
+
+    def _joined(self, before: np.ndarray, messages: Sequence[Message]) -> np.ndarray:
+        return np.concatenate([before, *map(self._encode, messages)])
 
     def _encode(self, message: Message) -> np.ndarray:
         said = message.content
@@ -71,25 +92,34 @@ class Chat:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, wrapper: str | None = None):
         self.tokenizer = tokenizer
         self.dialect: Dialect = make_dialect("chat", tokenizer, wrapper=wrapper, **BUDGETS)
+        # As ``Dialect.check`` has it; where it is not so, a stop id may be a token of texts.
+        tokens = (tokenizer.eos_token_id, *tokenizer.get_added_vocab().values())
+        self._ends_turns = self.dialect.stop_ids[0] in tokens
 
-    def pieces(self, record: Record) -> list[list[np.ndarray]]:
-        """Tokens of the prompt, then of each scored turn with its responses, in one piece each."""
+    def write(self, record: Record, *, apart: bool = False, last: bool = False) -> tuple[np.ndarray, list[Written]]:
+        """Tokens of the prompt, and of each turn but the last. Each turn is tokenised with its responses, in one piece.
+
+        Args:
+            apart: whether it must be told where a turn's responses begin: behind the token that ends a turn of the
+                policy's, as in training. Else the turns' own tokens hold the responses.
+            last: whether the last turn comes, too, without responses, up to the token that ends it.
+        """
         tools = record.row.get("tools")
         if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
             raise InputError(f'{record.where}: "tools" are no list of objects; correct them, or leave them out')
-        given, turns = list(record.prompt), record.turns[:-1]
+        given, turns = list(record.prompt), _turns(record, last)
         if not given:
             system = Message(0, "system", CHAT_SYSTEM)
             given, tools = [system, Message(0, "user", record.question.question)], [SEARCH_TOOL]
         tools = _texts(tools, self.dialect.quote, self.dialect.quote)
         messages = [self._written(message) for message in given]
         before = self._render(record, messages, tools)
-        pieces = [[self.dialect.encode(before)]]
+        prompt, made = self.dialect.encode(before), []
         for number, turn in enumerate(turns, start=1):
-            text = before
+            text, more = before, number < len(record.turns)
             for message in turn:
                 messages.append(self._written(message))
-                shorter, text = text, self._render(record, messages, tools)
+                shorter, text = text, self._render(record, messages, tools, more)
                 if text == shorter:
                     raise InputError(
                         f"{record.where}: the chat template writes nothing for a message of role "
@@ -101,10 +131,22 @@ class Chat:
                     "turn follows, so prefixes do not continue one another; use --dialect tags, or another "
                     "template"
                 )
-            pieces.append([self.dialect.encode(text[len(before) :])])
+            ids = self.dialect.encode(text[len(before) :])
+            end = self._end(record, ids, number) if apart and (len(turn) > 1 or not more) else len(ids)
+            made.append(Written(ids[:end], ids[end:] if more else NOTHING))
             before = text
         self._check_complete(record, [*given, *(message for turn in turns for message in turn)], tools)
-        return pieces
+        return prompt, made
+
+    def _end(self, record: Record, ids: np.ndarray, number: int) -> int:
+        """Where a turn ends: behind the first token that ends one, which no message can spell."""
+        ends = np.flatnonzero(np.isin(ids, self.dialect.stop_ids))
+        if not self._ends_turns or not len(ends):
+            raise InputError(
+                f"{record.where}: the chat template ends turn {number} with no token of its own, so that nothing tells "
+                "where the response begins; use --dialect tags, another --baseline, or a run's own rollouts"
+            )
+        return int(ends[0]) + 1
 
     def _written(self, message: Message) -> dict[str, Any]:
         """A message in the template's form."""
@@ -135,10 +177,10 @@ class Chat:
                     "user's message follows: give results the role tool); or use --dialect tags"
                 )
 
-    def _render(self, record: Record, messages: list[dict], tools: list | None) -> str:
+    def _render(self, record: Record, messages: list[dict], tools: list | None, more: bool = True) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, tokenize=False, strftime_now=TODAY.strftime
+                messages, tools=tools, add_generation_prompt=more, tokenize=False, strftime_now=TODAY.strftime
             )
         except REFUSALS as error:
             reason = unquote(" ".join(str(error).split()))
@@ -153,6 +195,11 @@ REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, Recursi
 _MARK = secrets.token_hex(8)
 """Text that no line contains."""
 _TAG = re.compile(r"(<[^<>]{1,40}>)")
+
+
+def _turns(record: Record, last: bool) -> Sequence[tuple[Message, ...]]:
+    """The messages of each turn but the last, or of that, too, without its responses."""
+    return [*record.turns[:-1], *([record.turns[-1][:1]] if last else [])]
 
 
 def _for_template(message: Message, write: Callable[[str], str], quote: Callable[[str], str]) -> dict[str, Any]:
