@@ -112,7 +112,7 @@ ENGINE_LOGP = f"{ENGINE}::test_logp_of_multi_turn_rollouts_equals_plain_forwards
 FIRST_STEP = f"{GAPS}::test_the_first_step_stands_where_the_reference_and_the_engine_do"
 ROLLOUT = "test_rollout.py::TestOneRollout::test_is_prompt_turns_and_responses_token_for_token"
 
-TEXT, INPUTS = "test_dialect_text.py", "test_score_inputs.py"
+TEXT, INPUTS, SCORED = "test_dialect_text.py", "test_score_inputs.py", "test_score_baselines.py"
 
 # fmt: off
 MUTANTS = [
@@ -521,6 +521,8 @@ MUTANTS = [
          UNSEARCHED),
         ("a fork behind the real response", "np.cumsum(lengths)[1::2]", "np.cumsum(lengths)[2::2]",
          REAL_SIDE),
+        ("what no response has is masked", "[: 2 if len(own) else 1]", "",
+         "test_score_baselines.py::TestEqualsPlainForwards::test_masked"),
         ("the real side is masked, too", "(REAL, own), ",
          "(REAL, self.masked_response), ",
          REAL_SIDE),
@@ -809,10 +811,33 @@ MUTANTS = [
          "enough information to answer.\\n", f"{TEXT}::test_the_released_codes_wrapper"),
     ),
     *faults("igpo_fast/transcripts.py",
+        ("a response begins with the end of the turn", "return int(ends[0]) + 1", "return int(ends[0])",
+         f"{SCORED}::TestEqualsPlainForwards::test_masked"),
+        ("texts end turns", "if not self._ends_turns or not len(ends):", "if not len(ends):",
+         f"{SCORED}::test_a_template_that_ends_no_turn_by_a_token_is_refused"),
         ("parts that a template drops pass", "if mark not in rendered:", "if not rendered:",
          f"{INPUTS}::test_thoughts_that_a_template_drops_are_refused"),
     ),
     *faults("igpo_fast/score.py",
+        ("the same draws in every line", "[self.scoring.seed, number]", "[self.scoring.seed, 0]",
+         f"{SCORED}::test_draws_depend_on_seed_and_place_in_the_input_alone"),
+        ("the reservoir has no seed", 'f"{self._seed} {owner} "', 'f"{owner} "',
+         f"{SCORED}::test_a_reservoir_forgets_while_it_is_filled"),
+        ("one question fills the reservoir", "if counts[owner] <= LENT_PER_QUESTION and", "if",
+         f"{SCORED}::test_a_reservoir_is_bounded_and_the_same_in_any_order"),
+        ("the first that are offered stay", "in sorted(self._kept)", "in self._kept",
+         f"{SCORED}::test_a_reservoir_is_bounded_and_the_same_in_any_order"),
+        ("empty responses are kept", "            if turn.passages:\n", "            if True:\n",
+         f"{SCORED}::TestEqualsPlainForwards::test_random"),
+        ("a question lends to itself on another line", "id=name))", "id=record.where))",
+         f"{SCORED}::test_one_question_is_refused"),
+        ("forks over the budget", "return tree_size(Tree([self.tokens(0)], self.branches))[0]",
+         "return len(self.ids) + len(self.boundaries) * sum(branch.stop for branch in self.branches)",
+         f"{SCORED}::test_packs_change_nothing_and_hold_their_budget"),
+        ("no baseline counts as no gain", "[t in compared for t", "[True for t",
+         f"{SCORED}::TestEqualsPlainForwards::test_random"),
+        ("baselines of another scoring stay", 'if name != "baselines"}', "if name}",
+         f"{SCORED}::TestEqualsPlainForwards::test_none_and_previous"),
         ("unknown words scored", "if self._unknown is not None and", "if self._unknown is None and",
          f"{INPUTS}::test_words_that_the_tokenizer_does_not_know_are_refused"),
     ),

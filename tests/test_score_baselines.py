@@ -23,8 +23,10 @@ from igpo_fast.run.records import record_of
 from igpo_fast.score import Reservoir, Scorer, load_scorer, read_records, score_file
 from igpo_fast.train import train
 from igpo_fast.types import ANSWER, INVALID, SEARCH, Passage, Question, Rollout, ToolResult, Turn
-from tests.families import tokenizer_of
+from tests.families import FAMILIES, tokenizer_of
 from tests.parity import naive
+from tests.test_score_inputs import fuzzed
+from tests.test_score_inputs import scorer as small_scorer
 from tests.tiny import Recorder, settings
 
 ENDS = {"qwen2.5": "<|im_end|>", "qwen3": "<|im_end|>", "llama3.1": "<|eot_id|>"}
@@ -435,3 +437,26 @@ def test_calls_and_tools_are_compared_too(tmp_path, folder):
     decode = scorer.writer.dialect.decode
     assert decode(first.ids).endswith("</tool_call><|im_end|>")
     assert decode(first.response_ids).startswith("\n<|im_start|>user\n<tool_response>\nA play.")
+
+
+# --- fuzz ---
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("baseline", ["random", "masked"])
+def test_any_row_has_baselines_or_is_refused_in_a_line(tmp_path, baseline, seed):
+    rng = random.Random(seed)
+    reader = small_scorer(rng.choice([*FAMILIES]), rng.choice(["chat", "chat", "tags"]), baseline=baseline)
+    source = write(tmp_path / "in.jsonl", [fuzzed(rng), message_rows(silent=False)[0]])
+    try:
+        records = list(read_records(source))
+        if baseline == "random":
+            reader.lend(records)
+        found = list(reader.score(records))
+    except InputError as error:
+        assert str(error).startswith(f"{source} line ") and "\n" not in str(error) and str(error).encode()
+        return
+    for record, values, gains, baselines in found:
+        assert len(values) == len(record.turns) == len(gains) + 1 == len(baselines) + 1
+        assert np.isfinite(values[baseline == "masked" :]).all()
+        np.testing.assert_allclose(gains, values[1:] - baselines)
