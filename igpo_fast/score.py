@@ -49,7 +49,7 @@ class Trajectory:
 
     record: Record
     rollout: Rollout
-    """Its tokens, up to the last that is scored; its question's id is the same for equal questions."""
+    """Its tokens, of messages only those that are read; its question's id is the same for equal questions."""
     branches: tuple[Branch, ...]
     forks: Sequence[Fork] = ()
 
@@ -159,12 +159,12 @@ class Scorer:
         self.writer = WRITERS[dialect](tokenizer, wrapper)
         self._unknown = _unknown_id(tokenizer)
         self.basis, self.answers, self.token_budget, self.baseline = basis, answers, token_budget, baseline
-        dialect, answers_of = self.writer.dialect, {"first": 1}.get(answers)
+        written, count = self.writer.dialect, 0 if baseline == "masked" else 1 if answers == "first" else None
         self.scoring = Scoring(
-            lambda question: () if baseline == "masked" else dialect.branches(question)[:answers_of],
+            lambda question: () if count == 0 else written.branches(question)[:count],
             baseline=baseline,
             samples=samples,
-            masked_response=dialect.response(SEARCH, ToolResult(()))[0] if baseline == "masked" else None,
+            masked_response=written.response(SEARCH, ToolResult(()))[0] if baseline == "masked" else None,
             seed=seed,
         )
         self._lent = NONE_LENT
@@ -211,7 +211,7 @@ class Scorer:
         return trajectory
 
     def _rollout(self, record: Record) -> Rollout:
-        """A record's tokens; of its last turn only what is read."""
+        """A record's tokens; its question's id tells equal questions by their text."""
         rollout = self._sampled(record) if record.rollout else self._written(record)
         if self.baseline == "masked":
             for number, turn in enumerate(rollout.turns[1:], start=2):
