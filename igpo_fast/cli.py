@@ -255,8 +255,8 @@ def score(
         Literal["previous", "random", "masked", "none"],
         typer.Option(
             help="What a value is compared with: the previous one; the one after random responses of other questions "
-            "of the input, which at most 1,024 are kept of; with masked, where values are those of the next turn, the "
-            "one after a search that found nothing; or none."
+            "of the input (a first pass keeps at most 1,024); with masked, where values are those of the next turn, "
+            "the one after a search that found nothing; or none."
         ),
     ] = "previous",
     baseline_samples: Annotated[int, typer.Option(min=1, help="Responses per turn with random.")] = 3,
