@@ -251,6 +251,16 @@ def score(
     answers: Annotated[
         Literal["first", "max", "mean"], typer.Option(help="Accepted answers that a value is computed from.")
     ] = "first",
+    baseline: Annotated[
+        Literal["previous", "random", "masked", "none"],
+        typer.Option(
+            help="What a value is compared with: the previous one; the one after random responses of other questions "
+            "of the input (a first pass keeps at most 1,024); with masked, where values are those of the next turn, "
+            "the one after a search that found nothing; or none."
+        ),
+    ] = "previous",
+    baseline_samples: Annotated[int, typer.Option(min=1, help="Responses per turn with random.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Of these draws, with a line's place in the input.")] = 0,
     token_budget: Annotated[int, typer.Option(min=1, help="Most packed tokens per forward.")] = 16384,
     device: Annotated[str, typer.Option(help="auto takes CUDA if there is one.")] = "auto",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
@@ -268,7 +278,7 @@ def score(
     _quiet()
     make_scorer = partial(
         load_scorer, model, device=device, dtype=dtype, dialect=dialect, temperature=temperature, basis=basis,
-        answers=answers, token_budget=token_budget,
+        answers=answers, token_budget=token_budget, baseline=baseline, samples=baseline_samples, seed=seed,
     )  # fmt: skip
     with bar("score") as advance:
         count = score_file(source, target, make_scorer, overwrite=overwrite, progress=advance)

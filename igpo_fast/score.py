@@ -2,28 +2,24 @@
 
 A line is ``{"question", "answers", "messages": [{"role", "content"}, ...]}``, or one of a run's own rollouts file; the
 output adds ``values`` (v_0 .. v_{T-1}) and ``info_gain`` (of turns 1 .. T-1; the last turn gives the answer and
-has none).
-
-Messages are text, not sampled tokens. They are tokenised message by message (tags) or turn by turn (chat), so tokens
-can differ from the sampled ones, mostly at the borders, and values slightly with them. Messages are text of others:
-special tokens that they spell are read as text, and in tools' messages so are the template's delimiters.
+has none), and with a baseline other than the value before, ``baselines`` (b_1 .. b_{T-1}). Null is what a turn has not.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
-import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from igpo_fast.config import Config
@@ -33,199 +29,96 @@ from igpo_fast.errors import InputError
 from igpo_fast.files import atomic
 from igpo_fast.jsonl import finite
 from igpo_fast.model import device_of, load
-from igpo_fast.rollouts.dialect import CHAT_SYSTEM, SEARCH_TOOL, TODAY, Dialect, TagsDialect, make_dialect, unquote
 from igpo_fast.run.checkpoint import RunFolder
-from igpo_fast.trajectories import Message, Record, read_records
-from igpo_fast.types import Answers, Basis
+from igpo_fast.trajectories import Record, read_records
+from igpo_fast.transcripts import NOTHING, WRITERS
+from igpo_fast.types import INVALID, SEARCH, Answers, Baseline, Basis, Rollout, ToolResult, Turn
 from igpo_fast.update.gains import information_gain, values_of
 from igpo_fast.update.packs import means_of
 from igpo_fast.update.policy import Policy
-from igpo_kernels import ANSWER, Branch, LossSettings, RolloutTokens, Tree, pack
+from igpo_fast.update.scoring import MASKED, NONE_LENT, Lent, Scoring, Values
+from igpo_kernels import ANSWER, FORK, Branch, Fork, LossSettings, RolloutTokens, Tree, pack, tree_size
 
-BUDGETS = dict(max_passage_tokens=128, max_answer_tokens=64, max_answers=4)
-"""Limits of the dialects; passages are part of the messages and are not cut here."""
+LENT, LENT_PER_QUESTION = 1024, 64
+"""Most responses that ``baseline=random`` draws from, and most of one question."""
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A record as tokens, up to the last prefix that is scored."""
+    """A record as tokens, and what is scored beside them."""
 
     record: Record
-    ids: np.ndarray
-    """int32 [L]"""
-    boundaries: np.ndarray
-    """Lengths of prefix_0 .. prefix_{T-1}: int64 [T]."""
+    rollout: Rollout
+    """Its tokens, of messages only those that are read; its question's id is the same for equal questions."""
     branches: tuple[Branch, ...]
+    forks: Sequence[Fork] = ()
 
     @property
+    def boundaries(self) -> np.ndarray:
+        """Lengths of prefix_0 .. prefix_{T-1}: int64 [T]."""
+        return self.rollout.boundaries
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The longest prefix: int32 [L]."""
+        return self.rollout.ids[: self.boundaries[-1]]
+
+    def tokens(self, index: int) -> RolloutTokens:
+        """Its part of a tree, with nothing to train."""
+        ids = self.rollout.ids
+        return RolloutTokens(index, ids, np.full(len(ids), -1), self.boundaries, self.forks)
+
+    @cached_property
     def packed_tokens(self) -> int:
-        """Most packed tokens that it takes."""
-        return len(self.ids) + len(self.boundaries) * sum(branch.stop for branch in self.branches)
+        """Packed tokens of a tree of its own; a tree shared with others adds no more than that."""
+        return tree_size(Tree([self.tokens(0)], self.branches))[0]
 
 
-class Tags:
-    """Trajectories as one continuous text: the concatenated contents."""
+class Scored(NamedTuple):
+    """What is known of a record."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, wrapper: str | None = None):
-        self.dialect: Dialect = make_dialect("tags", tokenizer, wrapper=wrapper, **BUDGETS)
-        # Writes a text as a prompt, with the start token of models that have one, and nothing else.
-        bare = replace(self.dialect.wording, system="", question="{}")
-        self._verbatim = TagsDialect(tokenizer, wording=bare, **BUDGETS)
-        self._end = tokenizer.eos_token or ""
-
-    def pieces(self, record: Record) -> list[list[np.ndarray]]:
-        """Tokens of the prompt, then of each scored turn with its responses, in pieces."""
-        for message in (*record.prompt, *(message for turn in record.turns for message in turn)):
-            if message.calls or message.thought:
-                raise InputError(
-                    f"{record.where}: message {message.number} has tool_calls or reasoning_content, which the dialect "
-                    "tags cannot write; use --dialect chat, or write them into its content"
-                )
-        if record.prompt:
-            first, *rest = record.prompt
-            asked = self._verbatim.prompt(replace(record.question, question=first.content))
-            prompt = [asked, *map(self._encode, rest)]
-        else:
-            prompt = [self.dialect.prompt(record.question)]
-        return [prompt, *([self._encode(message) for message in turn] for turn in record.turns[:-1])]
-
-    def _encode(self, message: Message) -> np.ndarray:
-        said = message.content
-        if message.role != "assistant":
-            return self.dialect.encode(self.dialect.quote(said))
-        # The policy may write delimiters and end its turn.
-        ends = self._end if self._end and said.endswith(self._end) else ""
-        return self.dialect.encode(self.dialect.quote(said.removesuffix(ends), tags=False) + ends)
+    record: Record
+    values: np.ndarray
+    """v_t: float64 [T]; NaN where undefined, and with ``masked`` v_0."""
+    gains: np.ndarray
+    """float64 [T-1]; NaN where the turn has no baseline."""
+    baselines: np.ndarray | None
+    """b_t of turns 1 .. T-1: float64 [T-1], NaN where there is none; None is the value before."""
 
 
-class Chat:
-    """Trajectories as the model's own chat template writes them; ``tools`` of a line reach the template.
+class Reservoir:
+    """Responses that turns of other questions may be given: of all that are offered, at most ``LENT``, and
+    ``LENT_PER_QUESTION`` of a question, so that every question finds another's.
 
-    A prefix is rendered with the opening of the next turn; a turn is the text that this adds to the prefix before.
-    Messages that a template leaves out (as Qwen3's does thoughts before the user's last message) are refused, because
-    values would be of other texts.
+    The seed chooses: by a hash of question and response, so that each counts once, whatever the order of lines.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, wrapper: str | None = None):
-        self.tokenizer = tokenizer
-        self.dialect: Dialect = make_dialect("chat", tokenizer, wrapper=wrapper, **BUDGETS)
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._kept: dict[bytes, tuple[str, np.ndarray]] = {}
 
-    def pieces(self, record: Record) -> list[list[np.ndarray]]:
-        """Tokens of the prompt, then of each scored turn with its responses, in one piece each."""
-        tools = record.row.get("tools")
-        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-            raise InputError(f'{record.where}: "tools" are no list of objects; correct them, or leave them out')
-        given, turns = list(record.prompt), record.turns[:-1]
-        if not given:
-            system = Message(0, "system", CHAT_SYSTEM)
-            given, tools = [system, Message(0, "user", record.question.question)], [SEARCH_TOOL]
-        tools = _texts(tools, self.dialect.quote, self.dialect.quote)
-        messages = [self._written(message) for message in given]
-        before = self._render(record, messages, tools)
-        pieces = [[self.dialect.encode(before)]]
-        for number, turn in enumerate(turns, start=1):
-            text = before
-            for message in turn:
-                messages.append(self._written(message))
-                shorter, text = text, self._render(record, messages, tools)
-                if text == shorter:
-                    raise InputError(
-                        f"{record.where}: the chat template writes nothing for a message of role "
-                        f"{message.role!r}; use another role, or --dialect tags"
-                    )
-            if not text.startswith(before):
-                raise InputError(
-                    f"{record.where}: the chat template rewrites the text before turn {number} when that "
-                    "turn follows, so prefixes do not continue one another; use --dialect tags, or another "
-                    "template"
-                )
-            pieces.append([self.dialect.encode(text[len(before) :])])
-            before = text
-        self._check_complete(record, [*given, *(message for turn in turns for message in turn)], tools)
-        return pieces
+    def offer(self, rollout: Rollout) -> None:
+        """Offer what its searches found."""
+        owner = rollout.question.id
+        for turn in rollout.turns[:-1]:
+            if turn.passages:
+                content = f"{self._seed} {owner} ".encode() + turn.response_ids.tobytes()
+                self._kept[blake2b(content, digest_size=16).digest()] = owner, turn.response_ids
+        if len(self._kept) > 2 * LENT:
+            self._kept = self._chosen()
 
-    def _written(self, message: Message) -> dict[str, Any]:
-        """A message in the template's form."""
-        own = message.role != "tool"  # only tools may not write the template's delimiters
-        return _for_template(message, lambda text: self.dialect.quote(text, tags=not own), self.dialect.quote)
+    def _chosen(self) -> dict[bytes, tuple[str, np.ndarray]]:
+        chosen, counts = {}, Counter()
+        for key in sorted(self._kept):
+            owner, _ = self._kept[key]
+            counts[owner] += 1
+            if counts[owner] <= LENT_PER_QUESTION and len(chosen) < LENT:
+                chosen[key] = self._kept[key]
+        return chosen
 
-    def _check_complete(self, record: Record, messages: list[Message], tools: list | None) -> None:
-        """Refuse a template that leaves out part of a message: each text between tags is replaced by a mark, and all
-        marks must appear in the rendering."""
-        marks: dict[str, int] = {}
-
-        def marked(text: str, number: int) -> str:
-            pieces = _TAG.split(text)
-            for i, piece in enumerate(pieces):
-                if piece.strip() and not _TAG.fullmatch(piece):
-                    pieces[i] = f"{_MARK}{len(marks)}."
-                    marks[pieces[i]] = number
-            return "".join(pieces)
-
-        copies = [
-            _for_template(m, lambda text, number=m.number: marked(text, number), self.dialect.quote) for m in messages
-        ]
-        rendered = self._render(record, copies, tools)
-        for mark, number in marks.items():
-            if mark not in rendered:
-                raise InputError(
-                    f"{record.where}: the chat template leaves out part of message {number} (its thought, where a "
-                    "user's message follows: give results the role tool); or use --dialect tags"
-                )
-
-    def _render(self, record: Record, messages: list[dict], tools: list | None) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, tokenize=False, strftime_now=TODAY.strftime
-            )
-        except REFUSALS as error:
-            reason = unquote(" ".join(str(error).split()))
-            raise InputError(
-                f"{record.where}: the chat template refuses the messages ({reason}); correct them, or use "
-                "--dialect tags"
-            ) from None
-
-
-REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""Errors that a template may raise about messages."""
-_MARK = secrets.token_hex(8)
-"""Text that no line contains."""
-_TAG = re.compile(r"(<[^<>]{1,40}>)")
-
-
-def _for_template(message: Message, write: Callable[[str], str], quote: Callable[[str], str]) -> dict[str, Any]:
-    """A message as templates take it, its texts written by ``write``, names of arguments by ``quote``."""
-    # Templates have no environment role: messages not from a tool count as the user's.
-    role = "user" if message.role == "environment" else message.role
-    made: dict[str, Any] = {"role": role, "content": write(message.content)}
-    if message.thought:
-        made["reasoning_content"] = write(message.thought)
-    if message.calls:
-        made["tool_calls"] = [
-            {
-                "type": "function",
-                "function": {
-                    "name": write(call["name"]),
-                    "arguments": _texts(call["arguments"], write, quote),
-                },
-            }
-            for call in message.calls
-        ]
-    return made
-
-
-def _texts(value: Any, write: Callable[[str], str], quote: Callable[[str], str]) -> Any:
-    """A JSON value, its texts written by ``write``, the names in its objects by ``quote``."""
-    if isinstance(value, str):
-        return write(value)
-    if isinstance(value, list):
-        return [_texts(entry, write, quote) for entry in value]
-    if isinstance(value, dict):
-        return {quote(key): _texts(entry, write, quote) for key, entry in value.items()}
-    return value
-
-
-WRITERS = {"tags": Tags, "chat": Chat}
+    def lent(self) -> Lent:
+        chosen = self._chosen().values()
+        return Lent(np.array([owner for owner, _ in chosen]), [ids for _, ids in chosen])
 
 
 class Scorer:
@@ -237,6 +130,10 @@ class Scorer:
         temperature: divides the logits.
         basis, answers: as in ``gains.values_of``.
         wrapper: what a forced answer stands in; None takes the dialect's own.
+        baseline: what a turn's value is compared with (``Scoring``): the value ``previous`` to it; the mean value after
+            ``samples`` ``random`` responses of other questions (``lend`` first); with ``masked`` values are those of
+            the next turn's tokens, and it is that after a search that found nothing; or nothing (``none``).
+        seed: of the draws of ``random``, together with a record's number.
     Raises:
         InputError: the tokenizer cannot serve the dialect, or the temperature is not a positive number.
     """
@@ -252,45 +149,98 @@ class Scorer:
         answers: Answers = "first",
         token_budget: int = 16384,
         wrapper: str | None = None,
+        baseline: Baseline = "previous",
+        samples: int = 3,
+        seed: int = 0,
     ):
         if not 0 < temperature < math.inf:
             raise InputError(f"--temperature {temperature}: give a positive number")
         self.policy = Policy(lm, temperature, LossSettings())
         self.writer = WRITERS[dialect](tokenizer, wrapper)
         self._unknown = _unknown_id(tokenizer)
-        self.basis, self.answers, self.token_budget = basis, answers, token_budget
+        self.basis, self.answers, self.token_budget, self.baseline = basis, answers, token_budget, baseline
+        written, count = self.writer.dialect, 0 if baseline == "masked" else 1 if answers == "first" else None
+        self.scoring = Scoring(
+            lambda question: () if count == 0 else written.branches(question)[:count],
+            baseline=baseline,
+            samples=samples,
+            masked_response=written.response(SEARCH, ToolResult(()))[0] if baseline == "masked" else None,
+            seed=seed,
+        )
+        self._lent = NONE_LENT
 
-    def tokenise(self, record: Record) -> Trajectory:
+    def lend(self, records: Iterable[Record]) -> None:
+        """Fill what ``random`` draws from, in one pass over all records.
+
+        Raises:
+            InputError: all ask the same question; what ``tokenise`` raises.
+        """
+        reservoir, questions = Reservoir(self.scoring.seed), set()
+        for record in records:
+            rollout = self._rollout(record)
+            reservoir.offer(rollout)
+            questions = {*questions, rollout.question.id} if len(questions) < 2 else questions
+        if len(questions) < 2:
+            raise InputError(
+                "--baseline random takes responses from other questions, and all trajectories ask the same one; give "
+                "some of another, or choose another baseline"
+            )
+        self._lent = reservoir.lent()
+
+    def tokenise(self, record: Record, number: int = 0) -> Trajectory:
         """A record as tokens.
 
+        Args:
+            number: the record's own, which seeds the draws of ``random``.
         Raises:
             InputError: a turn or an answer without tokens, a template that cannot write it, more tokens
                 than a pack holds.
         """
-        branches = self.writer.dialect.branches(record.question)[: 1 if self.answers == "first" else None]
+        branches = tuple(self.scoring.branches_of(record.question))
         for branch in branches:
             self._check_known(branch.ids, f"{record.where}: an answer")
-        ids, boundaries = self._sampled(record) if record.rollout else self._written(record)
-        trajectory = Trajectory(record, ids, boundaries, branches)
+        rollout = self._rollout(record)
+        forks = self.scoring.forks_of(rollout, self._lent, [self.scoring.seed, number])
+        trajectory = Trajectory(record, rollout, branches, forks)
         if trajectory.packed_tokens > self.token_budget:
+            fewer = ", lower --baseline-samples" if self.baseline == "random" else ""
             raise InputError(
-                f"{record.where}: {trajectory.packed_tokens} tokens with its answers, over --token-budget "
-                f"{self.token_budget}; raise it, or leave the line out"
+                f"{record.where}: {trajectory.packed_tokens} tokens with all that is scored, over --token-budget "
+                f"{self.token_budget}; raise it{fewer}, or leave the line out"
             )
         return trajectory
 
-    def _written(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of the messages, and the prefixes' lengths."""
-        parts = [np.concatenate(pieces) for pieces in self.writer.pieces(record)]
-        for number, part in enumerate(parts):
+    def _rollout(self, record: Record) -> Rollout:
+        """A record's tokens; its question's id tells equal questions by their text."""
+        rollout = self._sampled(record) if record.rollout else self._written(record)
+        if self.baseline == "masked":
+            for number, turn in enumerate(rollout.turns[1:], start=2):
+                if not len(turn.ids):
+                    raise InputError(f"{record.where}: turn {number} has no tokens; give it a text")
+        name = blake2b(record.question.question.encode(), digest_size=16).hexdigest()
+        return replace(rollout, question=replace(record.question, id=name))
+
+    def _written(self, record: Record) -> Rollout:
+        """Tokens of the messages."""
+        masked = self.baseline == "masked"
+        prompt, turns = self.writer.write(record, apart=masked or self.baseline == "random", last=masked)
+        for number, part in enumerate([prompt, *map(np.concatenate, turns)]):
             what = f"{record.where}: {f'turn {number}' if number else 'the prompt'}"
             if not len(part):
                 raise InputError(f"{what} has no tokens; give it a text")
             self._check_known(part, what)
-        return np.concatenate(parts), np.cumsum([len(part) for part in parts])
+        made = [
+            # What messages respond to a turn is taken for what a search found.
+            Turn(ids, np.zeros(len(ids), np.float32), "", SEARCH if len(response) else INVALID, "", response,
+                 passages=("",) * (len(response) > 0))
+            for ids, response in turns
+        ]  # fmt: skip
+        if not masked:
+            made.append(Turn(NOTHING, NOTHING, "", INVALID, "", NOTHING))  # the last turn, which is not read
+        return Rollout(record.question, 0, prompt, tuple(made))
 
-    def _sampled(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of a rollout, unchanged, and the prefixes' lengths."""
+    def _sampled(self, record: Record) -> Rollout:
+        """The tokens of a rollout, unchanged."""
         rollout, decode = record.rollout, self.writer.dialect.decode
         size = self.policy.lm.get_input_embeddings().num_embeddings
         same = rollout.ids.max() < size and all(decode(turn.ids) == turn.text for turn in rollout.turns)
@@ -302,7 +252,7 @@ class Scorer:
         boundaries = rollout.boundaries
         if not len(rollout.prompt_ids) or (np.diff(boundaries) == 0).any():
             raise InputError(f"{record.where}: a prompt or a turn without tokens; give the file as it was written")
-        return rollout.ids[: boundaries[-1]], boundaries
+        return rollout
 
     def _check_known(self, ids: np.ndarray, what: str) -> None:
         if self._unknown is not None and (ids == self._unknown).any():
@@ -311,12 +261,25 @@ class Scorer:
                 "the line out"
             )
 
-    def score(self, records: Iterable[Record]) -> Iterator[tuple[Record, np.ndarray, np.ndarray]]:
-        """Each record with its values, float64 [T], and gains, float64 [T-1], in order; one pass per pack."""
-        for batch in self._batches(map(self.tokenise, records)):
-            values = self._values(batch)
-            for i, trajectory in enumerate(batch):
-                yield trajectory.record, values[i], information_gain(values[i])[0]
+    def score(self, records: Iterable[Record]) -> Iterator[Scored]:
+        """What is known of each record, in order; one pass per pack.
+
+        Raises:
+            ValueError: ``random`` without ``lend`` before.
+        """
+        if self.baseline == "random" and self._lent is NONE_LENT:
+            raise ValueError("Scorer.score: baseline random draws from what was lent; call lend before")
+        trajectories = (self.tokenise(record, number) for number, record in enumerate(records))
+        for batch in self._batches(trajectories):
+            yield from map(self._scored, batch, self._values(batch))
+
+    def _scored(self, trajectory: Trajectory, found: Values) -> Scored:
+        earning = None
+        if self.baseline in ("random", "masked"):
+            compared = {fork.turn for fork in trajectory.forks if self.baseline == "random" or fork.answer == MASKED}
+            earning = np.array([t in compared for t in range(1, len(found.values))], dtype=bool)
+        gains, _ = information_gain(found.values, earning, found.baselines)
+        return Scored(trajectory.record, found.values, gains, found.baselines)
 
     def _batches(self, trajectories: Iterable[Trajectory]) -> Iterator[list[Trajectory]]:
         batch, size = [], 0
@@ -329,17 +292,23 @@ class Scorer:
         if batch:
             yield batch
 
-    def _values(self, batch: list[Trajectory]) -> dict[int, np.ndarray]:
-        """Values of each trajectory, by its index; neighbours with the same answers share a tree."""
-        untrained = lambda ids: np.full(len(ids), -1)  # noqa: E731
+    def _values(self, batch: list[Trajectory]) -> list[Values]:
+        """Values of each trajectory; neighbours with the same answers share a tree."""
         trees = []
-        for _, members in groupby(enumerate(batch), lambda member: member[1].record.question.answers):
+        scored = [(i, t) for i, t in enumerate(batch) if t.branches or t.forks]
+        for _, members in groupby(scored, lambda member: member[1].record.question.answers):
             members = list(members)
-            rollouts = [RolloutTokens(i, t.ids, untrained(t.ids), t.boundaries) for i, t in members]
-            trees.append(Tree(rollouts, members[0][1].branches))
-        plan = pack(trees)
-        means = means_of(plan, self.policy(plan).scored_logp, ANSWER)
-        return {i: values_of(mean, self.basis, self.answers) for i, mean in means.items()}
+            trees.append(Tree([t.tokens(i) for i, t in members], members[0][1].branches))
+        answers = forks = {}
+        if trees:
+            plan = pack(trees)
+            logp = self.policy(plan).scored_logp
+            answers, forks = (means_of(plan, logp, kind) for kind in (ANSWER, FORK))
+        value_of = partial(values_of, basis=self.basis, answers=self.answers)
+        return [
+            self.scoring.values(len(t.rollout.turns), answers.get(i), forks.get(i), value_of)
+            for i, t in enumerate(batch)
+        ]
 
 
 def _unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
@@ -376,7 +345,7 @@ def score_file(
     """Score the trajectories of ``source`` into ``target``.
 
     The whole input is checked before a model is loaded, and ``target`` appears when it is complete. Only one pack of
-    trajectories is in memory at a time.
+    trajectories is in memory at a time, and with ``baseline=random`` the responses that are lent.
 
     Args:
         make_scorer: called after the check.
@@ -398,9 +367,14 @@ def score_file(
     if not total:
         raise InputError(f"{source}: no trajectories; give at least one line")
     with atomic(target) as out:
-        scored = make_scorer().score(read_records(source))
-        for done, (record, values, gains) in enumerate(scored, start=1):
-            row = record.row | {"values": [finite(value) for value in values.tolist()], "info_gain": gains.tolist()}
+        scorer = make_scorer()
+        if scorer.baseline == "random":
+            scorer.lend(read_records(source))
+        for done, (record, *numbers) in enumerate(scorer.score(read_records(source)), start=1):
+            row = {name: value for name, value in record.row.items() if name != "baselines"}
+            for name, found in zip(("values", "info_gain", "baselines"), numbers, strict=True):
+                if found is not None:
+                    row[name] = [finite(number) for number in found.tolist()]
             out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             if progress:
                 progress(done, total)

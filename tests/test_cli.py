@@ -152,6 +152,21 @@ def test_score(run, tmp_path):
     assert "--overwrite" in refused(*arguments)
     assert igpo_fast_(*arguments, "--overwrite", "--basis", "prob", "--answers", "max").exit_code == 0
     assert json.loads(target.read_text())["values"] == pytest.approx([math.exp(value) for value in values])
+    assert igpo_fast_(*arguments, "--overwrite", "--baseline", "masked").exit_code == 0
+    masked = json.loads(target.read_text())
+    assert masked["values"][0] is None and len(masked["baselines"]) == 1 and masked["values"][1] != values[1]
+    random = [*arguments, "--overwrite", "--baseline", "random"]
+    assert "--baseline random takes responses from other questions" in refused(*random)
+    answered = [[turn, {"role": "tool", "content": name}, turn] for name in ("buga", "tiza", "mavi")]
+    source.write_text(
+        "".join(json.dumps(row | {"question": f"{m[1]['content']} ?", "messages": m}) + "\n" for m in answered)
+    )
+    found = []
+    for more in (1, 2), (1, 3), (2, 0), (1, 2):
+        chosen = [part for pair in zip(("--baseline-samples", "--seed"), more, strict=True) for part in pair]
+        assert igpo_fast_(*random, *chosen).exit_code == 0
+        found.append([json.loads(line)["baselines"] for line in target.read_text().splitlines()])
+    assert found[0] == found[3] and found[0] != found[1] != found[2] != found[0]
     source.write_text("{")
     assert f"{source} line 1: not JSON" in refused(*arguments, "--overwrite")
 

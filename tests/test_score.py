@@ -13,7 +13,7 @@ from igpo_fast import config, model
 from igpo_fast.data.load import Data
 from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.errors import InputError, RunError
-from igpo_fast.score import Scorer, load_scorer, read_records, score_file
+from igpo_fast.score import Scored, Scorer, load_scorer, read_records, score_file
 from igpo_fast.types import Passage, Question
 from tests.parity import naive
 
@@ -145,7 +145,7 @@ def scorer(kind, **options):
 
 
 def scored(tmp_path, rows, scorer):
-    return [(v, g) for _, v, g in scorer.score(read_records(write(tmp_path / "rows.jsonl", rows)))]
+    return [(v, g) for _, v, g, _ in scorer.score(read_records(write(tmp_path / "rows.jsonl", rows)))]
 
 
 def test_packs_and_shared_trees_change_nothing(tmp_path):
@@ -272,9 +272,11 @@ def test_files_that_cannot_be(tmp_path):
 
 def test_an_undefined_value_is_null_and_its_gains_zero(tmp_path):
     class Broken:
+        baseline = "previous"
+
         def score(self, records):
             for record in records:
-                yield record, np.array([math.nan, -1.0]), np.array([0.0])
+                yield Scored(record, np.array([math.nan, -1.0]), np.array([0.0]), None)
 
     source = write(tmp_path / "in.jsonl", [GOOD])
     score_file(source, tmp_path / "out.jsonl", Broken)

@@ -354,7 +354,7 @@ def test_any_row_is_scored_whole_or_refused_in_a_line(tmp_path, seed):
     source = write(tmp_path / "in.jsonl", fuzzed(rng))
     try:
         (record,) = read_records(source)
-        ((_, values, gains),) = reader.score([record])
+        ((_, values, gains, _),) = reader.score([record])
     except InputError as error:
         assert str(error).startswith(f"{source} line 1: ") and "\n" not in str(error) and str(error).encode()
         return

@@ -19,6 +19,18 @@ REAL, MASKED = 0, 1
 """``Fork.answer`` with ``baseline=masked``: the next turn after its own response, and after the masked one."""
 
 
+class Lent(NamedTuple):
+    """Responses that turns of other questions may be given."""
+
+    owners: np.ndarray
+    """Id of the question of each: text [n]."""
+    responses: Sequence[np.ndarray]
+    """Tokens of each: int32 [m]."""
+
+
+NONE_LENT = Lent(np.zeros(0, str), ())
+
+
 class Values(NamedTuple):
     """The values of a rollout's prefixes, and what they are compared with."""
 
@@ -81,44 +93,60 @@ class Scoring:
     def forks(self, batch: Batch) -> Forks:
         """The forks of every rollout that has any. Random ones depend on the batch's questions and step alone, not on
         packs or on which groups finished first."""
-        if self.baseline == "masked":
-            return {i: self._masked(rollout) for i, rollout in enumerate(batch.rollouts)}
-        if self.baseline != "random":
-            return {}
-        found = {  # each response once per question
+        lent = self._lent(batch) if self.baseline == "random" else NONE_LENT
+        found = {}
+        for i, rollout in enumerate(batch.rollouts):
+            key = [self.seed, batch.step, zlib.crc32(rollout.question.id.encode()), rollout.index]
+            if forks := self.forks_of(rollout, lent, key):
+                found[i] = forks
+        return found
+
+    def _lent(self, batch: Batch) -> Lent:
+        """What the batch's searches found, each response once per question."""
+        found = {
             (rollout.question.id, turn.response_ids.tobytes()): turn.response_ids
             for rollout in batch.rollouts
             for turn in rollout.turns[:-1]
             if turn.passages and len(turn.response_ids) <= self.longest_response
         }
-        lent = list(found.values())
-        owners = np.array([owner for owner, _ in found])
-        forks: dict[int, list[Fork]] = {}
-        for i, rollout in enumerate(batch.rollouts):
-            others = np.flatnonzero(owners != rollout.question.id) if lent else np.zeros(0, np.int64)
-            if not len(others):
-                continue
-            key = [self.seed, batch.step, zlib.crc32(rollout.question.id.encode()), rollout.index]
-            draw = np.random.default_rng(key)
-            branches = self.branches_of(rollout.question)
-            forks[i] = []
-            for t, end in _turn_ends(rollout):
-                if rollout.turns[t - 1].action != SEARCH:
-                    continue
-                chosen = draw.choice(others, self.samples, replace=len(others) < self.samples)
-                for sample, place in enumerate(chosen):
-                    response = lent[place]
-                    for answer, branch in enumerate(branches):
-                        ids = np.concatenate([response, branch.ids[: branch.stop]])
-                        start, stop = len(response) + branch.start, len(response) + branch.stop
-                        forks[i].append(Fork(end, ids, start, stop, t, sample * len(branches) + answer))
-        return forks
+        return Lent(np.array([owner for owner, _ in found]), list(found.values()))
 
-    def _masked(self, rollout: Rollout) -> list[Fork]:
+    def forks_of(self, rollout: Rollout, lent: Lent, key: Sequence[int]) -> list[Fork]:
+        """The forks of one rollout.
+
+        Args:
+            lent: ``random``: the responses to draw from; those of the rollout's own question are left out.
+            key: ``random``: seed of the draws, whole numbers of at least 0.
+        """
+        if self.baseline == "masked":
+            return self._masked(rollout)
+        return self._random(rollout, lent, key) if self.baseline == "random" else []
+
+    def _random(self, rollout: Rollout, lent: Lent, key: Sequence[int]) -> list[Fork]:
+        others = np.flatnonzero(lent.owners != rollout.question.id) if lent.responses else np.zeros(0, np.int64)
+        if not len(others):
+            return []
+        draw = np.random.default_rng(key)
+        branches = self.branches_of(rollout.question)
         made = []
         for t, end in _turn_ends(rollout):
-            following = rollout.turns[t].ids
-            for kind, response in ((REAL, rollout.turns[t - 1].response_ids), (MASKED, self.masked_response)):
+            if rollout.turns[t - 1].action != SEARCH:
+                continue
+            chosen = draw.choice(others, self.samples, replace=len(others) < self.samples)
+            for sample, place in enumerate(chosen):
+                response = lent.responses[place]
+                for answer, branch in enumerate(branches):
+                    ids = np.concatenate([response, branch.ids[: branch.stop]])
+                    start, stop = len(response) + branch.start, len(response) + branch.stop
+                    made.append(Fork(end, ids, start, stop, t, sample * len(branches) + answer))
+        return made
+
+    def _masked(self, rollout: Rollout) -> list[Fork]:
+        """The next turn after the response, and after the masked one; a turn without a response has none to mask."""
+        made = []
+        for t, end in _turn_ends(rollout):
+            following, own = rollout.turns[t].ids, rollout.turns[t - 1].response_ids
+            for kind, response in ((REAL, own), (MASKED, self.masked_response))[: 2 if len(own) else 1]:
                 ids = np.concatenate([response, following])
                 made.append(Fork(end, ids, len(response), len(ids), t, kind))
         return made
