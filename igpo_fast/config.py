@@ -505,12 +505,35 @@ class Algorithm(Section):
             )
         return self
 
+    def changed(self, key: str) -> bool:
+        """Whether a key has another value than preset and algorithm give it."""
+        usual = {key: type(self).model_fields[key].default} | PRESETS[self.preset] | OWN_LOSS.get(self.name, {})
+        return getattr(self, key) != usual[key]
+
     @model_validator(mode="after")
     def _check_credit(self):
-        if self.credit == "query" and (self.accumulate != "none" or self.name in CRITICS):
+        if self.credit == "query" and self.name in CRITICS:
             raise ValueError(
-                "algorithm.credit=query gives each gain to its own tool call alone; set algorithm.accumulate=none, and "
-                "use an algorithm without a critic"
+                f"algorithm.credit=query needs advantages that are compared within groups; algorithm.name={self.name} "
+                "has a critic; use igpo"
+            )
+        if self.credit == "query" and self.accumulate != "none":
+            raise ValueError(
+                f"algorithm.credit=query gives each gain to its own tool call alone, and accumulate={self.accumulate} "
+                "to earlier turns, too; set algorithm.accumulate=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_potential(self):
+        if (
+            self.name == "ppo_ig"
+            and self.ig_potential
+            and (self.baseline, self.gamma, self.ig_gate) != ("previous", 1, 0)
+        ):
+            raise ValueError(
+                "algorithm.ig_potential pays back the sum of gains, which is a value only with baseline=previous, "
+                "gamma=1 and ig_gate=0; set these, or leave it out"
             )
         return self
 
@@ -518,9 +541,8 @@ class Algorithm(Section):
     def _check_idle(self):
         if self.name not in CRITICS:
             return self
-        usual = {key: field.default for key, field in type(self).model_fields.items()} | PRESETS[self.preset]
         for key in OF_GROUPS:
-            if getattr(self, key) != (usual | OWN_LOSS[self.name])[key]:
+            if self.changed(key):
                 raise ValueError(
                     f"algorithm.{key} does nothing with algorithm.name={self.name}, whose rewards are compared with a "
                     "critic's values and not within groups; leave it out"
@@ -589,6 +611,12 @@ OWN_LOSS: dict[str, dict] = {
 """Defaults that come with ``algorithm.name``."""
 CRITICS = ("ppo", "ppo_ig")
 """Algorithms with a critic."""
+OF_GAINS = (
+    "basis", "answers", "wrapper", "baseline", "baseline_samples", "value_model", "teacher_every", "pool", "ig_gate",
+    "ig_center", "ig_min_std", "accumulate", "ig_weight", "ig_weight_end", "ig_potential", "ig_spread", "credit",
+    "ig_tools", "ig_every", "turn_format_penalty", "adaptive_clip", "gamma",
+)  # fmt: skip
+"""Keys of ``algorithm`` about gains, which outcome-only algorithms do not have."""
 OF_GROUPS = (
     "pool", "ig_center", "ig_min_std", "outcome_min_std", "min_var", "accumulate", "adaptive_clip", "ig_spread",
 )  # fmt: skip

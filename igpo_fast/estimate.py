@@ -205,7 +205,8 @@ def _scoring(config: Config, assumed: Assumed) -> Scoring:
     response = config.search.top_k * config.search.max_passage_tokens
     return Scoring(
         lambda question: branches, answer_tokens=len(branches) * assumed.answer, baseline=baseline,
-        samples=config.algorithm.baseline_samples, longest_response=response if baseline == "random" else 0,
+        samples=config.algorithm.baseline_samples,
+        longest_response=min(response, config.rollout.max_tokens) if baseline == "random" else 0,
         masked_response=np.zeros(EMPTY, np.int32) if baseline == "masked" else None,
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from igpo_fast import adapter, model
-from igpo_fast.config import CRITICS, PRESETS, Config, Critic, Distributed
+from igpo_fast.config import CRITICS, OF_GAINS, OF_GROUPS, PRESETS, Algorithm, Config, Critic, Distributed
 from igpo_fast.data.load import Data, load_data, question_order, without_long
 from igpo_fast.data.tokenizer import check_known, load_tokenizer
 from igpo_fast.engines import vllm
@@ -297,9 +297,10 @@ def settings_warnings(config: Config) -> list[str]:
     """Warnings about settings without the effect that they suggest, one line each."""
     a, warnings = config.algorithm, []
     if a.ratio != "token" and config.train.updates == 1:
+        equal = " (gspo then equals grpo)" * (a.name == "gspo")
         warnings.append(
-            f"algorithm.ratio={a.ratio} with train.updates=1 never clips (gspo then equals grpo): all ratios are 1; "
-            "raise train.updates, or use algorithm.ratio=token"
+            f"algorithm.ratio={a.ratio} with train.updates=1 never clips{equal}: all ratios are 1; raise "
+            "train.updates, or use algorithm.ratio=token"
         )
     if a.adaptive_clip and ALGORITHMS[a.name].needs_values and config.train.updates == 1:
         warnings.append(
@@ -314,15 +315,32 @@ def settings_warnings(config: Config) -> list[str]:
     if a.name not in CRITICS and (given := [k for k, v in config.critic if v != getattr(Critic(), k)]):
         named = ", ".join(f"critic.{key}={getattr(config.critic, key)}" for key in given)
         warnings.append(f"{named} does nothing: algorithm.name={a.name} has no critic; use ppo or ppo_ig")
-    if a.name != "ppo_ig" and a.ig_potential:
-        warnings.append(f"algorithm.ig_potential=true does nothing with algorithm.name={a.name}; use ppo_ig")
+    for keys, why in _idle_keys(a):
+        if given := [f"algorithm.{key}={getattr(a, key)}" for key in keys if a.changed(key)]:
+            warnings.append(f"{', '.join(given)} do{'es' * (len(given) == 1)} nothing: {why}")
     preset = PRESETS[a.preset]
-    if a.ig_gate and a.basis != preset["basis"] and a.ig_gate == preset["ig_gate"]:
+    if a.ig_gate and a.basis != preset.get("basis", a.basis) and a.ig_gate == preset["ig_gate"]:
         warnings.append(
             f"algorithm.ig_gate={a.ig_gate:g} is preset {a.preset}'s, for basis={preset['basis']}; gains of "
             f"basis={a.basis} are in another unit: set algorithm.ig_gate, too (0 for none)"
         )
     return warnings
+
+
+def _idle_keys(a: Algorithm) -> Iterator[tuple[Sequence[str], str]]:
+    """Keys of section ``algorithm`` that do nothing beside its others, and why."""
+    if not ALGORITHMS[a.name].needs_values:
+        keys = [key for key in OF_GAINS if key not in ("gamma", *OF_GROUPS) or a.name not in CRITICS]
+        yield keys, f"algorithm.name={a.name} has no gains"
+        return
+    if a.baseline == "masked":
+        yield ("answers", "wrapper"), "baseline=masked scores no answers"
+    if a.baseline != "random":
+        yield ("baseline_samples",), f"baseline={a.baseline} draws no responses"
+    if a.value_model != "teacher":
+        yield ("teacher_every",), f"value_model={a.value_model} is no teacher"
+    if a.name != "ppo_ig":
+        yield ("ig_potential",), f"algorithm.name={a.name} has no critic; use ppo_ig"
 
 
 def _scoring(config: Config, dialect: Dialect, questions: Sequence[Question]) -> Scoring:

@@ -284,3 +284,14 @@ def test_an_undefined_value_gives_a_gain_of_zero_and_is_counted():
     (credit,) = credit_rollouts([group], [Values(values, baselines)], Recipe(baseline="masked"))
     assert credit.gains.tolist() == [0.0, *[1.0] * (len(rollout.turns) - 2)] and credit.undefined == 1
     assert copy.copy(credit).baselines is baselines and SEARCH
+
+
+def test_a_malformed_turns_hint_is_not_masked():
+    case = Case(4)
+    i = next(i for i, r in enumerate(case.rollouts) if len(r.turns) > 2)
+    turns = list(case.rollouts[i].turns)
+    turns[0] = replace(turns[0], action="invalid")
+    rollout = replace(case.rollouts[i], turns=tuple(turns))
+    made = scoring_of(case, "masked").forks(Batch(1, (replace(case.groups[0], rollouts=(rollout,)),)))[0]
+    assert [(fork.turn, fork.answer) for fork in made][:3] == [(1, REAL), (2, REAL), (2, MASKED)]
+    assert Recipe(baseline="masked").earning_tools == (SEARCH,)

@@ -330,7 +330,7 @@ def test_a_critic_without_its_algorithm_is_told():
     )
     assert settings_warnings(load(None, ["algorithm.name=ppo", "critic.lr=0.5"])) == []
     (warning,) = settings_warnings(load(None, ["algorithm.name=ppo", "algorithm.ig_potential=true"]))
-    assert warning == "algorithm.ig_potential=true does nothing with algorithm.name=ppo; use ppo_ig"
+    assert warning == "algorithm.ig_potential=True does nothing: algorithm.name=ppo has no gains"
 
 
 NOTHING = Scoring(lambda question: ())

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from igpo_fast.config import Algorithm
+from igpo_fast.config import PRESETS, Algorithm, load
+from igpo_fast.setup import settings_warnings
 from igpo_fast.types import ANSWER, INVALID, SEARCH, Group, Question, Rollout, Turn
 from igpo_fast.update.advantages import Recipe, credit_rollouts, recipe_of, reward_metrics
 from igpo_fast.update.gains import earning_turns, information_gain, repeated_passages, values_of
@@ -242,6 +243,7 @@ def test_ig_search_and_infopo_as_their_formulas(group, data):
     for credit, expected in zip(found, family.ig_search_advantages(outcomes, known, calls, lengths, 0.3), strict=True):
         assert credit.token_advantages.tolist() == pytest.approx([a for turn in expected for a in turn], abs=1e-6)
     every = [np.array(values[1:]) for _, values, _, _ in group]
+    rows["actions"] = [[S] * (len(actions) - 1) + [A] for actions in rows["actions"]]  # others earn nothing
     recipe = replace(recipe_of(Algorithm(preset="infopo")), **PLAIN)
     with pytest.MonkeyPatch.context() as patch:
         found = with_lengths(patch, **rows, gains=every, recipe=recipe)
@@ -280,11 +282,39 @@ def test_the_sum_of_answers_by_hand():
 
 
 def test_query_credit_is_refused_where_gains_are_summed():
-    for bad in (dict(accumulate="sum"), dict(accumulate="none", name="ppo_ig")):
-        with pytest.raises(ValueError, match=r"algorithm.credit=query gives .*; set algorithm.accumulate=none"):
-            Algorithm(credit="query", **bad)
+    with pytest.raises(ValueError, match=r"algorithm.credit=query gives .*; set algorithm.accumulate=none"):
+        Algorithm(credit="query")
+    with pytest.raises(
+        ValueError, match=r"algorithm.credit=query needs .* algorithm.name=ppo_ig has a critic; use igpo"
+    ):
+        Algorithm(credit="query", accumulate="none", name="ppo_ig")
 
 
 def test_presets_of_papers_with_a_critic_bring_it():
     assert Algorithm(preset="tips").name == "ppo_ig" and Algorithm(preset="stepsearch").name == "ppo"
     assert Algorithm(preset="tips", name="igpo").name == "igpo"
+
+
+@pytest.mark.parametrize("settings, named", [
+    (["name=grpo", "ig_weight=3", "baseline=random"], "algorithm.baseline=random, algorithm.ig_weight=3.0 do nothing"),
+    (["name=ppo", "value_model=teacher"], "algorithm.value_model=teacher does nothing: algorithm.name=ppo has no"),
+    (["preset=infopo", "answers=max"], "algorithm.answers=max does nothing: baseline=masked scores no answers"),
+    (["baseline_samples=9"], "algorithm.baseline_samples=9 does nothing: baseline=previous draws no responses"),
+    (["teacher_every=5"], "algorithm.teacher_every=5 does nothing: value_model=policy is no teacher"),
+])  # fmt: skip
+def test_keys_that_do_nothing_are_told(settings, named):
+    (warning,) = settings_warnings(load(None, [f"algorithm.{setting}" for setting in settings]))
+    assert warning.startswith(named)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_warn_of_nothing_but_their_single_update(preset):
+    for name in ([], ["algorithm.name=grpo"], ["algorithm.name=igpo"]):
+        for warning in settings_warnings(load(None, [f"algorithm.preset={preset}", *name])):
+            assert "with train.updates=1 never" in warning, warning
+
+
+def test_a_potential_that_is_none_is_refused():
+    for bad in ("baseline=none", "gamma=0.9", "ig_gate=0.5"):
+        with pytest.raises(ValueError, match=r"algorithm.ig_potential pays back .*; set these, or leave it out"):
+            load(None, ["algorithm.preset=tips", f"algorithm.{bad}"])

@@ -225,9 +225,9 @@ class TestEqualsPlainForwards:
         for row, scored in zip(rows, out, strict=True):
             ids, turns = parts_of(row, form)
             ids, values, baselines = list(ids), [math.nan], []
-            for (own, response, *_), (following, *_) in pairwise(turns):
+            for (own, response, searched, _), (following, *_) in pairwise(turns):
                 ids += own
-                baselines.append(value([*ids, *empty], following) if response else math.nan)
+                baselines.append(value([*ids, *empty], following) if response and searched else math.nan)
                 ids += response
                 values.append(value(ids, following))
             np.testing.assert_allclose(numbers(scored["values"]), values, atol=1e-4)
@@ -235,7 +235,7 @@ class TestEqualsPlainForwards:
             gains = np.subtract(values[1:], baselines)
             np.testing.assert_allclose(numbers(scored["info_gain"]), gains, atol=2e-4)
             apart += (abs(gains) > 0.01).sum()
-        assert apart >= 3
+        assert apart >= 2
 
     def test_none_and_previous(self, tmp_path, folder, form):
         """Values are the same; what they are compared with is 0, or the value before and not in the row."""

@@ -172,8 +172,8 @@ class Recipe:
 
     @property
     def earning_tools(self) -> tuple[str, ...]:
-        """Tools whose turns earn gains, all if empty. Only a search has random passages to be compared with."""
-        return self.ig_tools or ((SEARCH,) if self.baseline == "random" else ())
+        """Tools whose turns earn gains, all if empty. Only a search has a response that others may replace."""
+        return self.ig_tools or ((SEARCH,) if self.baseline in ("random", "masked") else ())
 
     @property
     def discount(self) -> float:
@@ -280,7 +280,7 @@ def _normalised_in_groups(
         of_outcomes = turn_advantages(*arrays, recipe.discount, replace(recipe.normaliser, gain_weight=0.0)).numpy()
     if apart and recipe.ig_spread:
         spread = [_spread(rewards[a:b]) for a, b in pairwise(sizes)]
-        gate = 1 / (1 + np.exp(np.array(spread) / recipe.ig_spread))
+        gate = (1 - np.tanh(np.array(spread) / recipe.ig_spread / 2)) / 2  # the sigmoid of -spread / ig_spread
         total = of_outcomes + np.repeat(gate, np.diff(offsets[sizes])) * (total - of_outcomes)
     costs = [_repetition(rollout, end, recipe) for rollout, end in zip(rollouts, ends, strict=True)]
     per_turn = lambda x, i: (x[offsets[i] : offsets[i + 1]] - costs[i])[segments[i]]  # noqa: E731

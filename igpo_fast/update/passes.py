@@ -45,7 +45,7 @@ def choose_passes(config: Config, recipe: Recipe, scoring: Scoring) -> str:
     if longest > budget:
         raise InputError(
             f"train.token_budget={budget}: a rollout and what is scored beside it may take {longest} tokens; raise it, "
-            f"or lower rollout.max_tokens{' or search.max_passage_tokens' * scoring.needs_batch}"
+            f"or lower {'algorithm.baseline_samples, search.top_k, ' * scoring.needs_batch}rollout.max_tokens"
         )
     if rollout.skip_collapsed and (recipe.over_tokens or recipe.critic):
         why = "estimates advantages with a critic" if recipe.critic else "normalises over the batch"

@@ -142,11 +142,14 @@ class Scoring:
         return made
 
     def _masked(self, rollout: Rollout) -> list[Fork]:
-        """The next turn after the response, and after the masked one; a turn without a response has none to mask."""
+        """The next turn after the response, and, where a search got one, after the masked one."""
         made = []
         for t, end in _turn_ends(rollout):
-            following, own = rollout.turns[t].ids, rollout.turns[t - 1].response_ids
-            for kind, response in ((REAL, own), (MASKED, self.masked_response))[: 2 if len(own) else 1]:
+            following, turn = rollout.turns[t].ids, rollout.turns[t - 1]
+            sides = [(REAL, turn.response_ids)]
+            if turn.action == SEARCH and len(turn.response_ids):
+                sides.append((MASKED, self.masked_response))
+            for kind, response in sides:
                 ids = np.concatenate([response, following])
                 made.append(Fork(end, ids, len(response), len(ids), t, kind))
         return made
