@@ -145,7 +145,8 @@ def test_signatures_name_keys_that_exist():
 def test_ratios_over_tokens_with_one_update_are_said_to_be_1(override, ratio):
     (warning,) = settings_warnings(load(None, [override]))
     assert "\n" not in warning
-    assert warning.startswith(f"algorithm.ratio={ratio} with train.updates=1 never clips (gspo then equals grpo)")
+    equal = " (gspo then equals grpo)" * (override == "algorithm.name=gspo")
+    assert warning.startswith(f"algorithm.ratio={ratio} with train.updates=1 never clips{equal}: all ratios are 1")
     assert settings_warnings(load(None, [override, "train.updates=2"])) == []
     assert settings_warnings(load(None, ["algorithm.name=grpo"])) == []
 
