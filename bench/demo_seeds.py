@@ -26,6 +26,7 @@ from rich.table import Table
 from igpo_fast.run.display import sparkline
 
 ROOT = Path(__file__).parents[1]
+CLI = [sys.executable, "-m", "igpo_fast"]
 START, END, WITHOUT_SEARCH = 0.15, 0.50, 0.10
 """Bars for eval F1: at most this before training, at least this after it, at most this without search."""
 
@@ -33,22 +34,13 @@ START, END, WITHOUT_SEARCH = 0.15, 0.50, 0.10
 def run(seed: int, algorithm: str, folder: Path, overrides: list[str]) -> dict:
     """Train and evaluate one seed; returns its row."""
     out = folder / f"{algorithm}-{seed}"
-    settings = [f"run.dir={out}", f"train.seed={seed}", f"algorithm.name={algorithm}", *overrides]
-    cli = [sys.executable, "-m", "igpo_fast"]
-    config = ["--config", str(ROOT / "configs/quickstart.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(folder / f"{algorithm}-{seed}.log", "w") as log:
-        subprocess.run([*cli, "train", *config, *settings], check=True, stdout=log, stderr=log, env=environment)
+    rows = trained(out, [f"train.seed={seed}", f"algorithm.name={algorithm}", *overrides])
     blind = subprocess.run(
-        [*cli, "eval", str(out), "--no-search", "--json"], check=True, capture_output=True, text=True, env=environment
+        [*CLI, "eval", str(out), "--no-search", "--json"], check=True, capture_output=True, text=True, env=environment()
     )
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     evals = [row for row in rows if "eval/f1" in row]
     return {
-        "bench": "demo_seeds",
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **about("demo_seeds"),
         "algorithm": algorithm,
         "seed": seed,
         "overrides": overrides,
@@ -59,6 +51,29 @@ def run(seed: int, algorithm: str, folder: Path, overrides: list[str]) -> dict:
         "without_search/f1": round(json.loads(blind.stdout)["eval/f1"], 4),
         "group/collapsed": round(sum(row["group/collapsed"] for row in rows[1:]) / len(rows[1:]), 3),
         "step_seconds": round(sum(row["time/step"] for row in rows[1:]) / len(rows[1:]), 3),
+    }
+
+
+def trained(out: Path, settings: list[str]) -> list[dict]:
+    """Train the quickstart with ``settings`` into ``out``, its output beside it; returns the rows of its metrics."""
+    config = ["--config", str(ROOT / "configs/quickstart.yaml"), f"run.dir={out}"]
+    with open(out.with_name(f"{out.name}.log"), "w") as log:
+        subprocess.run([*CLI, "train", *config, *settings], check=True, stdout=log, stderr=log, env=environment())
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def environment() -> dict[str, str]:
+    """One thread per run."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def about(bench: str) -> dict:
+    """What a result row begins with."""
+    return {
+        "bench": bench,
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 

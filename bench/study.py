@@ -12,19 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 
-import torch
-import transformers
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.demo_seeds import ROOT, commit
+from bench.demo_seeds import ROOT, about, trained
 from igpo_fast.config import PRESETS
 
 ROWS = ROOT / "bench/results/study.jsonl"
@@ -41,24 +35,12 @@ def settings_of(variant: str) -> list[str]:
 def run(variant: str, seed: int, folder: Path, overrides: list[str]) -> dict:
     """Train one run; returns its row."""
     out = folder / f"{variant}-{seed}"
-    command = [sys.executable, "-m", "igpo_fast", "train", "--config", str(ROOT / "configs/quickstart.yaml")]
-    command += [f"run.dir={out}", f"run.cache={folder / 'cache'}", f"train.seed={seed}", "eval.every=10"]
-    with open(folder / f"{variant}-{seed}.log", "w") as log:
-        subprocess.run(
-            [*command, *settings_of(variant), *overrides],
-            check=True,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    settings = [f"run.cache={folder / 'cache'}", f"train.seed={seed}", "eval.every=10"]
+    rows = trained(out, [*settings, *settings_of(variant), *overrides])
     evals, steps = [row for row in rows if "eval/f1" in row], rows[1:]
     mean = lambda key: statistics.fmean(row[key] for row in steps)  # noqa: E731
     return {
-        "bench": "study",
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **about("study"),
         "variant": variant,
         "seed": seed,
         "overrides": overrides,
