@@ -14,7 +14,7 @@ pytest.importorskip("pydantic")
 from igpo_fast.config import load
 from igpo_fast.rollouts.batch import rollout_groups
 from igpo_fast.setup import set_up
-from igpo_fast.types import SEARCH, ToolResult
+from igpo_fast.types import ToolResult, search_for
 
 QUESTIONS, GROUP = 16, 8
 SLOWEST = 2.0
@@ -45,7 +45,7 @@ def test_rollouts(compare, tmp_path):
     )
     setup = set_up(config)
     # An untrained policy never searches; here every turn does, whatever it says.
-    setup.agent.dialect.parse = lambda text: (SEARCH, "who")
+    setup.agent.dialect.parse = lambda text: (search_for("who"),)
     slow, quick = SlowTool(setup.agent.tool, SLOWEST), SlowTool(setup.agent.tool, 0.0)
 
     def batch(tool):

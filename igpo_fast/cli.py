@@ -190,7 +190,7 @@ def evaluate(
     from igpo_fast.run.display import bar
     from igpo_fast.setup import set_up
 
-    setup = set_up(settings, weights=weights, tool=NoSearch() if no_search else None)
+    setup = set_up(settings, weights=weights, search=NoSearch() if no_search else None)
     agent = setup.eval_agent
     for warning in setup.warnings:
         typer.echo(f"warning: {warning}", err=True)

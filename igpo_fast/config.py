@@ -234,6 +234,14 @@ class Sft(Section):
     """Loss weight of tokens that tools wrote."""
 
 
+class ToolLimits(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    calls: Count | None = None
+    seconds: Seconds | None = None
+    max_characters: Positive | None = None
+
+
 class Rollout(Section):
     engine: Literal["torch", "vllm"] = "torch"
     """Engine that samples: `torch` runs the trainer's own model with a KV cache; `vllm` runs vLLM, in this process or
@@ -268,6 +276,8 @@ class Rollout(Section):
     """Tokens per rollout, prompt and responses included."""
     temperature: Temperature = 1.0
     """Divides the logits, in sampling and in every log-probability of the step."""
+    tools: Annotated[tuple[NonEmpty, ...], Field(min_length=1)] = ("search",)
+    """Tools that the policy may call: `search`, and functions or classes of your own (docs/extending.md)."""
     dialect: Literal["tags", "chat"] = "tags"
     """Format of turns: Search-R1 tags, or the model's own chat template and tool calls."""
     system: PlainText | None = None
@@ -332,6 +342,21 @@ class Rollout(Section):
     @field_serializer("server", when_used="json")
     def _masked(self, server: tuple[str, ...]) -> list[str]:
         return [masked(url) for url in server]
+
+
+class Tools(Section):
+    """Limits of the tools of `rollout.tools`. Searches have section `search`, too."""
+
+    calls: Count = 0
+    """Most calls of a tool per rollout; further ones get a text that says so. 0 sets no limit."""
+    seconds: Annotated[Seconds, SESSION] = 30.0
+    """Seconds per call of a tool other than `search`."""
+    max_characters: Positive = 65536
+    """Longest result of a call in characters; longer ones count as failed."""
+    max_tokens: Tokens = 512
+    """Longest result in tokens that the policy sees; longer ones are cut."""
+    limits: dict[NonEmpty, ToolLimits] = {}
+    """Limits of single tools, by name: `{python: {calls: 3, seconds: 5}}`."""
 
 
 class Search(Section):
@@ -436,7 +461,7 @@ class Algorithm(Section):
     credit: Literal["turn", "query"] = "turn"
     """Tokens that a gain acts on: all of its turn; or those of the tool call alone, over their number (`query`), which
     needs `accumulate=none`."""
-    ig_tools: tuple[Literal["search"], ...] = ()
+    ig_tools: tuple[NonEmpty, ...] = ()
     """Tools whose turns earn gains. Other turns share the advantage of the next that does; empty is all turns."""
     ig_every: Positive = 1
     """Only every so many turns earn a gain, for all turns since the last that did."""
@@ -750,6 +775,7 @@ class Config(Section):
     world: World = World()
     sft: Sft = Sft()
     rollout: Rollout = Rollout()
+    tools: Tools = Tools()
     search: Search = Search()
     algorithm: Algorithm = Algorithm()
     critic: Critic = Critic()

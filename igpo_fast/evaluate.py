@@ -11,7 +11,6 @@ from igpo_fast.errors import InputError
 from igpo_fast.ranks import Ranks
 from igpo_fast.rollouts.batch import rollout_groups
 from igpo_fast.rollouts.rollout import Agent
-from igpo_fast.rollouts.tools.base import take_counts
 from igpo_fast.types import Evaluation, Group, Question, Rollout
 from igpo_fast.update.rewards import exact_match, f1_score
 
@@ -43,13 +42,13 @@ def evaluate(
 
     def sample() -> tuple[tuple[Group, ...], Counter]:
         groups = rollout_groups(agent, ranks.share(questions), 1, EVAL_STEP, progress=progress)
-        return groups, agent.tool.counts
+        return groups, agent.tools.take()
 
     told = ranks.together(sample)
     shares = [groups for groups, _ in told]
     rollouts = tuple(shares[i % ranks.size][i // ranks.size].rollouts[0] for i in range(len(questions)))
-    agent.tool.counts = sum((counts for _, counts in told), Counter())
-    counts, _ = ranks.together(lambda: take_counts(agent.tool, "evaluation"))[0]
+    calls = sum((counts for _, counts in told), Counter())
+    counts, _ = ranks.together(lambda: agent.tools.report(calls, "evaluation"))[0]
     sets: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
         sets.setdefault(rollout.question.dataset, []).append(rollout)

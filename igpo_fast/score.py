@@ -32,7 +32,7 @@ from igpo_fast.model import device_of, load
 from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.trajectories import Record, read_records
 from igpo_fast.transcripts import NOTHING, WRITERS
-from igpo_fast.types import INVALID, SEARCH, Answers, Baseline, Basis, Rollout, ToolResult, Turn
+from igpo_fast.types import Answers, Baseline, Basis, Rollout, ToolResult, Turn, search_for
 from igpo_fast.update.gains import information_gain, values_of
 from igpo_fast.update.packs import means_of
 from igpo_fast.update.policy import Policy
@@ -101,7 +101,7 @@ class Reservoir:
         """Offer what its searches found."""
         owner = rollout.question.id
         for turn in rollout.turns[:-1]:
-            if turn.passages:
+            if turn.found:
                 content = f"{self._seed} {owner} ".encode() + turn.response_ids.tobytes()
                 self._kept[blake2b(content, digest_size=16).digest()] = owner, turn.response_ids
         if len(self._kept) > 2 * LENT:
@@ -164,7 +164,7 @@ class Scorer:
             lambda question: () if count == 0 else written.branches(question)[:count],
             baseline=baseline,
             samples=samples,
-            masked_response=written.response(SEARCH, ToolResult(()))[0] if baseline == "masked" else None,
+            masked_response=written.response((search_for(""),), (ToolResult(),))[0] if baseline == "masked" else None,
             seed=seed,
         )
         self._lent = NONE_LENT
@@ -231,12 +231,12 @@ class Scorer:
             self._check_known(part, what)
         made = [
             # What messages respond to a turn is taken for what a search found.
-            Turn(ids, np.zeros(len(ids), np.float32), "", SEARCH if len(response) else INVALID, "", response,
-                 passages=("",) * (len(response) > 0))
+            Turn(ids, np.zeros(len(ids), np.float32), "", (search_for(""),) * bool(len(response)), response,
+                 found=bool(len(response)))
             for ids, response in turns
         ]  # fmt: skip
         if not masked:
-            made.append(Turn(NOTHING, NOTHING, "", INVALID, "", NOTHING))  # the last turn, which is not read
+            made.append(Turn(NOTHING, NOTHING, "", (), NOTHING))  # the last turn, which is not read
         return Rollout(record.question, 0, prompt, tuple(made))
 
     def _sampled(self, record: Record) -> Rollout:

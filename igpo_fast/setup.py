@@ -22,12 +22,12 @@ from igpo_fast.liger import has_liger, use_liger
 from igpo_fast.ranks import Ranks
 from igpo_fast.rollouts.dialect import Dialect, make_dialect
 from igpo_fast.rollouts.rollout import Agent, Limits, opening
-from igpo_fast.rollouts.tools.base import Tool
-from igpo_fast.rollouts.tools.search import make_search
+from igpo_fast.rollouts.tools.make import make_tools
+from igpo_fast.rollouts.tools.search import Search
 from igpo_fast.run import memory
 from igpo_fast.sft import Progress as SftProgress
 from igpo_fast.sft import warm_start
-from igpo_fast.types import SEARCH, Question, ToolResult
+from igpo_fast.types import SEARCH, Action, Question, ToolResult
 from igpo_fast.update.advantages import ALGORITHMS, recipe_of
 from igpo_fast.update.critic import critic_settings_of
 from igpo_fast.update.learner import Learner
@@ -80,7 +80,7 @@ def set_up(
     *,
     weights: str | None = None,
     tokenizer: str | None = None,
-    tool: Tool | None = None,
+    search: Search | None = None,
     sft_progress: SftProgress | None = None,
     ranks: Ranks | None = None,
     trained: bool = False,
@@ -90,25 +90,28 @@ def set_up(
     Args:
         weights: a checkpoint or model directory that replaces the configured (and warm-started) model.
         tokenizer: a checkpoint whose tokenizer is used instead of that of ``weights``.
-        tool: searches in place of the configured one.
+        search: the tool ``search`` in place of the configured one.
         sft_progress: called during a warm start, if one is trained.
         ranks: the run's processes.
         trained: the model is about to be trained, so it gets adapters if the configuration wants them.
     Raises:
         InputError: bad input of any kind, in one line.
-        ToolError: the tool does not answer; known before the model is loaded.
+        ToolError: a tool does not answer; known before the model is loaded.
     """
     ranks = ranks or Ranks()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     data = load_data(config)
     words = load_tokenizer(config, data, tokenizer or weights)
+    tools = make_tools(config, data, search)
     dialect = make_dialect(
         config.rollout.dialect,
         words,
+        tools.schemas,
         system=config.rollout.system,
         thinking=config.rollout.thinking,
         max_passage_tokens=config.search.max_passage_tokens,
+        max_result_tokens=config.tools.max_tokens,
         max_answer_tokens=config.data.max_answer_tokens,
         max_answers=config.data.max_answers,
         wrapper=config.algorithm.wrapper,
@@ -119,15 +122,14 @@ def set_up(
         data = without_long(data, lambda question: limits.fits(len(dialect.prompt(question))))
     _check_questions(config, data, dialect, limits)
     scoring = _scoring(config, dialect, data.train)
-    tool = tool or make_search(config, data)
-    tool.check(data.train[0].question)
+    tools.check(data.train[0])
     if trained:
         _check_memory(config, len(words), ranks)
     lm = _load_model(config, weights, words, ranks)
     if not weights:
         if ranks.size > 1:  # the others then read what the first has trained
-            ranks.first_alone(lambda: warm_start(config, lm, words, dialect, data, tool, sft_progress) and None)
-        lm = warm_start(config, lm, words, dialect, data, tool, sft_progress)
+            ranks.first_alone(lambda: warm_start(config, lm, words, dialect, data, tools, sft_progress) and None)
+        lm = warm_start(config, lm, words, dialect, data, tools, sft_progress)
     if config.model.gradient_checkpointing:
         model.recompute_layers(lm)
     warnings = (
@@ -142,7 +144,7 @@ def set_up(
         adapter.add(lm, m.lora_rank, m.lora_alpha, m.lora_targets, config.train.seed)
     agent = Agent(
         engine=engine,
-        tool=tool,
+        tools=tools,
         dialect=dialect,
         limits=limits,
         sampling=Sampling(temperature=config.rollout.temperature),
@@ -351,9 +353,10 @@ def _scoring(config: Config, dialect: Dialect, questions: Sequence[Question]) ->
     def branches_of(question: Question) -> Sequence[Branch]:
         return () if count == 0 else dialect.branches(question)[:count]
 
-    empty, _ = dialect.response(SEARCH, ToolResult(()))
+    empty, _ = dialect.response((Action(next(iter(dialect.functions)), {}),), (ToolResult(),))
     baseline = a.baseline if recipe.needs_values else "previous"
-    most = len(empty) + search.top_k * (search.max_passage_tokens + 4)  # blank lines between passages, with a margin
+    passages = search.top_k * (search.max_passage_tokens + 4)  # blank lines between passages, with a margin
+    most = len(empty) + max(passages, config.tools.max_tokens if set(dialect.functions) != {SEARCH} else 0)
     return Scoring(
         branches_of,
         answer_tokens=max(sum(len(branch.ids) for branch in branches_of(question)) for question in questions),

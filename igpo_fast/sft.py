@@ -1,6 +1,6 @@
 """Warm start: supervised fine-tuning on imperfect demonstrations, kept for the next run with the same settings.
 
-A demonstration is written in the run's own dialect and answered by its own search tool, so that the policy learns
+A demonstration is written in the run's own dialect and answered by its own tools, so that the policy learns
 format and loop from the tokens that it will meet in rollouts. Its mistakes leave room for reinforcement learning.
 """
 
@@ -26,9 +26,9 @@ from igpo_fast.errors import ToolError
 from igpo_fast.files import atomic_folder, check_manifest, check_writable, write_manifest
 from igpo_fast.model import load
 from igpo_fast.rollouts.dialect import Dialect
-from igpo_fast.rollouts.tools.base import Tool, close
+from igpo_fast.rollouts.tools.base import Tools
 from igpo_fast.rollouts.tools.search import Bm25Search
-from igpo_fast.types import ANSWER, SEARCH, Question
+from igpo_fast.types import ANSWER, Question, answer_with, search_for
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.policy import SupervisedInputs
 from igpo_kernels import RolloutTokens, Tree, pack
@@ -44,7 +44,7 @@ def steps_of(config: Config) -> int:
 
 
 def warm_start(
-    config: Config, lm: PreTrainedModel, tokenizer, dialect: Dialect, data: Data, tool: Tool, progress: Progress
+    config: Config, lm: PreTrainedModel, tokenizer, dialect: Dialect, data: Data, tools: Tools, progress: Progress
 ) -> PreTrainedModel:
     """The warm-started model, from ``run.cache`` if these settings were trained before, or trained now.
 
@@ -60,7 +60,7 @@ def warm_start(
     folder = cache / f"sft-{_fingerprint(config, tokenizer, data)}"
     if not folder.exists():
         check_writable(cache)
-        train(config, lm, dialect, data, tool, progress)
+        train(config, lm, dialect, data, tools, progress)
         with atomic_folder(folder, owner=f".{os.getpid()}") as temporary:
             lm.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
@@ -104,14 +104,14 @@ def _fingerprint(config: Config, tokenizer, data: Data) -> str:
 
 
 def train(
-    config: Config, lm: PreTrainedModel, dialect: Dialect, data: Data, tool: Tool, progress: Progress | None = None
+    config: Config, lm: PreTrainedModel, dialect: Dialect, data: Data, tools: Tools, progress: Progress | None = None
 ) -> None:
     """AdamW on the demonstrations, one packed batch per step, in place; the learning rate falls linearly to 0."""
     total = steps_of(config)
     learner = Learner(
         lm, backend=config.model.kernels, lr=config.sft.lr, factor=lambda step: 1 - step / total,
     )  # fmt: skip
-    for step, batch in enumerate(_batches(config, dialect, data, tool)):
+    for step, batch in enumerate(_batches(config, dialect, data, tools)):
         loss = demonstration_loss(learner, batch, config.sft.response_weight)
         learner.backward(loss)
         learner.step()
@@ -133,30 +133,34 @@ def demonstration_loss(
 
 
 async def write(
-    demonstration: Demonstration, dialect: Dialect, tool: Tool, max_tokens: int
+    demonstration: Demonstration, dialect: Dialect, tools: Tools, max_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A demonstration as a rollout of the run's dialect and tool, cut to ``max_tokens``: tokens and their authors, int
+    """A demonstration as a rollout of the run's dialect and tools, cut to ``max_tokens``: tokens and their authors, int
     [L]."""
     question = demonstration.question
     pieces = [(dialect.prompt(question), PROMPT)]
-    for action, argument in demonstration.turns:
-        pieces.append((dialect.encode(dialect.write(action, argument)), WRITTEN))
-        if action == SEARCH:
-            result = await tool(argument, question.corpus)
+    async with tools.open(question) as opened:
+        for action in demonstration.turns:
+            pieces.append((dialect.encode(dialect.write((action,))), WRITTEN))
+            if action.tool == ANSWER:
+                continue
+            (result,) = await opened.call((action,))
             if result.failure:
-                raise ToolError("warm start: a search failed for good; see that the server at search.url answers")
-            pieces.append((dialect.response(action, result)[0], RESPONSE))
+                raise ToolError(
+                    f"warm start: a call of {action.tool} failed for good ({result.failure}); see that the tool answers"
+                )
+            pieces.append((dialect.response((action,), (result,))[0], RESPONSE))
     ids = np.concatenate([piece for piece, _ in pieces])[:max_tokens]
     writer = np.concatenate([np.full(len(piece), who) for piece, who in pieces])[:max_tokens]
     return ids, writer
 
 
-def _batches(config: Config, dialect: Dialect, data: Data, tool: Tool) -> Iterator[list]:
+def _batches(config: Config, dialect: Dialect, data: Data, tools: Tools) -> Iterator[list]:
     """One batch of written demonstrations per step."""
     rng = random.Random(f"{config.train.seed}/sft")
     if config.data.source == "world":
         worlds = make_worlds(config.world, "sft")
-        tool = Bm25Search({world.name: world.passages for world in worlds}, config.search.top_k)
+        tools = Tools([Bm25Search({world.name: world.passages for world in worlds}, config.search.top_k)])
         draw = lambda noise: _from_world(rng.choice(worlds), noise, rng, config.rollout.max_turns)  # noqa: E731
     else:
         draw = lambda noise: _from_steps(data.train, noise, rng)  # noqa: E731
@@ -166,9 +170,9 @@ def _batches(config: Config, dialect: Dialect, data: Data, tool: Tool) -> Iterat
     async def written(noise: Noise) -> list:
         try:
             max_tokens = config.rollout.max_tokens
-            return [await write(draw(noise), dialect, tool, max_tokens) for _ in range(settings.batch_size)]
+            return [await write(draw(noise), dialect, tools, max_tokens) for _ in range(settings.batch_size)]
         finally:
-            await close(tool)
+            await tools.aclose()
 
     for steps, noise in phases:
         for _ in range(steps):
@@ -190,9 +194,9 @@ def _from_steps(questions: Sequence[Question], noise: Noise, rng: random.Random)
         query = step.get("question", question.question)
         for number, answer in enumerate(found, start=1):
             query = query.replace(f"#{number}", answer)
-        turns.append((SEARCH, other.question if rng.random() < noise.wrong_query else query))
+        turns.append(search_for(other.question if rng.random() < noise.wrong_query else query))
         found.append(step.get("answer", ""))
         if "question" not in step:
             break
     answer = other.answers[0] if rng.random() < noise.wrong_answer else question.answers[0]
-    return Demonstration(question, (*turns, (ANSWER, answer)))
+    return Demonstration(question, (*turns, answer_with(answer)))

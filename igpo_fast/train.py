@@ -17,7 +17,6 @@ from igpo_fast.errors import RunError
 from igpo_fast.evaluate import evaluate
 from igpo_fast.ranks import Ranks
 from igpo_fast.rollouts.batch import Stragglers, finished_groups, in_ranges
-from igpo_fast.rollouts.tools.base import take_counts
 from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.run.display import Display
 from igpo_fast.run.metrics import StepMetrics
@@ -163,11 +162,11 @@ class Trainer:
         return Batch(step, tuple(groups[i] for i in kept)), readings
 
     def _count(self, step: int, metrics: StepMetrics) -> None:
-        """Add what the ranks' tools and stragglers counted to the row; warns if searches failed."""
-        told = self.ranks.gather((self._stragglers, self.agent.tool.counts))
+        """Add what the ranks' tools and stragglers counted to the row; warns if calls failed."""
+        tools = self.agent.tools
+        told = self.ranks.gather((self._stragglers, tools.take()))
         stragglers, calls = (sum(counts, Counter()) for counts in zip(*told, strict=True))
-        self.agent.tool.counts = calls
-        counts, warning = self.ranks.together(lambda: take_counts(self.agent.tool, f"step {step}"))[0]
+        counts, warning = self.ranks.together(lambda: tools.report(calls, f"step {step}"))[0]
         metrics.set({key: stragglers[key] for key in self._stragglers} | counts)
         if warning:
             self.display.warn(warning)

@@ -12,7 +12,7 @@ import numpy as np
 
 from igpo_fast.data.rows import json_lines
 from igpo_fast.errors import InputError
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Question, Rollout, Turn
+from igpo_fast.types import INVALID, Action, Question, Rollout, Turn
 
 PROMPT_ROLES = ("system", "user")
 RESPONSE_ROLES = ("tool", "user", "environment")
@@ -162,9 +162,12 @@ def _rollout(row: dict[str, Any], question: Question, where: str) -> Rollout:
     made = []
     for number, turn in enumerate(turns, start=1):
         ids, response_ids = (_ids(turn.get(key), f"{where}: turn {number}, {key}") for key in ("ids", "response_ids"))
-        action = turn["action"] if turn.get("action") in (SEARCH, ANSWER) else INVALID
-        found = tuple(map(str, turn["passages"])) if isinstance(turn.get("passages"), list) else ()
-        made.append(Turn(ids, np.zeros(len(ids), np.float32), turn["text"], action, "", response_ids, passages=found))
+        action = turn.get("action")
+        # What it called with does not matter here.
+        actions = (Action(action, {}),) if isinstance(action, str) and action != INVALID else ()
+        passages = tuple(map(str, turn["passages"])) if isinstance(turn.get("passages"), list) else ()
+        found, logp = bool(turn.get("found", passages)), np.zeros(len(ids), np.float32)
+        made.append(Turn(ids, logp, turn["text"], actions, response_ids, passages=passages, found=found))
     prompt_ids = _ids(row["prompt_ids"], f"{where}: prompt_ids")
     return Rollout(question, 0, prompt_ids, tuple(made))
 

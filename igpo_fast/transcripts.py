@@ -18,7 +18,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from igpo_fast.errors import InputError
-from igpo_fast.rollouts.dialect import CHAT_SYSTEM, SEARCH_TOOL, TODAY, Dialect, TagsDialect, make_dialect, unquote
+from igpo_fast.rollouts.dialect import CHAT_SYSTEM, TODAY, Dialect, TagsDialect, make_dialect, unquote
+from igpo_fast.rollouts.dialect.parsing import map_texts
+from igpo_fast.rollouts.tools.search import SEARCH_TOOL
 from igpo_fast.trajectories import Message, Record
 
 BUDGETS = dict(max_passage_tokens=128, max_answer_tokens=64, max_answers=4)
@@ -40,10 +42,10 @@ class Tags:
     """Trajectories as one continuous text: the concatenated contents."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, wrapper: str | None = None):
-        self.dialect: Dialect = make_dialect("tags", tokenizer, wrapper=wrapper, **BUDGETS)
+        self.dialect: Dialect = make_dialect("tags", tokenizer, (SEARCH_TOOL,), wrapper=wrapper, **BUDGETS)
         # Writes a text as a prompt, with the start token of models that have one, and nothing else.
         bare = replace(self.dialect.wording, system="", question="{}")
-        self._verbatim = TagsDialect(tokenizer, wording=bare, **BUDGETS)
+        self._verbatim = TagsDialect(tokenizer, (SEARCH_TOOL,), wording=bare, **BUDGETS)
         self._end = tokenizer.eos_token or ""
 
     def write(self, record: Record, *, apart: bool = False, last: bool = False) -> tuple[np.ndarray, list[Written]]:
@@ -91,7 +93,7 @@ class Chat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, wrapper: str | None = None):
         self.tokenizer = tokenizer
-        self.dialect: Dialect = make_dialect("chat", tokenizer, wrapper=wrapper, **BUDGETS)
+        self.dialect: Dialect = make_dialect("chat", tokenizer, (SEARCH_TOOL,), wrapper=wrapper, **BUDGETS)
         # As ``Dialect.check`` has it; where it is not so, a stop id may be a token of texts.
         tokens = (tokenizer.eos_token_id, *tokenizer.get_added_vocab().values())
         self._ends_turns = self.dialect.stop_ids[0] in tokens
@@ -111,7 +113,7 @@ class Chat:
         if not given:
             system = Message(0, "system", CHAT_SYSTEM)
             given, tools = [system, Message(0, "user", record.question.question)], [SEARCH_TOOL]
-        tools = _texts(tools, self.dialect.quote, self.dialect.quote)
+        tools = map_texts(tools, self.dialect.quote, self.dialect.quote)
         messages = [self._written(message) for message in given]
         before = self._render(record, messages, tools)
         prompt, made = self.dialect.encode(before), []
@@ -215,23 +217,12 @@ def _for_template(message: Message, write: Callable[[str], str], quote: Callable
                 "type": "function",
                 "function": {
                     "name": write(call["name"]),
-                    "arguments": _texts(call["arguments"], write, quote),
+                    "arguments": map_texts(call["arguments"], write, quote),
                 },
             }
             for call in message.calls
         ]
     return made
-
-
-def _texts(value: Any, write: Callable[[str], str], quote: Callable[[str], str]) -> Any:
-    """A JSON value, its texts written by ``write``, the names in its objects by ``quote``."""
-    if isinstance(value, str):
-        return write(value)
-    if isinstance(value, list):
-        return [_texts(entry, write, quote) for entry in value]
-    if isinstance(value, dict):
-        return {quote(key): _texts(entry, write, quote) for key, entry in value.items()}
-    return value
 
 
 WRITERS = {"tags": Tags, "chat": Chat}

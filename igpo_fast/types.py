@@ -13,9 +13,11 @@ Imports only numpy, so that a machine without the trainer's dependencies can bui
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -70,13 +72,52 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class ToolResult:
-    """The result of a tool call."""
+class Action:
+    """What a turn does: a call of a tool, or the final answer.
 
-    passages: tuple[Passage, ...]
+    >>> Action("search", {"query": "Who wrote Faust?"}).text
+    'Who wrote Faust?'
+    """
+
+    tool: str
+    """Name of the tool; ``answer`` for the final answer."""
+    arguments: Mapping[str, Any]
+    """Its arguments by name, JSON values; of an answer ``{"answer": text}``."""
+
+    @property
+    def text(self) -> str:
+        """The arguments for people: a single text as it is, others as JSON."""
+        values = list(self.arguments.values())
+        if len(values) == 1 and isinstance(values[0], str):
+            return values[0]
+        return json.dumps(self.arguments, ensure_ascii=False)
+
+
+def search_for(query: str) -> Action:
+    """A call of the tool ``search``."""
+    return Action(SEARCH, {"query": query})
+
+
+def answer_with(answer: str) -> Action:
+    """The final answer."""
+    return Action(ANSWER, {"answer": answer})
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """The result of a tool call: passages, or a text."""
+
+    passages: tuple[Passage, ...] = ()
     """Passages, best first; empty if nothing was found."""
+    text: str = ""
+    """The result of a tool that finds no passages."""
     failure: str = ""
-    """Text shown to the policy in place of passages if the call failed for good; else empty."""
+    """Text shown to the policy in place of a result if the call failed for good; else empty."""
+
+    @property
+    def found(self) -> bool:
+        """Whether the call brought something."""
+        return not self.failure and bool(self.passages or self.text)
 
 
 @dataclass(frozen=True)
@@ -92,10 +133,8 @@ class Turn:
     """The engine's log-probability of each, at the sampling temperature, in nats: float32 [n]."""
     text: str
     """``ids`` as text, for people and for the parser."""
-    action: str
-    """``search``, ``answer`` or ``invalid``."""
-    argument: str
-    """The query or the answer; empty if invalid."""
+    actions: tuple[Action, ...]
+    """The answer alone, or one or several calls of tools; empty if the turn is malformed."""
     response_ids: np.ndarray
     """The environment's response, up to and including the tokens that open the next turn: int32 [m]; m = 0 after
     the last turn."""
@@ -103,8 +142,25 @@ class Turn:
     """The environment's response as text."""
     passages: tuple[str, ...] = ()
     """Ids of the passages in the response."""
+    found: bool = False
+    """Whether a call of the turn brought something."""
     call: int = 0
-    """Place in ``ids`` of the first token of its action, which goes on to the end; 0 without one."""
+    """Place in ``ids`` of the first token of its actions, which go on to the end; 0 without one."""
+
+    @property
+    def action(self) -> str:
+        """Name of the (first) tool that it calls, ``answer`` or ``invalid``."""
+        return self.actions[0].tool if self.actions else INVALID
+
+    @property
+    def argument(self) -> str:
+        """What it calls with, or answers, for people; empty if malformed."""
+        return "\n".join(action.text for action in self.actions)
+
+    @property
+    def calls(self) -> bool:
+        """Whether it calls a tool."""
+        return self.action not in (ANSWER, INVALID)
 
 
 @dataclass(frozen=True)
@@ -164,16 +220,18 @@ def truncation(action: str, finished: bool, out_of_turns: bool) -> Truncation:
     """The limit that cut a rollout short, from its last turn.
 
     Args:
-        action: action of the last turn.
+        action: ``Turn.action`` of the last turn.
         finished: whether that turn ended by itself, not by length.
         out_of_turns: whether it was the last turn allowed.
     Returns:
-        ``turns``: it searched in the last turn allowed. ``tokens``: the turn was cut, or the response left no room for
-        another. Empty: it answered, or wrote a complete turn that is neither a search nor an answer.
+        ``turns``: it called a tool in the last turn allowed. ``tokens``: the turn was cut, or the response left no room
+        for another. Empty: it answered, or wrote a complete turn that is neither a call nor an answer.
     """
-    if action == SEARCH:
-        return "turns" if out_of_turns else "tokens"
-    return "tokens" if action == INVALID and not finished else ""
+    if action == ANSWER:
+        return ""
+    if action == INVALID:
+        return "" if finished else "tokens"
+    return "turns" if out_of_turns else "tokens"
 
 
 @dataclass(frozen=True)

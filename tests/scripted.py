@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from igpo_fast.engines.base import Generation, Request
-from igpo_fast.rollouts.tools.base import Tool
+from igpo_fast.rollouts.tools.base import Tool, Tools
+from igpo_fast.rollouts.tools.search import Search
 from igpo_fast.types import Passage, ToolResult
 
 TAGS = ["<search>", "</search>", "<information>", "</information>", "<answer>", "</answer>"]
@@ -66,7 +67,7 @@ class ScriptedEngine:
         return {}
 
 
-class ScriptedTool(Tool):
+class ScriptedTool(Search):
     """Finds one passage, ``A B born C D``, whatever is asked."""
 
     def __init__(self):
@@ -76,3 +77,19 @@ class ScriptedTool(Tool):
     async def search(self, query: str, corpus: str) -> ToolResult:
         self.calls.append((query, corpus))
         return ToolResult((Passage("p1", "", "A B born C D"),))
+
+
+class Answers(Search):
+    """A search that a function does: (query, corpus) to a result."""
+
+    def __init__(self, search: Callable):
+        super().__init__()
+        self._search = search
+
+    async def search(self, query: str, corpus: str) -> ToolResult:
+        return await self._search(query, corpus)
+
+
+def tools_of(tool) -> Tools:
+    """One tool, or one function that searches, as the tools of a run."""
+    return Tools([tool if isinstance(tool, Tool) else Answers(tool)])

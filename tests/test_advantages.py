@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from igpo_fast.config import Algorithm
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Group, Question, Rollout, Turn, truncation
+from igpo_fast.types import ANSWER, INVALID, SEARCH, Group, Question, Rollout, Turn, answer_with, search_for, truncation
 from igpo_fast.update.advantages import (
     ALGORITHMS,
     Recipe,
@@ -22,9 +22,9 @@ QUESTION = Question("q", "Where?", ("new york city",))
 
 def rollout(index: int, turns: int, answer: str | None) -> Rollout:
     """``turns`` turns, the last one answering, or invalid for None."""
-    actions = [(SEARCH, "query")] * (turns - 1) + [(INVALID, "") if answer is None else (ANSWER, answer)]
+    actions = [(search_for("query"),)] * (turns - 1) + [() if answer is None else (answer_with(answer),)]
     ids, logp = np.array([1, 2], dtype=np.int32), np.zeros(2, np.float32)
-    return Rollout(QUESTION, index, ids, tuple(Turn(ids, logp, "", a, arg, ids[:1]) for a, arg in actions))
+    return Rollout(QUESTION, index, ids, tuple(Turn(ids, logp, "", a, ids[:1]) for a in actions))
 
 
 # A answers right (F1 1), B with one of three words (F1 2 * 1 / 4 = .5), C without a well-formed answer.

@@ -11,6 +11,7 @@ from igpo_fast.types import ANSWER, Group, Question, Rollout, Turn
 from igpo_fast.update.balance import shares, tree_cost
 from igpo_fast.update.policy import make_trees
 from igpo_kernels import Branch, pack
+from tests.doing import doing
 from tests.trees import random_branches, random_group
 
 RANKS = 8
@@ -23,7 +24,7 @@ def rollout_of(question, index, prompt, turns, start=10):
     ids = iter(range(start, 10**9))
     made = [
         Turn(
-            np.array([next(ids) for _ in range(said)], np.int32), np.zeros(said, np.float32), "", ANSWER, "",
+            np.array([next(ids) for _ in range(said)], np.int32), np.zeros(said, np.float32), "", doing(ANSWER),
             np.array([next(ids) for _ in range(heard)], np.int32),
         )
         for said, heard in turns

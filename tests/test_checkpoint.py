@@ -28,6 +28,7 @@ from igpo_fast.run.records import record_of
 from igpo_fast.types import ANSWER, SEARCH, Credit, Question, Rollout, Turn
 from igpo_fast.update.critic import CriticSettings
 from igpo_fast.update.learner import Learner
+from tests.doing import doing
 
 LEARNER = "learner-00000-of-00001.pt"
 
@@ -546,7 +547,9 @@ def test_rollouts_that_fail_half_way_leave_no_file(run):
 
 
 def test_rollouts_are_read_as_they_were_written(run):
-    turn = lambda text, action: Turn(np.array([3, 4]), np.array([-0.5, -1.0]), text, action, text, np.array([5]), "r")  # noqa: E731
+    def turn(text, action):
+        return Turn(np.array([3, 4]), np.array([-0.5, -1.0]), text, doing(action, text), np.array([5]), "r")
+
     question = Question("q", "Who?", ("a", "b"), dataset="NQ")
     turns = turn("Who", SEARCH), turn("a", ANSWER)
     rollouts = [Rollout(question, i, np.array([1, 2]), turns) for i in range(2)]

@@ -90,7 +90,7 @@ def test_eval_of_a_run(run):
 def test_eval_without_search_and_with_fewer_questions(run, monkeypatch):
     tools, real = [], igpo_fast.evaluate.evaluate
     monkeypatch.setattr(
-        igpo_fast.evaluate, "evaluate", lambda agent, *rest: tools.append(agent.tool) or real(agent, *rest)
+        igpo_fast.evaluate, "evaluate", lambda agent, *rest: tools.extend(agent.tools) or real(agent, *rest)
     )
     found = json.loads(igpo_fast_("eval", run[0], "--no-search", "--questions", 1, "--json").stdout)
     assert found["search"] is False and found["questions"] == 1

@@ -8,7 +8,7 @@ from igpo_fast.rollouts.tools.search import Bm25Search, HttpSearch, NoSearch
 from tests import test_dialect
 from tests.contracts.dialect import DialectContract
 from tests.contracts.engine import EngineContract, SamplingContract
-from tests.contracts.tool import ToolContract
+from tests.contracts.tool import SearchContract
 from tests.replica import Replica
 from tests.scripted import ScriptedEngine, ScriptedTool
 from tests.search_server import Server
@@ -76,20 +76,20 @@ class TestVllmServers(EngineContract):
         return [np.array([5, 6 + k], np.int32) for k in range(8)]
 
 
-class TestBm25Search(ToolContract):
+class TestBm25Search(SearchContract):
     @pytest.fixture
     def tool(self):
         return Bm25Search({"": PASSAGES}, top_k=3)
 
 
-class TestHttpSearch(ToolContract):
+class TestHttpSearch(SearchContract):
     @pytest.fixture
     def tool(self):
         with Server((200, GOOD)) as server:
             yield HttpSearch(server.url, 2)
 
 
-class TestNoSearch(ToolContract):
+class TestNoSearch(SearchContract):
     finds = False
 
     @pytest.fixture
@@ -97,7 +97,7 @@ class TestNoSearch(ToolContract):
         return NoSearch()
 
 
-class TestScriptedTool(ToolContract):
+class TestScriptedTool(SearchContract):
     @pytest.fixture
     def tool(self):
         return ScriptedTool()

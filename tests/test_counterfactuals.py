@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from igpo_fast import config
-from igpo_fast.types import SEARCH, Batch
+from igpo_fast.types import Batch
 from igpo_fast.update.advantages import Recipe, credit_rollouts
 from igpo_fast.update.policy import make_trees
 from igpo_fast.update.scoring import MASKED, REAL, Scoring, Values
@@ -100,7 +100,7 @@ def test_responses_that_are_too_long_or_found_nothing_are_not_lent():
     assert max(lengths()) > 3 and max(lengths(longest_response=3)) == 3
     bare = [
         replace(
-            g, rollouts=tuple(replace(r, turns=tuple(replace(t, passages=()) for t in r.turns)) for r in g.rollouts)
+            g, rollouts=tuple(replace(r, turns=tuple(replace(t, found=False) for t in r.turns)) for r in g.rollouts)
         )
         for g in case.groups
     ]
@@ -112,7 +112,7 @@ def test_turns_that_did_not_search_have_no_random_fork_and_earn_nothing():
     i = next(i for i, r in enumerate(case.rollouts) if len(r.turns) > 2)
     group = case.group_of[i]
     turns = list(case.rollouts[i].turns)
-    turns[0] = replace(turns[0], action="invalid")
+    turns[0] = replace(turns[0], actions=())
     changed = replace(case.rollouts[i], turns=tuple(turns))
     rollouts = tuple(changed if r is case.rollouts[i] else r for r in case.groups[group].rollouts)
     batch = Batch(1, tuple(replace(g, rollouts=rollouts) if n == group else g for n, g in enumerate(case.groups)))
@@ -283,15 +283,15 @@ def test_an_undefined_value_gives_a_gain_of_zero_and_is_counted():
     baselines[0] = np.inf
     (credit,) = credit_rollouts([group], [Values(values, baselines)], Recipe(baseline="masked"))
     assert credit.gains.tolist() == [0.0, *[1.0] * (len(rollout.turns) - 2)] and credit.undefined == 1
-    assert copy.copy(credit).baselines is baselines and SEARCH
+    assert copy.copy(credit).baselines is baselines
 
 
 def test_a_malformed_turns_hint_is_not_masked():
     case = Case(4)
     i = next(i for i, r in enumerate(case.rollouts) if len(r.turns) > 2)
     turns = list(case.rollouts[i].turns)
-    turns[0] = replace(turns[0], action="invalid")
+    turns[0] = replace(turns[0], actions=())
     rollout = replace(case.rollouts[i], turns=tuple(turns))
     made = scoring_of(case, "masked").forks(Batch(1, (replace(case.groups[0], rollouts=(rollout,)),)))[0]
     assert [(fork.turn, fork.answer) for fork in made][:3] == [(1, REAL), (2, REAL), (2, MASKED)]
-    assert Recipe(baseline="masked").earning_tools == (SEARCH,)
+    assert Recipe(baseline="masked").calls_only

@@ -32,6 +32,7 @@ from igpo_fast.update.policy import LossInputs, make_trees
 from igpo_fast.update.scoring import Scoring
 from igpo_kernels import pack
 from tests import family
+from tests.doing import doing
 from tests.trees import VOCAB, random_group
 
 RECIPE = Recipe(algorithm="ppo_ig")
@@ -42,7 +43,7 @@ def rollout(lengths, actions=None, passages=()):
     *middle, last = actions or [SEARCH] * (len(lengths) - 1) + [ANSWER]
     found = [*passages, *[()] * (len(lengths) - len(passages))]
     turns = tuple(
-        Turn(np.arange(n), np.zeros(n, np.float32), "", action, "x", np.arange(2 if t < len(middle) else 0), "", seen)
+        Turn(np.arange(n), np.zeros(n, np.float32), "", doing(action), np.arange(2 if t < len(middle) else 0), "", seen)
         for t, (n, action, seen) in enumerate(zip(lengths, [*middle, last], found, strict=True))
     )
     return Rollout(Question("q", "?", ("x",)), 0, np.arange(3), turns)

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from igpo_fast.errors import InputError
-from igpo_fast.rollouts.dialect import BARE, FULL, SEARCH_TOOL, TagsDialect, Wording, make_dialect
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Passage, Question, ToolResult
+from igpo_fast.rollouts.dialect import BARE, FULL, TagsDialect, Wording, make_dialect
+from igpo_fast.rollouts.tools.search import SEARCH_TOOL
+from igpo_fast.types import Passage, Question, ToolResult, answer_with, search_for
 from tests.scripted import ids_of, words_tokenizer
 
 BUDGETS = dict(max_passage_tokens=8, max_answer_tokens=4, max_answers=2)
@@ -40,7 +41,7 @@ def question(text="A B born ?", *answers) -> Question:
 
 
 class TestTagsOfKnownWords:
-    dialect = make_dialect("tags", NAMES, **BUDGETS)
+    dialect = make_dialect("tags", NAMES, (SEARCH_TOOL,), **BUDGETS)
 
     def test_takes_the_bare_wording_and_stops_at_tags(self):
         assert self.dialect.wording is BARE
@@ -53,23 +54,23 @@ class TestTagsOfKnownWords:
         assert prompt.tolist() == ids_of("A B born ?")
 
     def test_system_goes_before_it(self):
-        dialect = make_dialect("tags", NAMES, system="D D", **BUDGETS)
+        dialect = make_dialect("tags", NAMES, (SEARCH_TOOL,), system="D D", **BUDGETS)
         assert dialect.prompt(question()).tolist() == ids_of("D D A B born ?")
 
     def test_response_shows_passages(self):
         other = Passage("p2", "", "C D")
-        ids, text = self.dialect.response(SEARCH, ToolResult((BORN, other)))
+        ids, text = self.dialect.response((search_for("q"),), (ToolResult((BORN, other)),))
         assert ids.dtype == np.int32
         assert ids.tolist() == ids_of("<information> A B A B born C D C D </information>")
         assert text == "\n<information>\nA B\nA B born C D\n\nC D\n</information>\n"
 
     def test_long_passages_are_cut_each(self):
         long = Passage("p", "", " ".join(["A"] * 9))
-        ids, _ = self.dialect.response(SEARCH, ToolResult((long, long)))
+        ids, _ = self.dialect.response((search_for("q"),), (ToolResult((long, long)),))
         assert ids.tolist() == ids_of("<information> " + "A " * 16 + "</information>")
 
     def test_nothing_found_and_nothing_asked(self):
-        for ids, _ in (self.dialect.response(SEARCH, ToolResult(())), self.dialect.response(INVALID, None)):
+        for ids, _ in (self.dialect.response((search_for("q"),), (ToolResult(),)), self.dialect.response((), ())):
             assert ids.tolist() == ids_of("<information> </information>")
 
     def test_branches(self):
@@ -88,7 +89,7 @@ class TestTagsOfKnownWords:
 
 
 class TestTagsOfText:
-    dialect = make_dialect("tags", BYTES, **BUDGETS)
+    dialect = make_dialect("tags", BYTES, (SEARCH_TOOL,), **BUDGETS)
 
     def test_takes_the_full_wording_and_stops_at_strings(self):
         assert self.dialect.wording is FULL
@@ -97,38 +98,38 @@ class TestTagsOfText:
 
     @pytest.mark.parametrize("system, start", [(None, FULL.system), ("", ""), ("Be brief.", "Be brief.\n\n")], ids=repr)
     def test_prompt(self, system, start):
-        dialect = make_dialect("tags", BYTES, system=system, **BUDGETS)
+        dialect = make_dialect("tags", BYTES, (SEARCH_TOOL,), system=system, **BUDGETS)
         assert dialect.decode(dialect.prompt(question("Who {}?"))) == start + "Question: Who {}?\n"
 
     def test_prompt_has_the_start_token_that_the_tokenizer_adds(self):
         tokenizer = bytes_tokenizer(bos_token="<|bos|>")
         bos = tokenizer.bos_token_id
-        without = make_dialect("tags", tokenizer, **BUDGETS).prompt(question())
+        without = make_dialect("tags", tokenizer, (SEARCH_TOOL,), **BUDGETS).prompt(question())
         assert bos not in without
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
         )
-        dialect = make_dialect("tags", tokenizer, **BUDGETS)
+        dialect = make_dialect("tags", tokenizer, (SEARCH_TOOL,), **BUDGETS)
         assert dialect.prompt(question()).tolist() == [bos, *without.tolist()]
-        assert bos not in dialect.response(INVALID, None)[0]
+        assert bos not in dialect.response((), ())[0]
         assert bos not in dialect.branches(question())[0].ids
 
     def test_hint(self):
-        ids, text = self.dialect.response(INVALID, None)
+        ids, text = self.dialect.response((), ())
         assert text == FULL.hint == self.dialect.decode(ids)
 
     def test_a_cut_leaves_no_space_behind(self):
         tokenizer = bytes_tokenizer()
         tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
         budget = len(BYTES("Paris").input_ids)
-        dialect = make_dialect("tags", tokenizer, **(BUDGETS | dict(max_passage_tokens=budget)))
-        _, shown = dialect.response(SEARCH, ToolResult((Passage("p", "", "Paris Berlin"),)))
+        dialect = make_dialect("tags", tokenizer, (SEARCH_TOOL,), **(BUDGETS | dict(max_passage_tokens=budget)))
+        _, shown = dialect.response((search_for("q"),), (ToolResult((Passage("p", "", "Paris Berlin"),)),))
         assert shown == "\n<information>\nParis\n</information>\n"
 
     @given(st.text(max_size=60))
     @settings(max_examples=60, deadline=None)
     def test_cut_passages_are_whole_characters_within_the_budget(self, text):
-        ids, shown = self.dialect.response(SEARCH, ToolResult((Passage("p", "", text),)))
+        ids, shown = self.dialect.response((search_for("q"),), (ToolResult((Passage("p", "", text),)),))
         inner = shown.removeprefix("\n<information>\n").removesuffix("\n</information>\n")
         assert text.startswith(inner)
         assert len(self.dialect.encode(inner)) <= BUDGETS["max_passage_tokens"]
@@ -139,7 +140,7 @@ class TestTagsOfText:
     @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(str.strip))
     @settings(max_examples=60, deadline=None)
     def test_scored_tokens_cover_the_answer_and_no_more(self, answer):
-        dialect = make_dialect("tags", BYTES, **(BUDGETS | dict(max_answer_tokens=99)))
+        dialect = make_dialect("tags", BYTES, (SEARCH_TOOL,), **(BUDGETS | dict(max_answer_tokens=99)))
         (branch,) = dialect.branches(question("?", answer))
         answer = answer.strip()
         whole = dialect.encode(FULL.before + answer + FULL.after)
@@ -155,7 +156,7 @@ def test_tokens_that_straddle_the_answers_border_count():
     vocabulary = {token: i for i, token in enumerate(["x", "a", "b", "y", "xa", "by"])}
     core = Tokenizer(models.BPE(vocabulary, [("x", "a"), ("b", "y")]))
     wording = Wording(system="", question="{}", hint="", before="xx", after="yy")
-    dialect = TagsDialect(PreTrainedTokenizerFast(tokenizer_object=core), wording=wording, **BUDGETS)
+    dialect = TagsDialect(PreTrainedTokenizerFast(tokenizer_object=core), (SEARCH_TOOL,), wording=wording, **BUDGETS)
     (branch,) = dialect.branches(question("x", "ab"))
     assert (branch.ids.tolist(), branch.start, branch.stop) == ([0, 4, 5], 1, 3)  # x [xa by] y
 
@@ -163,17 +164,17 @@ def test_tokens_that_straddle_the_answers_border_count():
 @pytest.mark.parametrize(
     "text, action",
     [
-        ("<think> so </think> <search> A B </search>", (SEARCH, "A B")),
-        ("<answer>\nC D\n</answer> <eos>", (ANSWER, "C D")),
-        ("<search> A </search> <answer> B </answer>", (SEARCH, "A")),
-        ("<answer> open <search> A </search>", (SEARCH, "A")),
-        ("<answer> two\nlines </answer>", (ANSWER, "two\nlines")),
-        ("<search> A </answer>", (INVALID, "")),
-        ("<search> </search>", (INVALID, "")),
-        ("<answer></answer>", (INVALID, "")),
-        ("</search> A <search>", (INVALID, "")),
-        ("C D <eos>", (INVALID, "")),
-        ("", (INVALID, "")),
+        ("<think> so </think> <search> A B </search>", (search_for("A B"),)),
+        ("<answer>\nC D\n</answer> <eos>", (answer_with("C D"),)),
+        ("<search> A </search> <answer> B </answer>", (search_for("A"),)),
+        ("<answer> open <search> A </search>", (search_for("A"),)),
+        ("<answer> two\nlines </answer>", (answer_with("two\nlines"),)),
+        ("<search> A </answer>", ()),
+        ("<search> </search>", ()),
+        ("<answer></answer>", ()),
+        ("</search> A <search>", ()),
+        ("C D <eos>", ()),
+        ("", ()),
     ],
 )
 def test_tags_parse(text, action):
@@ -182,7 +183,7 @@ def test_tags_parse(text, action):
 
 def test_slow_tokenizers_are_refused():
     with pytest.raises(InputError, match="'slow': gives no character offsets; use"):
-        make_dialect("tags", SimpleNamespace(is_fast=False, name_or_path="slow"), **BUDGETS)
+        make_dialect("tags", SimpleNamespace(is_fast=False, name_or_path="slow"), (SEARCH_TOOL,), **BUDGETS)
 
 
 CHAT = """{%- if messages[0].role == 'system' %}<|im_start|>system
@@ -205,7 +206,7 @@ CHAT = """{%- if messages[0].role == 'system' %}<|im_start|>system
 
 
 def chat(template=CHAT, **options):
-    return make_dialect("chat", bytes_tokenizer(chat_template=template), **(BUDGETS | options))
+    return make_dialect("chat", bytes_tokenizer(chat_template=template), (SEARCH_TOOL,), **(BUDGETS | options))
 
 
 class TestChat:
@@ -229,7 +230,7 @@ class TestChat:
     def test_pieces_make_the_conversation_as_the_template_writes_it(self):
         dialect = chat(max_passage_tokens=99)
         turn = '<tool_call>\n{"name": "search", "arguments": {"query": "A"}}\n</tool_call>'
-        response, _ = dialect.response(SEARCH, ToolResult((BORN, Passage("p2", "C", "D"))))
+        response, _ = dialect.response((search_for("q"),), (ToolResult((BORN, Passage("p2", "C", "D"))),))
         pieces = [dialect.prompt(question("Who?")), dialect.encode(turn + "<|im_end|>"), response]
         assert dialect.decode(np.concatenate(pieces)) == dialect.tokenizer.apply_chat_template(
             [
@@ -244,15 +245,15 @@ class TestChat:
         )
 
     def test_a_turn_cut_by_length_is_closed(self):
-        _, text = self.dialect.response(INVALID, None, ended=True)
-        cut, told = self.dialect.response(INVALID, None, ended=False)
+        _, text = self.dialect.response((), (), ended=True)
+        cut, told = self.dialect.response((), (), ended=False)
         assert text.startswith("\n<|im_start|>user\n") and text.endswith("<|im_start|>assistant\n")
         assert told == "<|im_end|>" + text.replace("No action", "Your turn was too long and was cut. No action")
         assert cut[0] == self.end and self.dialect.decode(cut) == told
 
     def test_without_a_call_of_the_templates_own_calls_are_json_in_tags(self):
         call = '<tool_call>\n{"name": "search", "arguments": {"query": " A "}}\n</tool_call>'
-        assert self.dialect.parse(call) == (SEARCH, "A")
+        assert self.dialect.parse(call) == (search_for("A"),)
 
     @pytest.mark.parametrize(
         "template, before",
@@ -290,8 +291,10 @@ class TestChat:
 
 
 @pytest.mark.parametrize("dialect", [TestTagsOfText.dialect, TestChat.dialect], ids=["tags", "chat"])
-@pytest.mark.parametrize("turn", [(SEARCH, 'who is "A"?'), (ANSWER, "Zoë, of C\nand D")], ids=["search", "answer"])
+@pytest.mark.parametrize(
+    "turn", [(search_for('who is "A"?'),), (answer_with("Zoë, of C\nand D"),)], ids=["search", "answer"]
+)
 def test_written_turns_parse_back_and_end_at_a_stop(dialect, turn):
-    text = dialect.write(*turn)
+    text = dialect.write(turn)
     assert dialect.parse(text) == turn
     assert dialect.encode(text)[-1] in dialect.stop_ids or text.endswith(dialect.stop_strings)

@@ -19,10 +19,13 @@ from igpo_fast.engines.base import Generation, Sampling
 from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.errors import InputError
 from igpo_fast.rollouts.batch import rollout_groups
-from igpo_fast.rollouts.dialect import SEARCH_TOOL, make_dialect
+from igpo_fast.rollouts.dialect import make_dialect
 from igpo_fast.rollouts.rollout import Agent, Limits, run_rollout
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Passage, Question, ToolResult
+from igpo_fast.rollouts.tools.base import Tools
+from igpo_fast.rollouts.tools.search import SEARCH_TOOL
+from igpo_fast.types import ANSWER, INVALID, SEARCH, Passage, Question, ToolResult, answer_with, search_for
 from tests.families import FAMILIES, LLAMA31, QWEN3, QWEN25, tokenizer_of
+from tests.scripted import tools_of
 
 BUDGETS = dict(max_passage_tokens=99, max_answer_tokens=16, max_answers=2)
 FOUND = ToolResult((Passage("p1", "Faust", 'A "play" by Goethe.'), Passage("p2", "", "It is long.")))
@@ -36,7 +39,7 @@ BARE = '{"name": "search", "parameters": {"query": "A"}}'
 
 
 def chat(family, **options):
-    return make_dialect("chat", tokenizer_of(family), **(BUDGETS | options))
+    return make_dialect("chat", tokenizer_of(family), (SEARCH_TOOL,), **(BUDGETS | options))
 
 
 def broken(template, family="qwen2.5", tokenizer=None):
@@ -46,7 +49,7 @@ def broken(template, family="qwen2.5", tokenizer=None):
         tokenizer_object=tokenizer.backend_tokenizer, chat_template=template, eos_token=tokenizer.eos_token,
         bos_token=tokenizer.bos_token,
     )  # fmt: skip
-    return make_dialect("chat", copy, **BUDGETS)
+    return make_dialect("chat", copy, (SEARCH_TOOL,), **BUDGETS)
 
 
 def refusal(check) -> str:
@@ -80,7 +83,7 @@ def rollout_of(dialect, *turns, cut=()):
         return FOUND
 
     engine, limits = Says(dialect, *turns, cut=cut), Limits(len(turns), 400, 6000)
-    rollout = asyncio.run(run_rollout(Agent(engine, tool, dialect, limits, Sampling(), 0, 1), QUESTION, 0, 0))
+    rollout = asyncio.run(run_rollout(Agent(engine, tools_of(tool), dialect, limits, Sampling(), 0, 1), QUESTION, 0, 0))
     for sent, said, following in zip(engine.sent, engine.turns, engine.sent[1:], strict=False):
         assert following[: len(sent) + len(said)].tolist() == [*sent.tolist(), *said.tolist()]
     return rollout
@@ -90,9 +93,9 @@ def conversation(dialect, *turns):
     """The template's own rendering, a JSON call made a structured one: how a trainer that renders would write it."""
     messages = [*dialect._system, {"role": "user", "content": QUESTION.question}]
     for turn in turns:
-        action, argument = dialect.parse(turn + dialect._end)
-        if action == SEARCH:
-            call = {"name": "search", "arguments": {"query": argument}}
+        (action, *_) = dialect.parse(turn + dialect._end) or [None]
+        if action and action.tool == SEARCH:
+            call = {"name": "search", "arguments": dict(action.arguments)}
             said = turn.split("</think>")[0] + "</think>" if "</think>" in turn else ""
             messages.append({"role": "assistant", "content": said, "tool_calls": [{"function": call}]})
             messages.append({"role": "tool", "name": "search", "content": SHOWN})
@@ -117,7 +120,7 @@ def test_a_rollout_without_thinking_is_the_templates_own_conversation(family):
     """A call (Qwen's in <tool_call>, Llama's bare JSON), its result (Qwen's <tool_response>, Llama's JSON string in
     ipython), an invalid turn and its hint."""
     dialect = chat(family)
-    call = dialect.write(SEARCH, "Faust").removesuffix(dialect._end)
+    call = dialect.write((search_for("Faust"),)).removesuffix(dialect._end)
     turns = [call, "I forgot."]
     rollout = rollout_of(dialect, *(turn + dialect._end for turn in turns), "<answer>Goethe</answer>" + dialect._end)
     assert [turn.action for turn in rollout.turns] == [SEARCH, INVALID, ANSWER]
@@ -217,34 +220,38 @@ def test_llama_prompts_have_one_start_token_and_a_fixed_date():
 
 
 PARSED = [
-    (HERMES, TAGGED, (SEARCH, "A")),
-    (HERMES, f"Let me see.\n{TAGGED}\n{TAGGED.replace('A', 'B')}", (SEARCH, "A")),
-    (HERMES, '<tool_call>{"arguments": {"query": " Zoë \\"Z\\" "}, "name": "search"}</tool_call>', (SEARCH, 'Zoë "Z"')),
-    (HERMES, "So it is.\n<answer>\nC D\n</answer>", (ANSWER, "C D")),
-    (HERMES, f"<answer>a</answer>{TAGGED}", (ANSWER, "a")),
-    (HERMES, BARE, (INVALID, "")),  # another family's
-    (HERMES, TAGGED.removesuffix("</tool_call>"), (INVALID, "")),
-    (HERMES, TAGGED.replace("}}", "}}}"), (INVALID, "")),
-    (HERMES, TAGGED.replace('"A"', "A"), (INVALID, "")),
-    (HERMES, TAGGED.replace('"A"', '" "'), (INVALID, "")),
-    (HERMES, TAGGED.replace('"A"', "3"), (INVALID, "")),
-    (HERMES, TAGGED.replace('{"query": "A"}', '["A"]'), (INVALID, "")),
-    (HERMES, TAGGED.replace("search", "buy"), (INVALID, "")),
-    (HERMES, "<tool_call>search(A)</tool_call>", (INVALID, "")),
-    (HERMES, "<tool_call>[1]</tool_call>", (INVALID, "")),
-    (HERMES, "It is C D.", (INVALID, "")),
-    (LLAMAS, BARE, (SEARCH, "A")),
-    (LLAMAS, f"<|python_tag|>{BARE}", (SEARCH, "A")),
-    (LLAMAS, f" \n{BARE}; {BARE.replace('A', 'B')}", (SEARCH, "A")),
-    (LLAMAS, '{"type": "function", "name": "search", "arguments": {"query": "A"}}', (SEARCH, "A")),
-    (LLAMAS, '<|python_tag|>search.call(query="who is A?")', (SEARCH, "who is A?")),
-    (LLAMAS, "So it is.\n<answer>C D</answer>", (ANSWER, "C D")),
-    (LLAMAS, '<|python_tag|>brave_search.call(query="A")', (INVALID, "")),
-    (LLAMAS, '<|python_tag|>search.call(query="")', (INVALID, "")),
-    (LLAMAS, 'search.call(query="A")', (INVALID, "")),
-    (LLAMAS, f"I call {BARE}", (INVALID, "")),
-    (LLAMAS, BARE.removesuffix("}}"), (INVALID, "")),
-    (LLAMAS, TAGGED, (INVALID, "")),  # another family's
+    (HERMES, TAGGED, (search_for("A"),)),
+    (HERMES, f"Let me see.\n{TAGGED}\n{TAGGED.replace('A', 'B')}", (search_for("A"), search_for("B"))),
+    (
+        HERMES,
+        '<tool_call>{"arguments": {"query": " Zoë \\"Z\\" "}, "name": "search"}</tool_call>',
+        (search_for('Zoë "Z"'),),
+    ),
+    (HERMES, "So it is.\n<answer>\nC D\n</answer>", (answer_with("C D"),)),
+    (HERMES, f"<answer>a</answer>{TAGGED}", (answer_with("a"),)),
+    (HERMES, BARE, ()),  # another family's
+    (HERMES, TAGGED.removesuffix("</tool_call>"), ()),
+    (HERMES, TAGGED.replace("}}", "}}}"), ()),
+    (HERMES, TAGGED.replace('"A"', "A"), ()),
+    (HERMES, TAGGED.replace('"A"', '" "'), ()),
+    (HERMES, TAGGED.replace('"A"', "3"), ()),
+    (HERMES, TAGGED.replace('{"query": "A"}', '["A"]'), ()),
+    (HERMES, TAGGED.replace("search", "buy"), ()),
+    (HERMES, "<tool_call>search(A)</tool_call>", ()),
+    (HERMES, "<tool_call>[1]</tool_call>", ()),
+    (HERMES, "It is C D.", ()),
+    (LLAMAS, BARE, (search_for("A"),)),
+    (LLAMAS, f"<|python_tag|>{BARE}", (search_for("A"),)),
+    (LLAMAS, f" \n{BARE}; {BARE.replace('A', 'B')}", (search_for("A"),)),
+    (LLAMAS, '{"type": "function", "name": "search", "arguments": {"query": "A"}}', (search_for("A"),)),
+    (LLAMAS, '<|python_tag|>search.call(query="who is A?")', (search_for("who is A?"),)),
+    (LLAMAS, "So it is.\n<answer>C D</answer>", (answer_with("C D"),)),
+    (LLAMAS, '<|python_tag|>brave_search.call(query="A")', ()),
+    (LLAMAS, '<|python_tag|>search.call(query="")', ()),
+    (LLAMAS, 'search.call(query="A")', ()),
+    (LLAMAS, f"I call {BARE}", ()),
+    (LLAMAS, BARE.removesuffix("}}"), ()),
+    (LLAMAS, TAGGED, ()),  # another family's
 ]
 
 
@@ -261,19 +268,19 @@ def test_calls_are_read_in_the_familys_format(family, text, expected):
 
 
 def test_half_a_surrogate_pair_in_a_call_becomes_text():
-    query = chat("qwen3").parse(TAGGED.replace('"A"', '"A \\ud800 B"'))[1]
-    assert query.encode() and query == "A ? B"
+    (action,) = chat("qwen3").parse(TAGGED.replace('"A"', '"A \\ud800 B"'))
+    assert action == search_for("A ? B")
 
 
 @pytest.mark.parametrize(
     ("family", "text", "expected"),
     [
-        ("qwen3", f"<think>\n{TAGGED}\n</think>\n\n<answer>x</answer>", (ANSWER, "x")),
-        ("qwen3", f"<think>\nI could\n{TAGGED}", (INVALID, "")),
-        ("qwen3", f"<think>a</think>\n{TAGGED}<think>b", (SEARCH, "A")),
-        ("qwen3", f"<think>a</think><think>\n{TAGGED}", (INVALID, "")),
-        ("qwen3-thinking", f"so\n</think>\n\n{TAGGED}", (SEARCH, "A")),
-        ("qwen3-thinking", TAGGED, (INVALID, "")),
+        ("qwen3", f"<think>\n{TAGGED}\n</think>\n\n<answer>x</answer>", (answer_with("x"),)),
+        ("qwen3", f"<think>\nI could\n{TAGGED}", ()),
+        ("qwen3", f"<think>a</think>\n{TAGGED}<think>b", (search_for("A"),)),
+        ("qwen3", f"<think>a</think><think>\n{TAGGED}", ()),
+        ("qwen3-thinking", f"so\n</think>\n\n{TAGGED}", (search_for("A"),)),
+        ("qwen3-thinking", TAGGED, ()),
     ],
 )
 def test_actions_inside_a_thought_do_not_count(family, text, expected):
@@ -292,7 +299,7 @@ def test_a_malformed_call_is_answered_with_the_right_form(family, turn, example)
     """The turn counts as a format error, and the next one begins after a hint with a call as this family writes it."""
     dialect = chat(family)
     rollout = rollout_of(dialect, turn, "<answer>Goethe</answer>" + dialect._end)
-    assert (rollout.turns[0].action, rollout.turns[0].argument) == (INVALID, "")
+    assert rollout.turns[0].actions == ()
     assert f"No action was found. To search, write exactly\n{example}\n" in rollout.turns[0].response
 
 
@@ -304,10 +311,12 @@ def test_a_turn_cut_inside_its_thought_is_closed_and_told_so():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("turn", [(SEARCH, 'who is "Zoë"?'), (ANSWER, "Zoë, of C\nand D")], ids=["search", "answer"])
+@pytest.mark.parametrize(
+    "turn", [(search_for('who is "Zoë"?'),), (answer_with("Zoë, of C\nand D"),)], ids=["search", "answer"]
+)
 def test_written_turns_parse_back_and_end_at_a_stop(family, turn):
     dialect = chat(family)
-    text = dialect.write(*turn)
+    text = dialect.write(turn)
     assert dialect.parse(text) == turn and dialect.encode(text)[-1] in dialect.stop_ids
 
 
@@ -381,7 +390,7 @@ def test_a_model_directory_brings_its_template(tmp_path, kept):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
         file.unlink()
     tokenizer = load_tokenizer(config.load(None, [f"model.path={tmp_path}"]), Data((), (), {}))
-    dialect = make_dialect("chat", tokenizer, **BUDGETS)
+    dialect = make_dialect("chat", tokenizer, (SEARCH_TOOL,), **BUDGETS)
     dialect.check()
     assert dialect.prompt(QUESTION).tolist() == chat("qwen3").prompt(QUESTION).tolist()
 
@@ -390,7 +399,7 @@ def test_a_model_directory_brings_its_template(tmp_path, kept):
 @pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "llama3.2"])
 def test_both_dialects_on_the_embedded_engine(family, name):
     """What an untrained policy writes is nonsense: most turns are cut, and each of them is closed and answered."""
-    dialect = make_dialect(name, tokenizer_of(family), **BUDGETS)
+    dialect = make_dialect(name, tokenizer_of(family), (SEARCH_TOOL,), **BUDGETS)
     lm = model.build(
         len(dialect.tokenizer), hidden_size=16, layers=1, heads=2, kv_heads=1, ffn_size=16, max_tokens=4000,
         tie_embeddings=True, seed=0,
@@ -403,7 +412,7 @@ def test_both_dialects_on_the_embedded_engine(family, name):
         return await real(request)
 
     engine.generate = generate
-    agent = Agent(engine, None, dialect, Limits(3, 6, 4000), Sampling(), seed=0, concurrency=2)
+    agent = Agent(engine, Tools([]), dialect, Limits(3, 6, 4000), Sampling(), seed=0, concurrency=2)
     (group,) = rollout_groups(agent, [QUESTION], 2, 0)
     for rollout in group.rollouts:
         mine = [request.ids for request in sent if request.key[-1] == rollout.index]
@@ -417,9 +426,9 @@ def test_both_dialects_on_the_embedded_engine(family, name):
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.name)
 def test_real_tokenizers(path):
     tokenizer = load_tokenizer(config.load(None, [f"model.path={path}"]), Data((), (), {}))
-    dialect = make_dialect("chat", tokenizer, **BUDGETS)
+    dialect = make_dialect("chat", tokenizer, (SEARCH_TOOL,), **BUDGETS)
     dialect.check()
-    turns = [dialect.write(SEARCH, "Faust"), "Hm." + dialect._end, dialect.write(ANSWER, "Goethe")]
+    turns = [dialect.write((search_for("Faust"),)), "Hm." + dialect._end, dialect.write((answer_with("Goethe"),))]
     rollout = rollout_of(dialect, *turns)
     assert rollout.turns[0].action == SEARCH and rollout.answer == "Goethe"
     for turn, said in zip(rollout.turns, turns, strict=True):

@@ -10,10 +10,14 @@ from igpo_fast.errors import InputError
 from igpo_fast.evaluate import EVAL_STEP, evaluate, set_names
 from igpo_fast.rollouts.dialect import make_dialect
 from igpo_fast.rollouts.rollout import Agent, Limits, question_key
+from igpo_fast.rollouts.tools.base import Tools
+from igpo_fast.rollouts.tools.search import SEARCH_TOOL
 from igpo_fast.types import Question
 from tests.scripted import ScriptedEngine, ScriptedTool, words_tokenizer
 
-DIALECT = make_dialect("tags", words_tokenizer(), max_passage_tokens=8, max_answer_tokens=4, max_answers=2)
+DIALECT = make_dialect(
+    "tags", words_tokenizer(), (SEARCH_TOOL,), max_passage_tokens=8, max_answer_tokens=4, max_answers=2
+)
 QUESTIONS = [Question(f"q{i}", "A born ?", ("C D",)) for i in range(4)]
 # F1 1, 2/3, 0, and never an answer.
 SAID = {
@@ -27,7 +31,7 @@ BY_KEY = {question_key(question): SAID[question.id] for question in QUESTIONS}
 
 def run(questions, engine, seed=5, **options):
     limits = Limits(max_turns=3, max_turn_tokens=6, max_tokens=64)
-    agent = Agent(engine, ScriptedTool(), DIALECT, limits, Sampling(), seed, concurrency=8)
+    agent = Agent(engine, Tools([ScriptedTool()]), DIALECT, limits, Sampling(), seed, concurrency=8)
     return evaluate(agent, questions, "igpo", **options).metrics
 
 

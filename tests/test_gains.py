@@ -16,6 +16,7 @@ from igpo_fast.update.advantages import Recipe, credit_rollouts, recipe_of, rewa
 from igpo_fast.update.gains import earning_turns, information_gain, repeated_passages, values_of
 from igpo_fast.update.scoring import Values
 from tests import family
+from tests.doing import doing
 
 PLAIN = dict(min_std=0.0, outcome_min_std=0.0, min_var=0.0)
 A2TGPO = Recipe(basis="prob", pool="turn_index", accumulate="sum_over_sqrt", adaptive_clip=0.3, **PLAIN)
@@ -24,7 +25,7 @@ A2TGPO = Recipe(basis="prob", pool="turn_index", accumulate="sum_over_sqrt", ada
 def rollout(index, actions, passages=()):
     ids, logp = np.array([1], np.int32), np.zeros(1, np.float32)
     found = [*passages, *[()] * len(actions)]
-    turns = tuple(Turn(ids, logp, "", a, "", ids, passages=tuple(p)) for a, p in zip(actions, found, strict=False))
+    turns = tuple(Turn(ids, logp, "", doing(a), ids, passages=tuple(p)) for a, p in zip(actions, found, strict=False))
     return Rollout(Question("q", "?", ("x",)), index, ids, turns)
 
 
@@ -186,7 +187,7 @@ def with_lengths(monkeypatch, actions, lengths, calls, outcomes, gains, recipe):
     made = []
     for i, (acts, sizes, places) in enumerate(zip(actions, lengths, calls, strict=True)):
         turns = tuple(
-            Turn(np.ones(n, np.int32), np.zeros(n, np.float32), "", a, "", np.ones(1, np.int32), call=place)
+            Turn(np.ones(n, np.int32), np.zeros(n, np.float32), "", doing(a), np.ones(1, np.int32), call=place)
             for a, n, place in zip(acts, sizes, places, strict=True)
         )
         made.append(Rollout(Question("q", "?", ("x",)), i, np.ones(1, np.int32), turns))
@@ -263,7 +264,7 @@ def test_the_spread_of_outcomes_gates_gains(monkeypatch):
 
 def test_each_group_has_its_own_gate():
     one, two = (Group(Question(q, "?", ("x",)), (rollout(0, [S, A]), rollout(1, [S, A]))) for q in "ab")
-    answered = lambda r, argument: replace(r, turns=(r.turns[0], replace(r.turns[1], argument=argument)))  # noqa: E731
+    answered = lambda r, argument: replace(r, turns=(r.turns[0], replace(r.turns[1], actions=doing(ANSWER, argument))))  # noqa: E731
     one = replace(one, rollouts=(answered(one.rollouts[0], "x"), answered(one.rollouts[1], "y")))
     two = replace(two, rollouts=(answered(two.rollouts[0], "x"), answered(two.rollouts[1], "x")))
     recipe = Recipe(baseline="none", accumulate="none", ig_spread=0.5, **PLAIN)

@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from igpo_fast.run.records import VERSION, record_of, rollout_of
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Credit, Question, Rollout, Turn
+from igpo_fast.types import SEARCH, Action, Credit, Question, Rollout, Turn, answer_with
 
 NUMBER = st.floats(-1e3, 1e3)
+ARGUMENTS = st.dictionaries(st.text(max_size=3), st.one_of(st.text(max_size=5), st.integers(-9, 9)), max_size=2)
+CALLS = st.lists(st.builds(Action, st.sampled_from([SEARCH, "python"]), ARGUMENTS), max_size=2).map(tuple)
+ACTIONS = st.one_of(CALLS, st.text(max_size=5).map(lambda text: (answer_with(text),)))
 IDS = st.lists(st.integers(0, 1 << 20), max_size=4)
 
 
@@ -23,11 +26,11 @@ def turns(draw):
         ids=np.array(ids, np.int32),
         logp=np.array(draw(st.lists(NUMBER, min_size=len(ids), max_size=len(ids))), np.float32),
         text=draw(st.text(max_size=5)),
-        action=draw(st.sampled_from([SEARCH, ANSWER, INVALID])),
-        argument=draw(st.text(max_size=5)),
+        actions=draw(ACTIONS),
         response_ids=np.array(draw(IDS), np.int32),
         response=draw(st.text(max_size=5)),
         passages=tuple(draw(st.lists(st.text(max_size=3), max_size=2))),
+        found=draw(st.booleans()),
     )
 
 
@@ -70,7 +73,7 @@ def test_a_record_says_everything(pair, scored):
 
 
 def test_a_later_version_is_refused():
-    turn = Turn(np.ones(1, np.int32), np.zeros(1, np.float32), "a", ANSWER, "a", np.zeros(0, np.int32))
+    turn = Turn(np.ones(1, np.int32), np.zeros(1, np.float32), "a", (answer_with("a"),), np.zeros(0, np.int32))
     record = record_of(Rollout(Question("q", "?", ("a",)), 0, np.ones(1, np.int32), (turn,)))
     with pytest.raises(ValueError, match="version 2; this igpo-fast reads up to 1"):
         rollout_of(record | {"version": VERSION + 1})

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from igpo_fast.types import Question, Rollout, Turn
 from igpo_fast.update.gains import information_gain, values_of
 from igpo_fast.update.rewards import exact_match, f1_score, normalise_answer, outcome
+from tests.doing import doing
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_ascii_is_normalised_as_ever(text):
 
 def rollout(action: str, argument: str) -> Rollout:
     ids = np.array([1], dtype=np.int32)
-    turn = Turn(ids, np.zeros(1, np.float32), "", action, argument, np.array([], dtype=np.int32))
+    turn = Turn(ids, np.zeros(1, np.float32), "", doing(action, argument), np.array([], dtype=np.int32))
     return Rollout(Question("q", "?", ("new york",)), 0, ids, (turn,))
 
 

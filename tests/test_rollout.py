@@ -12,11 +12,15 @@ from igpo_fast.errors import InputError
 from igpo_fast.rollouts.batch import rollout_groups
 from igpo_fast.rollouts.dialect import make_dialect
 from igpo_fast.rollouts.rollout import Agent, Limits, question_key, run_rollout
+from igpo_fast.rollouts.tools.base import Tools
+from igpo_fast.rollouts.tools.search import SEARCH_TOOL
 from igpo_fast.run.records import record_of
 from igpo_fast.types import ANSWER, INVALID, SEARCH, Credit, Question
 from tests.scripted import ScriptedEngine, ScriptedTool, ids_of, words_tokenizer
 
-DIALECT = make_dialect("tags", words_tokenizer(), max_passage_tokens=8, max_answer_tokens=4, max_answers=2)
+DIALECT = make_dialect(
+    "tags", words_tokenizer(), (SEARCH_TOOL,), max_passage_tokens=8, max_answer_tokens=4, max_answers=2
+)
 LIMITS = Limits(max_turns=4, max_turn_tokens=6, max_tokens=64)
 FOUND = "<information> A B born C D </information>"
 ASKED = Question("q", "A B born ?", ("C D",), corpus="people")
@@ -28,7 +32,7 @@ def say(*turns):
 
 
 def agent(engine, tool=None, limits=LIMITS, seed=1, concurrency=64):
-    return Agent(engine, tool or ScriptedTool(), DIALECT, limits, Sampling(), seed, concurrency)
+    return Agent(engine, Tools([tool or ScriptedTool()]), DIALECT, limits, Sampling(), seed, concurrency)
 
 
 def run(engine, tool=None, limits=LIMITS, question=ASKED):
@@ -87,13 +91,13 @@ class TestOneRollout:
     def test_the_dialect_hears_whether_a_turn_ended_by_itself(self, monkeypatch):
         heard, respond = [], DIALECT.response
 
-        def response(action, result, *, ended):
-            heard.append((action, ended))
-            return respond(action, result, ended=ended)
+        def response(actions, results, *, ended):
+            heard.append((actions, ended))
+            return respond(actions, results, ended=ended)
 
         monkeypatch.setattr(DIALECT, "response", response)
         run(say("A A A A A A A", "A <eos>", "<answer> C </answer>"))
-        assert heard == [(INVALID, False), (INVALID, True)]
+        assert heard == [((), False), ((), True)]
 
     def test_sampled_tokens_are_never_tokenised_again(self, monkeypatch):
         # Sampled tokens whose text would tokenise to others: here, to none at all.

@@ -15,7 +15,7 @@ from igpo_fast.rollouts.batch import Stragglers, finished_groups, in_ranges, rol
 from igpo_fast.rollouts.rollout import Agent, question_key
 from igpo_fast.types import Passage, Question, ToolResult
 from tests.clock import JumpingLoop, arrival
-from tests.scripted import ScriptedEngine, ScriptedTool
+from tests.scripted import ScriptedEngine, ScriptedTool, tools_of
 from tests.test_rollout import DIALECT, LIMITS
 
 ANSWER = "<answer> C </answer>"
@@ -86,7 +86,7 @@ class Scene:
         self.tool, self.loop, self.counts, self.progress = SlowTool(latencies), JumpingLoop(), Counter(), []
 
     def groups(self, run=finished_groups, concurrency=64, **options):
-        agent = Agent(self.engine, self.tool, DIALECT, LIMITS, Sampling(), seed=9, concurrency=concurrency)
+        agent = Agent(self.engine, tools_of(self.tool), DIALECT, LIMITS, Sampling(), seed=9, concurrency=concurrency)
         told = dict(counts=self.counts, progress=lambda *at: self.progress.append((round(self.loop.now, 6), *at)))
         size = len(self.latencies[0])
         return run(agent, self.questions, size, 2, loop_factory=lambda: self.loop, **(told | options))

@@ -17,12 +17,25 @@ from transformers import AutoModelForCausalLM
 from igpo_fast import model
 from igpo_fast import score as module
 from igpo_fast.errors import InputError
-from igpo_fast.rollouts.dialect import SEARCH_TOOL, make_dialect
+from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.tools.search import SEARCH_TOOL
 from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.run.records import record_of
 from igpo_fast.score import Reservoir, Scorer, load_scorer, read_records, score_file
 from igpo_fast.train import train
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Passage, Question, Rollout, ToolResult, Turn
+from igpo_fast.types import (
+    ANSWER,
+    INVALID,
+    SEARCH,
+    Passage,
+    Question,
+    Rollout,
+    ToolResult,
+    Turn,
+    answer_with,
+    search_for,
+)
+from tests.doing import doing
 from tests.families import FAMILIES, tokenizer_of
 from tests.parity import naive
 from tests.test_score_inputs import fuzzed
@@ -92,20 +105,22 @@ def message_rows(silent=True):
 
 def rollout_rows(kind):
     """With turns that searched, found nothing, and were malformed."""
-    dialect = make_dialect(kind, tokenizer_of("qwen3"), max_passage_tokens=99, max_answer_tokens=16, max_answers=2)
+    dialect = make_dialect(
+        kind, tokenizer_of("qwen3"), (SEARCH_TOOL,), max_passage_tokens=99, max_answer_tokens=16, max_answers=2
+    )
     rows = []
-    for who, actions in (("Faust", [SEARCH, INVALID, SEARCH]), ("Emma", [SEARCH]), ("Lear", [])):
+    for who, kinds in (("Faust", [SEARCH, INVALID, SEARCH]), ("Emma", [SEARCH]), ("Lear", [])):
         question = Question(who, f"Who wrote {who}?", (f"Mr {who}", who))
         turns = []
-        for n, action in enumerate(actions):
-            text = dialect.write(SEARCH, f"{who} {n}") if action == SEARCH else "Hm."
-            found = (Passage(f"p{n}", who, f"Text {n} on {who}."),) if n < 2 and action == SEARCH else ()
-            response, _ = dialect.response(action, ToolResult(found))
-            ids = dialect.encode(text)
-            passages = tuple(p.id for p in found)
-            turns.append(Turn(ids, np.zeros(len(ids)), dialect.decode(ids), action, "", response, passages=passages))
-        ids = dialect.encode(dialect.write(ANSWER, who))
-        last = Turn(ids, np.zeros(len(ids)), dialect.decode(ids), ANSWER, who, np.zeros(0, np.int32))
+        for n, action in enumerate(kinds):
+            actions = (search_for(f"{who} {n}"),) if action == SEARCH else ()
+            passages = (Passage(f"p{n}", who, f"Text {n} on {who}."),) if n < 2 and actions else ()
+            response, _ = dialect.response(actions, [ToolResult(passages)] * len(actions))
+            ids = dialect.encode(dialect.write(actions) if actions else "Hm.")
+            found = dict(passages=tuple(p.id for p in passages), found=bool(passages))
+            turns.append(Turn(ids, np.zeros(len(ids)), dialect.decode(ids), actions, response, **found))
+        ids = dialect.encode(dialect.write((answer_with(who),)))
+        last = Turn(ids, np.zeros(len(ids)), dialect.decode(ids), doing(ANSWER, who), np.zeros(0, np.int32))
         rows.append(json.loads(json.dumps(record_of(Rollout(question, 0, dialect.prompt(question), (*turns, last))))))
     return rows
 
@@ -312,7 +327,7 @@ def offered(counts, seed=0, shuffle=None):
         random.Random(shuffle).shuffle(all_offers)
     reservoir, none = Reservoir(seed), np.zeros(0, np.int32)
     for who, number in all_offers:
-        found = Turn(none, none, "", SEARCH, "", np.array([number], np.int32), passages=("p",))
+        found = Turn(none, none, "", doing(SEARCH), np.array([number], np.int32), found=True)
         reservoir.offer(Rollout(Question(who, "?", ("a",)), 0, none, (found, found)))
     lent = reservoir.lent()
     return list(zip(lent.owners.tolist(), (int(ids[0]) for ids in lent.responses), strict=True))
@@ -334,8 +349,8 @@ def test_a_reservoir_forgets_while_it_is_filled():
     reservoir, none = Reservoir(0), np.zeros(0, np.int32)
     for number in range(5 * module.LENT):
         turns = [
-            Turn(none, none, "", SEARCH, "", np.array([number], np.int32), passages=passages)
-            for passages in (("p",), (), ("p",))  # the last turn's is not offered, nor what found nothing
+            Turn(none, none, "", doing(SEARCH), np.array([number], np.int32), found=found)
+            for found in (True, False, True)  # the last turn's is not offered, nor what found nothing
         ]
         reservoir.offer(Rollout(Question(str(number // 100), "?", ("a",)), 0, none, tuple(turns)))
         assert len(reservoir._kept) <= 2 * module.LENT

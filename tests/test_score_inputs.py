@@ -11,10 +11,11 @@ from igpo_fast import config, model
 from igpo_fast.data.load import Data
 from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.errors import InputError
-from igpo_fast.rollouts.dialect import SEARCH_TOOL, make_dialect
+from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.tools.search import SEARCH_TOOL
 from igpo_fast.run.records import record_of
 from igpo_fast.score import Scorer, load_scorer, read_records, score_file
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Question, Rollout, Turn
+from igpo_fast.types import Question, Rollout, Turn, answer_with, search_for
 from tests.families import FAMILIES, tokenizer_of
 from tests.test_dialect_families import BUDGETS, rollout_of
 
@@ -200,8 +201,8 @@ def test_verls_dumps_are_told_what_they_lack(refused):
 @pytest.mark.parametrize("name", ["tags", "chat"])
 def test_a_runs_own_rollouts_are_scored_by_their_tokens(tokens, name):
     """The same prefixes as in training."""
-    dialect = make_dialect(name, tokenizer_of("qwen3"), **BUDGETS)
-    rollout = rollout_of(dialect, dialect.write(SEARCH, "Faust"), dialect.write(ANSWER, "Goethe"))
+    dialect = make_dialect(name, tokenizer_of("qwen3"), (SEARCH_TOOL,), **BUDGETS)
+    rollout = rollout_of(dialect, dialect.write((search_for("Faust"),)), dialect.write((answer_with("Goethe"),)))
     trajectory, _ = tokens(json.loads(json.dumps(record_of(rollout))), dialect=name)
     np.testing.assert_array_equal(trajectory.ids, rollout.ids[: rollout.boundaries[-1]])
     np.testing.assert_array_equal(trajectory.boundaries, rollout.boundaries)
@@ -224,7 +225,7 @@ def test_a_runs_own_rollouts_are_scored_by_their_tokens(tokens, name):
     ],
 )
 def test_rollouts_of_another_model_or_shape_are_refused(refused, change, fault):
-    turn = Turn(np.array([5], np.int32), np.zeros(1), tokenizer_of("qwen3").decode([5]), INVALID, "", np.array([6]))
+    turn = Turn(np.array([5], np.int32), np.zeros(1), tokenizer_of("qwen3").decode([5]), (), np.array([6]))
     rollout = Rollout(Question("q", "Who?", ("Goethe",)), 0, np.array([7], np.int32), (turn, turn))
     assert fault in refused(json.loads(json.dumps(record_of(rollout) | change)))
 

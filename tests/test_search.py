@@ -16,10 +16,10 @@ from igpo_fast.data.passages import load_corpus
 from igpo_fast.data.questions import load_questions
 from igpo_fast.errors import InputError, RunError, ToolError, masked
 from igpo_fast.rollouts.dialect import make_dialect
-from igpo_fast.rollouts.tools.base import COUNTS, take_counts
-from igpo_fast.rollouts.tools.search import Bm25Search, HttpSearch, NoSearch, make_search
-from igpo_fast.types import Passage, ToolResult
+from igpo_fast.rollouts.tools.search import COUNTS, SEARCH_TOOL, Bm25Search, HttpSearch, NoSearch, make_search
+from igpo_fast.types import Passage, Question, ToolResult, search_for
 from tests.clock import JumpingLoop
+from tests.contracts.tool import told
 from tests.scripted import words_tokenizer
 from tests.search_server import Server, Slow
 from tests.test_dialect import chat
@@ -381,15 +381,15 @@ def test_http_stops_reading_an_answer_that_is_too_large():
 def test_http_failed_for_good_the_policy_reads_the_text():
     with Server((404, {}), (200, GOOD)) as server:
         search = HttpSearch(server.url, 2, failure_text="Search is down.")
-        assert asyncio.run(search("x")) == ToolResult((), failure="Search is down.")
+        assert asyncio.run(search("x")) == ToolResult(failure="Search is down.")
         assert ids(search, "x") == ["7", "8"]
         assert counted(search) == {"calls": 2, "passages": 2, "failures": 1, "refused": 1}
-        found, warning = take_counts(search, "step 3")
+        found, warning = told(search, "step 3")
     expected = {"calls": 2, "passages": 2, "failures": 1, "refused": 1}
     assert found == {f"tool/{name}": expected.get(name, 0) for name in COUNTS}
     shown = "the policy was shown search.failure_text instead of passages"
     assert warning == f"step 3: 1 of 2 searches failed for good (refused 1); {shown}"
-    assert take_counts(search, "step 4") == ({f"tool/{name}": 0 for name in COUNTS}, "")
+    assert told(search, "step 4") == ({f"tool/{name}": 0 for name in COUNTS}, "")
 
 
 def test_a_step_in_which_every_search_failed_stops():
@@ -397,15 +397,17 @@ def test_a_step_in_which_every_search_failed_stops():
         search = HttpSearch(server.url, 2, failure_text="no")
         ids(search, "x"), ids(search, "x")
     with pytest.raises(ToolError, match=r"step 3: every search failed \(2 calls; refused 1, malformed 1\); see that"):
-        take_counts(search, "step 3")
-    assert take_counts(NoSearch(), "step 3") == ({"tool/calls": 0, "tool/passages": 0, "tool/empty": 0}, "")
+        told(search, "step 3")
+    assert told(NoSearch(), "step 3") == ({"tool/calls": 0, "tool/passages": 0, "tool/empty": 0}, "")
 
 
 def test_both_dialects_show_the_failure_in_place_of_passages():
-    tags = make_dialect("tags", words_tokenizer(), max_passage_tokens=4, max_answer_tokens=4, max_answers=1)
-    _, text = tags.response("search", ToolResult((), failure="A B"))
+    tags = make_dialect(
+        "tags", words_tokenizer(), (SEARCH_TOOL,), max_passage_tokens=4, max_answer_tokens=4, max_answers=1
+    )
+    _, text = tags.response((search_for("q"),), (ToolResult(failure="A B"),))
     assert text == "\n<information>\nA B\n</information>\n"
-    _, text = chat().response("search", ToolResult((), failure="A B"))
+    _, text = chat().response((search_for("q"),), (ToolResult(failure="A B"),))
     assert "A B" in text and "Nothing was found." not in text
 
 
@@ -459,7 +461,7 @@ def test_a_wrong_address_says_what_to_do(path, answer, words):
     with Server(answer) as server:
         place = server.url.removesuffix("/retrieve")
         with pytest.raises(ToolError) as caught:
-            HttpSearch(place + path, 2, retries=2).check("who wrote Faust?")
+            HttpSearch(place + path, 2, retries=2).check(Question("q", "who wrote Faust?", ("Goethe",)))
         assert len(server.requests) == 1 and server.requests[0]["queries"] == ["who wrote Faust?"]
     assert str(caught.value).startswith(f"search.url={place}{path}: {words.format(place=place)}"), str(caught.value)
 
@@ -508,21 +510,22 @@ def test_secrets_of_urls_are_masked(text, expected):
 def test_what_finds_nothing_is_counted_and_told():
     local = Bm25Search({"": PASSAGES}, top_k=3)
     ids(local, "unicorn"), ids(local, "dog cat"), ids(local, "unicorn")
-    assert take_counts(local, "step 1") == ({"tool/calls": 3, "tool/passages": 2, "tool/empty": 2}, "")
+    assert told(local, "step 1") == ({"tool/calls": 3, "tool/passages": 2, "tool/empty": 2}, "")
     ids(local, "unicorn"), ids(local, "unicorn")
     advice = "see that {} has the passages that these questions need"
     warning = f"step 2: none of 2 searches found a passage; {advice}"
-    assert take_counts(local, "step 2")[1] == warning.format("data.corpus")
+    assert told(local, "step 2")[1] == warning.format("data.corpus")
     with Server((200, {"result": [[]]})) as server:
         search = HttpSearch(server.url, 2)
         ids(search, "x"), ids(search, "y")
-        counts, told = take_counts(search, "step 2")
-    assert told == warning.format("search.url") and counts["tool/empty"] == counts["tool/calls"] == 2
+        counts, warned = told(search, "step 2")
+    assert warned == warning.format("search.url") and counts["tool/empty"] == counts["tool/calls"] == 2
     with Server((200, {"result": [[]]}), (404, {})) as server:
         search = HttpSearch(server.url, 2, failure_text="no")
         ids(search, "x"), ids(search, "y")
-        told = take_counts(search, "step 2")[1]
-    assert told.startswith("step 2: 1 of 2 searches failed for good") and "; none of 1 searches found" in told
+        warned = told(search, "step 2")[1]
+    assert warned.startswith("step 2: 1 of 2 searches failed for good")
+    assert "; none of 1 searches found" in warned
 
 
 def test_no_search_finds_nothing():

@@ -19,8 +19,9 @@ from igpo_fast.data.world import CLEAN, HARD, Demonstration, Noise, make_worlds
 from igpo_fast.errors import InputError, StorageError
 from igpo_fast.model import build
 from igpo_fast.rollouts.dialect import make_dialect
-from igpo_fast.rollouts.tools.search import Bm25Search
-from igpo_fast.types import ANSWER, SEARCH, Question
+from igpo_fast.rollouts.tools.base import Tools
+from igpo_fast.rollouts.tools.search import SEARCH_TOOL, Bm25Search
+from igpo_fast.types import Question, answer_with, search_for
 from igpo_fast.update.learner import Learner
 from tests.parity import naive
 
@@ -35,7 +36,7 @@ def world():
     config = load(None, SMALL)
     data = load_data(config)
     tokenizer = load_tokenizer(config, data)
-    dialect = make_dialect("tags", tokenizer, max_passage_tokens=64, max_answer_tokens=8, max_answers=1)
+    dialect = make_dialect("tags", tokenizer, (SEARCH_TOOL,), max_passage_tokens=64, max_answer_tokens=8, max_answers=1)
     return config, data, tokenizer, dialect
 
 
@@ -51,9 +52,9 @@ def test_a_demonstration_is_written_as_the_rollout_it_stands_for(world):
     some = make_worlds(config.world, "sft")[0]
     question = next(q for q in some.questions if q.hops == 1)
     query = question.steps[0]["question"]
-    demonstration = Demonstration(question, ((SEARCH, query), (ANSWER, question.answers[0])))
-    tool = Bm25Search({some.name: some.passages}, 1)
-    ids, writer = asyncio.run(sft.write(demonstration, dialect, tool, 160))
+    demonstration = Demonstration(question, (search_for(query), answer_with(question.answers[0])))
+    tools = Tools([Bm25Search({some.name: some.passages}, 1)])
+    ids, writer = asyncio.run(sft.write(demonstration, dialect, tools, 160))
     found = f"{query} {question.answers[0]} ."
     searched = f"<search> {query} </search> <information> {found} </information>"
     text = f"{question.question} {searched} <answer> {question.answers[0]} </answer>"
@@ -64,7 +65,7 @@ def test_a_demonstration_is_written_as_the_rollout_it_stands_for(world):
         who[by].append(word)
     assert " ".join(who[sft.PROMPT]) == question.question
     assert " ".join(who[sft.RESPONSE]) == f"<information> {found} </information>"
-    assert dialect.parse(f"<search> {query} </search>") == (SEARCH, query)
+    assert dialect.parse(f"<search> {query} </search>") == (search_for(query),)
 
 
 def test_the_loss_is_the_weighted_mean_of_plain_log_probabilities(world):
@@ -145,9 +146,11 @@ def start_on_files(tmp_path):
         ])  # fmt: skip
         data, steps = load_data(config), []
         tokenizer = tokenizer or load_tokenizer(config, data)
-        dialect = make_dialect("tags", tokenizer, max_passage_tokens=64, max_answer_tokens=8, max_answers=1)
-        tool = Bm25Search(data.collections, 1)
-        lm = sft.warm_start(config, small_model(tokenizer), tokenizer, dialect, data, tool, lambda *a: steps.append(a))
+        dialect = make_dialect(
+            "tags", tokenizer, (SEARCH_TOOL,), max_passage_tokens=64, max_answer_tokens=8, max_answers=1
+        )
+        tools = Tools([Bm25Search(data.collections, 1)])
+        lm = sft.warm_start(config, small_model(tokenizer), tokenizer, dialect, data, tools, lambda *a: steps.append(a))
         return len(steps), Path(lm.name_or_path)
 
     start.rows, start.passages = rows, passages
@@ -206,10 +209,10 @@ def test_a_decomposition_becomes_a_demonstration():
     flawless = Noise(0, 0, 0)
     demonstration = sft._from_steps([MUSIQUE], flawless, random.Random(0))
     assert demonstration.turns == (
-        (SEARCH, "Who founded X?"), (SEARCH, "Where was Ann Lee born?"), (ANSWER, "Rome"),
+        search_for("Who founded X?"), search_for("Where was Ann Lee born?"), answer_with("Rome"),
     )  # fmt: skip
     plain = Question("p", "Who?", ("me",), 1, ({"passage_id": "7"}, {"passage_id": "8"}))
-    assert sft._from_steps([plain], flawless, random.Random(0)).turns == ((SEARCH, "Who?"), (ANSWER, "me"))
+    assert sft._from_steps([plain], flawless, random.Random(0)).turns == (search_for("Who?"), answer_with("me"))
 
 
 def test_mistakes_are_made_as_often_as_asked():
@@ -218,5 +221,5 @@ def test_mistakes_are_made_as_often_as_asked():
     for noise in (CLEAN, HARD):
         made = [sft._from_steps([MUSIQUE, other], noise, rng) for _ in range(2000)]
         made = [d for d in made if d.question is MUSIQUE]
-        wrong = np.mean([d.turns[-1][1] != "Rome" for d in made])
+        wrong = np.mean([d.turns[-1].text != "Rome" for d in made])
         assert wrong == pytest.approx(noise.wrong_answer / 2, abs=0.05)  # half of the others are itself

@@ -8,6 +8,7 @@ from igpo_fast.data import world
 from igpo_fast.data.world import CLEAN, HARD, NOISY, Noise, demonstrate, make_worlds, vocabulary
 from igpo_fast.errors import InputError
 from igpo_fast.rollouts.tools.search import Bm25Search
+from igpo_fast.types import answer_with, search_for
 
 SETTINGS = config.World(sft_worlds=12)
 KINDS = ("eval", "train", "sft")
@@ -184,25 +185,25 @@ def test_the_smallest_world_works():
 def test_a_perfect_expert_walks_the_hops(worlds):
     for w, q in all_questions(worlds):
         demonstration = demonstrate(q, w, Noise(0, 0, 0), random.Random(0))
-        searches = tuple(("search", step["question"]) for step in q.steps)
-        assert demonstration.turns == (*searches, ("answer", q.answers[0]))
+        searches = tuple(search_for(step["question"]) for step in q.steps)
+        assert demonstration.turns == (*searches, answer_with(q.answers[0]))
 
 
 def test_each_kind_of_noise_does_what_it_says(worlds):
     for w, q in all_questions({kind: worlds[kind][:3] for kind in KINDS}):
         rng = random.Random(q.id)
-        right = [("search", step["question"]) for step in q.steps]
+        right = [search_for(step["question"]) for step in q.steps]
 
         *searches, answer = demonstrate(q, w, Noise(0, 0, 1), rng).turns
         assert searches == right
-        assert answer[1] in w.entities and answer[1] != q.answers[0]
+        assert answer.text in w.entities and answer.text != q.answers[0]
 
         *searches, answer = demonstrate(q, w, Noise(0, 1, 0), rng).turns
-        assert (searches, answer[1]) == (right[:1], q.steps[0]["answer"])
+        assert (searches, answer.text) == (right[:1], q.steps[0]["answer"])
 
         wrong = demonstrate(q, w, Noise(1, 0, 0), rng).turns
         assert wrong[0] != right[0]
-        subject, relation = wrong[0][1].rsplit(" ", 1)
+        subject, relation = wrong[0].text.rsplit(" ", 1)
         assert subject in w.entities and relation in world.RELATIONS
 
 
@@ -211,11 +212,11 @@ def test_a_lost_expert_reads_what_it_found(worlds):
     for w, q in all_questions({kind: worlds[kind][:3] for kind in KINDS}):
         # No turn to spare: the expert never asks again.
         demonstration = demonstrate(q, w, Noise(0.7, 0.2, 0), random.Random(q.id), max_turns=q.hops + 1)
-        *searches, (_, answer) = demonstration.turns
-        found = [w.objects.get(tuple(query.rsplit(" ", 1))) for _, query in searches]
+        *searches, answer = demonstration.turns
+        found = [w.objects.get(tuple(search.text.rsplit(" ", 1))) for search in searches]
         brought = [object for object in found if object]
         start = " ".join(q.question.split()[:2])
-        assert answer == (brought[-1] if brought else start)
+        assert answer.text == (brought[-1] if brought else start)
 
 
 @pytest.mark.parametrize("max_turns", [5, 6, 9])
@@ -231,7 +232,7 @@ def test_levels_are_harder_in_turn(worlds):
     def right(noise):
         pairs = [(w, q) for w in worlds["train"] for q in w.questions]
         rng = random.Random(0)
-        return sum(demonstrate(q, w, noise, rng).turns[-1][1] == q.answers[0] for w, q in pairs) / len(pairs)
+        return sum(demonstrate(q, w, noise, rng).turns[-1].text == q.answers[0] for w, q in pairs) / len(pairs)
 
     # Measured .85, .19, .025; 2,560 demonstrations have a standard error of at most .01.
     assert 0.80 < right(CLEAN) < 0.90

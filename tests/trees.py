@@ -4,6 +4,7 @@ import numpy as np
 
 from igpo_fast.types import Group, Question, Rollout, Turn
 from igpo_kernels import Branch
+from tests.doing import doing
 
 VOCAB = 61
 
@@ -13,7 +14,7 @@ def random_turn(rng, last, vocab=VOCAB):
     draw = lambda k: rng.integers(0, vocab, k).astype(np.int32)  # noqa: E731
     action = "answer" if last else "search"
     logp = rng.normal(-1, 0.3, n).astype(np.float32)
-    return Turn(draw(n), logp, "", action, "x", draw(m), passages=() if last else ("p",))
+    return Turn(draw(n), logp, "", doing(action), draw(m), found=not last)
 
 
 def random_group(rng, rollouts=4, max_turns=4, vocab=VOCAB):

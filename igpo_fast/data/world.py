@@ -19,7 +19,7 @@ from typing import Literal
 
 from igpo_fast.config import World as WorldConfig
 from igpo_fast.errors import InputError
-from igpo_fast.types import ANSWER, SEARCH, Passage, Question
+from igpo_fast.types import Action, Passage, Question, answer_with, search_for
 
 Kind = Literal["eval", "train", "sft"]
 Fact = tuple[str, str, str]
@@ -239,13 +239,13 @@ HARD = Noise(0.70, 0.30, 0.75)
 class Demonstration:
     """An imperfect expert's turns on a question.
 
-    >>> Demonstration("a b birthplace ?", (("search", "a b birthplace"), ("answer", "c d"))).turns[-1]
-    ('answer', 'c d')
+    >>> Demonstration("a b birthplace ?", (search_for("a b birthplace"), answer_with("c d"))).turns[-1].text
+    'c d'
     """
 
     question: Question
-    turns: tuple[tuple[str, str], ...]
-    """(action, argument) pairs: ``search`` with a query; the last is ``answer`` with an answer."""
+    turns: tuple[Action, ...]
+    """Calls of tools; the last is the answer."""
 
 
 def demonstrate(
@@ -262,7 +262,7 @@ def demonstrate(
     """
     first, second, *relations, _ = question.question.split()
     entity = f"{first} {second}"
-    turns: list[tuple[str, str]] = []
+    turns: list[Action] = []
     for hop, relation in enumerate(relations):
         if hop and rng.random() < noise.early_stop:
             break
@@ -271,14 +271,14 @@ def demonstrate(
             wrong = _wrong_query(query, world, rng)
             needed = len(relations) - hop + 1
             if rng.random() < 0.5 and len(turns) + 1 + needed <= max_turns:
-                turns.append((SEARCH, " ".join(wrong)))
+                turns.append(search_for(" ".join(wrong)))
             else:
                 query = wrong
-        turns.append((SEARCH, " ".join(query)))
+        turns.append(search_for(" ".join(query)))
         entity = world.objects.get(query, entity)
     if rng.random() < noise.wrong_answer:
         entity = rng.choice([other for other in world.entities if other != entity])
-    return Demonstration(question, (*turns, (ANSWER, entity)))
+    return Demonstration(question, (*turns, answer_with(entity)))
 
 
 def _wrong_query(right: tuple[str, str], world: World, rng: random.Random) -> tuple[str, str]:

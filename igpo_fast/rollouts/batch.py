@@ -217,7 +217,7 @@ def finished_groups(
 
     async def end() -> None:
         await flight.end()
-        await close(agent.tool, agent.engine)
+        await close(agent.tools, agent.engine)
 
     # A Runner keeps its loop between runs; closing it cancels unfinished tasks and awaits their end.
     with asyncio.Runner(loop_factory=loop_factory or RolloutLoop) as runner:

@@ -12,8 +12,8 @@ import numpy as np
 from igpo_fast.engines.base import Engine, Request, Sampling
 from igpo_fast.errors import InputError
 from igpo_fast.rollouts.dialect import Dialect
-from igpo_fast.rollouts.tools.base import Tool
-from igpo_fast.types import ANSWER, SEARCH, Question, Rollout, Turn, truncation
+from igpo_fast.rollouts.tools.base import Tools
+from igpo_fast.types import ANSWER, Question, Rollout, Turn, truncation
 
 NOTHING = np.zeros(0, dtype=np.int32)
 
@@ -59,7 +59,7 @@ class Agent:
     """Parts and settings of sampling, tools and parsing, made once per run."""
 
     engine: Engine
-    tool: Tool
+    tools: Tools
     dialect: Dialect
     limits: Limits
     sampling: Sampling
@@ -67,7 +67,7 @@ class Agent:
     """Seed of the sampling noise, together with step, question and rollout."""
     concurrency: int
     """Rollouts that the engine samples at a time; with an engine that ``keeps_rollouts`` between turns, rollouts that
-    wait for their tool count, too."""
+    wait for their tools count, too."""
 
 
 async def run_rollout(
@@ -86,39 +86,42 @@ async def run_rollout(
     Returns:
         The rollout; its last turn has no response. A turn cut by length counts only if it parses anyway.
     Raises:
-        InputError: the prompt leaves no room for a turn. Errors of engine and tool pass through.
+        InputError: the prompt leaves no room for a turn. Errors of engine and tools pass through.
     """
     engine, dialect, limits = agent.engine, agent.dialect, agent.limits
     key = (agent.seed, step, question_key(question), index)
     prompt = opening(question, dialect, limits)
     ids, turns = prompt, []
     try:
-        while True:
-            request = Request(
-                key=key,
-                ids=ids,
-                max_tokens=limits.max_turn_tokens,
-                stop_ids=dialect.stop_ids,
-                stop_strings=dialect.stop_strings,
-                sampling=agent.sampling,
-            )
-            async with turn():
-                generation = await engine.generate(request)
-            text = dialect.decode(generation.ids)
-            action, argument = dialect.parse(text)
-            call = dialect.call(generation.ids, (action, argument))
-            last = Turn(generation.ids, generation.logp, text, action, argument, response_ids=NOTHING, call=call)
-            if action == ANSWER or len(turns) + 1 == limits.max_turns:
-                break
-            result = await agent.tool(argument, question.corpus) if action == SEARCH else None
-            response_ids, response = dialect.response(action, result, ended=generation.finished)
-            extended = np.concatenate([ids, generation.ids, response_ids]).astype(np.int32)
-            if not limits.fits(len(extended)):
-                break
-            passages = tuple(passage.id for passage in result.passages) if result else ()
-            turns.append(replace(last, response_ids=response_ids, response=response, passages=passages))
-            ids = extended
+        async with agent.tools.open(question) as tools:
+            while True:
+                request = Request(
+                    key=key,
+                    ids=ids,
+                    max_tokens=limits.max_turn_tokens,
+                    stop_ids=dialect.stop_ids,
+                    stop_strings=dialect.stop_strings,
+                    sampling=agent.sampling,
+                )
+                async with turn():
+                    generation = await engine.generate(request)
+                text = dialect.decode(generation.ids)
+                actions = dialect.parse(text)
+                call = dialect.call(generation.ids, actions)
+                last = Turn(generation.ids, generation.logp, text, actions, response_ids=NOTHING, call=call)
+                if last.action == ANSWER or len(turns) + 1 == limits.max_turns:
+                    break
+                results = await tools.call(actions)
+                response_ids, response = dialect.response(actions, results, ended=generation.finished)
+                extended = np.concatenate([ids, generation.ids, response_ids]).astype(np.int32)
+                if not limits.fits(len(extended)):
+                    break
+                passages = tuple(passage.id for result in results for passage in result.passages)
+                found = any(result.found for result in results)
+                last = replace(last, response_ids=response_ids, response=response, passages=passages, found=found)
+                turns.append(last)
+                ids = extended
     finally:
         engine.release(key)
-    truncated = truncation(action, generation.finished, len(turns) + 1 == limits.max_turns)
+    truncated = truncation(last.action, generation.finished, len(turns) + 1 == limits.max_turns)
     return Rollout(question, index, prompt, (*turns, last), truncated)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from igpo_fast.jsonl import finite
-from igpo_fast.types import Credit, Question, Rollout, Turn
+from igpo_fast.types import ANSWER, SEARCH, Action, Credit, Question, Rollout, Turn, answer_with, search_for
 
 VERSION = 1
 """Version of records; increased when a key changes its meaning or is removed, not when one is added."""
@@ -48,9 +48,11 @@ def record_of(rollout: Rollout, credit: Credit | None = None) -> dict[str, Any]:
                 "text": turn.text,
                 "action": turn.action,
                 "argument": turn.argument,
+                "actions": [{"tool": action.tool, "arguments": dict(action.arguments)} for action in turn.actions],
                 "call": turn.call,
                 "response": turn.response,
                 "passages": list(turn.passages),
+                "found": turn.found,
                 "tokens": len(turn.ids),
                 "value": value,
                 **({} if compared is None else {"baseline": compared[t]}),
@@ -91,11 +93,11 @@ def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, Credit | None]:
             ids=np.array(turn["ids"], np.int32),
             logp=_array(turn["logp"], np.float32),
             text=turn["text"],
-            action=turn["action"],
-            argument=turn["argument"],
+            actions=_actions(turn),
             response_ids=np.array(turn["response_ids"], np.int32),
             response=turn["response"],
             passages=tuple(turn["passages"]),
+            found=turn.get("found", bool(turn["passages"])),
             call=turn.get("call", 0),
         )
         for turn in record["turns"]
@@ -118,6 +120,14 @@ def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, Credit | None]:
         baselines=None if compared is None else _array(compared, np.float64),
     )
     return rollout, credit
+
+
+def _actions(turn: Mapping[str, Any]) -> tuple[Action, ...]:
+    """Actions of a turn's record; those written before there were other tools than search have none."""
+    if "actions" in turn:
+        return tuple(Action(action["tool"], action["arguments"]) for action in turn["actions"])
+    known = {SEARCH: search_for, ANSWER: answer_with}
+    return (known[turn["action"]](turn["argument"]),) if turn["action"] in known else ()
 
 
 def _numbers(values: Sequence[float] | np.ndarray) -> list[float | None]:

@@ -12,7 +12,6 @@ import torch
 
 from igpo_fast.types import (
     INVALID,
-    SEARCH,
     Accumulate,
     Answers,
     Baseline,
@@ -171,9 +170,9 @@ class Recipe:
         return passes == "one" and self.needs_values and not self.values_apart
 
     @property
-    def earning_tools(self) -> tuple[str, ...]:
-        """Tools whose turns earn gains, all if empty. Only a search has a response that others may replace."""
-        return self.ig_tools or ((SEARCH,) if self.baseline in ("random", "masked") else ())
+    def calls_only(self) -> bool:
+        """Whether only turns that call a tool earn gains: no other has a response that another may replace."""
+        return self.baseline in ("random", "masked")
 
     @property
     def discount(self) -> float:
@@ -217,7 +216,9 @@ def credit_rollouts(
         if [v.shape for v in values] != [(n,) for n in turns]:
             raise ValueError("credit_rollouts: values_per_rollout must hold one [T] array per rollout, in order")
     penalised = recipe.turn_format_penalty != 0
-    earning = [earning_turns(rollout, recipe.earning_tools, recipe.ig_every, penalised) for rollout in rollouts]
+    earning = [
+        earning_turns(rollout, recipe.ig_tools, recipe.ig_every, penalised, recipe.calls_only) for rollout in rollouts
+    ]
     nothing = np.empty(0), 0
     found = [
         nothing if values_per_rollout is None else information_gain(*each)

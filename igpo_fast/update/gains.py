@@ -7,7 +7,7 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import ArrayLike
 
-from igpo_fast.types import INVALID, Answers, Basis, Rollout
+from igpo_fast.types import INVALID, Answers, Basis, Rollout, Turn
 
 
 def values_of(answer_logp: ArrayLike, basis: Basis, answers: Answers) -> np.ndarray:
@@ -62,20 +62,27 @@ def information_gain(
     return gains, int((~defined).sum())
 
 
-def earning_turns(rollout: Rollout, tools: Collection[str], every: int, penalised: bool) -> np.ndarray:
+def earning_turns(
+    rollout: Rollout, tools: Collection[str], every: int, penalised: bool, calls_only: bool = False
+) -> np.ndarray:
     """Which turns earn a gain of their own: bool [T-1]. The tokens of one that does not share the advantage of the next
     that does, or of the last turn.
 
     Args:
-        tools: actions whose turns earn gains; all if empty.
+        tools: tools whose turns earn gains; all turns if empty.
         every: only every so many turns, counted from the first, earn one.
         penalised: whether malformed turns always count, because they pay a penalty in place of a gain.
+        calls_only: whether turns that call no tool earn none.
     """
-    actions = [turn.action for turn in rollout.turns[:-1]]
+
+    def earns(turn: Turn) -> bool:
+        called = not tools or any(action.tool in tools for action in turn.actions)
+        return called and (turn.calls or not calls_only)
+
     return np.array(
         [
-            (penalised and action == INVALID) or ((not tools or action in tools) and number % every == 0)
-            for number, action in enumerate(actions, start=1)
+            (penalised and turn.action == INVALID) or (earns(turn) and number % every == 0)
+            for number, turn in enumerate(rollout.turns[:-1], start=1)
         ],
         dtype=bool,
     )

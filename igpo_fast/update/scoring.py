@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from igpo_fast.types import SEARCH, Baseline, Batch, Question, Rollout
+from igpo_fast.types import Baseline, Batch, Question, Rollout
 from igpo_kernels import Branch, Fork
 
 Forks = Mapping[int, Sequence[Fork]]
@@ -46,7 +46,7 @@ class Scoring:
 
     A fork goes on otherwise after a turn t = 1 .. T-1 (``Fork.turn``), in the same packed pass:
 
-    - ``random`` (IG-Search, arXiv 2604.15148): the response that a search for another question of the batch got, then
+    - ``random`` (IG-Search, arXiv 2604.15148): the response that a call for another question of the batch got, then
       each answer; ``samples`` times.
     - ``masked`` (InfoPO, arXiv 2603.00656): ``masked_response``, then the rollout's own next turn. The turn after its
       own response is a fork that coincides with the rollout, so it adds no token.
@@ -102,12 +102,12 @@ class Scoring:
         return found
 
     def _lent(self, batch: Batch) -> Lent:
-        """What the batch's searches found, each response once per question."""
+        """What the batch's calls brought, each response once per question."""
         found = {
             (rollout.question.id, turn.response_ids.tobytes()): turn.response_ids
             for rollout in batch.rollouts
             for turn in rollout.turns[:-1]
-            if turn.passages and len(turn.response_ids) <= self.longest_response
+            if turn.found and len(turn.response_ids) <= self.longest_response
         }
         return Lent(np.array([owner for owner, _ in found]), list(found.values()))
 
@@ -130,7 +130,7 @@ class Scoring:
         branches = self.branches_of(rollout.question)
         made = []
         for t, end in _turn_ends(rollout):
-            if rollout.turns[t - 1].action != SEARCH:
+            if not rollout.turns[t - 1].calls:
                 continue
             chosen = draw.choice(others, self.samples, replace=len(others) < self.samples)
             for sample, place in enumerate(chosen):
@@ -142,12 +142,12 @@ class Scoring:
         return made
 
     def _masked(self, rollout: Rollout) -> list[Fork]:
-        """The next turn after the response, and, where a search got one, after the masked one."""
+        """The next turn after the response, and, where a call got one, after the masked one."""
         made = []
         for t, end in _turn_ends(rollout):
             following, turn = rollout.turns[t].ids, rollout.turns[t - 1]
             sides = [(REAL, turn.response_ids)]
-            if turn.action == SEARCH and len(turn.response_ids):
+            if turn.calls and len(turn.response_ids):
                 sides.append((MASKED, self.masked_response))
             for kind, response in sides:
                 ids = np.concatenate([response, following])

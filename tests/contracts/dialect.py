@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Passage, Question, ToolResult
+from igpo_fast.types import ANSWER, SEARCH, Passage, Question, ToolResult, answer_with, search_for
 
 ODD = ("", " ", "<", "</", "<search>", "</search>", "<answer></answer>", "{", "[]", "\ud800", "\x00", "a" * 9999)
 
@@ -23,48 +23,48 @@ class DialectContract:
     def test_pieces_are_tokens_and_the_same_every_time(self, dialect):
         pieces = [
             lambda: dialect.prompt(self.question),
-            lambda: dialect.response(SEARCH, self.result())[0],
-            lambda: dialect.response(SEARCH, ToolResult(()))[0],
-            lambda: dialect.response(INVALID, None)[0],
-            lambda: dialect.response(INVALID, None, ended=False)[0],
+            lambda: dialect.response((search_for("q"),), (self.result(),))[0],
+            lambda: dialect.response((search_for("q"),), (ToolResult(),))[0],
+            lambda: dialect.response((), ())[0],
+            lambda: dialect.response((), (), ended=False)[0],
         ]
         for piece in pieces:
             ids = piece()
             assert ids.dtype == np.int32 and ids.ndim == 1 and len(ids)
             assert ids.tolist() == piece().tolist()
 
-    @pytest.mark.parametrize("action", [SEARCH, ANSWER])
-    def test_written_turns_parse_back_and_end_at_a_stop(self, dialect, action):
-        text = dialect.write(action, self.argument)
-        assert dialect.parse(text) == (action, self.argument)
+    @pytest.mark.parametrize("act", [search_for, answer_with])
+    def test_written_turns_parse_back_and_end_at_a_stop(self, dialect, act):
+        meant = (act(self.argument),)
+        text = dialect.write(meant)
+        assert dialect.parse(text) == meant
         ids = dialect.encode(text)
         assert ids[-1] in dialect.stop_ids or text.endswith(tuple(dialect.stop_strings))
-        assert dialect.parse(dialect.decode(ids)) == (action, self.argument)
+        assert dialect.parse(dialect.decode(ids)) == meant
 
-    @pytest.mark.parametrize("action", [SEARCH, ANSWER])
-    def test_a_call_is_the_shortest_end_that_reads_alike(self, dialect, action):
-        written = dialect.encode(dialect.write(action, self.argument))
-        meant = (action, self.argument)
+    @pytest.mark.parametrize("act", [search_for, answer_with])
+    def test_a_call_is_the_shortest_end_that_reads_alike(self, dialect, act):
+        meant = (act(self.argument),)
+        written = dialect.encode(dialect.write(meant))
         reads = [dialect.parse(dialect.decode(written[place:])) == meant for place in range(len(written))]
         own = dialect.call(written, meant)
         assert reads[own] and not any(reads[own + 1 :])
         before = dialect.encode("A B D")
         assert dialect.call(np.concatenate([before, written]), meant) == len(before) + own
-        assert dialect.call(before, (INVALID, "")) == 0
+        assert dialect.call(before, ()) == 0
 
     def test_any_text_parses(self, dialect):
-        whole = dialect.write(SEARCH, self.argument)
+        whole = dialect.write((search_for(self.argument),))
         for text in (*ODD, *(whole[:n] for n in range(len(whole))), whole[1:], whole * 2):
-            action, argument = dialect.parse(text)
-            assert action in (SEARCH, ANSWER, INVALID) and isinstance(argument, str)
-            assert (action == INVALID) <= (argument == "")
+            for action in dialect.parse(text):
+                assert action.tool in (SEARCH, ANSWER) and action.text
 
     def test_what_ends_turns_is_not_read_in_a_passage(self, dialect):
         spelled = [dialect.decode(np.array([stop])) for stop in dialect.stop_ids]
         ends = lambda ids: int(np.isin(ids, dialect.stop_ids).sum())  # noqa: E731
-        plain, _ = dialect.response(SEARCH, self.result("A"))
+        plain, _ = dialect.response((search_for("q"),), (self.result("A"),))
         for text in (*spelled, *dialect.stop_strings, *dialect.tags) if self.quotes else ():
-            ids, _ = dialect.response(SEARCH, self.result(f"A {text} B"))
+            ids, _ = dialect.response((search_for("q"),), (self.result(f"A {text} B"),))
             assert ends(ids) == ends(plain), text
 
     def test_branches_force_the_accepted_answers(self, dialect):

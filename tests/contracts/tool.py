@@ -2,11 +2,18 @@
 
 import asyncio
 
-from igpo_fast.rollouts.tools.base import FOUND, take_counts
-from igpo_fast.types import Passage, ToolResult
+from igpo_fast.rollouts.tools.base import Tools
+from igpo_fast.rollouts.tools.search import FOUND
+from igpo_fast.types import Passage, Question, ToolResult
 
 
-class ToolContract:
+def told(tool, what):
+    """Metrics and warning of what one tool counted, which begins anew."""
+    tools = Tools([tool])
+    return tools.report(tools.take(), what)
+
+
+class SearchContract:
     """Fixture: ``tool``, which answers ``query`` in ``corpus``."""
 
     query, corpus = "cat", ""
@@ -42,12 +49,12 @@ class ToolContract:
         assert tool.counts["calls"] == 40
 
     def test_a_check_counts_nothing(self, tool):
-        tool.check(self.query)
+        tool.check(Question("q", self.query, ("a",)))
         assert not +tool.counts
 
     def test_counts_are_metrics_and_begin_anew(self, tool):
         asyncio.run(tool(self.query, self.corpus))
-        counts, _ = take_counts(tool, "step 1")
+        counts, _ = told(tool, "step 1")
         assert set(counts) == {f"tool/{name}" for name in tool.counted} and set(FOUND) <= set(tool.counted)
         assert counts["tool/calls"] == 1
-        assert set(take_counts(tool, "step 2")[0].values()) == {0.0}
+        assert set(told(tool, "step 2")[0].values()) == {0.0}

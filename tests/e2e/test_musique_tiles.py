@@ -26,6 +26,7 @@ from igpo_fast.update.balance import shares, tree_cost
 from igpo_fast.update.policy import make_trees
 from igpo_kernels import RolloutTokens, Tree, pack
 from igpo_kernels.tree_attention.blocks import block_lists, visible_area
+from tests.doing import doing
 from tests.kernels.test_blocks import shipped_tiles, visits
 from tests.test_balance import HEAVY, RANKS
 
@@ -40,7 +41,7 @@ def read_rollout(record):
     """What ``rollout_record`` wrote, as far as packing reads it."""
     turns = [
         Turn(
-            np.array(turn["ids"]), np.array(turn["logp"]), turn["text"], turn["action"], turn["argument"],
+            np.array(turn["ids"]), np.array(turn["logp"]), turn["text"], doing(turn["action"], turn["argument"]),
             np.array(turn["response_ids"], int),
         )
         for turn in record["turns"]
@@ -105,8 +106,8 @@ def test_ranks_are_even_on_musique_rollouts(musique_trees):
 
 
 def test_a_record_packs_as_the_rollout_it_is_of():
-    turn = Turn(np.array([7, 8]), np.zeros(2), "", "search", "q", np.array([9, 10, 11]))
-    last = Turn(np.array([12]), np.zeros(1), "", "answer", "a", np.array([], int))
+    turn = Turn(np.array([7, 8]), np.zeros(2), "", doing("search", "q"), np.array([9, 10, 11]))
+    last = Turn(np.array([12]), np.zeros(1), "", doing("answer", "a"), np.array([], int))
     rollout = Rollout(Question("q", "why", ("so",)), 3, np.array([1, 2, 3]), (turn, last))
     read = read_rollout(json.loads(json.dumps(record_of(rollout))))
     assert (read.question, read.index) == (rollout.question, 3)

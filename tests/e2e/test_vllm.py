@@ -24,7 +24,7 @@ from igpo_fast.model import build, load
 from igpo_fast.rollouts.batch import rollout_groups
 from igpo_fast.rollouts.dialect import make_dialect
 from igpo_fast.rollouts.rollout import Agent, Limits
-from igpo_fast.rollouts.tools.search import NoSearch
+from igpo_fast.rollouts.tools.search import SEARCH_TOOL, NoSearch
 from igpo_fast.setup import Setup, set_up
 from igpo_fast.train import train
 from tests.families import tokenizer_of
@@ -179,7 +179,9 @@ def test_the_chat_dialect_gives_the_same_rollouts_on_both_engines(setup, family)
         len(tokenizer), hidden_size=64, layers=1, heads=2, kv_heads=1, ffn_size=64, max_tokens=2048,
         tie_embeddings=True, seed=1,
     )  # fmt: skip
-    dialect = make_dialect("chat", tokenizer, max_passage_tokens=99, max_answer_tokens=16, max_answers=2)
+    dialect = make_dialect(
+        "chat", tokenizer, (SEARCH_TOOL,), max_passage_tokens=99, max_answer_tokens=16, max_answers=2
+    )
     engines = [kind(lm, decode=tokenizer.decode, max_tokens=2048) for kind in (TorchEngine, VllmEngine)]
     engines[1].load_weights(lm.state_dict().items())
     limits, sampling = Limits(3, 12, 2048), Sampling(0.0)

@@ -15,15 +15,17 @@ from igpo_fast.errors import ToolError
 from igpo_fast.rollouts.batch import finished_groups
 from igpo_fast.rollouts.dialect import make_dialect
 from igpo_fast.rollouts.rollout import Agent, Limits
-from igpo_fast.rollouts.tools.search import Bm25Search, HttpSearch, NoSearch, make_search
+from igpo_fast.rollouts.tools.search import SEARCH_TOOL, Bm25Search, HttpSearch, NoSearch, make_search
 from igpo_fast.setup import set_up
 from igpo_fast.types import Question
 from tests.clock import JumpingLoop
-from tests.scripted import ScriptedEngine, words_tokenizer
+from tests.scripted import ScriptedEngine, tools_of, words_tokenizer
 from tests.search_server import Slow
 from tests.tiny import settings
 
-DIALECT = make_dialect("tags", words_tokenizer(), max_passage_tokens=8, max_answer_tokens=4, max_answers=2)
+DIALECT = make_dialect(
+    "tags", words_tokenizer(), (SEARCH_TOOL,), max_passage_tokens=8, max_answer_tokens=4, max_answers=2
+)
 LIMITS = Limits(max_turns=4, max_turn_tokens=6, max_tokens=64)
 FAILED = "D D D"
 
@@ -53,7 +55,7 @@ class Batch:
         self.tool, self.loop = tool, JumpingLoop()
 
     def run(self):
-        agent = Agent(self.engine, self.tool, DIALECT, LIMITS, Sampling(), seed=0, concurrency=8)
+        agent = Agent(self.engine, tools_of(self.tool), DIALECT, LIMITS, Sampling(), seed=0, concurrency=8)
         asked = [Question("q", "A B born ?", ("C D",))]
         ((_, group),) = finished_groups(agent, asked, 4, 1, loop_factory=lambda: self.loop)
         return group.rollouts
@@ -179,4 +181,4 @@ def test_a_tool_that_does_not_answer_is_known_before_the_model_is_loaded(tmp_pat
     with pytest.raises(ToolError, match=r"^search\.url=http://127\.0\.0\.1:9/retrieve: no answer"):
         set_up(config)
     with pytest.raises(Loaded):  # who does not search needs no server
-        set_up(config, tool=NoSearch())
+        set_up(config, search=NoSearch())

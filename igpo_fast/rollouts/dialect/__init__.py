@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from igpo_fast.rollouts.dialect.base import Dialect
-from igpo_fast.rollouts.dialect.chat import CHAT_SYSTEM, SEARCH_TOOL, TODAY, ChatDialect
+from igpo_fast.rollouts.dialect.chat import CHAT_SYSTEM, TODAY, ChatDialect
 from igpo_fast.rollouts.dialect.encoding import unquote
+from igpo_fast.rollouts.dialect.parsing import Schema
 from igpo_fast.rollouts.dialect.tags import BARE, FULL, TagsDialect, Wording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "BARE", "CHAT_SYSTEM", "FULL", "SEARCH_TOOL", "TODAY", "ChatDialect", "Dialect", "TagsDialect", "Wording",
+    "BARE", "CHAT_SYSTEM", "FULL", "TODAY", "ChatDialect", "Dialect", "TagsDialect", "Wording",
     "make_dialect", "unquote",
 ]  # fmt: skip
 
@@ -21,6 +23,7 @@ __all__ = [
 def make_dialect(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
+    functions: Sequence[Schema],
     *,
     system: str | None = None,
     thinking: bool | None = None,
@@ -30,13 +33,14 @@ def make_dialect(
     """The dialect ``tags`` or ``chat`` for a tokenizer.
 
     Args:
+        functions: the functions that turns may call, as ``Tool.schemas`` has them.
         system: instructions before the question; None takes the dialect's own, "" has none.
         thinking: ``enable_thinking`` for templates of ``chat``; None keeps their default.
         wrapper: text around a forced answer, which replaces ``{}``; None takes the dialect's own.
-        budgets: ``Dialect``'s ``max_passage_tokens``, ``max_answer_tokens`` and ``max_answers``.
+        budgets: ``Dialect``'s ``max_passage_tokens``, ``max_answer_tokens``, ``max_answers``, ``max_result_tokens``.
     Raises:
         InputError: the tokenizer cannot serve the dialect.
     """
     if name == "tags":
-        return TagsDialect(tokenizer, system=system, wrapper=wrapper, **budgets)
-    return ChatDialect(tokenizer, system=system, thinking=thinking, wrapper=wrapper, **budgets)
+        return TagsDialect(tokenizer, functions, system=system, wrapper=wrapper, **budgets)
+    return ChatDialect(tokenizer, functions, system=system, thinking=thinking, wrapper=wrapper, **budgets)

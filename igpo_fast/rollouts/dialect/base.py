@@ -9,20 +9,21 @@ Text of others (questions, passages, answers) stays text: ``encoding.Encoder`` r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from igpo_fast.errors import InputError
 from igpo_fast.rollouts.dialect.encoding import Encoder, unquote
-from igpo_fast.rollouts.dialect.parsing import ANSWERS, CLOSE, OPEN
-from igpo_fast.types import INVALID, Question
+from igpo_fast.rollouts.dialect.parsing import ANSWERS, CLOSE, OPEN, Actions, Schema
+from igpo_fast.types import Question
 from igpo_kernels import Branch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from igpo_fast.rollouts.tools.base import Passage, ToolResult
+    from igpo_fast.types import Passage, ToolResult
 
 
 class Dialect(ABC):
@@ -30,7 +31,9 @@ class Dialect(ABC):
 
     Args:
         tokenizer: a fast tokenizer of transformers (answers are found by character offsets).
+        functions: the functions that a turn may call, as ``Tool.schemas`` has them.
         max_passage_tokens: longest passage; longer ones are cut.
+        max_result_tokens: longest result of a tool that finds no passages; longer ones are cut.
         max_answer_tokens: longest answer; longer ones are cut for scoring.
         max_answers: number of accepted answers that get a branch, from the first.
         wrapper: text around a forced answer, which replaces ``{}``; None takes the dialect's own.
@@ -48,13 +51,16 @@ class Dialect(ABC):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
+        functions: Sequence[Schema],
         *,
         max_passage_tokens: int,
         max_answer_tokens: int,
         max_answers: int,
+        max_result_tokens: int = 512,
         wrapper: str | None = None,
     ):
         self.tokenizer = tokenizer
+        self.functions = {function["function"]["name"]: function for function in functions}
         if not tokenizer.is_fast:
             raise self._refusal("gives no character offsets", "use a tokenizer that has a tokenizer.json")
         if wrapper is not None and wrapper.count("{}") != 1:
@@ -62,6 +68,7 @@ class Dialect(ABC):
         self._own_wrapper = wrapper
         self._encoder = Encoder(tokenizer, self.tags)
         self.max_passage_tokens = max_passage_tokens
+        self.max_result_tokens = max_result_tokens
         self.max_answer_tokens = max_answer_tokens
         self.max_answers = max_answers
 
@@ -80,40 +87,43 @@ class Dialect(ABC):
         """The tokens before the policy's first turn: int32 [p]."""
 
     @abstractmethod
-    def parse(self, text: str) -> tuple[str, str]:
-        """The first well-formed action of a turn: (SEARCH, query), (ANSWER, answer), or (INVALID, "") where there is
-        none. Raises nothing, whatever the text; ``parsing.first_action`` says what counts.
+    def parse(self, text: str) -> Actions:
+        """The first well-formed action of a turn: its calls, or its answer; empty where there is none. Raises nothing,
+        whatever the text; ``parsing.first_actions`` says what counts.
         """
 
-    def call(self, ids: np.ndarray, action: tuple[str, str]) -> int:
-        """The place of the first token of a turn's action, which goes on to the end of the turn: the shortest end of
-        ``ids`` that reads as the same action. 0 for a turn without one."""
-        if action[0] == INVALID:
+    def call(self, ids: np.ndarray, actions: Actions) -> int:
+        """The place of the first token of a turn's actions, which go on to the end of the turn: the shortest end of
+        ``ids`` that reads as the same. 0 for a turn without any."""
+        if not actions:
             return 0
         first, behind = 0, len(ids)  # all ids read so, no ids do not
         while behind - first > 1:
             middle = (first + behind) // 2
-            if self.parse(self.decode(ids[middle:])) == action:
+            if self.parse(self.decode(ids[middle:])) == actions:
                 first = middle
             else:
                 behind = middle
         return first
 
     @abstractmethod
-    def response(self, action: str, result: ToolResult | None, *, ended: bool = True) -> tuple[np.ndarray, str]:
-        """The response to a turn that searched (the passages, or the failure) or was invalid (a hint; ``result`` is
-        None), up to and including the tokens that open the next turn.
+    def response(
+        self, actions: Actions, results: Sequence[ToolResult], *, ended: bool = True
+    ) -> tuple[np.ndarray, str]:
+        """The response to a turn's calls, or to a turn without any (a hint), up to and including the tokens that open
+        the next turn.
 
         Args:
+            results: one per call.
             ended: whether the turn ended by itself, not by length; a chat closes a turn that did not.
         Returns:
             The tokens, int32 [m], and their text.
         """
 
     @abstractmethod
-    def write(self, action: str, argument: str) -> str:
-        """A turn as the policy would write it, with its ending, for ``encode``; ``parse`` reads it back. An argument
-        that spells control tokens is quoted."""
+    def write(self, actions: Actions) -> str:
+        """A turn as the policy would write it, with its ending, for ``encode``; ``parse`` reads it back. Arguments
+        that spell control tokens are quoted."""
 
     @abstractmethod
     def _wrapper(self) -> tuple[str, str]:
@@ -158,11 +168,19 @@ class Dialect(ABC):
         stop = min(int(scored[-1]) + 1, start + self.max_answer_tokens)
         return Branch(ids=ids[:stop], start=start, stop=stop)
 
-    def _cut(self, passage: Passage) -> str:
-        """A passage as text of at most ``max_passage_tokens`` tokens, cut between characters."""
-        text = self.quote("\n".join(part for part in (passage.title, passage.text) if part))
+    def _shown(self, result: ToolResult) -> str:
+        """What the policy sees of a result, cut; empty if nothing was found."""
+        passages = (self._passage(passage) for passage in result.passages)
+        return result.failure or "\n\n".join(passages) or self._cut(result.text, self.max_result_tokens)
+
+    def _passage(self, passage: Passage) -> str:
+        """A passage as text of at most ``max_passage_tokens`` tokens."""
+        text = "\n".join(part for part in (passage.title, passage.text) if part)
+        return self._cut(text, self.max_passage_tokens)
+
+    def _cut(self, text: str, most: int) -> str:
+        """A text's first ``most`` tokens, cut between characters."""
+        text = self.quote(text)
         _, offsets = self._encoder.with_offsets(text)
         text = unquote(text)
-        if len(offsets) <= self.max_passage_tokens:
-            return text
-        return text[: offsets[self.max_passage_tokens, 0]].rstrip()
+        return text if len(offsets) <= most else text[: offsets[most, 0]].rstrip()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
@@ -12,54 +11,49 @@ import numpy as np
 from jinja2 import TemplateError
 
 from igpo_fast.rollouts.dialect.base import Dialect
+from igpo_fast.rollouts.dialect.calls import format_of
 from igpo_fast.rollouts.dialect.encoding import unquote
 from igpo_fast.rollouts.dialect.parsing import (
     ANSWERS,
     CALLS,
     CLOSE,
-    NOTHING,
+    ECHO,
     OPEN,
-    Action,
+    Actions,
     Reader,
-    first_action,
-    json_call,
+    Schema,
+    answered,
+    first_actions,
+    map_texts,
+    parameters_of,
     tagged,
-    well_formed,
 )
 from igpo_fast.rollouts.dialect.tags import ANSWERED, REASONED
-from igpo_fast.types import ANSWER, SEARCH, Question
+from igpo_fast.types import ANSWER, SEARCH, Action, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from igpo_fast.rollouts.tools.base import ToolResult
+    from igpo_fast.types import ToolResult
 
-SEARCH_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "search",
-        "description": "Search a collection of passages; returns the best ones.",
-        "parameters": {
-            "type": "object",
-            "properties": {"query": {"type": "string", "description": "What to look for."}},
-            "required": ["query"],
-        },
-    },
-}
 CHAT_SYSTEM = (
     "Answer the user's question. Call the search tool, one query at a time and as often as you need, to find "
     "what you do not know. When you know the answer, write it as briefly as possible between <answer> and "
     "</answer>."
 )
+TOOLS_SYSTEM = (
+    "Answer the user's question. Call the tools as often as you need, to find what you do not know. When you know the "
+    "answer, write it as briefly as possible between <answer> and </answer>."
+)
+"""In place of ``CHAT_SYSTEM`` for other tools than search alone."""
 CHAT_HINT = (
-    "No action was found. To search, write exactly\n{}\nand nothing after it; or write your answer between <answer> "
+    "No action was found. To {}, write exactly\n{}\nand nothing after it; or write your answer between <answer> "
     "and </answer>."
 )
-"""The response to an invalid turn; ``{}`` is a call as this model's template writes it."""
+"""The response to an invalid turn: what a call does, and the call as this model's template writes it."""
+NOTHING_FOUND = "Nothing was found."
 CHAT_CUT = "Your turn was too long and was cut. "
 """Precedes the hint after a turn that was cut."""
-HERMES_CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "QUERY"}}\n</tool_call>'
-"""Format of a call if the template writes none (which only ``score`` accepts)."""
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 """Tokens that end a turn in the formats of Qwen and Llama. A Llama that calls a tool may end with ``<|eom_id|>``
 although its template writes ``<|eot_id|>``."""
@@ -73,9 +67,7 @@ class ChatDialect(Dialect):
     Sampled turns are never rendered again: a response is the text that the template writes after an assistant
     message. So the reasoning that templates drop from earlier turns stays in the sequence.
 
-    Calls are read in the format that the template itself writes: JSON in ``<tool_call>`` (Qwen2.5, Qwen3), or bare
-    JSON that begins the turn, also after ``<|python_tag|>``, and ``<|python_tag|>search.call(query="...")``
-    (Llama 3.1 and 3.2).
+    Calls are read in the format that the template itself writes (dialect/calls.py); several in one turn count.
 
     A forced answer ends a thought, as in the released code: the template's open thought, else one of its own, even if
     the template has no thoughts, because the released code opens every turn with ``<think>``. If the template itself
@@ -91,24 +83,27 @@ class ChatDialect(Dialect):
 
     # Placeholders for a rollout's texts, which no template would write itself.
     _TURN = "the-turn-of-the-policy"
-    _QUERY = "the-query-of-the-policy"
+    _PLACEHOLDER = "the-query-of-the-policy"
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
+        functions: Sequence[Schema],
         *,
         system: str | None = None,
         thinking: bool | None = None,
         **budgets: int,
     ):
-        super().__init__(tokenizer, **budgets)
+        super().__init__(tokenizer, functions, **budgets)
         if not tokenizer.chat_template:
             raise self._refusal("has no chat template", "use rollout.dialect=tags")
-        self._template = tokenizer.get_chat_template(tools=[SEARCH_TOOL])
+        self._tools = list(functions)
+        self._template = tokenizer.get_chat_template(tools=self._tools)
         if thinking is not None and "enable_thinking" not in self._template:
             raise self._refusal("its chat template has no enable_thinking", "leave rollout.thinking empty")
         self._options = {} if thinking is None else {"enable_thinking": thinking}
-        system = CHAT_SYSTEM if system is None else system
+        if system is None:
+            system = CHAT_SYSTEM if list(self.functions) == [SEARCH] else TOOLS_SYSTEM
         self._system = [{"role": "system", "content": system}] if system else []
         self._tail = self._after_assistant()
         end = int(self.encode(self._tail)[0])
@@ -118,7 +113,9 @@ class ChatDialect(Dialect):
         self.stop_ids = tuple(dict.fromkeys(id for id in (end, *others) if id is not None))
         self._thought = self._opening_thought()
         self._thinks = bool(self._thought) and "</think>" not in self._thought  # a turn begins inside a thought
-        self._call = self._own_call() or HERMES_CALL.replace("QUERY", self._QUERY)
+        self._example = self._placeholders()
+        self._writes_calls = self._shows_example()
+        self._call = self._written((self._example,))
         self._readers, self._opening = self._actions()
 
     def check(self) -> None:
@@ -135,18 +132,22 @@ class ChatDialect(Dialect):
         """Why rollouts would not have the template's format; empty if they would."""
         if self.stop_ids[0] not in (self.tokenizer.eos_token_id, *self.tokenizer.get_added_vocab().values()):
             return f"its chat template ends an assistant message with {self._tail[:20]!r}, which is not one token"
-        if SEARCH_TOOL["function"]["description"] not in self._render(""):
-            return "its chat template does not show the tools it is given"
-        if not self._own_call():
+        shown = self._render("")
+        for function in self._tools:
+            described = function["function"]["description"]
+            if described not in shown and json.dumps(described, ensure_ascii=False)[1:-1] not in shown:
+                return "its chat template does not show the tools it is given"
+        example, call = self._example, self._call
+        if not self._writes_calls:
             return "its chat template writes no tool calls"
-        if self.parse(self.write(SEARCH, self._QUERY)) != (SEARCH, self._QUERY):
-            return f"its chat template writes tool calls as {self._call!r}, which is not read here"
-        found = {"role": "tool", "name": "search", "content": "A title\nA text."}
+        if self.parse(self.write((example,))) != (example,):
+            return f"its chat template writes tool calls as {call!r}, which is not read here"
+        found = {"role": "tool", "name": example.tool, "content": "A title\nA text."}
         said, hint = {"role": "assistant", "content": "So it is."}, self._hint(ended=True)
-        own = self._render("Who is it?", self._called(), found, said, hint)
+        own = self._render("Who is it?", self._calling((example,)), found, said, hint)
         pieces = [
-            self._render("Who is it?"), self._call + self._end, self._after_turn(found, ended=True),
-            said["content"] + self._end, self._after_turn(hint, ended=True),
+            self._render("Who is it?"), call + self._end, self._after_turn([found], ended=True),
+            said["content"] + self._end, self._after_turn([hint], ended=True),
         ]  # fmt: skip
         own, *pieces = (text.removesuffix(self._thought) for text in (own, *pieces))
         laid = "".join(pieces)
@@ -167,7 +168,7 @@ class ChatDialect(Dialect):
         try:
             return self.tokenizer.apply_chat_template(
                 [*self._system, {"role": "user", "content": question}, *messages],
-                tools=[SEARCH_TOOL],
+                tools=self._tools,
                 add_generation_prompt=opens_turn,
                 tokenize=False,
                 strftime_now=TODAY.strftime,
@@ -193,57 +194,87 @@ class ChatDialect(Dialect):
         _, tag, rest = opening.partition("<think>")
         return tag + rest
 
-    def _called(self) -> dict[str, Any]:
-        function = {"name": "search", "arguments": {"query": self._QUERY}}
-        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    def _placeholders(self) -> Action:
+        """A call of the first function that takes a text, or of the first, with placeholders for texts."""
+        texts = (name for name, function in self.functions.items() if "string" in str(parameters_of(function)))
+        name = next(texts, next(iter(self.functions)))
+        function = self.functions[name]
+        values = {"string": self._PLACEHOLDER, "integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
+        parameters = parameters_of(function)
+        arguments = {key: values.get(of.get("type"), self._PLACEHOLDER) for key, of in parameters.items()}
+        return Action(name, arguments)
 
-    def _own_call(self) -> str:
-        """A turn that calls the tool as the template writes it, without its end; empty if it writes none."""
+    def _shows_example(self) -> bool:
+        """Whether the template writes the example's name and arguments."""
+        written = self._rendered((self._example,))
+        texts = [value for value in self._example.arguments.values() if isinstance(value, str)]
+        return all(text in written for text in (self._example.tool, *texts))
+
+    def _functions(self, actions: Actions) -> list[dict[str, Any]]:
+        """Calls as templates take them, their texts quoted."""
+        return [{"name": a.tool, "arguments": map_texts(dict(a.arguments), self.quote)} for a in actions]
+
+    def _calling(self, actions: Actions) -> dict[str, Any]:
+        """A message of the assistant that calls functions."""
+        calls = [{"type": "function", "function": function} for function in self._functions(actions)]
+        return {"role": "assistant", "content": "", "tool_calls": calls}
+
+    def _written(self, actions: Actions) -> str:
+        """A turn that calls functions as the template writes it, without its end; if the template writes no calls
+        (which only ``score`` accepts), in the format of Hermes."""
+        if self._writes_calls:
+            return self._rendered(actions)
+        calls = (json.dumps(function, ensure_ascii=False) for function in self._functions(actions))
+        return "\n".join(f"{CALLS[0]}\n{call}\n{CALLS[1]}" for call in calls)
+
+    def _rendered(self, actions: Actions) -> str:
         prefix = self._render("").removesuffix(self._thought)
-        found = {"role": "tool", "name": "search", "content": ""}  # templates may treat the last turn differently
-        turn = self._render("", self._called(), found).removeprefix(prefix).partition(self._end)[0]
-        return turn if json.dumps(self._QUERY) in turn else ""
+        # Templates may treat the last turn differently.
+        results = [{"role": "tool", "name": action.tool, "content": ""} for action in actions]
+        turn = self._render("", self._calling(actions), *results).removeprefix(prefix)
+        return turn.partition(self._end)[0]
 
     def _actions(self) -> tuple[dict[str, Reader], Reader | None]:
         """Readers of actions in this model's format: by their tags, and at the beginning."""
-        answer = tagged(ANSWER, ANSWERS[1], (ANSWERS[0], CALLS[0]))
-        if CALLS[0] in self._call:
-            return {CALLS[0]: _tagged_call, ANSWERS[0]: answer}, None
-        return {ANSWERS[0]: answer}, _bare_call
+        readers, opening = format_of(self._call).readers(self.functions)
+        return readers | {ANSWERS[0]: tagged(answered, ANSWERS[1], (ANSWERS[0], CALLS[0]))}, opening
 
     def prompt(self, question: Question) -> np.ndarray:
         return self.encode(self._render(self.quote(question.question)))
 
-    def parse(self, text: str) -> tuple[str, str]:
-        return first_action(text, self._readers, in_thought=self._thinks, opening=self._opening)
+    def parse(self, text: str) -> Actions:
+        return first_actions(text, self._readers, in_thought=self._thinks, opening=self._opening, parallel=True)
 
-    def response(self, action: str, result: ToolResult | None, *, ended: bool = True) -> tuple[np.ndarray, str]:
-        if action == SEARCH:
-            passages = "\n\n".join(self._cut(passage) for passage in result.passages)
-            content = result.failure or passages or "Nothing was found."
-            message = {"role": "tool", "name": "search", "content": self.quote(content)}
+    def response(
+        self, actions: Actions, results: Sequence[ToolResult], *, ended: bool = True
+    ) -> tuple[np.ndarray, str]:
+        if actions:
+            messages = [
+                {"role": "tool", "name": action.tool, "content": self.quote(self._shown(result) or NOTHING_FOUND)}
+                for action, result in zip(actions, results, strict=True)
+            ]
         else:
-            message = self._hint(ended)
-        text = self._after_turn(message, ended)
+            messages = [self._hint(ended)]
+        text = self._after_turn(messages, ended)
         return self.encode(text), unquote(text)
 
     def _hint(self, ended: bool) -> dict[str, str]:
-        call = self._call.replace(self._QUERY, "your query")
-        return {"role": "user", "content": ("" if ended else CHAT_CUT) + CHAT_HINT.format(call)}
+        tool, arguments = self._example.tool, self._example.arguments
+        call = self._call.replace(self._PLACEHOLDER, ECHO + next(iter(arguments), ""))
+        verb = "search" if tool == SEARCH else f"call {tool}"
+        return {"role": "user", "content": ("" if ended else CHAT_CUT) + CHAT_HINT.format(verb, call)}
 
-    def _after_turn(self, message: dict[str, Any], ended: bool) -> str:
-        """The text that the template writes for ``message`` between an assistant message and the next."""
-        rendered = self._render("", {"role": "assistant", "content": self._TURN}, message)
+    def _after_turn(self, messages: Sequence[Mapping[str, Any]], ended: bool) -> str:
+        """The text that the template writes for ``messages`` between an assistant message and the next."""
+        rendered = self._render("", {"role": "assistant", "content": self._TURN}, *messages)
         text = rendered.partition(self._TURN)[2]
         return text.partition(self._end)[2] if ended else text
 
-    def write(self, action: str, argument: str) -> str:
-        if action == ANSWER:
+    def write(self, actions: Actions) -> str:
+        if actions[0].tool == ANSWER:
             before, after = self._wrapper()
-            return before + self.quote(argument) + after
-        query = json.dumps(self.quote(argument), ensure_ascii=False)
-        thought = f"{CLOSE}\n\n" if self._thinks else ""
-        return thought + self._call.replace(json.dumps(self._QUERY), query) + self._end
+            return before + self.quote(actions[0].text) + after
+        return (f"{CLOSE}\n\n" if self._thinks else "") + self._written(actions) + self._end
 
     def _wrapper(self) -> tuple[str, str]:
         if not self._thought:
@@ -258,23 +289,3 @@ class ChatDialect(Dialect):
 def _common(a: Sequence, b: Sequence) -> int:
     """Length of the common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _tagged_call(text: str, at: int) -> tuple[Action, int]:
-    """Read a call up to ``</tool_call>``, which may also stand in its JSON; nothing else follows the JSON."""
-    action, stop = json_call(text, at)
-    closing = text.find(CALLS[1], stop)
-    if closing < 0 or text.find(CALLS[0], stop, closing) >= 0:
-        return NOTHING, at
-    return NOTHING if text[stop:closing].strip() else action, closing + len(CALLS[1])
-
-
-_PYTHON_TAG = re.compile(r"\s*(?:<\|python_tag\|>\s*)?")
-_PYTHON_CALL = re.compile(r'\s*<\|python_tag\|>\s*search\.call\(query="(.*?)"\)', re.DOTALL)
-
-
-def _bare_call(text: str, at: int) -> tuple[Action, int]:
-    """Read one of Llama's calls; end-of-turn tokens may follow."""
-    if call := _PYTHON_CALL.match(text, at):
-        return well_formed(SEARCH, call[1]), call.end()
-    return json_call(text, _PYTHON_TAG.match(text, at).end())

@@ -1,36 +1,44 @@
-"""Finds the action in a turn's text."""
+"""Finds the actions in a turn's text."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from igpo_fast.types import INVALID, SEARCH
+from igpo_fast.types import ANSWER, Action, answer_with
 
-Action = tuple[str, str]
-Reader = Callable[[str, int], tuple[Action, int]]
-"""(text, start of the argument) -> the action there, or ``NOTHING`` if it is not well-formed, and the place from which
-to read on."""
+Actions = tuple[Action, ...]
+Schema = Mapping[str, Any]
+"""A function's description, as ``Tool.schemas`` has it."""
+Reader = Callable[[str, int], tuple[Actions, int]]
+"""(text, start of the arguments) -> the actions there, ``NOTHING`` if they are not well-formed, and the place from
+which to read on."""
 
-NOTHING: Action = (INVALID, "")
-ECHOES = ("and", "your query", "your answer")
-"""Texts between tags in our own instructions; a policy that repeats them ("I'll put it in <answer> and </answer>") does
-not act."""
+NOTHING: Actions = ()
+ECHO = "your "
+"""Our own instructions show ``your query`` where a query goes; a policy that repeats that does not act."""
 OPEN, CLOSE = "<think>", "</think>"
-SEARCHES, ANSWERS, CALLS = ("<search>", "</search>"), ("<answer>", "</answer>"), ("<tool_call>", "</tool_call>")
+ANSWERS, CALLS = ("<answer>", "</answer>"), ("<tool_call>", "</tool_call>")
 """Opening and closing tag of an action."""
 
 
-def first_action(
-    text: str, readers: Mapping[str, Reader], *, in_thought: bool = False, opening: Reader | None = None
-) -> Action:
-    """The first well-formed action outside thoughts; ``NOTHING`` if there is none.
+def first_actions(
+    text: str,
+    readers: Mapping[str, Reader],
+    *,
+    in_thought: bool = False,
+    opening: Reader | None = None,
+    parallel: bool = False,
+) -> Actions:
+    """The first well-formed action outside thoughts, and with ``parallel`` the calls that follow a first one;
+    ``NOTHING`` if there is none.
 
     Text is read from left to right, and tags inside an action do not count: ``<think>`` in a query opens no thought. A
     thought ends at the next ``</think>``; an unclosed one holds all the rest. Everything before an unopened
-    ``</think>`` is thought. An action is not well-formed if its argument is blank or an echo of the instructions;
-    reading then continues behind its opening tag or its end.
+    ``</think>`` is thought. An action is not well-formed if its arguments do not fit, or its text is blank or an echo
+    of the instructions; reading then continues behind its opening tag or its end.
 
     Search-R1's code takes the first pair of tags, even in a thought. Sampling ends at the first closing tag there and
     here, so a turn with one inside a thought is answered with the hint.
@@ -38,15 +46,22 @@ def first_action(
     Args:
         readers: readers of actions, by opening tag.
         in_thought: whether the text begins inside a thought.
-        opening: reads an action without a tag at the start of the text.
+        opening: reads actions without a tag at the start of the text.
     """
     marks = re.compile("|".join(map(re.escape, (OPEN, CLOSE, *readers))))
     text = OPEN + text if in_thought else text
     found, at, begins = NOTHING, 0, True
+
+    def with_more(actions: Actions) -> Actions:
+        called = [action for action in actions if action.tool != ANSWER]
+        if not found:
+            return actions
+        return (*found, *called) if parallel and found[0].tool != ANSWER else found
+
     while True:
         if begins and opening:
-            action, at = opening(text, at)
-            found = action if found == NOTHING else found
+            actions, at = opening(text, at)
+            found = with_more(actions)
         mark = marks.search(text, at)
         if not mark:
             return found
@@ -57,40 +72,97 @@ def first_action(
         elif mark[0] == CLOSE:
             found = NOTHING
         else:
-            action, at = readers[mark[0]](text, at)
-            found = action if found == NOTHING else found
+            actions, at = readers[mark[0]](text, at)
+            found = with_more(actions)
 
 
-def tagged(action: str, closing: str, tags: tuple[str, ...]) -> Reader:
-    """A reader of an argument up to its closing tag, without any of ``tags`` in it."""
+def tagged(read: Callable[[str], Actions], closing: str, tags: tuple[str, ...]) -> Reader:
+    """A reader of what stands before its closing tag, without any of ``tags`` in it."""
 
-    def read(text: str, at: int) -> tuple[Action, int]:
+    def reader(text: str, at: int) -> tuple[Actions, int]:
         stop = text.find(closing, at)
         if stop < 0 or any(text.find(tag, at, stop) >= 0 for tag in tags):
             return NOTHING, at
-        return well_formed(action, text[at:stop]), stop + len(closing)
+        return read(text[at:stop]), stop + len(closing)
 
-    return read
-
-
-def well_formed(action: str, argument: str) -> Action:
-    """The action; ``NOTHING`` if its argument is blank or an echo."""
-    argument = argument.strip()
-    return (action, argument) if argument and argument not in ECHOES else NOTHING
+    return reader
 
 
-def json_call(text: str, at: int) -> tuple[Action, int]:
-    """Read a call to ``search`` as JSON at ``at``: the action and its end, or ``NOTHING`` and ``at``."""
+def answered(text: str) -> Actions:
+    """The final answer; ``NOTHING`` if it is blank or an echo."""
+    text = text.strip()
+    return NOTHING if text in ("", "and", ECHO + "answer") else (answer_with(text),)
+
+
+def parameters_of(schema: Schema) -> Mapping[str, Schema]:
+    """The parameters of a function, by name."""
+    return schema["function"].get("parameters", {}).get("properties", {})
+
+
+def only_text(schema: Schema) -> str:
+    """The name of a function's only parameter if that is a text, else ""."""
+    parameters = parameters_of(schema)
+    name = next(iter(parameters), "")
+    return name if len(parameters) == 1 and parameters[name].get("type") == "string" else ""
+
+
+def called(schema: Schema | None, arguments: Any) -> Actions:
+    """The call of a function; ``NOTHING`` if the arguments do not fit its schema.
+
+    A required argument must be there, and each of its type; a function's only text may be neither blank nor an echo.
+    Arguments that the schema does not know are left out. Halves of surrogate pairs, which JSON can write and no text
+    file can hold, are replaced.
+    """
+    if schema is None or not isinstance(arguments, Mapping):
+        return NOTHING
+    parameters = parameters_of(schema)
+    required = schema["function"].get("parameters", {}).get("required", ())
+    known = {name: encodable(value) for name, value in arguments.items() if name in parameters}
+    if not known.keys() >= set(required) or not all(fits(value, parameters[name]) for name, value in known.items()):
+        return NOTHING
+    if (name := only_text(schema)) in known:
+        known[name] = known[name].strip()
+        if known[name] in ("", "and", ECHO + name):
+            return NOTHING
+    return (Action(schema["function"]["name"], known),)
+
+
+_TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
+
+
+def fits(value: Any, schema: Schema) -> bool:
+    """Whether a JSON value has a type that its schema allows."""
+    if "anyOf" in schema:
+        return any(fits(value, option) for option in schema["anyOf"])
+    if value is None:
+        return schema.get("nullable", False) or "null" in schema.get("type", "null")
+    kinds = schema.get("type")
+    kinds = [kinds] if isinstance(kinds, str) else kinds or []
+    known = [_TYPES[kind] for kind in kinds if kind in _TYPES]
+    boolean = isinstance(value, bool) and bool not in known
+    return not known or (not boolean and any(isinstance(value, kind) for kind in known))
+
+
+def map_texts(value: Any, write: Callable[[str], str], name: Callable[[str], str] | None = None) -> Any:
+    """A JSON value, its texts written by ``write``, the names in its objects by ``name`` (by default ``write``)."""
+    if isinstance(value, str):
+        return write(value)
+    if isinstance(value, list):
+        return [map_texts(entry, write, name) for entry in value]
+    if isinstance(value, Mapping):
+        return {(name or write)(key): map_texts(entry, write, name) for key, entry in value.items()}
+    return value
+
+
+def encodable(value: Any) -> Any:
+    """A JSON value without halves of surrogate pairs."""
+    return map_texts(value, lambda text: text.encode(errors="replace").decode())
+
+
+def json_at(text: str, at: int) -> tuple[Any, int]:
+    """The JSON value at ``at``, spaces before it skipped, and its end; None and ``at`` if there is none."""
     start = at + len(text[at:]) - len(text[at:].lstrip())
     try:
-        call, stop = json.JSONDecoder().raw_decode(text, start)
+        return json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError):  # numbers of 5,000 digits, lists in lists in lists
-        return NOTHING, at
-    if not isinstance(call, dict) or call.get("name") != "search":
-        return NOTHING, stop
-    arguments = call.get("arguments", call.get("parameters"))
-    query = arguments.get("query") if isinstance(arguments, dict) else None
-    if not isinstance(query, str):
-        return NOTHING, stop
-    # JSON can escape half a surrogate pair, which no text file can hold.
-    return well_formed(SEARCH, query.encode(errors="replace").decode()), stop
+        return None, at

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from igpo_fast.rollouts.dialect.base import Dialect
 from igpo_fast.rollouts.dialect.encoding import unquote
-from igpo_fast.rollouts.dialect.parsing import ANSWERS, SEARCHES, first_action, tagged
-from igpo_fast.types import ANSWER, SEARCH, Question
+from igpo_fast.rollouts.dialect.parsing import (
+    ANSWERS,
+    ECHO,
+    NOTHING,
+    Actions,
+    Schema,
+    answered,
+    called,
+    first_actions,
+    json_at,
+    only_text,
+    parameters_of,
+    tagged,
+)
+from igpo_fast.types import ANSWER, SEARCH, Action, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from igpo_fast.rollouts.tools.base import ToolResult
+    from igpo_fast.types import ToolResult
 
 
 @dataclass(frozen=True)
@@ -50,13 +66,43 @@ FULL = Wording(
     before="<think>" + REASONED,
     after=ANSWERED,
 )
+
+
+def full_wording(functions: Mapping[str, Schema]) -> Wording:
+    """``FULL``, or the like of it for other functions than search alone."""
+    if list(functions) == [SEARCH]:
+        return FULL
+    calls = {name: _example(function) for name, function in functions.items()}
+    listed = "\n".join(f"{call}: {functions[name]['function']['description']}" for name, call in calls.items())
+    system = (
+        "Answer the question, using tools for what you do not know. Reason inside <think> and </think>, then take one "
+        f"action. To use a tool, write one of\n{listed}\nThe result comes back between <information> and "
+        "</information>. Use tools as often as you need. When you know the answer, write it as briefly as possible: "
+        "<answer>your answer</answer>.\n\n"
+    )
+    either = ", ".join(calls.values())
+    hint = f"\nNo action was found. Write {either} or <answer>your answer</answer>.\n"
+    return replace(FULL, system=system, hint=hint)
+
+
+def _example(function: Schema) -> str:
+    """A call as the instructions show it."""
+    name, parameters = function["function"]["name"], parameters_of(function)
+    if len(parameters) > 1:
+        shown = "{" + ", ".join(f'"{key}": {ECHO}{key}' for key in parameters) + "}"
+    else:
+        shown = "".join(f"{ECHO}{key}" for key in parameters)
+    return f"<{name}>{shown}</{name}>"
+
+
 BARE = Wording(system="", question="{}", hint="<information> </information>", before="<answer> ", after=" </answer>")
 """Wording for tokenizers that do not know the words of ``FULL``: the made-up world's knows tags and names alone."""
 
 
 class TagsDialect(Dialect):
     """One continuous text in the style of Search-R1: ``<search>query</search>``, ``<answer>answer</answer>``,
-    and the passages found inside ``<information>``.
+    and the passages found inside ``<information>``. Every function has tags of its name. What stands between them is a
+    function's only argument as it is, or JSON: an object of arguments, or an only argument that is no text.
 
     A turn ends with a closing tag or the end-of-text token. The tags are stop ids where each is one token,
     else stop strings. After a forced answer, only ``</answer>`` closes the turn.
@@ -67,31 +113,37 @@ class TagsDialect(Dialect):
 
     Args:
         system: instructions before the question; None takes the wording's own, "" has none.
-        wording: None takes ``FULL`` where the tokenizer knows all its words, else ``BARE``.
+        wording: None takes ``full_wording`` where the tokenizer knows all its words, else ``BARE``.
     """
-
-    tags = (*Dialect.tags, *SEARCHES, "<information>", "</information>")
-    _READERS: ClassVar = {
-        SEARCHES[0]: tagged(SEARCH, SEARCHES[1], (*SEARCHES[:1], *ANSWERS)),
-        ANSWERS[0]: tagged(ANSWER, ANSWERS[1], (*ANSWERS[:1], *SEARCHES)),
-    }
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
+        functions: Sequence[Schema],
         *,
         system: str | None = None,
         wording: Wording | None = None,
         **budgets: int,
     ):
-        super().__init__(tokenizer, **budgets)
-        self.wording = wording or (FULL if self._knows(FULL) else BARE)
+        names = [function["function"]["name"] for function in functions]
+        written = [ANSWERS, *((f"<{name}>", f"</{name}>") for name in names)]
+        self.tags = (*Dialect.tags, *(tag for pair in written[1:] for tag in pair), "<information>", "</information>")
+        super().__init__(tokenizer, functions, **budgets)
+        reads = [answered, *(partial(_read, function) for function in functions)]
+        every = [tag for pair in written for tag in pair]
+        self._readers = {
+            opening: tagged(read, closing, tuple(tag for tag in every if tag != closing))
+            for read, (opening, closing) in zip(reads, written, strict=True)
+        }
+        full = full_wording(self.functions)
+        self.wording = wording or (full if self._knows(full) else BARE)
         self._system = self.wording.system if system is None else f"{system}\n\n" if system else ""
-        closing = [self.encode(tag).tolist() for tag in (SEARCHES[1], ANSWERS[1])]
-        single = all(len(ids) == 1 for ids in closing)
-        self.stop_strings = () if single else (SEARCHES[1], ANSWERS[1])
+        closing = [tag for _, tag in (*written[1:], ANSWERS)]
+        tokens = [self.encode(tag).tolist() for tag in closing]
+        single = all(len(ids) == 1 for ids in tokens)
+        self.stop_strings = () if single else tuple(closing)
         eos = tokenizer.eos_token_id
-        self.stop_ids = (*(ids[0] for ids in closing if single), *([] if eos is None else [eos]))
+        self.stop_ids = (*(ids[0] for ids in tokens if single), *([] if eos is None else [eos]))
         # Models that were trained with a start token need it; a chat template adds it, plain text does not.
         bos = tokenizer.bos_token_id
         self._start = [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
@@ -104,20 +156,42 @@ class TagsDialect(Dialect):
         text = self._system + self.wording.question.replace("{}", self.quote(question.question))
         return np.concatenate([np.asarray(self._start, dtype=np.int32), self.encode(text)])
 
-    def parse(self, text: str) -> tuple[str, str]:
-        return first_action(text, self._READERS)
+    def parse(self, text: str) -> Actions:
+        return first_actions(text, self._readers)
 
-    def response(self, action: str, result: ToolResult | None, *, ended: bool = True) -> tuple[np.ndarray, str]:
-        if action == SEARCH:
-            passages = result.failure or "\n\n".join(self._cut(passage) for passage in result.passages)
-            text = f"\n<information>\n{self.quote(passages)}\n</information>\n"
+    def response(
+        self, actions: Actions, results: Sequence[ToolResult], *, ended: bool = True
+    ) -> tuple[np.ndarray, str]:
+        if actions:
+            shown = "\n\n".join(map(self._shown, results))
+            text = f"\n<information>\n{self.quote(shown)}\n</information>\n"
         else:
             text = self.wording.hint
         return self.encode(text), unquote(text)
 
-    def write(self, action: str, argument: str) -> str:
-        before, after = self._wrapper() if action == ANSWER else ("<search> ", " </search>")
-        return before + self.quote(argument) + after
+    def write(self, actions: Actions) -> str:
+        return "".join(map(self._write, actions))
+
+    def _write(self, action: Action) -> str:
+        if action.tool == ANSWER:
+            before, after = self._wrapper()
+            return before + self.quote(action.text) + after
+        value = action.arguments
+        if len(parameters_of(self.functions[action.tool])) == 1:
+            (value,) = value.values()
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) if value else ""
+        return f"<{action.tool}> {self.quote(text)} </{action.tool}>"
 
     def _wrapper(self) -> tuple[str, str]:
         return self.wording.before, self.wording.after
+
+
+def _read(function: Schema, text: str) -> Actions:
+    """The call of a function whose tags hold ``text``."""
+    if name := only_text(function):
+        return called(function, {name: text})
+    parameters = list(parameters_of(function))
+    value, stop = json_at(text, 0) if text.strip() else ({}, 0)
+    if text[stop:].strip():
+        return NOTHING
+    return called(function, {parameters[0]: value} if len(parameters) == 1 and text.strip() else value)

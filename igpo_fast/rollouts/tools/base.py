@@ -1,64 +1,210 @@
-"""The interface of tools: results, failures, counters."""
+"""What a tool is: its description, its state per rollout, results, failures and counters."""
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
 
-from igpo_fast.errors import ToolError
-from igpo_fast.types import ToolResult
+from igpo_fast.errors import InputError, ToolError
+from igpo_fast.types import ANSWER, INVALID, Action, Question, ToolResult
 
-FOUND = ("calls", "passages", "empty")
-"""Counters of every tool: calls, passages found, calls that found none."""
-CAUSES = ("timeouts", "unreachable", "rate_limited", "server_errors", "refused", "malformed", "too_large")
+OVER_LIMIT = "over_limit"
+"""Counter of calls beyond the limit per rollout, which were not made."""
+CAUSES = (
+    "timeouts", "unreachable", "rate_limited", "server_errors", "refused", "malformed", "too_large", "raised", "died",
+    OVER_LIMIT,
+)  # fmt: skip
 """Counters of the causes of failed attempts."""
-COUNTS = (*FOUND, "failures", "retries", *CAUSES)
-"""Counters of a tool that can fail: also calls that failed for good, and retries."""
 
 
 class Tool(ABC):
-    """A search tool: a query in, passages out. Calling it searches and counts; a tool defines ``search``."""
+    """Something that a policy can call, under one name or several. Every rollout opens it for itself."""
 
-    counted: tuple[str, ...] = FOUND
+    schemas: Sequence[Mapping[str, Any]]
+    """Its functions as chat templates take them: ``{"type": "function", "function": {"name", "description",
+    "parameters"}}``, the parameters as a JSON schema."""
+    counted: tuple[str, ...] = ("calls", "failures")
     """The names in ``counts``, for the metrics."""
-    where = "data.corpus"
-    """The setting that names the source of passages, for messages."""
 
     def __init__(self):
         self.counts: Counter[str] = Counter()
 
-    async def __call__(self, query: str, corpus: str = "") -> ToolResult:
-        """Search ``corpus`` (``Question.corpus``) for ``query``.
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names under which it is called; the first is its own."""
+        return tuple(schema["function"]["name"] for schema in self.schemas)
 
-        Raises:
-            ToolError: the search failed for good, and ``search.on_failure`` is ``stop``.
-        """
-        self.counts["calls"] += 1
-        try:
-            result = await self.search(query, corpus)
-        except ToolError:
-            self.counts["failures"] += 1
-            raise
-        if result.failure:
-            self.counts["failures"] += 1
-        else:
-            self.counts["passages"] += len(result.passages)
-            self.counts["empty"] += not result.passages
-        return result
+    async def open(self, question: Question) -> Any:
+        """The tool's state in one rollout, opened before its first call; by default the question itself."""
+        return question
 
     @abstractmethod
-    async def search(self, query: str, corpus: str) -> ToolResult:
-        """Find the passages; ``__call__`` counts them."""
+    async def call(self, opened: Any, action: Action) -> ToolResult:
+        """The result of one call, whose arguments fit the schema. Calls of one turn run at once. It counts ``calls``,
+        ``failures`` and the causes.
 
-    def check(self, query: str) -> None:  # noqa: B027 (most tools have nothing to check)
-        """Check before a run that the tool answers ``query``. Nothing is counted.
+        Raises:
+            ToolError: the call failed for good, and the run shall end.
+        """
+
+    async def outcome(self, opened: Any, answer: str | None) -> Mapping[str, float]:
+        """What the rollout earned in the tool's eyes, by name; empty if it has no opinion. ``reward`` trains with
+        ``algorithm.outcome=tools``."""
+        return {}
+
+    async def close(self, opened: Any) -> None:  # noqa: B027 (most tools keep nothing)
+        """End the state of one rollout."""
+
+    def check(self, question: Question) -> None:  # noqa: B027 (most tools have nothing to check)
+        """Check before a run that the tool answers; ``question`` is one of the run's. Nothing is counted.
 
         Raises:
             ToolError: the tool does not answer.
         """
 
+    def warning(self, counts: Mapping[str, int]) -> str:
+        """What to tell the user about a step's counts; empty if all is well.
+
+        Raises:
+            ToolError: nothing works any more, and the run shall end.
+        """
+        if not counts["failures"]:
+            return ""
+        return f"{counts['failures']:,} of {counts['calls']:,} calls of {self.names[0]} failed ({causes(counts)})"
+
     async def aclose(self) -> None:  # noqa: B027 (most tools keep nothing)
         """Close resources of the running event loop before it ends. A later call opens them anew."""
+
+
+def causes(counts: Mapping[str, int]) -> str:
+    """The causes of failures and their numbers, in words."""
+    return ", ".join(f"{name.replace('_', ' ')} {counts[name]}" for name in CAUSES if counts[name])
+
+
+class Tools:
+    """The tools of a run.
+
+    Args:
+        tools: no name twice, none named ``answer`` or ``invalid``.
+        calls: most calls per rollout by name; 0, or no entry, sets no limit.
+    Raises:
+        InputError: two tools of one name, or a name that a turn cannot have.
+    """
+
+    def __init__(self, tools: Sequence[Tool], calls: Mapping[str, int] | None = None):
+        self._tools = tuple(tools)
+        self._calls = calls or {}
+        self._by_name: dict[str, Tool] = {}
+        for tool in tools:
+            for name in tool.names:
+                if name in self._by_name or name in (ANSWER, INVALID):
+                    raise InputError(f"rollout.tools: the name {name!r} is taken; give the tool another")
+                self._by_name[name] = tool
+
+    def __iter__(self) -> Iterator[Tool]:
+        return iter(self._tools)
+
+    @property
+    def schemas(self) -> tuple[Mapping[str, Any], ...]:
+        """The descriptions of all functions, in order."""
+        return tuple(schema for tool in self._tools for schema in tool.schemas)
+
+    def check(self, question: Question) -> None:
+        """Check before a run that every tool answers (``Tool.check``)."""
+        for tool in self._tools:
+            tool.check(question)
+
+    @asynccontextmanager
+    async def open(self, question: Question) -> AsyncIterator[OpenTools]:
+        """The tools of one rollout."""
+        opened = OpenTools(self._by_name, self._calls, question)
+        try:
+            yield opened
+        finally:
+            await opened.close()
+
+    async def aclose(self) -> None:
+        """Close resources of the running event loop before it ends."""
+        for tool in self._tools:
+            await tool.aclose()
+
+    def take(self) -> Counter[str]:
+        """The counts since the last time, as ``NAME/COUNT``; they begin anew."""
+        counts = Counter({f"{tool.names[0]}/{key}": n for tool in self._tools for key, n in tool.counts.items()})
+        for tool in self._tools:
+            tool.counts.clear()
+        return counts
+
+    def report(self, counts: Mapping[str, int], what: str) -> tuple[dict[str, float], str]:
+        """Metrics and a warning about ``what`` ("step 3") from what ``take`` gave.
+
+        Returns:
+            ``tool/COUNT`` summed over tools, and of several tools ``tool/NAME/COUNT``, too; the warning, or "".
+        Raises:
+            ToolError: nothing works any more (``Tool.warning``).
+        """
+        metrics: Counter[str] = Counter()
+        warnings = []
+        for tool in self._tools:
+            name = tool.names[0]
+            own = Counter({key.removeprefix(f"{name}/"): n for key, n in counts.items() if key.startswith(f"{name}/")})
+            try:
+                warnings.append(tool.warning(own))
+            except ToolError as error:
+                raise ToolError(f"{what}: {error}") from None
+            for key in tool.counted:
+                metrics[f"tool/{key}"] += own[key]
+                if len(self._tools) > 1:
+                    metrics[f"tool/{name}/{key}"] = own[key]
+        told = "; ".join(filter(None, warnings))
+        return {key: float(n) for key, n in metrics.items()}, f"{what}: {told}" if told else ""
+
+
+class OpenTools:
+    """The tools of one rollout; each is opened before its first call."""
+
+    def __init__(self, tools: Mapping[str, Tool], calls: Mapping[str, int], question: Question):
+        self._tools, self._calls, self._question = tools, calls, question
+        self._made: Counter[str] = Counter()
+        self._opening = asyncio.Lock()
+        self._opened: dict[Tool, Any] = {}
+
+    async def call(self, actions: Sequence[Action]) -> list[ToolResult]:
+        """The results of a turn's calls, which run at once."""
+        if len(actions) == 1:  # no task of its own, so that a quick call does not look like one that waits
+            return [await self._call(actions[0])]
+        return await asyncio.gather(*map(self._call, actions))
+
+    async def _call(self, action: Action) -> ToolResult:
+        tool, most = self._tools[action.tool], self._calls.get(action.tool, 0)
+        self._made[action.tool] += 1
+        if most and self._made[action.tool] > most:
+            tool.counts.update(("calls", "failures", OVER_LIMIT))
+            return ToolResult(failure=f"{action.tool} may be called {most} times, and has been.")
+        return await tool.call(await self._open(tool), action)
+
+    async def _open(self, tool: Tool) -> Any:
+        async with self._opening:
+            if tool not in self._opened:
+                self._opened[tool] = await tool.open(self._question)
+            return self._opened[tool]
+
+    async def outcome(self, answer: str | None) -> dict[str, float]:
+        """What the tools say that the rollout earned (``Tool.outcome``)."""
+        earned: dict[str, float] = {}
+        for tool in dict.fromkeys(self._tools.values()):
+            earned |= await tool.outcome(await self._open(tool), answer)
+        return earned
+
+    async def close(self) -> None:
+        """End the states of all that was opened."""
+        while self._opened:
+            tool, opened = self._opened.popitem()
+            await tool.close(opened)
 
 
 async def close(*parts: object) -> None:
@@ -66,35 +212,3 @@ async def close(*parts: object) -> None:
     for part in parts:
         if hasattr(part, "aclose"):
             await part.aclose()
-
-
-def take_counts(tool: Tool, what: str) -> tuple[dict[str, float], str]:
-    """Read a tool's counts for ``what`` ("step 3") and reset them to 0.
-
-    Returns:
-        ``tool/NAME`` for each of ``tool.counted``, and a warning if calls failed for good or none found anything,
-        else "".
-    Raises:
-        ToolError: every call failed.
-    """
-    counts = Counter(tool.counts)
-    tool.counts.clear()
-    calls, failures = counts["calls"], counts["failures"]
-    why = ", ".join(f"{name.replace('_', ' ')} {counts[name]}" for name in CAUSES if counts[name])
-    if failures and failures == calls:
-        raise ToolError(
-            f"{what}: every search failed ({calls:,} calls; {why}); see that the server at {tool.where} answers"
-        )
-    warnings = []
-    if failures:
-        warnings.append(
-            f"{failures:,} of {calls:,} searches failed for good ({why}); the policy was shown search.failure_text "
-            "instead of passages"
-        )
-    if calls and counts["empty"] == calls - failures:
-        warnings.append(
-            f"none of {calls - failures:,} searches found a passage; see that {tool.where} has the passages that these "
-            "questions need"
-        )
-    found = {f"tool/{name}": float(counts[name]) for name in tool.counted}
-    return found, f"{what}: {'; '.join(warnings)}" if warnings else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -21,15 +22,95 @@ from igpo_fast.data.load import Data
 from igpo_fast.data.passages import title_and_text
 from igpo_fast.errors import ToolError, masked
 from igpo_fast.net import direct, fault, without_credentials
-from igpo_fast.rollouts.tools.base import COUNTS, Tool
-from igpo_fast.types import Passage, ToolResult
+from igpo_fast.rollouts.tools.base import Tool, causes
+from igpo_fast.types import SEARCH, Action, Passage, Question, ToolResult
 
 LONGEST_WAIT = 30.0
 """Longest back-off in seconds, even if a server asks for more."""
 EXAMPLE = "http://127.0.0.1:8000/retrieve"
 
 
-class Bm25Search(Tool):
+SEARCH_TOOL = {
+    "type": "function",
+    "function": {
+        "name": SEARCH,
+        "description": "Search a collection of passages; returns the best ones.",
+        "parameters": {
+            "type": "object",
+            "properties": {"query": {"type": "string", "description": "What to look for."}},
+            "required": ["query"],
+        },
+    },
+}
+FOUND = ("calls", "passages", "empty")
+"""Counters of every search: calls, passages found, calls that found none."""
+COUNTS = (
+    *FOUND, "failures", "retries", "timeouts", "unreachable", "rate_limited", "server_errors", "refused", "malformed",
+    "too_large",
+)  # fmt: skip
+"""Counters of a search that can fail: also calls that failed for good, retries, and the causes of failed attempts."""
+
+
+class Search(Tool):
+    """A search: a query in, passages out. Calling it searches and counts; a subclass defines ``search``."""
+
+    schemas = (SEARCH_TOOL,)
+    counted = FOUND
+    where = "data.corpus"
+    """The setting that names the source of passages, for messages."""
+
+    async def call(self, opened: Question, action: Action) -> ToolResult:
+        return await self(action.arguments["query"], opened.corpus)
+
+    async def __call__(self, query: str, corpus: str = "") -> ToolResult:
+        """Search ``corpus`` (``Question.corpus``) for ``query``.
+
+        Raises:
+            ToolError: the search failed for good, and ``search.on_failure`` is ``stop``.
+        """
+        self.counts["calls"] += 1
+        try:
+            result = await self.search(query, corpus)
+        except ToolError:
+            self.counts["failures"] += 1
+            raise
+        if result.failure:
+            self.counts["failures"] += 1
+        else:
+            self.counts["passages"] += len(result.passages)
+            self.counts["empty"] += not result.passages
+        return result
+
+    @abstractmethod
+    async def search(self, query: str, corpus: str) -> ToolResult:
+        """Find the passages; ``__call__`` counts them."""
+
+    def warning(self, counts: Mapping[str, int]) -> str:
+        """About searches that failed, or found nothing.
+
+        Raises:
+            ToolError: every search failed.
+        """
+        calls, failures = counts["calls"], counts["failures"]
+        if failures and failures == calls:
+            raise ToolError(
+                f"every search failed ({calls:,} calls; {causes(counts)}); see that the server at {self.where} answers"
+            )
+        warnings = []
+        if failures:
+            warnings.append(
+                f"{failures:,} of {calls:,} searches failed for good ({causes(counts)}); the policy was shown "
+                "search.failure_text instead of passages"
+            )
+        if calls and counts["empty"] == calls - failures:
+            warnings.append(
+                f"none of {calls - failures:,} searches found a passage; see that {self.where} has the passages that "
+                "these questions need"
+            )
+        return "; ".join(warnings)
+
+
+class Bm25Search(Search):
     """BM25 (Lucene's variant) over passages in memory.
 
     Words come from ``words.search_words``. Titles count twice, so that a passage about something ranks before passages
@@ -72,7 +153,7 @@ class Bm25Search(Tool):
         return self._indices[corpus]
 
 
-class HttpSearch(Tool):
+class HttpSearch(Search):
     """A server that speaks Search-R1's retrieval protocol.
 
     ``POST {"queries": [q], "topk": k, "return_scores": true}`` returns
@@ -129,8 +210,9 @@ class HttpSearch(Tool):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._clients: asyncio.LifoQueue[httpx.AsyncClient | None] | None = None
 
-    def check(self, query: str = "Is the search server there?") -> None:
+    def check(self, question: Question | None = None) -> None:
         """Search once, as a run does (``Tool.check``)."""
+        query = question.question if question else "Is the search server there?"
 
         async def search() -> None:
             async with aclosing(self):
@@ -152,7 +234,7 @@ class HttpSearch(Tool):
         except ToolError:
             if self._failure_text is None:
                 raise
-            return ToolResult((), failure=self._failure_text)
+            return ToolResult(failure=self._failure_text)
 
     async def _search(self, query: str) -> tuple[Passage, ...]:
         for attempt in range(self._retries + 1):
@@ -303,14 +385,14 @@ def _retry_after(response: httpx.Response) -> float:
     return max(seconds, 0.0)
 
 
-class NoSearch(Tool):
+class NoSearch(Search):
     """Finds nothing, to measure a policy without search."""
 
     async def search(self, query: str, corpus: str) -> ToolResult:
-        return ToolResult(())
+        return ToolResult()
 
 
-def make_search(config: Config, data: Data) -> Tool:
+def make_search(config: Config, data: Data) -> Search:
     """The search tool of a run: the server at ``search.url``, else BM25 over the run's collections."""
     search = config.search
     if not search.url:
