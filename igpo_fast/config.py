@@ -22,6 +22,7 @@ from igpo_fast.config_types import (
     Difference,
     EmptyIsNone,
     EvalMetric,
+    Extension,
     FilePath,
     Fraction,
     Hops,
@@ -243,9 +244,9 @@ class ToolLimits(BaseModel):
 
 
 class Rollout(Section):
-    engine: Literal["torch", "vllm"] = "torch"
+    engine: Literal["torch", "vllm"] | Extension = "torch"
     """Engine that samples: `torch` runs the trainer's own model with a KV cache; `vllm` runs vLLM, in this process or
-    on `server`."""
+    on `server`; `package.module:name` is one of your own (docs/extending.md)."""
     server: Annotated[tuple[Url, ...], SESSION] = ()
     """URLs of replicas that `python -m igpo_fast.engines.vllm.serve` started; empty runs vLLM in this process."""
     server_timeout: Annotated[Seconds, SESSION] = 300.0
@@ -278,8 +279,9 @@ class Rollout(Section):
     """Divides the logits, in sampling and in every log-probability of the step."""
     tools: Annotated[tuple[NonEmpty, ...], Field(min_length=1)] = ("search",)
     """Tools that the policy may call: `search`, and functions or classes of your own (docs/extending.md)."""
-    dialect: Literal["tags", "chat"] = "tags"
-    """Format of turns: Search-R1 tags, or the model's own chat template and tool calls."""
+    dialect: Literal["tags", "chat"] | Extension = "tags"
+    """Format of turns: Search-R1 tags, the model's own chat template and tool calls, or `package.module:name`
+    (docs/extending.md)."""
     system: PlainText | None = None
     """Instructions before the question; null takes the dialect's own, an empty text (`rollout.system=`) gives none."""
     thinking: bool | None = None
@@ -434,6 +436,9 @@ class Algorithm(Section):
     `kl` needs anyway; or a `teacher`, a copy of the policy that is refreshed every `teacher_every` steps."""
     teacher_every: Positive = 200
     """Steps between refreshes of the teacher."""
+    gain: Literal["information"] | Extension = "information"
+    """What a turn earns: the increase of the value (`information`), or what a function of your own makes of the
+    rollout's values, `package.module:name` (docs/extending.md)."""
     baseline: Baseline = "previous"
     """What a value is compared with: the value before the turn (`previous`); the value with responses that searches for
     other questions of the batch got (`random`); or nothing (`none`). `masked` needs no answers: the probability of the
@@ -554,11 +559,11 @@ class Algorithm(Section):
         if (
             self.name == "ppo_ig"
             and self.ig_potential
-            and (self.baseline, self.gamma, self.ig_gate) != ("previous", 1, 0)
+            and (self.gain, self.baseline, self.gamma, self.ig_gate) != ("information", "previous", 1, 0)
         ):
             raise ValueError(
-                "algorithm.ig_potential pays back the sum of gains, which is a value only with baseline=previous, "
-                "gamma=1 and ig_gate=0; set these, or leave it out"
+                "algorithm.ig_potential pays back the sum of gains, which is a value only with gain=information, "
+                "baseline=previous, gamma=1 and ig_gate=0; set these, or leave it out"
             )
         return self
 
@@ -637,9 +642,9 @@ OWN_LOSS: dict[str, dict] = {
 CRITICS = ("ppo", "ppo_ig")
 """Algorithms with a critic."""
 OF_GAINS = (
-    "basis", "answers", "wrapper", "baseline", "baseline_samples", "value_model", "teacher_every", "pool", "ig_gate",
-    "ig_center", "ig_min_std", "accumulate", "ig_weight", "ig_weight_end", "ig_potential", "ig_spread", "credit",
-    "ig_tools", "ig_every", "turn_format_penalty", "adaptive_clip", "gamma",
+    "basis", "answers", "wrapper", "gain", "baseline", "baseline_samples", "value_model", "teacher_every", "pool",
+    "ig_gate", "ig_center", "ig_min_std", "accumulate", "ig_weight", "ig_weight_end", "ig_potential", "ig_spread",
+    "credit", "ig_tools", "ig_every", "turn_format_penalty", "adaptive_clip", "gamma",
 )  # fmt: skip
 """Keys of ``algorithm`` about gains, which outcome-only algorithms do not have."""
 OF_GROUPS = (

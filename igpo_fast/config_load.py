@@ -61,7 +61,7 @@ def _override(override: str, schema: type[BaseModel]) -> tuple[str, str, Any]:
     kinds = _kinds(section, key, schema)
     if value.strip() in ("null", "~") and type(None) in kinds:
         return section, key, None
-    is_list = value.lstrip().startswith("[") and not kinds.isdisjoint((list, tuple))
+    is_list = value.lstrip().startswith(("[", "{")) and not kinds.isdisjoint((list, tuple, dict))
     try:
         return section, key, yaml12.read_argument(value, is_text=str in kinds and not is_list)
     except ValueError as error:
@@ -77,7 +77,7 @@ def _kinds(section: str, key: str, schema: type[BaseModel]) -> set[type]:
 
 def _plain_types(annotation: Any) -> set[type]:
     origin = typing.get_origin(annotation)
-    if origin is None or origin in (list, tuple, Literal):
+    if origin is None or origin in (list, tuple, dict, Literal):
         return {origin or annotation}
     inner = typing.get_args(annotation)[:1] if origin is Annotated else typing.get_args(annotation)
     return set().union(*map(_plain_types, inner))

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from igpo_fast.errors import masked
+from igpo_fast.extend import is_spec
 from igpo_fast.net import fault
 
 LARGEST = 2**31 - 1
@@ -57,6 +58,12 @@ def _url_like(example: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _extension(spec: str) -> str:
+    if not is_spec(spec):
+        raise ValueError(f"{spec!r} is not known; give package.module:name or path/to/file.py:name for one of your own")
+    return spec
+
+
 def _eval_metric(name: str) -> str:
     if name and not name.startswith("eval/"):
         raise ValueError(f"{name!r} is no number of the evaluation; give one like eval/f1, or leave it empty")
@@ -74,6 +81,8 @@ NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_plain_text)]
 FilePath = Annotated[NonEmpty, AfterValidator(_at_home)]
 Url = Annotated[str, _url_like("http://127.0.0.1:8000")]
 SearchUrl = Annotated[str, _url_like("http://127.0.0.1:8000/retrieve")]
+Extension = Annotated[str, AfterValidator(_extension)]
+"""The name of a function or class of the user's (extend.py)."""
 Device = Annotated[str, AfterValidator(_device)]
 EvalMetric = Annotated[PlainText, AfterValidator(_eval_metric)]
 EmptyIsNone = BeforeValidator(lambda value: None if value == "" else value)

@@ -18,9 +18,10 @@ from igpo_fast.engines import vllm
 from igpo_fast.engines.base import Engine, Sampling
 from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.errors import InputError, reason_of
+from igpo_fast.extend import named
 from igpo_fast.liger import has_liger, use_liger
 from igpo_fast.ranks import Ranks
-from igpo_fast.rollouts.dialect import Dialect, make_dialect
+from igpo_fast.rollouts.dialect import Dialect, make_dialect, tags_of
 from igpo_fast.rollouts.rollout import Agent, Limits, opening
 from igpo_fast.rollouts.tools.make import make_tools
 from igpo_fast.rollouts.tools.search import Search
@@ -102,8 +103,9 @@ def set_up(
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     data = load_data(config)
-    words = load_tokenizer(config, data, tokenizer or weights)
     tools = make_tools(config, data, search)
+    tags = [tag for tool in tools for name in tool.names for tag in tags_of(name)]
+    words = load_tokenizer(config, data, tokenizer or weights, tags)
     dialect = make_dialect(
         config.rollout.dialect,
         words,
@@ -265,10 +267,13 @@ def _load_model(
 
 
 def _make_engine(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ranks: Ranks) -> Engine:
-    if config.rollout.engine == "vllm":
+    engine = config.rollout.engine
+    if engine == "vllm":
         return vllm.make_engine(config, lm, tokenizer.decode, ranks)
     if uses_deepspeed(config, ranks) and config.distributed.zero_stage == 3:
         lm = copy.deepcopy(lm)  # the learner's will hold a part of each weight only
+    if engine != "torch":
+        return named(engine, "rollout.engine")(config, lm, tokenizer)
     slots, tokens = config.rollout.concurrency, config.rollout.max_tokens
     return TorchEngine(lm, decode=tokenizer.decode, max_slots=slots, max_tokens=tokens)
 

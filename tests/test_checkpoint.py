@@ -423,6 +423,7 @@ def test_no_key_that_changes_the_training_is_a_session_s():
         ],
         "run": ["cache", "dir", "tracker"],
         "search": ["backoff", "concurrency", "max_response_mb", "on_failure", "retries", "timeout", "url"],
+        "tools": ["seconds"],
         "train": ["checkpoint_every", "keep_best", "keep_checkpoints", "threads", "token_budget"],
     }  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -27,13 +27,16 @@ SAMPLE = (
 """Text on which tokenizers that split, normalise or join differently disagree."""
 
 
-def load_tokenizer(config: Config, data: Data, checkpoint: str | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    config: Config, data: Data, checkpoint: str | None = None, tags: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """The tokenizer that ``model.path``, or else ``model.tokenizer``, names.
 
     It gives character offsets; texts are encoded without added tokens by ``add_special_tokens=False``.
 
     Args:
         data: trains a ``bpe`` tokenizer; the same data give the same tokenizer.
+        tags: words that the made-up world's needs besides its own.
         checkpoint: a run's checkpoint, whose own tokenizer is used, because its weights were trained with it.
     Raises:
         InputError: no tokenizer there, or one without offsets, or a vocabulary too small for all bytes.
@@ -43,7 +46,7 @@ def load_tokenizer(config: Config, data: Data, checkpoint: str | None = None) ->
     if config.model.path is not None:
         return _pretrained(config.model.path, "model.path")
     if config.model.tokenizer == "world":
-        return _words()
+        return _words(tags)
     if config.model.tokenizer == "bpe":
         return _bpe(config.model.vocab_size, data)
     return _pretrained(config.model.tokenizer, "model.tokenizer")
@@ -116,9 +119,10 @@ def _encode(tokenizer: Tokenizer) -> list[int] | str:
         return str(error)
 
 
-def _words() -> PreTrainedTokenizerFast:
+def _words(tags: Sequence[str]) -> PreTrainedTokenizerFast:
     """One token per word; words are separated by single spaces."""
-    ids = {word: id for id, word in enumerate([PAD, EOS, UNK, *vocabulary()])}
+    words = dict.fromkeys([PAD, EOS, UNK, *vocabulary(), *tags])
+    ids = {word: id for id, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return _wrap(tokenizer, unk_token=UNK)

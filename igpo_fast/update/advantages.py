@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from igpo_fast.extend import named
 from igpo_fast.types import (
     INVALID,
     Accumulate,
@@ -25,7 +26,7 @@ from igpo_fast.types import (
     Rollout,
     ValueModel,
 )
-from igpo_fast.update.gains import earning_turns, information_gain, repeated_passages
+from igpo_fast.update.gains import Gain, earning_turns, gains_of_ones_own, information_gain, repeated_passages
 from igpo_fast.update.rewards import exact_match, f1_score, outcome
 from igpo_fast.update.scoring import Values
 from igpo_kernels.turn_advantages import GAIN, OUTCOME, Normaliser, normalised_rewards, turn_advantages
@@ -98,6 +99,8 @@ class Recipe:
     turn_format_penalty: float = 0.0
     redundancy_penalty: float = 0.0
     adaptive_clip: float = 0.0
+    gain: Gain | None = None
+    """What makes gains of values; None is their increase."""
     baseline: Baseline = "previous"
     value_model: ValueModel = "policy"
     potential: bool = False
@@ -186,8 +189,10 @@ def recipe_of(algorithm: config.Algorithm, steps: int = 1) -> Recipe:
         "algorithm": "name", "gate": "ig_gate", "center": "ig_center", "min_std": "ig_min_std",
         "potential": "ig_potential",
     }  # fmt: skip
-    named = {f.name: getattr(algorithm, keys.get(f.name, f.name)) for f in fields(Recipe) if f.name != "steps"}
-    return Recipe(**named, steps=steps)
+    own = ("steps", "gain")
+    given = {f.name: getattr(algorithm, keys.get(f.name, f.name)) for f in fields(Recipe) if f.name not in own}
+    gain = None if algorithm.gain == "information" else named(algorithm.gain, "algorithm.gain")
+    return Recipe(**given, steps=steps, gain=gain)
 
 
 def credit_rollouts(
@@ -220,9 +225,13 @@ def credit_rollouts(
         earning_turns(rollout, recipe.ig_tools, recipe.ig_every, penalised, recipe.calls_only) for rollout in rollouts
     ]
     nothing = np.empty(0), 0
+
+    def gains_of(rollout: Rollout, *each: np.ndarray) -> tuple[np.ndarray, int]:
+        return information_gain(*each) if recipe.gain is None else gains_of_ones_own(recipe.gain, rollout, *each)
+
     found = [
-        nothing if values_per_rollout is None else information_gain(*each)
-        for each in zip(values, earning, baselines, strict=True)
+        nothing if values_per_rollout is None else gains_of(*each)
+        for each in zip(rollouts, values, earning, baselines, strict=True)
     ]
     gains = [gain for gain, _ in found]
     outcomes = [outcome(r, recipe.outcome, recipe.f1_normalisation, recipe.format_penalty) for r in rollouts]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from igpo_fast.errors import InputError, reason_of
 from igpo_fast.types import INVALID, Answers, Basis, Rollout, Turn
+
+Gain = Callable[[Rollout, np.ndarray, np.ndarray | None], ArrayLike]
 
 
 def values_of(answer_logp: ArrayLike, basis: Basis, answers: Answers) -> np.ndarray:
@@ -60,6 +63,31 @@ def information_gain(
     defined = np.isfinite(between)
     gains[turns - 1] = np.where(defined, between, 0.0)
     return gains, int((~defined).sum())
+
+
+def gains_of_ones_own(
+    gain: Gain, rollout: Rollout, values_T: ArrayLike, earning: np.ndarray, baselines: np.ndarray | None
+) -> tuple[np.ndarray, int]:
+    """Like ``information_gain``, by a function of the user's.
+
+    Args:
+        gain: called with the rollout, v_0 .. v_{T-1} and b_1 .. b_{T-1} (or None); gives ig_1 .. ig_{T-1}.
+    Raises:
+        InputError: it raises, or gives something else than T-1 numbers.
+    """
+    values = np.asarray(values_T, dtype=np.float64)
+    name = f"algorithm.gain={gain.__module__}:{gain.__qualname__}"
+    try:
+        found = np.asarray(gain(rollout, values.copy(), baselines), dtype=np.float64)
+    except Exception as error:
+        where = f"of a rollout of question {rollout.question.id}"
+        raise InputError(f"{name}: raised {type(error).__name__} ({reason_of(error)}) on values {where}") from error
+    if found.shape != (len(values) - 1,):
+        raise InputError(
+            f"{name}: gave an array of shape {found.shape} for {len(values)} values; give a number per turn but the last"
+        )
+    undefined = earning & ~np.isfinite(found)
+    return np.where(undefined, 0.0, np.where(earning, found, np.nan)), int(undefined.sum())
 
 
 def earning_turns(

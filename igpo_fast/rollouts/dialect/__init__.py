@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from igpo_fast.extend import named
 from igpo_fast.rollouts.dialect.base import Dialect
 from igpo_fast.rollouts.dialect.chat import CHAT_SYSTEM, TODAY, ChatDialect
 from igpo_fast.rollouts.dialect.encoding import unquote
 from igpo_fast.rollouts.dialect.parsing import Schema
-from igpo_fast.rollouts.dialect.tags import BARE, FULL, TagsDialect, Wording
+from igpo_fast.rollouts.dialect.tags import BARE, FULL, TagsDialect, Wording, full_wording, tags_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "BARE", "CHAT_SYSTEM", "FULL", "TODAY", "ChatDialect", "Dialect", "TagsDialect", "Wording",
-    "make_dialect", "unquote",
+    "full_wording", "make_dialect", "tags_of", "unquote",
 ]  # fmt: skip
 
 
@@ -30,9 +31,10 @@ def make_dialect(
     wrapper: str | None = None,
     **budgets: int,
 ) -> Dialect:
-    """The dialect ``tags`` or ``chat`` for a tokenizer.
+    """The dialect ``tags``, ``chat`` or ``package.module:name`` for a tokenizer.
 
     Args:
+        name: of one's own: what makes it, called with the same arguments as ``TagsDialect``.
         functions: the functions that turns may call, as ``Tool.schemas`` has them.
         system: instructions before the question; None takes the dialect's own, "" has none.
         thinking: ``enable_thinking`` for templates of ``chat``; None keeps their default.
@@ -41,6 +43,8 @@ def make_dialect(
     Raises:
         InputError: the tokenizer cannot serve the dialect.
     """
+    if name not in ("tags", "chat"):
+        return named(name, "rollout.dialect")(tokenizer, functions, system=system, wrapper=wrapper, **budgets)
     if name == "tags":
         return TagsDialect(tokenizer, functions, system=system, wrapper=wrapper, **budgets)
     return ChatDialect(tokenizer, functions, system=system, thinking=thinking, wrapper=wrapper, **budgets)

@@ -176,6 +176,8 @@ class Dialect(ABC):
     def _passage(self, passage: Passage) -> str:
         """A passage as text of at most ``max_passage_tokens`` tokens."""
         text = "\n".join(part for part in (passage.title, passage.text) if part)
+        if "visit" in self.functions:
+            text = f"[{passage.id}] {text}"
         return self._cut(text, self.max_passage_tokens)
 
     def _cut(self, text: str, most: int) -> str:

@@ -99,6 +99,11 @@ BARE = Wording(system="", question="{}", hint="<information> </information>", be
 """Wording for tokenizers that do not know the words of ``FULL``: the made-up world's knows tags and names alone."""
 
 
+def tags_of(function: str) -> tuple[str, str]:
+    """Opening and closing tag of a function's calls."""
+    return f"<{function}>", f"</{function}>"
+
+
 class TagsDialect(Dialect):
     """One continuous text in the style of Search-R1: ``<search>query</search>``, ``<answer>answer</answer>``,
     and the passages found inside ``<information>``. Every function has tags of its name. What stands between them is a
@@ -126,7 +131,7 @@ class TagsDialect(Dialect):
         **budgets: int,
     ):
         names = [function["function"]["name"] for function in functions]
-        written = [ANSWERS, *((f"<{name}>", f"</{name}>") for name in names)]
+        written = [ANSWERS, *map(tags_of, names)]
         self.tags = (*Dialect.tags, *(tag for pair in written[1:] for tag in pair), "<information>", "</information>")
         super().__init__(tokenizer, functions, **budgets)
         reads = [answered, *(partial(_read, function) for function in functions)]
@@ -140,6 +145,9 @@ class TagsDialect(Dialect):
         self._system = self.wording.system if system is None else f"{system}\n\n" if system else ""
         closing = [tag for _, tag in (*written[1:], ANSWERS)]
         tokens = [self.encode(tag).tolist() for tag in closing]
+        for tag, ids in zip(closing, tokens, strict=True):
+            if tokenizer.unk_token_id in ids:
+                raise self._refusal(f"has no token for {tag}", "use model.tokenizer=bpe, or a model with its own")
         single = all(len(ids) == 1 for ids in tokens)
         self.stop_strings = () if single else tuple(closing)
         eos = tokenizer.eos_token_id

@@ -34,8 +34,13 @@ class Tool(ABC):
         self.counts: Counter[str] = Counter()
 
     @property
+    def name(self) -> str:
+        """What counters, limits and messages call it."""
+        return self.names[0]
+
+    @property
     def names(self) -> tuple[str, ...]:
-        """The names under which it is called; the first is its own."""
+        """The names under which it is called."""
         return tuple(schema["function"]["name"] for schema in self.schemas)
 
     async def open(self, question: Question) -> Any:
@@ -74,7 +79,7 @@ class Tool(ABC):
         """
         if not counts["failures"]:
             return ""
-        return f"{counts['failures']:,} of {counts['calls']:,} calls of {self.names[0]} failed ({causes(counts)})"
+        return f"{counts['failures']:,} of {counts['calls']:,} calls of {self.name} failed ({causes(counts)})"
 
     async def aclose(self) -> None:  # noqa: B027 (most tools keep nothing)
         """Close resources of the running event loop before it ends. A later call opens them anew."""
@@ -90,7 +95,7 @@ class Tools:
 
     Args:
         tools: no name twice, none named ``answer`` or ``invalid``.
-        calls: most calls per rollout by name; 0, or no entry, sets no limit.
+        calls: most calls per rollout by ``Tool.name``; 0, or no entry, sets no limit.
     Raises:
         InputError: two tools of one name, or a name that a turn cannot have.
     """
@@ -134,7 +139,7 @@ class Tools:
 
     def take(self) -> Counter[str]:
         """The counts since the last time, as ``NAME/COUNT``; they begin anew."""
-        counts = Counter({f"{tool.names[0]}/{key}": n for tool in self._tools for key, n in tool.counts.items()})
+        counts = Counter({f"{tool.name}/{key}": n for tool in self._tools for key, n in tool.counts.items()})
         for tool in self._tools:
             tool.counts.clear()
         return counts
@@ -150,7 +155,7 @@ class Tools:
         metrics: Counter[str] = Counter()
         warnings = []
         for tool in self._tools:
-            name = tool.names[0]
+            name = tool.name
             own = Counter({key.removeprefix(f"{name}/"): n for key, n in counts.items() if key.startswith(f"{name}/")})
             try:
                 warnings.append(tool.warning(own))
@@ -169,7 +174,7 @@ class OpenTools:
 
     def __init__(self, tools: Mapping[str, Tool], calls: Mapping[str, int], question: Question):
         self._tools, self._calls, self._question = tools, calls, question
-        self._made: Counter[str] = Counter()
+        self._made: Counter[Tool] = Counter()
         self._opening = asyncio.Lock()
         self._opened: dict[Tool, Any] = {}
 
@@ -180,11 +185,12 @@ class OpenTools:
         return await asyncio.gather(*map(self._call, actions))
 
     async def _call(self, action: Action) -> ToolResult:
-        tool, most = self._tools[action.tool], self._calls.get(action.tool, 0)
-        self._made[action.tool] += 1
-        if most and self._made[action.tool] > most:
+        tool = self._tools[action.tool]
+        most = self._calls.get(tool.name, 0)
+        self._made[tool] += 1
+        if most and self._made[tool] > most:
             tool.counts.update(("calls", "failures", OVER_LIMIT))
-            return ToolResult(failure=f"{action.tool} may be called {most} times, and has been.")
+            return ToolResult(failure=f"{tool.name} may be called {most} times, and has been.")
         return await tool.call(await self._open(tool), action)
 
     async def _open(self, tool: Tool) -> Any:

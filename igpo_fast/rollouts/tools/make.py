@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from igpo_fast.config import Config
+from dataclasses import replace
+
+from igpo_fast.config import Config, ToolLimits
 from igpo_fast.data.load import Data
 from igpo_fast.errors import InputError
 from igpo_fast.rollouts.tools.base import Tool, Tools
+from igpo_fast.rollouts.tools.processes import Processes
+from igpo_fast.rollouts.tools.python import Limits, isolation, python_processes
 from igpo_fast.rollouts.tools.search import Search, make_search
+from igpo_fast.rollouts.tools.user import UserTool
+from igpo_fast.rollouts.tools.visit import VISIT, Visit
 from igpo_fast.types import SEARCH
+
+PYTHON = "python"
+SHIPPED = (SEARCH, VISIT, PYTHON)
+"""Names of the tools that come with this package."""
 
 
 def make_tools(config: Config, data: Data, search: Search | None = None) -> Tools:
@@ -18,11 +28,39 @@ def make_tools(config: Config, data: Data, search: Search | None = None) -> Tool
     Raises:
         InputError: a tool that does not exist or does not describe itself.
     """
-    made: list[Tool] = []
-    for name in config.rollout.tools:
-        if name == SEARCH:
-            made.append(search or make_search(config, data))
+    limits = config.tools
+    made: dict[str, Tool] = {}
+    for entry in config.rollout.tools:
+        name = entry.rpartition(":")[2]
+        own = limits.limits.get(name, ToolLimits())
+        if name in made:
+            raise InputError(f"rollout.tools: two tools are named {name!r}; rename one")
+        seconds = limits.seconds if own.seconds is None else own.seconds
+        characters = limits.max_characters if own.max_characters is None else own.max_characters
+        if entry == SEARCH:
+            made[name] = search or make_search(config, data)
+        elif entry == VISIT:
+            if config.search.url:
+                raise InputError(
+                    "rollout.tools: visit reads passages in this process, and search.url's are on a server; give "
+                    "data.corpus in its place, or leave visit out"
+                )
+            made[name] = Visit(data.collections)
+        elif entry == PYTHON:
+            made[name] = make_python(Limits(seconds=seconds, max_characters=characters))
+        elif ":" in entry:
+            made[name] = UserTool(name, Processes(entry, seconds=seconds, max_characters=characters))
         else:
-            raise InputError(f"rollout.tools: there is no tool {name!r}; give search, or package.module:function")
-    tools = Tools(made)
-    return tools
+            raise InputError(
+                f"rollout.tools: there is no tool {entry!r}; give {', '.join(SHIPPED)}, or package.module:function for "
+                "one of your own"
+            )
+    if unknown := sorted(limits.limits.keys() - made.keys()):
+        raise InputError(f"tools.limits: no tool is named {unknown[0]!r}; the run's are {', '.join(made)}")
+    calls = {name: own.calls for name, own in limits.limits.items() if own.calls is not None}
+    return Tools(list(made.values()), {name: calls.get(name, limits.calls) for name in made})
+
+
+def make_python(limits: Limits) -> UserTool:
+    """The tool ``python``, kept from whatever this machine lets it be kept from (python.py)."""
+    return UserTool(PYTHON, python_processes(replace(limits, isolated=isolation())))
