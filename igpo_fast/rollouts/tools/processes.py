@@ -1,14 +1,15 @@
-"""Processes of their own for users' tools, so that a tool that hangs, floods, raises, dies, forks or eats memory costs its
-call and nothing else.
+"""Processes of their own for users' tools, so that a tool that hangs, floods, raises, dies, forks or eats memory costs
+its call and nothing else.
 
 One forkserver per tool (worker.py) imports the user's module; the trainer never does. A class gets a child per rollout,
 which holds its object; a function gets a pool of children, one per concurrent call. What a tool prints is discarded.
-Files that it makes through ``tempfile`` are removed with its child.
+Files that it makes through ``tempfile`` are removed with its child. A process that it forks ends with the child, and
+maybe as soon as its own parent has ended.
 
 This guards against accidents, not against malice: a tool runs with the user's rights, can read and write the user's
-files, and can end its own forkserver, which ends every child of that tool (their calls count as died; the next one starts
-a new forkserver). On other systems than Linux there is no limit on memory, and a process that a tool leaves in a session
-of its own outlives it.
+files, and can end its own forkserver, which ends every child of that tool (their calls count as died; the next one
+starts a new forkserver). On other systems than Linux there is no limit on memory, and a process that a tool leaves in a
+session of its own outlives it.
 """
 
 from __future__ import annotations
@@ -58,14 +59,15 @@ class Processes:
     """A function or a class of the user's, called in processes of its own.
 
     A function is called with the policy's arguments. A class is instantiated per rollout (``open``), its public methods
-    are the tools; if it has ``open(question)`` or ``close()``, they are called first and last. Any of them may be async;
-    those of one object share an event loop. Calls of one object are made one after another, others concurrently.
+    are the tools; if it has ``open(question)`` or ``close()``, they are called first and last. Any of them may be
+    async; those of one object share an event loop. Calls of one object are made one after another, others concurrently.
 
     Usable from one event loop after another: ``aclose`` before a loop ends, ``end`` after the last.
 
     Args:
         target: "package.module:name"; modules are found as in this process, and in the current folder.
-        seconds: most that ``open``, a call or ``close`` may take. Waiting for a place, a fork and an import do not count.
+        seconds: most that ``open``, a call or ``close`` may take; waiting for a place, a fork or an import does not
+            count. May be changed later.
         max_characters: most characters of a result.
         concurrency: most calls at once; further ones wait.
         memory: most bytes that a child may map beyond what the import has; 0 sets no limit. A process that the child
@@ -95,7 +97,7 @@ class Processes:
     ):
         if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", target):
             raise InputError(f"{target}: is not of the form package.module:name; write it like my_tools:look_up")
-        self._target, self._seconds, self._concurrency = target, seconds, concurrency
+        self._target, self.seconds, self._concurrency = target, seconds, concurrency
         self._options = {
             "target": target, "settings": dict(settings or {}), "max_characters": max_characters, "memory": memory,
         }  # fmt: skip
@@ -126,7 +128,7 @@ class Processes:
         async with self._places:
             child = await self._fork()
             try:
-                await child.ask(self._seconds, "open", question)
+                await child.ask(self.seconds, "open", question)
             except BaseException:
                 self._kill(child)
                 raise
@@ -160,7 +162,7 @@ class Processes:
             child, handle.child = handle.child, None
             if child and not child.lost:
                 try:
-                    await child.ask(self._seconds, "close")
+                    await child.ask(self.seconds, "close")
                 finally:
                     self._kill(child)
 
@@ -261,7 +263,7 @@ class Processes:
 
     async def _ask(self, child: _Child, *request: Any) -> str:
         try:
-            return await child.ask(self._seconds, *request)
+            return await child.ask(self.seconds, *request)
         finally:
             if child.lost:
                 self._kill(child)
@@ -372,8 +374,10 @@ class _Child:
 
 
 class _Forkserver:
-    """The forkserver of a tool, seen from the trainer. ``end()`` ends it and all its descendants; so does losing the last
-    reference to it, or the end of this process."""
+    """The forkserver of a tool, seen from the trainer.
+
+    ``end()`` ends it and all its descendants; so does losing the last reference to it, or the end of this process.
+    """
 
     def __init__(self, options: Mapping[str, Any], environment: Mapping[str, str] | None):
         folder = tempfile.mkdtemp(prefix="igpo-tool-")

@@ -41,7 +41,7 @@ FORK, DESCRIBE, KILL, END_ALL = b"f", b"d", b"k", b"e"
 
 _LINUX = sys.platform == "linux"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC = ctypes.CDLL(None, use_errno=True)
 _POLL = 10
 """Milliseconds between looks at orphans that were killed and are not gone yet."""
 
@@ -217,7 +217,7 @@ class _Served:
 
 def _prctl(option: int, value: int) -> None:
     if _LINUX:
-        _LIBC.prctl(option, value, 0, 0, 0)
+        LIBC.prctl(option, value, 0, 0, 0)
 
 
 def limit_memory(size: int) -> None:
@@ -228,7 +228,7 @@ def limit_memory(size: int) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """End this process when ``parent``, the process that forked it, ends."""
+    """End this process when ``parent``, the process that forked it, ends (Linux)."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before
         os._exit(0)
