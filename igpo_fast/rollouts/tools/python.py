@@ -1,8 +1,9 @@
 """The tool ``python``: runs a program that the policy wrote and returns what it printed.
 
 Each program runs in a process of its own, forked from a small interpreter, in an empty folder that is removed
-afterwards, without the trainer's environment variables (where API keys are). Limits: seconds, memory, size of a file, number of
-processes, characters of output. What the kernel allows beyond that is found out once, by ``isolation()``:
+afterwards, without the trainer's environment variables (where API keys are). ``Limits`` has seconds, memory, size of a
+file, number of processes, characters of output. What the kernel allows beyond that is found out once, by
+``isolation()``:
 
 - ``network``: no network at all (a network namespace).
 - ``processes``: sees and signals no process but its own, and all of those end with it (a PID namespace).
