@@ -8,68 +8,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-import uuid
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from igpo_fast.errors import InputError
-from igpo_fast.rollouts.batch import RolloutLoop
-from igpo_fast.rollouts.tools.processes import CAUSES, CallError, Processes
+from igpo_fast.rollouts.tools import worker
+from igpo_fast.rollouts.tools.processes import Processes
+from tests.leftovers import AMPLE, MARK, eventually, marked, nothing_is_left, outcome, run  # noqa: F401
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-
-AMPLE = 60.0
-"""Seconds of a call that is to succeed, however busy the machine is."""
-SHORT = 0.3
-"""Seconds of a call that is to run out of time."""
-MARK = uuid.uuid4().hex
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(tmp_path, monkeypatch):
-    """Every process of a tool carries ``MARK`` in its environment, wherever it has moved to."""
-    monkeypatch.setenv("MARK", MARK)
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    before = _ours()
-    yield
-    eventually(lambda: not marked(), marked)
-    assert _ours() == before
-    assert not list(temporary.iterdir())
-
-
-def _ours():
-    """Open descriptors and threads of this process."""
-    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), threading.active_count()
-
-
-def marked():
-    """Process ids of living tools and forkservers."""
-    found = set()
-    for entry in os.listdir("/proc"):
-        if entry.isdecimal() and int(entry) != os.getpid():
-            try:
-                environment = Path("/proc", entry, "environ").read_bytes()
-            except OSError:
-                continue
-            if f"MARK={MARK}".encode() in environment.split(b"\0"):
-                found.add(int(entry))
-    return found
-
-
-def eventually(condition, what):
-    """Wait until the condition holds. Only a defect makes this long."""
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError(what())
 
 
 @pytest.fixture
@@ -87,21 +37,8 @@ def start():
         processes.end()
 
 
-def run(main):
-    """Run a coroutine on an event loop as a step has it."""
-    with asyncio.Runner(loop_factory=RolloutLoop) as runner:
-        return runner.run(main)
-
-
-async def outcome(awaitable):
-    """What it returns, or the cause of its failure."""
-    try:
-        return await awaitable
-    except CallError as error:
-        assert error.cause in CAUSES and str(error) and "\n" not in str(error) and len(str(error)) < 500
-        return error.cause
-
-
+SHORT = 0.3
+"""Seconds of a call that is to run out of time."""
 BEHAVIOUR = {
     "quick": "quick",
     "spin": "timeouts",
@@ -144,8 +81,6 @@ BEHAVIOUR = {
 }
 """What ``tests.hostile`` does, and the text or the cause that its caller gets."""
 HANGS = [how for how, what in BEHAVIOUR.items() if what == "timeouts"]
-KEEPS_STATE = {"printed", "raised", "parent", "a?b", "started", "quick"}
-"""Outcomes after which an object is still there; after ``malformed`` and ``too_large``, if the object only returned."""
 
 
 def test_a_function_may_do_anything(start):
@@ -161,6 +96,8 @@ def test_a_function_may_do_anything(start):
             processes.seconds = AMPLE
             for _ in range(2):
                 assert await processes.call(handle, "misbehave", {"how": "quick"}) == "quick", how
+            if how in HANGS:  # it has ended by now, or soon
+                eventually(lambda: len(marked()) == 2, marked)
             await processes.aclose()
             assert len(marked()) == 1, how  # the forkserver
         await processes.close(handle)
@@ -399,6 +336,7 @@ def test_a_forkserver_is_small(start, monkeypatch):
 def test_a_killed_trainer_leaves_nothing(tmp_path):
     code = f"""
 import asyncio, tempfile
+from igpo_fast.rollouts.tools import worker
 from igpo_fast.rollouts.tools.processes import Processes
 tempfile.tempdir = {str(tempfile.gettempdir())!r}
 
@@ -436,9 +374,22 @@ JSON = st.recursive(
 )
 
 
-def echoed(values, **options):
-    """What ``tests.hostile:echo`` answers to each value."""
-    processes = Processes("tests.hostile:echo", **{"seconds": AMPLE, "max_characters": 5000, **options})
+def test_any_json_value_becomes_a_text(start):
+    processes = start("echo", max_characters=5000)
+
+    @given(JSON)
+    def check(value):
+        async def main():
+            return await processes.call(await processes.open({}), "echo", {"value": value})
+
+        text = run(main())
+        assert text == value if isinstance(value, str) else json.loads(text) == value
+
+    check()
+
+
+def echoed(processes, values):
+    """What the tool answers to each value."""
 
     async def main():
         handle = await processes.open({})
@@ -446,41 +397,24 @@ def echoed(values, **options):
         await processes.aclose()
         return answers
 
-    try:
-        return run(main())
-    finally:
-        processes.end()
+    return run(main())
 
 
-@settings(max_examples=5)
-@given(st.lists(JSON, min_size=20, max_size=20))
-def test_any_json_value_becomes_a_text(values):
-    for value, answer in zip(values, echoed(values), strict=True):
-        if isinstance(value, str):
-            assert answer == value
-        else:
-            assert json.loads(answer) == value
-
-
-def test_texts_by_hand():
+def test_texts_by_hand(start):
     values = [3, 2.5, True, None, [1, "é"], {"a": {}}, "", "\ud800x", "\U0001f600", "\0", math.inf]
     expected = ["3", "2.5", "true", "null", '[1, "é"]', '{"a": {}}', "", "?x", "\U0001f600", "\0", "Infinity"]
-    assert echoed(values) == expected
+    assert echoed(start("echo"), values) == expected
 
 
-def test_the_longest_text():
+def test_the_longest_text(start):
     """The limit is in characters, whatever their bytes in JSON."""
     texts = [character * n for character in ("x", "\0", "\U0001f600") for n in (1000, 1001)]
-    answers = echoed(texts, max_characters=1000)
+    answers = echoed(start("echo", max_characters=1000), texts)
     assert answers == [text if len(text) == 1000 else "too_large" for text in texts]
 
 
-def test_schemas():
-    processes = Processes("tests.hostile:Room", seconds=AMPLE, max_characters=100)
-    try:
-        hear, loop, misbehave = processes.schemas
-    finally:
-        processes.end()
+def test_schemas(start):
+    hear, loop, misbehave = start("Room").schemas
     assert hear == {
         "type": "function",
         "function": {
@@ -577,3 +511,9 @@ def alive() -> bool:
         assert len(marked()) == 2
 
     run(main())
+
+
+def test_children_are_found_without_the_kernels_list():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert child.pid in set(worker._children_searched()) == set(worker._children_listed())
+        child.stdin.close()
