@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from igpo_fast.errors import InputError
+from igpo_fast.rollouts.tools import processes as processes_module
 from igpo_fast.rollouts.tools import worker
 from igpo_fast.rollouts.tools.processes import Processes
 from tests.leftovers import AMPLE, MARK, eventually, marked, nothing_is_left, outcome, run  # noqa: F401
@@ -333,12 +334,22 @@ def test_a_forkserver_is_small(start, monkeypatch):
     run(main())
 
 
+def killed_once(code, begun):
+    """Run a trainer and kill it once the file ``begun`` is there. The fixture waits until no process is left."""
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join([str(begun.parent), str(root), str(root / "kernels")])
+    code = f"import tempfile\ntempfile.tempdir = {tempfile.gettempdir()!r}\n{code}"
+    with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}) as trainer:
+        eventually(lambda: begun.exists() or trainer.poll() is not None, marked)
+        assert trainer.poll() is None
+        trainer.send_signal(signal.SIGKILL)
+
+
 def test_a_killed_trainer_leaves_nothing(tmp_path):
+    """Neither processes nor folders, though its tools hang, ignore signals, and have left processes of their own."""
     code = f"""
-import asyncio, tempfile
-from igpo_fast.rollouts.tools import worker
+import asyncio, pathlib
 from igpo_fast.rollouts.tools.processes import Processes
-tempfile.tempdir = {str(tempfile.gettempdir())!r}
 
 async def main():
     for name in ("misbehave", "Room"):
@@ -349,22 +360,41 @@ async def main():
         await processes.call(handles[1], "misbehave", {{"how": "fork_child"}})
         calls.append(asyncio.create_task(processes.call(handles[2], "misbehave", {{"how": "ignore_sigterm"}})))
     await asyncio.sleep(0.1)
-    print("ready", flush=True)
+    pathlib.Path({str(tmp_path / "begun")!r}).touch()
     await asyncio.sleep(1000)
 
 kept, calls = [], []
 asyncio.run(main())
 """
-    root = Path(__file__).parents[1]
-    path = os.pathsep.join([str(root), str(root / "kernels")])
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=root, env={**os.environ, "PYTHONPATH": path}
-    )
-    with trainer:
-        assert trainer.stdout.readline() == b"ready\n"
-        assert len(marked()) > 6
-        trainer.send_signal(signal.SIGKILL)
-    # The fixture waits until no process is left; a folder is removed just before its forkserver ends.
+    killed_once(code, tmp_path / "begun")
+
+
+HANGS_AT_IMPORT = """
+import pathlib, time
+pathlib.Path(__file__).with_name("begun").touch()
+time.sleep(1000)
+"""
+
+
+def test_a_trainer_killed_during_an_import_leaves_no_process(tmp_path):
+    (tmp_path / "slow.py").write_text(HANGS_AT_IMPORT)
+    code = """
+from igpo_fast.rollouts.tools.processes import Processes
+Processes("slow:tool", seconds=1, max_characters=1)
+"""
+    killed_once(code, tmp_path / "begun")
+    eventually(lambda: not marked(), marked)
+    for folder in Path(tempfile.gettempdir()).iterdir():  # nobody is left to remove it
+        folder.rmdir()
+
+
+def test_an_import_that_hangs(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text(HANGS_AT_IMPORT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(processes_module, "PATIENCE", SHORT)
+    monkeypatch.setattr(processes_module, "_LAST_WAIT", SHORT)
+    with pytest.raises(InputError, match="slow:tool: importing it takes more than 0"):
+        Processes("slow:tool", seconds=1, max_characters=1)
 
 
 JSON = st.recursive(

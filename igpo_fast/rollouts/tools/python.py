@@ -47,7 +47,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from igpo_fast.rollouts.tools.processes import Processes
-from igpo_fast.rollouts.tools.worker import LIBC, die_with_parent, limit_memory, why
+from igpo_fast.rollouts.tools.worker import LIBC, die_with_parent, limit_memory, set_limit, why
 
 ISOLATION = ("network", "processes", "files")
 """What a program can be kept from, where the kernel allows it."""
@@ -183,8 +183,8 @@ def _guard(code: str, folder: str, limits: Limits, parent: int, output: int, end
         os.chdir(folder)
         os.environ["HOME"] = os.environ["TMPDIR"] = tempfile.tempdir = folder
         seconds = math.ceil(limits.seconds)
-        _set_limit(resource.RLIMIT_CPU, seconds, seconds + 1)
-        _set_limit(resource.RLIMIT_FSIZE, limits.file_size)
+        set_limit(resource.RLIMIT_CPU, seconds, seconds + 1)
+        set_limit(resource.RLIMIT_FSIZE, limits.file_size)
         limit_memory(limits.memory)
         _unshare(limits.isolated)
         if "files" in limits.isolated:
@@ -204,16 +204,6 @@ def _guard(code: str, folder: str, limits: Limits, parent: int, output: int, end
         os._exit(0)
 
 
-def _set_limit(limit: int, soft: int, hard: int | None = None) -> None:
-    """Lower a limit; one that is lower already stays."""
-    most = resource.getrlimit(limit)[1]
-    soft, hard = (
-        value if most == resource.RLIM_INFINITY else min(value, most)
-        for value in (soft, soft if hard is None else hard)
-    )
-    resource.setrlimit(limit, (soft, hard))
-
-
 def _installed() -> list[str]:
     """The folders of the standard library and of installed packages."""
     paths = sysconfig.get_paths()
@@ -226,7 +216,7 @@ def _program(code: str, limits: Limits, parent: int) -> NoReturn:
     status = 1
     try:
         die_with_parent(parent)
-        _set_limit(resource.RLIMIT_NPROC, limits.processes)
+        set_limit(resource.RLIMIT_NPROC, limits.processes)
         sys.path[:] = [os.getcwd(), *_installed()]
         sys.path_importer_cache.clear()
         sys.argv = [_PROGRAM]

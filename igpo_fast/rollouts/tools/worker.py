@@ -11,6 +11,7 @@ trainer leaves nothing behind.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import gc
 import importlib
@@ -168,7 +169,7 @@ class _Served:
     def __init__(self, entry: Callable, settings: Mapping[str, Any], max_characters: int):
         self._entry, self._settings, self._max_characters = entry, settings, max_characters
         self._object: Any = None
-        self._runner = None
+        self._runner: asyncio.Runner | None = None
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """``{"text": str}``, or ``{"failure": cause, "why": str}``."""
@@ -205,8 +206,6 @@ class _Served:
         return self._object.close() if hasattr(self._object, "close") else None
 
     def _run(self, awaitable: Any) -> Any:
-        import asyncio
-
         async def wait() -> Any:
             return await awaitable
 
@@ -220,11 +219,18 @@ def _prctl(option: int, value: int) -> None:
         LIBC.prctl(option, value, 0, 0, 0)
 
 
+def set_limit(limit: int, soft: int, hard: int | None = None) -> None:
+    """Lower a limit of this process (``resource.RLIMIT_*``); one that is lower already stays."""
+    most = resource.getrlimit(limit)[1]
+    wanted = (soft, soft if hard is None else hard)
+    resource.setrlimit(limit, tuple(n if most == resource.RLIM_INFINITY else min(n, most) for n in wanted))
+
+
 def limit_memory(size: int) -> None:
     """Let this process map ``size`` bytes more than it has mapped by now (Linux; others have no such number)."""
     if _LINUX:
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + size, mapped + size))
+        set_limit(resource.RLIMIT_AS, mapped + size)
 
 
 def die_with_parent(parent: int) -> None:
@@ -248,11 +254,15 @@ class Forkserver:
         self._children: dict[int, int] = {}  # process id -> the trainer's number for it
         self._waiting: list[int] = []  # descriptors to close once no process is left
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        # During the import nobody looks at the connection. Afterwards the signal is off: it comes when the thread that
+        # started this process ends, though the trainer goes on.
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         self._entry, self._fault = None, ""
         try:
             self._entry = load(options["target"])
         except Unusable as error:
             self._fault = str(error)
+        _prctl(_PR_SET_PDEATHSIG, 0)
         self._helpers = set(_own_children())
         gc.collect()
         gc.freeze()  # else a child's first collection copies every page
@@ -345,7 +355,7 @@ class Forkserver:
             if _LINUX:  # where memory runs out, a tool is killed before the trainer
                 with suppress(OSError):
                     Path("/proc/self/oom_score_adj").write_text("1000")
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            set_limit(resource.RLIMIT_CORE, 0)
             if self._options["memory"] and work == self._serve:
                 limit_memory(self._options["memory"])
             folder = self._folder / str(number)
