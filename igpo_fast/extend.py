@@ -41,14 +41,14 @@ def named(spec: str, key: str) -> Callable[..., Any]:
         raise InputError(f"{where}: not the name of an object; give package.module:name or path/to/file.py:name")
     module, name = found["module"], found["name"]
     try:
-        imported = _module(module)
+        found_module = imported(module)
     except (Exception, SystemExit) as error:
         if isinstance(error, FileNotFoundError) and module.endswith(".py") and not os.path.isfile(module):
             raise InputError(f"{where}: there is no file {module} here; correct the path") from None
         kind = type(error).__name__
         raise InputError(f"{where}: {module} does not import ({kind}: {reason_of(error)}); correct it") from error
     try:
-        thing = reduce(getattr, name.split("."), imported)
+        thing = reduce(getattr, name.split("."), found_module)
     except AttributeError:
         raise InputError(f"{where}: {module} has no {name}; define it there, or correct the name") from None
     if not callable(thing):
@@ -71,7 +71,8 @@ def file_of(spec: str) -> str:
     return origin.origin or "" if origin else ""
 
 
-def _module(module: str) -> ModuleType:
+def imported(module: str) -> ModuleType:
+    """The module ``package.module``, or that of the file ``path/to/file.py``. Raises whatever its import raises."""
     _make_current_folder_importable()
     return _of_file(Path(module).resolve()) if module.endswith(".py") else importlib.import_module(module)
 

@@ -1,7 +1,6 @@
 """Every file of examples/ is short and runs: two steps of training."""
 
 import ast
-import json
 from pathlib import Path
 
 import pytest
@@ -46,7 +45,7 @@ def test_examples_run(name, tmp_path, monkeypatch):
     assert [row["step"] for row in made] == [0, 1, 2]
     if name in SEEN:
         assert SEEN[name] in made[-1]
-    rollouts = [json.loads(line) for line in open(tmp_path / "run" / "rollouts" / "step_000002.jsonl")]
+    rollouts = (tmp_path / "run" / "rollouts" / "step_000002.jsonl").read_text().splitlines()
     assert len(rollouts) == 16
 
 

@@ -84,7 +84,7 @@ def gains_of_ones_own(
         raise InputError(f"{name}: raised {type(error).__name__} ({reason_of(error)}) on values {where}") from error
     if found.shape != (len(values) - 1,):
         raise InputError(
-            f"{name}: gave an array of shape {found.shape} for {len(values)} values; give a number per turn but the last"
+            f"{name}: gave shape {found.shape} for {len(values)} values; give one number per turn but the last"
         )
     undefined = earning & ~np.isfinite(found)
     return np.where(undefined, 0.0, np.where(earning, found, np.nan)), int(undefined.sum())

@@ -18,7 +18,6 @@ import asyncio
 import itertools
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -30,6 +29,7 @@ from contextlib import suppress
 from typing import Any
 
 from igpo_fast.errors import InputError
+from igpo_fast.extend import is_spec
 from igpo_fast.rollouts.tools import worker
 
 CAUSES = ("timeouts", "raised", "died", "too_large", "malformed")
@@ -59,13 +59,15 @@ class Processes:
     """A function or a class of the user's, called in processes of its own.
 
     A function is called with the policy's arguments. A class is instantiated per rollout (``open``), its public methods
-    are the tools; if it has ``open(question)`` or ``close()``, they are called first and last. Any of them may be
-    async; those of one object share an event loop. Calls of one object are made one after another, others concurrently.
+    are the tools; if it has ``open(question)``, ``close()`` or ``outcome(answer)``, these are called first, last, and
+    before the last. Any of them may be async; those of one object share an event loop. Calls of one object are made one
+    after another, others concurrently.
 
     Usable from one event loop after another: ``aclose`` before a loop ends, ``end`` after the last.
 
     Args:
-        target: "package.module:name"; modules are found as in this process, and in the current folder.
+        target: "package.module:name" or "path/to/file.py:name"; modules are found as in this process, and in the
+            current folder.
         seconds: most that ``open``, a call or ``close`` may take; waiting for a place, a fork or an import does not
             count. May be changed later.
         max_characters: most characters of a result.
@@ -95,8 +97,11 @@ class Processes:
         settings: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
     ):
-        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", target):
-            raise InputError(f"{target}: is not of the form package.module:name; write it like my_tools:look_up")
+        if not is_spec(target):
+            raise InputError(
+                f"{target}: is not of the form package.module:name or path/to/file.py:name; write it like "
+                "my_tools:look_up"
+            )
         self._target, self.seconds, self._concurrency = target, seconds, concurrency
         self._options = {
             "target": target, "settings": dict(settings or {}), "max_characters": max_characters, "memory": memory,
@@ -146,11 +151,33 @@ class Processes:
             async with self._places:
                 child = self._free() or await self._fork()
                 return await self._ask(child, "call", name, arguments)
+        return await self._ask_object(handle, "call", name, arguments)
+
+    async def outcome(self, handle: Handle, answer: str | None) -> dict[str, float]:
+        """What the object's ``outcome(answer)`` says that the rollout earned: a number is ``reward``; empty for a
+        function, and for a class without that method.
+
+        Raises:
+            CallError: it failed, or gave something else than numbers by name.
+        """
+        if not self.stateful:
+            return {}
+        text = await self._ask_object(handle, "outcome", answer)
+        try:
+            earned = json.loads(text)
+        except ValueError:  # a text
+            earned = None
+        earned = {"reward": earned} if isinstance(earned, (int, float)) else earned
+        if not isinstance(earned, dict) or not all(isinstance(n, (int, float)) for n in earned.values()):
+            raise CallError("malformed", "outcome() returned no number and no mapping of numbers")
+        return {name: float(number) for name, number in earned.items()}
+
+    async def _ask_object(self, handle: Handle, *request: Any) -> str:
         async with handle.turn:
             if handle.child is None or handle.child.lost:
                 raise CallError("died", "the object is gone since an earlier call, or was closed")
             async with self._places:
-                return await self._ask(handle.child, "call", name, arguments)
+                return await self._ask(handle.child, *request)
 
     async def close(self, handle: Handle) -> None:
         """Call the object's ``close()`` and end its process. Closing twice does nothing.

@@ -14,8 +14,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
-import importlib
-import importlib.util
 import inspect
 import json
 import os
@@ -35,7 +33,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from igpo_fast.errors import reason_of
+from igpo_fast.extend import imported
 
+OWN = ("open", "close", "outcome")
+"""Methods of a class that are no tools."""
 LENGTH = struct.Struct("!I")
 COMMAND = struct.Struct("!cQ")
 FORK, DESCRIBE, KILL, END_ALL = b"f", b"d", b"k", b"e"
@@ -84,9 +85,13 @@ def load(target: str) -> Callable:
     Raises:
         Unusable: no such module or name, the import fails, or it cannot be called.
     """
-    module_name, name = target.split(":")
+    module_name, _, name = target.rpartition(":")
     try:
-        module = importlib.import_module(module_name)
+        module = imported(module_name)
+    except FileNotFoundError as error:
+        if error.filename and os.path.abspath(error.filename) == os.path.abspath(module_name):
+            raise Unusable(f"{target}: there is no file {module_name} here; correct the path") from None
+        raise Unusable(f"{target}: importing it fails: {why(error)}") from None
     except ModuleNotFoundError as error:
         if error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise Unusable(
@@ -116,9 +121,9 @@ def why(error: BaseException) -> str:
 
 
 def methods(entry: type) -> dict[str, Callable]:
-    """The public methods of a class but ``open`` and ``close``, in the order of their definition."""
+    """The public methods of a class but ``OWN``, in the order of their definition."""
     names = dict.fromkeys(name for base in reversed(entry.__mro__) for name in vars(base))
-    names = [name for name in names if not name.startswith("_") and name not in ("open", "close")]
+    names = [name for name in names if not name.startswith("_") and name not in OWN]
     return {name: getattr(entry, name) for name in names if inspect.isroutine(getattr(entry, name))}
 
 
@@ -139,9 +144,9 @@ def describe(target: str, entry: Callable, settings: Mapping[str, Any]) -> dict[
         (signature.bind if stateful else signature.bind_partial)(**settings)
     except (TypeError, ValueError) as error:
         raise Unusable(f"{target}: its settings do not fit: {error}") from None
-    functions = methods(entry) if stateful else {target.split(":")[1]: entry}
+    functions = methods(entry) if stateful else {target.rpartition(":")[2]: entry}
     if not functions:
-        raise Unusable(f"{target}: the class has no public method beside open and close; define one")
+        raise Unusable(f"{target}: the class has no public method beside {', '.join(OWN)}; define one")
     schemas = []
     for name, function in functions.items():
         try:
@@ -177,7 +182,7 @@ class _Served:
             value = getattr(self, f"_{request['do']}")(*request["with"])
             if inspect.isawaitable(value):
                 value = self._run(value)
-            if request["do"] != "call":
+            if request["do"] not in ("call", "outcome"):
                 return {"text": ""}
         except BaseException as error:  # whatever a user's code raises, SystemExit included
             return {"failure": "raised", "why": why(error)}
@@ -201,6 +206,9 @@ class _Served:
         if name not in methods(type(self._object)):
             raise AttributeError(f"no method {name}")
         return getattr(self._object, name)(**arguments)
+
+    def _outcome(self, answer: str | None) -> Any:
+        return self._object.outcome(answer) if hasattr(self._object, "outcome") else {}
 
     def _close(self) -> Any:
         return self._object.close() if hasattr(self._object, "close") else None
