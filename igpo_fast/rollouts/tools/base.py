@@ -190,7 +190,7 @@ class OpenTools:
         self._made[tool] += 1
         if most and self._made[tool] > most:
             tool.counts.update(("calls", "failures", OVER_LIMIT))
-            return ToolResult(failure=f"{tool.name} may be called {most} times, and has been.")
+            return ToolResult(failure=f"No more calls of {tool.name}: the limit per rollout is {most}.")
         return await tool.call(await self._open(tool), action)
 
     async def _open(self, tool: Tool) -> Any:
