@@ -16,7 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
+from tensordict import TensorDict
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from verl import DataProto
 from verl.trainer.ppo.core_algos import register_adv_est
@@ -31,6 +35,7 @@ from igpo_fast.trajectories import Record
 from igpo_fast.types import SEARCH, Group, Question, Rollout, Turn
 from igpo_fast.update.advantages import credit_rollouts, recipe_of
 from igpo_fast.update.gains import information_gain
+from igpo_fast.update.packs import FILLER
 
 READ = frozenset(
     {
@@ -159,14 +164,16 @@ class Gains:
 
     Args:
         lm: the policy; ``igpo_fast.model.probe`` says once whether its architecture can run packed. Between the calls
-            it keeps its own attention.
+            it keeps its own attention. FSDP2 may shard its weights (verl's ``strategy=fsdp2``), if it has run before.
         tokenizer: of the policy.
         algorithm: verl's section ``algorithm``; of its ``igpo``, ``basis``, ``answers`` and ``wrapper`` matter here.
         dialect: what a forced answer stands in: Search-R1's ``tags``, or ``chat`` for the model's own template.
         temperature: that of sampling; divides the logits.
         token_budget: most packed tokens of a pass; a larger group takes several, a larger rollout one of its own.
+        sharers: the processes over which the weights are sharded. Each must call ``Gains`` equally often, with any
+            batch: all take as many passes as the one with the most, because each pass gathers the weights.
     Raises:
-        InputError: what ``settings_of`` or the dialect refuses.
+        InputError: a model under FSDP1; what ``settings_of`` or the dialect refuses.
     """
 
     def __init__(
@@ -178,13 +185,16 @@ class Gains:
         dialect: str = "tags",
         temperature: float = 1.0,
         token_budget: int = 16384,
+        sharers: dist.ProcessGroup | None = None,
     ):
+        if isinstance(lm, FullyShardedDataParallel):
+            raise InputError("the policy is sharded by FSDP1, which packed passes cannot gather; set strategy=fsdp2")
         settings = settings_of(algorithm)
         self._scorer = Scorer(
             lm, tokenizer, dialect=dialect, temperature=temperature, basis=settings.basis, answers=settings.answers,
             token_budget=token_budget, wrapper=settings.wrapper,
         )  # fmt: skip
-        self._lm = lm
+        self._lm, self._sharers = lm, sharers
 
     def __call__(self, batch: DataProto) -> torch.Tensor:
         """The gains of a batch, each at its turn's last token, 0 elsewhere; a last turn has none, and an undefined
@@ -216,21 +226,52 @@ class Gains:
             branches = tuple(self._scorer.scoring.branches_of(questions[row]))
             trajectories.append(Trajectory(Record(f"row {row}", {}, questions[row]), rollout, branches))
             places.append((row, kept[turns[:-1, 1] - 1]))
-        with _packed_attention(self._lm):
-            values = [found for pack in self._scorer.packs(trajectories) for found in self._scorer.values(pack)]
+        packs = list(self._scorer.packs(trajectories))
+        idle = self._most(len(packs)) - len(packs)
+        with _packed(self._lm):
+            values = [found for pack in packs for found in self._scorer.values(pack)]
+            for _ in range(idle):
+                self._scorer.policy(FILLER.plan)
         for (row, ends), found in zip(places, values, strict=True):
             gains[row, ends] = information_gain(found.values)[0]
         return torch.from_numpy(gains).to(batch.batch["responses"].device)
 
+    def _most(self, passes: int) -> int:
+        """The largest number of passes among the sharers."""
+        if self._sharers is None:
+            return passes
+        most = torch.tensor(passes, device=self._lm.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self._sharers)
+        return int(most)
+
+
+def padded(data: TensorDict) -> DataProto:
+    """What ``Gains`` reads of the rows that verl's transfer queue hands to a worker (tensors without padding), with
+    padding on the right."""
+    rows = {name: data[name].unbind() for name in ("prompts", "responses", "response_mask")}
+    tensors = {name: pad_sequence(entries, batch_first=True) for name, entries in rows.items()}
+    attended = [[torch.ones_like(row) for row in rows[name]] for name in ("prompts", "responses")]
+    tensors["attention_mask"] = torch.cat([pad_sequence(ones, batch_first=True) for ones in attended], dim=1)
+    others = {}
+    for name in ("reward_model", "uid"):
+        others[name] = np.empty(len(data), dtype=object)
+        others[name][:] = list(data[name])
+    return DataProto.from_dict(tensors=tensors, non_tensors=others)
+
 
 @contextmanager
-def _packed_attention(lm: PreTrainedModel) -> Iterator[None]:
-    """Run ``lm`` under packed attention; verl's own passes need the attention that it was loaded with."""
+def _packed(lm: PreTrainedModel) -> Iterator[None]:
+    """Let ``lm`` run packed passes; verl's own need the attention that it was loaded with. FSDP2 gathers embeddings
+    and LM head in the whole model's forward alone, which packed passes go around."""
     before = lm.config._attn_implementation
     use_attend(lm)
+    if isinstance(lm, FSDPModule):
+        lm.unshard()
     try:
         yield
     finally:
+        if isinstance(lm, FSDPModule):
+            lm.reshard()
         lm.set_attn_implementation(before)
 
 

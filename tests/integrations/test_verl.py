@@ -7,10 +7,14 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 pytest.importorskip("verl", reason="pip install --no-deps -r requirements/verl.txt")
@@ -20,12 +24,13 @@ with warnings.catch_warnings():
     from verl import DataProto
     from verl.trainer.ppo import core_algos
     from verl.trainer.ppo.ray_trainer import compute_advantage
+    from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from igpo_fast import config, model
 from igpo_fast.data.load import Data
 from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.errors import InputError
-from igpo_fast.integrations.verl import Gains, igpo_advantages
+from igpo_fast.integrations.verl import Gains, igpo_advantages, padded
 from igpo_fast.score import Scorer, read_records
 from igpo_fast.transcripts import WRITERS
 from igpo_fast.types import Group
@@ -195,6 +200,10 @@ def test_without_settings_of_ours_it_is_the_papers_preset():
 
 @pytest.fixture(scope="module")
 def policy():
+    return random_policy()
+
+
+def random_policy():
     """A random Qwen2 with weights large enough to make attention sharp, and the made-up world's tokenizer."""
     words = load_tokenizer(config.load(), Data((), (), {}))
     lm = model.build(
@@ -231,7 +240,11 @@ def trajectories():
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    path = tmp_path_factory.mktemp("trajectories") / "in.jsonl"
+    return written(tmp_path_factory.mktemp("trajectories"))
+
+
+def written(folder):
+    path = folder / "in.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in trajectories()))
     return list(read_records(path))
 
@@ -312,6 +325,25 @@ def test_groups_share_a_pass_and_small_packs_change_nothing(policy, records):
     assert lm.config._attn_implementation == before == "sdpa"
 
 
+def test_rows_of_the_transfer_queue_have_the_same_gains(policy, records):
+    """As verl's agent loop puts them into its queue, and a worker gets them: without padding."""
+    lm, words = policy
+    batch, _ = laid_out(records, words)
+    width = batch.batch["prompts"].shape[1]
+    rows = []
+    for row in range(len(batch)):
+        kept = batch.batch["attention_mask"][row] == 1
+        tensors = {name: batch.batch[name][row, kept[width:]] for name in ("responses", "response_mask")}
+        tensors["prompts"] = batch.batch["prompts"][row, kept[:width]]
+        rows.append(tensors | {name: batch.non_tensor_batch[name][row] for name in ("reward_model", "uid")})
+    queued = list_of_dict_to_tensordict(rows)
+    assert queued["responses"].is_nested
+    gains = Gains(lm, words, settings())
+    found, expected = gains(padded(queued)), gains(batch)
+    np.testing.assert_allclose(found, expected[:, : found.shape[1]], atol=1e-5)
+    assert not expected[:, found.shape[1] :].any() and expected.any()
+
+
 def test_the_advantages_are_a_runs_own(policy, records):
     """From tokens to advantages through verl's tensors, and through igpo-fast's types."""
     lm, words = policy
@@ -371,3 +403,40 @@ def test_verl_finds_the_estimator():
     environment = os.environ | {"VERL_USE_EXTERNAL_MODULES": "igpo_fast.integrations.verl"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["igpo_fast.integrations.verl"], done.stderr
+
+
+@pytest.mark.slow
+def test_sharded_weights(tmp_path):
+    """Two processes under FSDP2, with two passes and one to take: the gains of whole weights, and no rank waits."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, __file__, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    passes, errors = zip(*(json.loads((tmp_path / f"{rank}" / "told").read_text()) for rank in (0, 1)), strict=True)
+    assert passes == (2, 2) and max(errors) < 1e-5
+
+
+def on_a_rank(folder):
+    """One of the two processes: the first has three rollouts with gains, the second one."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    (folder / f"{rank}").mkdir()
+    lm, words = random_policy()
+    batch, _ = laid_out(written(folder / f"{rank}"), words)
+    mine = slice(0, 3) if rank == 0 else slice(3, 5)
+    expected = Gains(lm, words, settings())(batch)[mine]
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in lm.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(lm, mesh=mesh)
+    logits = lm(input_ids=torch.arange(8)[None]).logits
+    gains, passes = Gains(lm, words, settings(), token_budget=40, sharers=dist.group.WORLD), []
+    gains._scorer.policy.register_forward_hook(lambda *_: passes.append(1))
+    found = gains(batch[mine])
+    again = lm(input_ids=torch.arange(8)[None]).logits  # verl's own pass goes on as before
+    error = max(float((found - expected).abs().max()), float((again - logits).abs().max()))
+    (folder / f"{rank}" / "told").write_text(json.dumps([len(passes), error]))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    on_a_rank(Path(sys.argv[1]))
