@@ -157,6 +157,12 @@ def test_mlflows_own_variables_count(run, tmp_path):
     assert len(mlflow_runs(tmp_path)[1]) == 1 and not (run / "mlflow.db").exists()
 
 
+def test_an_mlflow_server_that_is_down_is_left_out(run):
+    pytest.importorskip("mlflow")
+    [said] = session("mlflow", run, 1, 2, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert said.startswith("run.tracker=mlflow failed (MlflowException: API request to http://127.0.0.1:9")
+
+
 # --- faults ---
 
 

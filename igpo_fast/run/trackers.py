@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from igpo_fast.errors import InputError, reason_of
 from igpo_fast.files import atomic
@@ -86,13 +86,14 @@ class Trackio:
                 project=PROJECT, name=name, resume="allow", config=dict(settings), embed=False, auto_log_gpu=False,
                 auto_log_cpu=False,
             )  # fmt: skip
+        self._finish = trackio.finish  # the run's own would be repeated, loudly, at the process's end
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
         with redirect_stdout(StringIO()):
-            self._run.finish()
+            self._finish()
 
 
 class Mlflow:
@@ -100,39 +101,48 @@ class Mlflow:
 
     _MOST = 100
     """Parameters that one call takes."""
+    _BRIEF: ClassVar = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    """What a server that is down may cost: mlflow itself would try for minutes."""
 
     def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]):
         with _defaults(
             MLFLOW_TRACKING_URI=f"sqlite:///{folder.resolve()}/mlflow.db", MLFLOW_EXPERIMENT_NAME=PROJECT,
-            MLFLOW_DISABLE_TELEMETRY="true",
+            MLFLOW_DISABLE_TELEMETRY="true", **self._BRIEF,
         ):  # fmt: skip
             from mlflow import MlflowClient
             from mlflow.entities import Metric, Param
 
             logging.getLogger("mlflow").setLevel(logging.WARNING)
             logging.getLogger("alembic").setLevel(logging.WARNING)
-            self._client, self._metric = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]), Metric
+            self._client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+            self._metric, self._param = Metric, Param
             named = os.environ["MLFLOW_EXPERIMENT_NAME"]
             found = self._client.get_experiment_by_name(named)
             experiment = found.experiment_id if found else self._client.create_experiment(named)
+            self._run = self._continued(experiment, folder, settings)
+
+    def _continued(self, experiment: str, folder: Path, settings: Mapping[str, Any]) -> str:
+        """The id of the run of earlier sessions, or a new one's."""
         identity = _identity(folder)
         known = self._client.search_runs([experiment], f"tags.`{PROJECT}.run` = '{identity}'")
         if known:
-            self._run = known[0].info.run_id
-            self._client.update_run(self._run, status="RUNNING")
-            return
+            self._client.update_run(known[0].info.run_id, status="RUNNING")
+            return known[0].info.run_id
         made = self._client.create_run(experiment, run_name=folder.resolve().name, tags={f"{PROJECT}.run": identity})
-        self._run = made.info.run_id
-        params = [Param(f"{s}.{key}", str(v)) for s, keys in settings.items() for key, v in keys.items()]
+        params = [self._param(f"{s}.{key}", str(v)) for s, keys in settings.items() for key, v in keys.items()]
         for start in range(0, len(params), self._MOST):
-            self._client.log_batch(self._run, params=params[start : start + self._MOST])
+            self._client.log_batch(made.info.run_id, params=params[start : start + self._MOST])
+        return made.info.run_id
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        self._client.log_batch(self._run, [self._metric(key, number, now, step) for key, number in numbers.items()])
+        metrics = [self._metric(key, number, now, step) for key, number in numbers.items()]
+        with _defaults(**self._BRIEF):
+            self._client.log_batch(self._run, metrics)
 
     def close(self) -> None:
-        self._client.set_terminated(self._run)
+        with _defaults(**self._BRIEF):
+            self._client.set_terminated(self._run)
 
 
 TRACKERS: dict[str, Callable[[Path, int, Mapping[str, Any]], Tracker]] = {
