@@ -109,6 +109,13 @@ def test_an_outcome_at_a_response_in_the_end_is_the_last_turns():
     np.testing.assert_allclose(found, [[1, 0, 0], [-1, 0, -1]], atol=1e-6)
 
 
+def test_a_reward_before_the_first_turn_is_that_turns():
+    """Gains 2 (half of it before the turn) and 1 are raw."""
+    mask, rewards = [[0, 1, 0, 1], [1, 0, 1, 0]], [[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    found = of_verl(rewards, mask, ["a", "a"], settings(**BARE, pool="raw"))
+    np.testing.assert_allclose(found, [[0, 2, 0, 0], [1, 0, 0, 0]], atol=1e-6)
+
+
 def test_only_every_second_turn_earns_the_gains_of_both():
     """Gains 1, 2 and 4: turn 2 earns 3, turn 3 shares the last turn's outcome."""
     mask = [[1, 0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 0, 0, 0]]
@@ -323,6 +330,26 @@ def test_groups_share_a_pass_and_small_packs_change_nothing(policy, records):
         assert len(calls) == passes
     np.testing.assert_allclose(found[1], found[0], atol=1e-5)
     assert lm.config._attn_implementation == before == "sdpa"
+
+
+def test_what_stands_before_the_first_turn_belongs_to_the_prompt(policy, records):
+    """The prompts' last tokens as the responses' first."""
+    lm, words = policy
+    batch, _ = laid_out(records, words)
+    prompts, responses, mask = (batch.batch[name] for name in ("prompts", "responses", "response_mask"))
+    moved = DataProto.from_dict(
+        tensors={
+            "prompts": prompts[:, :-2],
+            "responses": torch.cat([prompts[:, -2:], responses], dim=1),
+            "response_mask": torch.cat([torch.zeros_like(mask[:, :2]), mask], dim=1),
+            "attention_mask": batch.batch["attention_mask"],
+        },
+        non_tensors=batch.non_tensor_batch,
+    )
+    gains = Gains(lm, words, settings())
+    expected = gains(batch)
+    assert expected.any()
+    np.testing.assert_allclose(gains(moved)[:, 2:], expected, atol=1e-5)
 
 
 def test_rows_of_the_transfer_queue_have_the_same_gains(policy, records):
