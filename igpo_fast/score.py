@@ -270,8 +270,8 @@ class Scorer:
         if self.baseline == "random" and self._lent is NONE_LENT:
             raise ValueError("Scorer.score: baseline random draws from what was lent; call lend before")
         trajectories = (self.tokenise(record, number) for number, record in enumerate(records))
-        for batch in self._batches(trajectories):
-            yield from map(self._scored, batch, self._values(batch))
+        for batch in self.packs(trajectories):
+            yield from map(self._scored, batch, self.values(batch))
 
     def _scored(self, trajectory: Trajectory, found: Values) -> Scored:
         earning = None
@@ -281,7 +281,8 @@ class Scorer:
         gains, _ = information_gain(found.values, earning, found.baselines)
         return Scored(trajectory.record, found.values, gains, found.baselines)
 
-    def _batches(self, trajectories: Iterable[Trajectory]) -> Iterator[list[Trajectory]]:
+    def packs(self, trajectories: Iterable[Trajectory]) -> Iterator[list[Trajectory]]:
+        """What fits a pack, in order; a trajectory that exceeds ``token_budget`` has one of its own."""
         batch, size = [], 0
         for trajectory in trajectories:
             if batch and size + trajectory.packed_tokens > self.token_budget:
@@ -292,8 +293,8 @@ class Scorer:
         if batch:
             yield batch
 
-    def _values(self, batch: list[Trajectory]) -> list[Values]:
-        """Values of each trajectory; neighbours with the same answers share a tree."""
+    def values(self, batch: Sequence[Trajectory]) -> list[Values]:
+        """Values of each trajectory, from one pass; neighbours with the same answers share a tree."""
         trees = []
         scored = [(i, t) for i, t in enumerate(batch) if t.branches or t.forks]
         for _, members in groupby(scored, lambda member: member[1].record.question.answers):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import igpo_fast.run.metrics as metrics_module
-from igpo_fast.run.metrics import KEYS, StepMetrics, ordered, tracker
+from igpo_fast.run.metrics import KEYS, StepMetrics, ordered
 
 
 class Clock:
@@ -147,26 +147,3 @@ def test_a_steps_time_is_without_its_evaluation():
 def test_peak_memory_is_in_gigabytes():
     high_water = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
     assert metrics_module.peak_memory_gb() == pytest.approx(int(high_water.split()[1]) * 1024 / 1e9, rel=0.05)
-
-
-def scalars(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def test_tensorboard_gets_the_numbers_and_a_resume_hides_what_it_repeats(tmp_path):
-    with tracker("tensorboard", tmp_path, 0) as log:
-        for step in (1, 2, 3):
-            log({"step": step, "reward/f1": step / 4, "loss/kl": None, "loss/policy": math.nan})
-    with tracker("tensorboard", tmp_path, 1) as log:
-        log({"step": 2, "reward/f1": 0.75})
-    assert scalars(tmp_path) == {"reward/f1": [(1, 0.25), (2, 0.75)]}
-
-
-def test_no_tracker_writes_nothing(tmp_path):
-    with tracker("none", tmp_path, 0) as log:
-        log({"step": 1, "reward/f1": 0.5})
-    assert list(tmp_path.iterdir()) == []

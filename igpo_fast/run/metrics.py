@@ -1,4 +1,4 @@
-"""One step's numbers: collected from the packs of its updates, timed, put in order, sent to a tracker."""
+"""One step's numbers: collected from the packs of its updates, timed, put in order."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
-
-from igpo_fast.files import storage
-from igpo_fast.jsonl import finite
 
 KEYS = (
     "step", "train/lr", "reward/outcome", "reward/f1", "reward/em", "reward/ig_mean", "reward/ig_abs", "reward/ig_zero",
@@ -150,34 +146,3 @@ def peak_memory_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-@contextmanager
-def tracker(name: str, folder: Path, step: int) -> Iterator[Callable[[Mapping], None]]:
-    """A context whose value sends rows to ``run.tracker``.
-
-    Args:
-        name: ``none`` or ``tensorboard``.
-        folder: where TensorBoard's files go.
-        step: the last finished step; later entries of an earlier session are hidden.
-    """
-    if name == "none":
-        yield lambda row: None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with storage(folder):
-        writer = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def log(row: Mapping) -> None:
-        with storage(folder):
-            for key, value in row.items():
-                if key != "step" and finite(value) is not None:
-                    writer.add_scalar(key, value, int(row["step"]))
-            writer.flush()
-
-    try:
-        yield log
-    finally:
-        with storage(folder):
-            writer.close()

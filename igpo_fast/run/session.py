@@ -24,9 +24,10 @@ from igpo_fast.run.checkpoint import Owner, RunFolder, Writer, load_checkpoint, 
 from igpo_fast.run.display import Display
 from igpo_fast.run.interrupt import Interrupted, stop_requested
 from igpo_fast.run.launch import log_end, log_of, redirect
-from igpo_fast.run.metrics import StepMetrics, ordered, tracker
+from igpo_fast.run.metrics import StepMetrics, ordered
 from igpo_fast.run.records import record_of
 from igpo_fast.run.signatures import warnings_for
+from igpo_fast.run.trackers import Trackers, check_installed
 from igpo_fast.types import Batch, Evaluation
 
 
@@ -74,6 +75,7 @@ class Session:
                 raise told from error
 
     def _open(self) -> str | None:
+        check_installed(self.config.run.tracker)
         self.folder = self._stack.enter_context(open_run(self.config.run.dir, self.config))
         newest = self.folder.newest()
         return None if newest is None else str(newest)
@@ -104,8 +106,9 @@ class Session:
             self.display.note(f"resumed after step {step}")
         if moved:
             self.display.note(f"rows and rollouts that an earlier session wrote after step {step} are now in {moved}")
-        logs = self.folder.path / "tensorboard"
-        self._track = self._stack.enter_context(tracker(self.config.run.tracker, logs, step))
+        settings = self.config.model_dump(mode="json")
+        trackers = Trackers(self.config.run.tracker, self.folder.path, step, settings, self.display.warn)
+        self._trackers = self._stack.enter_context(trackers)
         rows, best = self.folder.read_metrics(), self.folder.best()
         return rows, next((self._value(row) for row in rows if self.folder.checkpoint(row["step"]) == best), None)
 
@@ -209,7 +212,7 @@ class Session:
 
     def _write_row(self, row: dict[str, float]) -> None:
         self.folder.append_metrics(row)
-        self._track(row)
+        self._trackers.log(row)
         self.display.step(row)
         for warning in warnings_for(self._rows, {"mismatch/logp_abs_diff": self.config.rollout.mismatch_warn}):
             self.display.warn(warning)

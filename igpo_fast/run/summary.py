@@ -73,7 +73,7 @@ def _commands(folder: Path, config: Config, program: str) -> Iterable[str]:
         yield f"{program} train --config {run}/config.yaml train.steps={2 * config.train.steps}  # go on"
     if config.data.source == "world" and _can_run(REAL_QUESTIONS):
         yield f"{program} train --config {REAL_QUESTIONS}  # real questions"
-    if config.run.tracker == "tensorboard":
+    if "tensorboard" in config.run.tracker:
         yield f"tensorboard --logdir {run}/tensorboard"
 
 

@@ -21,7 +21,6 @@ from igpo_fast.cli import app
 from igpo_fast.errors import InputError, StorageError
 from igpo_fast.files import append, atomic, atomic_folder, check_writable, storage
 from igpo_fast.run.checkpoint import open_run, rewind
-from igpo_fast.run.metrics import tracker
 from tests.test_checkpoint import build, load, save, settings_for, update
 from tests.tiny import SETTINGS, WORLD
 
@@ -253,13 +252,6 @@ def test_places_that_cannot_be_written_are_found_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="move it"):
         check_writable(tmp_path / "file")
-
-
-def test_a_tracker_that_cannot_write(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError) as error, tracker("tensorboard", tmp_path / "file", 0) as log:
-        log({"step": 1, "loss/policy": 0.5})
-    one_line(error, str(tmp_path / "file"))
 
 
 # --- the command ---
