@@ -136,9 +136,10 @@ def test_a_tool_that_ends_the_run_is_named_with_its_step():
 
 def test_visit_reads_a_whole_passage_of_the_questions_collection():
     tool = Visit({"": [Passage("7", "Faust", "A play.")], "other": [Passage("7", "", "Another.")]})
-    visit = lambda id, corpus="": asyncio.run(
-        tool.call(Question("q", "?", ("a",), corpus=corpus), Action("visit", {"id": id}))
-    )
+
+    def visit(id, corpus=""):
+        return asyncio.run(tool.call(Question("q", "?", ("a",), corpus=corpus), Action("visit", {"id": id})))
+
     assert visit("7").text == "Faust\nA play." and visit("[7]").text == "Faust\nA play."
     assert visit("7", "other").text == "Another."
     assert visit("8").text == "There is no such passage." == visit("7", "third").text
@@ -271,6 +272,5 @@ def test_limits_by_name_come_before_those_of_all(mine):
     tools = mine("add", "Counter", calls=2, limits={"add": {"calls": 1}})
     add, count = Action("add", {"a": 1, "b": 1}), Action("count", {})
     said = run(tools, [add], [add], [count], [count], [count])
-    assert [texts[0] for texts in said] == [
-        "2", "No more calls of add: the limit per rollout is 1.", "2", "3", "No more calls of Counter: the limit per rollout is 2.",
-    ]  # fmt: skip
+    no_more = "No more calls of {}: the limit per rollout is {}.".format
+    assert [texts[0] for texts in said] == ["2", no_more("add", 1), "2", "3", no_more("Counter", 2)]

@@ -32,7 +32,7 @@ from igpo_fast.errors import InputError
 from igpo_fast.model import use_attend
 from igpo_fast.score import Scorer, Trajectory
 from igpo_fast.trajectories import Record
-from igpo_fast.types import SEARCH, Group, Question, Rollout, Turn
+from igpo_fast.types import Group, Question, Rollout, Turn
 from igpo_fast.update.advantages import credit_rollouts, recipe_of
 from igpo_fast.update.gains import information_gain
 from igpo_fast.update.packs import FILLER
@@ -341,7 +341,7 @@ _NO_IDS = np.zeros(0, dtype=np.int32)
 
 
 def _turn(ids: np.ndarray, response_ids: np.ndarray) -> Turn:
-    return Turn(ids, np.zeros(len(ids), np.float32), "", SEARCH, "", response_ids)
+    return Turn(ids, np.zeros(len(ids), np.float32), "", (), response_ids)
 
 
 def _lengths_alone(turns: np.ndarray) -> Rollout:
