@@ -6,16 +6,16 @@ file, number of processes, characters of output. What the kernel allows beyond t
 ``isolation()``:
 
 - ``network``: no network at all (a network namespace).
-- ``processes``: sees and signals no process but its own, and all of those end with it (a PID namespace).
+- ``processes``: signals no process but its own, and all of those end with it (a PID namespace).
 - ``files``: reads nothing but the Python installation and the system's libraries, writes nothing but its folder
   (Landlock, Linux 6.2 or later).
 
-What this does not protect from. Without ``files``, a program reads and deletes whatever the user may; without
-``network``, it sends it anywhere; without ``processes``, it may signal the trainer. With all three: bugs of the kernel;
-a disk filled with many files, each below the limit; processor and memory taken by many processes until the time is up,
-for memory is limited per process and the number of processes not at all if the trainer runs as root (elsewhere it
-counts all of the user's processes); what it can learn from the installed packages. Give programs that may be hostile a
-container or a virtual machine of their own.
+What this does not protect from. Without ``files``, a program reads, changes and deletes whatever the user may; without
+``network``, it sends it anywhere; without ``processes``, it may end the trainer. With all three: bugs of the kernel; a
+disk filled with many files, each below the limit; processors and memory taken by many processes until the time is up.
+Memory is limited per process. The number of processes is not limited if the trainer runs as root; otherwise, all of the
+user's processes count where the kernel allows neither ``network`` nor ``processes``. A program sees which packages are
+installed, and which files exist. Programs that may be hostile need a container or a virtual machine of their own.
 
 The same program prints the same again, ``random`` and the order of sets included, unless it reads the clock, addresses,
 or the kernel's randomness.
@@ -75,10 +75,14 @@ class Limits:
     file_size: int = 10_000_000
     """Bytes of each file that it writes."""
     processes: int = 64
-    """Processes and threads of this user, where the kernel counts them (not for root)."""
+    """Processes and threads that it may have; what the kernel counts is said above."""
     isolated: tuple[str, ...] = ISOLATION
     """Names of ``ISOLATION`` to insist on, usually ``isolation()``. Where one cannot be had, every call fails and no
     program runs."""
+
+
+class NotRunError(Exception):
+    """A program was not run, because a limit could not be set."""
 
 
 def python_processes(limits: Limits, *, concurrency: int = 8) -> Processes:
@@ -101,9 +105,10 @@ def isolation() -> tuple[str, ...]:
 def _allowed() -> None:
     allowed = []
     for name in ISOLATION:
-        with suppress(OSError):
-            if python("1", asdict(Limits(seconds=_HARNESS_SECONDS, isolated=(name,)))) == "1":
-                allowed.append(name)
+        with suppress(NotRunError):
+            printed = python("1", asdict(Limits(seconds=_HARNESS_SECONDS, isolated=(name,))))
+            assert printed == "1", printed
+            allowed.append(name)
     print(json.dumps(allowed))
 
 
@@ -113,6 +118,9 @@ def python(code: str, limits: dict) -> str:
     Args:
         code: The program. Nothing is kept from earlier programs.
         limits: The fields of ``Limits``; the policy does not see them.
+
+    Raises:
+        NotRunError: a limit cannot be set here.
     """
     allowed = Limits(**limits)
     folder = tempfile.mkdtemp()
@@ -135,7 +143,7 @@ def python(code: str, limits: dict) -> str:
         os.close(ended)
         shutil.rmtree(folder, ignore_errors=True)
     if "fault" in end:
-        raise OSError(f"the program was not run: {end['fault']}")
+        raise NotRunError(f"the program was not run: {end['fault']}")
     text = printed.decode(errors="replace")
     if len(text) > allowed.max_characters or size > len(printed):
         text = f"{text[: allowed.max_characters]}\n[cut: {size:,} bytes were printed]"
@@ -267,6 +275,7 @@ def _unshare(isolated: Sequence[str]) -> None:
 
 # Landlock (landlock(7)): the numbers are the same on every architecture but Alpha.
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_PR_SET_NO_NEW_PRIVS = 38
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
 _TRUNCATING = 3
 """The first version that can forbid truncating a file: with an earlier one, a program could still empty files."""
@@ -310,9 +319,6 @@ def _restrict_files(readable: Iterable[str], writable: str) -> None:
     _checked(LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     _checked(LIBC.syscall(_RESTRICT_SELF, ruleset, 0))
     os.close(ruleset)
-
-
-_PR_SET_NO_NEW_PRIVS = 38
 
 
 def _checked(result: int) -> int:
