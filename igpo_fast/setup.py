@@ -138,6 +138,7 @@ def set_up(
         *settings_warnings(config),
         "" if uses_deepspeed(config, ranks) else _idle_sharding(config),
         *data.warnings,
+        *(tool.caution for tool in tools),
         model.check_positions(lm, config.rollout.max_tokens, scoring.answer_tokens + scoring.response_tokens),
     )
     engine = _make_engine(config, lm, words, ranks)

@@ -495,7 +495,7 @@ FAULTS = {
         'def bare(a: int):\n  "Do."',
         "no description for the argument 'a'; give bare a docstring whose Args",
     ),
-    "tool:Empty": ("class Empty: pass", "tool:Empty: the class has no public method beside open and close"),
+    "tool:Empty": ("class Empty: pass", "tool:Empty: the class has no public method beside open, close, outcome"),
     "tool:Needs": (
         'class Needs:\n  def __init__(self, a): pass\n  def f(self):\n    "Do."',
         "tool:Needs: its settings do not fit: missing a required argument: 'a'",

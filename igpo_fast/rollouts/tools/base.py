@@ -27,6 +27,8 @@ class Tool(ABC):
     schemas: Sequence[Mapping[str, Any]]
     """Its functions as chat templates take them: ``{"type": "function", "function": {"name", "description",
     "parameters"}}``, the parameters as a JSON schema."""
+    caution: str = ""
+    """What the user should know before the run, in one line."""
     counted: tuple[str, ...] = ("calls", "failures")
     """The names in ``counts``, for the metrics."""
 

@@ -9,7 +9,7 @@ from igpo_fast.data.load import Data
 from igpo_fast.errors import InputError
 from igpo_fast.rollouts.tools.base import Tool, Tools
 from igpo_fast.rollouts.tools.processes import Processes
-from igpo_fast.rollouts.tools.python import Limits, isolation, python_processes
+from igpo_fast.rollouts.tools.python import ISOLATION, Limits, isolation, python_processes
 from igpo_fast.rollouts.tools.search import Search, make_search
 from igpo_fast.rollouts.tools.user import UserTool
 from igpo_fast.rollouts.tools.visit import VISIT, Visit
@@ -63,4 +63,11 @@ def make_tools(config: Config, data: Data, search: Search | None = None) -> Tool
 
 def make_python(limits: Limits) -> UserTool:
     """The tool ``python``, kept from whatever this machine lets it be kept from (python.py)."""
-    return UserTool(PYTHON, python_processes(replace(limits, isolated=isolation())))
+    allowed = isolation()
+    made = UserTool(PYTHON, python_processes(replace(limits, isolated=allowed)))
+    if missing := [name for name in ISOLATION if name not in allowed]:
+        made.caution = (
+            f"rollout.tools=python: this kernel does not keep programs from {' and '.join(missing)} "
+            "(docs/extending.md); run in a container if they may be hostile"
+        )
+    return made

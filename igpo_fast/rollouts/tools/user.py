@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 
-from igpo_fast.errors import masked
+from igpo_fast.errors import masked, reason_of
 from igpo_fast.rollouts.tools.base import OVER_LIMIT, Tool
 from igpo_fast.rollouts.tools.processes import CAUSES, CallError, Handle, Processes
 from igpo_fast.types import Action, Question, ToolResult
@@ -20,6 +22,8 @@ SAID = {
 }
 """What the policy is told of a failed call; of one that raised, the error itself."""
 RAISED = "raised"
+_PLACE = re.compile(r" \([^()]*:\d+\)$")
+"""The line of code at the end of an error's text, which is the user's and tells a policy nothing."""
 LONGEST = 300
 """Characters of an error that the policy is shown."""
 
@@ -37,6 +41,9 @@ class UserTool(Tool):
     def __init__(self, name: str, processes: Processes):
         super().__init__()
         self._name, self._processes = name, processes
+        # Every object of a rollout takes a descriptor.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self.schemas = tuple(processes.schemas)
 
     @property
@@ -49,6 +56,8 @@ class UserTool(Tool):
             return await self._processes.open(json.loads(json.dumps(asdict(question))))
         except CallError as error:
             return error
+        except OSError as error:  # no descriptor, no process to be had
+            return CallError("died", reason_of(error))
 
     async def call(self, opened: Handle | CallError, action: Action) -> ToolResult:
         """The result as a text; a call that fails has a failure, and never raises."""
@@ -59,7 +68,7 @@ class UserTool(Tool):
             return ToolResult(text=await self._processes.call(opened, action.tool, action.arguments))
         except CallError as error:
             self.counts.update(("failures", error.cause))
-            why = SAID.get(error.cause) or masked(str(error))[:LONGEST]
+            why = SAID.get(error.cause) or masked(_PLACE.sub("", str(error)))[:LONGEST]
             return ToolResult(failure=f"{action.tool} failed: {why}")
 
     async def outcome(self, opened: Handle | CallError, answer: str | None) -> Mapping[str, float]:
