@@ -33,10 +33,8 @@ QUESTIONS = [Question(f"q{i}", "A born ?", ("C D",)) for i in range(2)]
 def agent(function=None, kind="own.py:f", engine=None, tool=None):
     limits = Limits(max_turns=2, max_turn_tokens=6, max_tokens=64)
     engine = engine or ScriptedEngine(lambda key, turn: "<answer> C </answer>")
-    outcome = Outcome(kind, function)
-    return Agent(
-        engine, Tools([tool or ScriptedTool()]), DIALECT, limits, Sampling(), 0, concurrency=8, outcome=outcome
-    )
+    tools = Tools([tool or ScriptedTool()])
+    return Agent(engine, tools, DIALECT, limits, Sampling(), 0, concurrency=8, outcome=Outcome(kind, function))
 
 
 def earned(function, questions=QUESTIONS[:1], size=2, **more):
@@ -69,13 +67,16 @@ def test_what_counts_as_a_verdict(given, numbers):
     "given",
     [
         "0.5", b"1", float("inf"), float("nan"), [0.5], (1.0,), np.zeros(2), object(), 1j, 10**400, {}, {"score": 1},
-        {"reward": None}, {"reward": "1"}, {"reward": 1, "x": float("nan")}, {"reward": 1, 3: 1}, {"reward": 1, "a/b": 1},
+        {"reward": None}, {"reward": "1"}, {"reward": 1, "x": float("nan")}, {"reward": 1, 3: 1},
+        {"reward": 1, "a/b": 1},
         {"reward": 1, "f1": 1}, {"reward": 1, "ig_x": 1}, {"reward": 1, "turns": 2}, {"reward": 1, "": 2},
     ],
     ids=repr,
 )  # fmt: skip
 def test_what_does_not_ends_the_run_and_names_function_and_question(given):
-    with pytest.raises(RunError, match=r"^algorithm.outcome=own.py:f: it .* for question 'q0', rollout 0; correct it$"):
+    with pytest.raises(
+        RunError, match=r"^algorithm.outcome=own.py:f: it .* question 'q0', rollout \d; correct it$"
+    ):
         earned(lambda rollout: given)
 
 
