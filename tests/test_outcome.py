@@ -74,9 +74,7 @@ def test_what_counts_as_a_verdict(given, numbers):
     ids=repr,
 )  # fmt: skip
 def test_what_does_not_ends_the_run_and_names_function_and_question(given):
-    with pytest.raises(
-        RunError, match=r"^algorithm.outcome=own.py:f: it .* question 'q0', rollout \d; correct it$"
-    ):
+    with pytest.raises(RunError, match=r"^algorithm.outcome=own.py:f: it .* question 'q0', rollout \d; correct it$"):
         earned(lambda rollout: given)
 
 
