@@ -9,7 +9,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -202,14 +202,18 @@ def evaluate(
         typer.echo(json_bytes({"model": weights, "search": not no_search, "questions": count, **found}).decode())
         return
     for name in set_names(found):
-        f1, se, em, turns = (found[f"eval/{name}/{key}"] for key in ("f1", "f1_se", "em", "turns"))
-        typer.echo(f"{name:<16} f1 {f1:.3f} ± {se:.3f}  em {em:.3f}  turns {turns:.1f}")
+        typer.echo(f"{name:<16} {_scores(found, f'eval/{name}')}")
     failures = found.get("eval/search_failures", 0)
     search = "no search" if no_search else f"{failures:.0f} searches failed" if failures else "with search"
-    typer.echo(
-        f"eval f1 {found['eval/f1']:.3f} ± {found['eval/f1_se']:.3f}  em {found['eval/em']:.3f}  "
-        f"turns {found['eval/turns']:.1f}  ({count} questions, {search}, {weights})"
-    )
+    typer.echo(f"eval {_scores(found, 'eval')}  ({count} questions, {search}, {weights})")
+
+
+def _scores(found: Mapping[str, float], at: str) -> str:
+    """The numbers of an evaluation under ``at`` in words: F1 and EM where there is ground truth, then a reward if
+    outcomes were asked for, and turns."""
+    parts = [f"f1 {found[f'{at}/f1']:.3f} ± {found[f'{at}/f1_se']:.3f}"] if f"{at}/f1" in found else []
+    parts += [f"{key} {found[f'{at}/{key}']:.3f}" for key in ("em", "reward") if f"{at}/{key}" in found]
+    return "  ".join([*parts, f"turns {found[f'{at}/turns']:.1f}"])
 
 
 @app.command()

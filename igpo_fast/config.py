@@ -31,6 +31,7 @@ from igpo_fast.config_types import (
     NonEmpty,
     NonNegative,
     Norm,
+    Outcome,
     Pause,
     PlainText,
     Positive,
@@ -47,6 +48,7 @@ from igpo_fast.config_types import (
 )  # fmt: skip
 from igpo_fast.errors import masked
 from igpo_fast.types import (
+    OF_ANSWERS,
     Accumulate,
     Aggregation,
     Answers,
@@ -54,8 +56,8 @@ from igpo_fast.types import (
     Basis,
     Level,
     Normalisation,
-    Outcome,
     Pool,
+    PseudoAnswer,
     Ratio,
     ValueModel,
 )
@@ -435,7 +437,12 @@ class Algorithm(Section):
     entropy: NonNegative = 0.001
     """Coefficient of the entropy bonus."""
     outcome: Outcome = "f1"
-    """Reward of the last turn: word-level F1 or exact match."""
+    """Reward of the last turn: word-level F1 (`f1`), exact match (`em`), what the tools say (`tools`), or a function of
+    your own, `package.module:function` or `path/to/file.py:function`, called with each rollout (docs/algorithms.md)."""
+    pseudo_answer: PseudoAnswer = "none"
+    """Ground truth of questions: their `answers` (`none`); the answer that most rollouts of the group give
+    (`majority`), so that questions need none; or a long text (`reference`), whose first `data.max_answer_tokens` are
+    scored and whose F1 is the outcome."""
     f1_normalisation: Normalisation = "igpo"
     """`igpo`: lower case, punctuation to spaces. `squad`: also drops articles, and punctuation outright (1,000 is
     1000). `hotpot`: like `squad`, and yes and no match only themselves."""
@@ -545,6 +552,26 @@ class Algorithm(Section):
             )
         return self
 
+    @property
+    def has_gains(self) -> bool:
+        """Whether turns earn gains."""
+        return self.name in WITH_GAINS
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether every question must have an accepted answer."""
+        scored = self.has_gains and self.baseline != "masked"
+        return self.pseudo_answer != "majority" and (scored or self.outcome in OF_ANSWERS)
+
+    @model_validator(mode="after")
+    def _check_pseudo_answer(self):
+        if self.pseudo_answer == "reference" and self.outcome == "em":
+            raise ValueError(
+                "algorithm.outcome=em with algorithm.pseudo_answer=reference rewards only who writes the whole text; "
+                "use algorithm.outcome=f1, or a function of your own"
+            )
+        return self
+
     def changed(self, key: str) -> bool:
         """Whether a key has another value than preset and algorithm give it."""
         usual = {key: type(self).model_fields[key].default} | PRESETS[self.preset] | OWN_LOSS.get(self.name, {})
@@ -649,6 +676,8 @@ OWN_LOSS: dict[str, dict] = {
     "ppo_ig": dict(gamma=1.0, adaptive_clip=0.0),
 }
 """Defaults that come with ``algorithm.name``."""
+WITH_GAINS = ("igpo", "ig_only", "ppo_ig")
+"""Algorithms whose turns earn gains."""
 CRITICS = ("ppo", "ppo_ig")
 """Algorithms with a critic."""
 OF_GAINS = (
@@ -833,6 +862,10 @@ class Config(Section):
             raise ValueError(
                 f"rollout.group_size=1 with algorithm.name={name} leaves nothing to compare a rollout with; "
                 "give 2 or more, or algorithm.name=reinforce_pp or ppo"
+            )
+        if self.rollout.group_size == 1 and self.algorithm.pseudo_answer == "majority":
+            raise ValueError(
+                "rollout.group_size=1 with algorithm.pseudo_answer=majority calls every answer right; give 3 or more"
             )
         if self.rollout.max_turns == 1 and name == "ig_only":
             raise ValueError(

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from igpo_fast.errors import masked
 from igpo_fast.extend import is_spec
 from igpo_fast.net import fault
+from igpo_fast.types import OF_ANSWERS, OF_TOOLS
 
 LARGEST = 2**31 - 1
 
@@ -70,6 +71,14 @@ def _eval_metric(name: str) -> str:
     return name
 
 
+def _outcome(name: str) -> str:
+    if name not in (*OF_ANSWERS, OF_TOOLS) and not is_spec(name):
+        raise ValueError(
+            f"{name!r} is no outcome; give f1, em, tools, package.module:function or path/to/file.py:function"
+        )
+    return name
+
+
 def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", name):
         raise ValueError(f"{name!r} is not a device to train on; give auto, cpu, cuda or cuda:1")
@@ -84,5 +93,6 @@ SearchUrl = Annotated[str, _url_like("http://127.0.0.1:8000/retrieve")]
 Extension = Annotated[str, AfterValidator(_extension)]
 """The name of a function or class of the user's (extend.py)."""
 Device = Annotated[str, AfterValidator(_device)]
+Outcome = Annotated[str, AfterValidator(_outcome)]
 EvalMetric = Annotated[PlainText, AfterValidator(_eval_metric)]
 EmptyIsNone = BeforeValidator(lambda value: None if value == "" else value)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from igpo_fast.config import Config
 from igpo_fast.errors import InputError
+from igpo_fast.extend import file_of
 from igpo_fast.files import sha256, storage
 
 NAMED_SOURCE = re.compile(r"(?:([\w.+-]+)=)?(.*)", re.DOTALL)
@@ -48,7 +49,10 @@ def parts_of(source: str | Path) -> list[str]:
 def sources(config: Config) -> dict[str, str]:
     """Key -> file, folder or hub name of everything that a run reads; each data set of ``data.eval`` has its own
     key."""
-    named: dict[str, str | None] = {"model.path": config.model.path}
+    named: dict[str, str | None] = {
+        "model.path": config.model.path,
+        "algorithm.outcome": file_of(config.algorithm.outcome),
+    }
     if config.model.path is None and config.model.tokenizer not in ("world", "bpe"):
         named["model.tokenizer"] = config.model.tokenizer
     if config.data.source == "files":

@@ -22,13 +22,14 @@ from igpo_fast.extend import named
 from igpo_fast.liger import has_liger, use_liger
 from igpo_fast.ranks import Ranks
 from igpo_fast.rollouts.dialect import Dialect, make_dialect, tags_of
+from igpo_fast.rollouts.outcome import make_outcome
 from igpo_fast.rollouts.rollout import Agent, Limits, opening
 from igpo_fast.rollouts.tools.make import make_tools
 from igpo_fast.rollouts.tools.search import Search
 from igpo_fast.run import memory
 from igpo_fast.sft import Progress as SftProgress
 from igpo_fast.sft import warm_start
-from igpo_fast.types import SEARCH, Action, Question, ToolResult
+from igpo_fast.types import OF_ANSWERS, SEARCH, Action, Question, ToolResult
 from igpo_fast.update.advantages import ALGORITHMS, recipe_of
 from igpo_fast.update.critic import critic_settings_of
 from igpo_fast.update.learner import Learner
@@ -41,6 +42,10 @@ from igpo_fast.update.update import Progress, Updater
 from igpo_kernels import Branch, triton_variants
 from igpo_kernels.huggingface import heads_of
 from igpo_kernels.tree_attention import automatic
+
+SEAM = 2
+"""Tokens by which the place of an answer after its wrapper may differ between answers, whose first token may begin
+before it."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ def set_up(
     ranks = ranks or Ranks()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    outcome = make_outcome(config.algorithm.outcome)
     data = load_data(config)
     tools = make_tools(config, data, search)
     tags = [tag for tool in tools for name in tool.names for tag in tags_of(name)]
@@ -153,6 +159,7 @@ def set_up(
         sampling=Sampling(temperature=config.rollout.temperature),
         seed=config.train.seed,
         concurrency=config.rollout.concurrency,
+        outcome=outcome,
     )
     return Setup(config, data, words, lm, agent, scoring, tuple(filter(None, warnings)))
 
@@ -337,6 +344,10 @@ def settings_warnings(config: Config) -> list[str]:
 
 def _idle_keys(a: Algorithm) -> Iterator[tuple[Sequence[str], str]]:
     """Keys of section ``algorithm`` that do nothing beside its others, and why."""
+    if a.outcome not in OF_ANSWERS:
+        yield ("format_penalty",), f"algorithm.outcome={a.outcome} judges rollouts without an answer, too"
+        if not a.has_gains or a.baseline == "masked":
+            yield ("pseudo_answer",), "nothing is compared with answers"
     if not ALGORITHMS[a.name].needs_values:
         keys = [key for key in OF_GAINS if key not in ("gamma", *OF_GROUPS) or a.name not in CRITICS]
         yield keys, f"algorithm.name={a.name} has no gains"
@@ -359,13 +370,21 @@ def _scoring(config: Config, dialect: Dialect, questions: Sequence[Question]) ->
     def branches_of(question: Question) -> Sequence[Branch]:
         return () if count == 0 else dialect.branches(question)[:count]
 
+    def tokens_of(question: Question) -> int:
+        return sum(len(branch.ids) for branch in branches_of(question))
+
+    most_answer = max(map(tokens_of, questions))
+    if a.pseudo_answer == "majority" and count != 0:  # not known yet: the longest that may be, after the same wrapper
+        (probe,) = dialect.branches(replace(questions[0], answers=(questions[0].question,)))
+        most_answer = probe.start + SEAM + config.data.max_answer_tokens
+
     empty, _ = dialect.response((Action(next(iter(dialect.functions)), {}),), (ToolResult(),))
     baseline = a.baseline if recipe.needs_values else "previous"
     passages = search.top_k * (search.max_passage_tokens + 4)  # blank lines between passages, with a margin
     most = len(empty) + max(passages, config.tools.max_tokens if set(dialect.functions) != {SEARCH} else 0)
     return Scoring(
         branches_of,
-        answer_tokens=max(sum(len(branch.ids) for branch in branches_of(question)) for question in questions),
+        answer_tokens=most_answer,
         baseline=baseline,
         samples=a.baseline_samples,
         longest_response=min(most, config.rollout.max_tokens) if baseline == "random" else 0,

@@ -22,7 +22,7 @@ from igpo_fast.config import Config
 from igpo_fast.contents import contents, sources
 from igpo_fast.data.load import Data
 from igpo_fast.data.world import CLEAN, HARD, NOISY, Demonstration, Noise, World, demonstrate, make_worlds
-from igpo_fast.errors import ToolError
+from igpo_fast.errors import InputError, ToolError
 from igpo_fast.files import atomic_folder, check_manifest, check_writable, write_manifest
 from igpo_fast.model import load
 from igpo_fast.rollouts.dialect import Dialect
@@ -83,7 +83,8 @@ def _fingerprint(config: Config, tokenizer, data: Data) -> str:
     sections["search"] = config.search.model_dump(include={"top_k", "max_passage_tokens"} | url)
     rollout = config.rollout.model_dump(include={"dialect", "system", "thinking", "max_turns", "max_tokens"})
     words = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template)
-    held = {k: v for k, v in (sources(config) | contents(config)).items() if not k.startswith("data.eval")}
+    others = ("data.eval", "algorithm.")
+    held = {k: v for k, v in (sources(config) | contents(config)).items() if not k.startswith(others)}
     text = repr(
         (
             sections,
@@ -163,7 +164,10 @@ def _batches(config: Config, dialect: Dialect, data: Data, tools: Tools) -> Iter
         tools = Tools([Bm25Search({world.name: world.passages for world in worlds}, config.search.top_k)])
         draw = lambda noise: _from_world(rng.choice(worlds), noise, rng, config.rollout.max_turns)  # noqa: E731
     else:
-        draw = lambda noise: _from_steps(data.train, noise, rng)  # noqa: E731
+        answered = [question for question in data.train if question.answers]
+        if not answered:
+            raise InputError("sft: no question has an answer to demonstrate; set its steps to 0")
+        draw = lambda noise: _from_steps(answered, noise, rng)  # noqa: E731
     settings = config.sft
     phases = ((settings.clean_steps, CLEAN), (settings.noisy_steps, NOISY), (settings.hard_steps, HARD))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 
 from igpo_fast.config import Config
 from igpo_fast.data.load import question_order
@@ -24,6 +25,7 @@ from igpo_fast.run.session import Session
 from igpo_fast.setup import Setup, make_learner, make_updater, set_up
 from igpo_fast.types import Batch, Evaluation, Group, Question
 from igpo_fast.update.packs import Readings
+from igpo_fast.update.rewards import agreement, with_majority
 from igpo_fast.update.update import Updater
 
 
@@ -75,7 +77,7 @@ class Trainer:
             trained=True,
         )
         self.agent = self.setup.agent
-        self._stragglers: Counter[str] = Counter()  # counts of the last rollouts
+        self._left_out: Counter[str] = Counter()  # rollouts of the last step that are not trained on, by reason
         self.learner = make_learner(config, self.setup.lm, self.ranks)
         self.update: Updater = make_updater(self.setup, self.learner, display, self.ranks)
         self.display.note(self.setup.summary(self.update.passes, self.learner.parameters))
@@ -114,9 +116,23 @@ class Trainer:
                 if found is None:
                     break
                 place, group = found
-                yield place * self.ranks.size + self.ranks.number, group
+                judged = self._judged(group)
+                counts["rollout/unjudged"] += len(group.rollouts) - len(judged.rollouts)
+                if len(judged.rollouts) >= min(2, rollout.group_size):
+                    yield place * self.ranks.size + self.ranks.number, judged
         self.agent.engine.sleep()
-        self._stragglers = counts if limited else Counter()
+        told = {"rollout/stragglers": limited, "rollout/unjudged": self.agent.outcome is not None}
+        self._left_out = Counter({key: counts[key] for key, possible in told.items() if possible})
+
+    def _judged(self, group: Group) -> Group:
+        """The group as it is scored: without rollouts on which there is no verdict, and with its majority answer as
+        the accepted one if it is to have that."""
+        algorithm = self.config.algorithm
+        if self.agent.outcome is not None:
+            group = replace(group, rollouts=tuple(rollout for rollout in group.rollouts if rollout.rewards))
+        if algorithm.pseudo_answer == "majority":
+            group = with_majority(group, algorithm.f1_normalisation)
+        return group
 
     def collect(self, finished: Iterator[tuple[int, Group]], step: int, metrics: StepMetrics) -> tuple[Batch, Readings]:
         """The groups to train on, and the first pass's results for those that it has already read.
@@ -155,19 +171,31 @@ class Trainer:
         if not kept:
             raise self.ranks.on_all(RunError(
                 f"step {step}: stragglers left no group with two rollouts; raise rollout.straggler_factor or "
-                "rollout.straggler_share"
+                "rollout.straggler_share" if rollout.straggler_share < 1 else
+                f"step {step}: algorithm.outcome={self.config.algorithm.outcome} gave no verdict on two rollouts of "
+                "any group; see that its judge answers"
             ))  # fmt: skip
-        if rollout.oversample or rollout.straggler_share < 1:
+        if rollout.oversample or rollout.straggler_share < 1 or len(kept) < wanted:
             metrics.set({"group/sampled": asked, "group/dropped": asked - len(kept)})
-        return Batch(step, tuple(groups[i] for i in kept)), readings
+        batch = Batch(step, tuple(groups[i] for i in kept))
+        if self.config.algorithm.pseudo_answer == "majority":
+            agreed = [agreement(group, self.config.algorithm.f1_normalisation) for group in batch.groups]
+            metrics.set({"group/majority": sum(agreed) / len(agreed)})
+        return batch, readings
 
     def _count(self, step: int, metrics: StepMetrics) -> None:
-        """Add what the ranks' tools and stragglers counted to the row; warns if calls failed."""
+        """Add what the ranks' tools counted, and the rollouts left out, to the row; warns of failed calls and missing
+        verdicts."""
         tools = self.agent.tools
-        told = self.ranks.gather((self._stragglers, tools.take()))
-        stragglers, calls = (sum(counts, Counter()) for counts in zip(*told, strict=True))
+        told = self.ranks.gather((self._left_out, tools.take()))
+        left_out, calls = (sum(counts, Counter()) for counts in zip(*told, strict=True))
         counts, warning = self.ranks.together(lambda: tools.report(calls, f"step {step}"))[0]
-        metrics.set({key: stragglers[key] for key in self._stragglers} | counts)
+        metrics.set({key: left_out[key] for key in self._left_out} | counts)
+        if unjudged := left_out["rollout/unjudged"]:
+            self.display.warn(
+                f"step {step}: algorithm.outcome={self.config.algorithm.outcome} gave no verdict on {unjudged:,} "
+                "rollouts, which are left out"
+            )
         if warning:
             self.display.warn(warning)
 

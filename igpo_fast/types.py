@@ -22,6 +22,10 @@ from typing import Any, Literal
 import numpy as np
 
 SEARCH, ANSWER, INVALID = "search", "answer", "invalid"
+OF_ANSWERS, OF_TOOLS = ("f1", "em"), "tools"
+"""Outcomes that the answer decides, and the one that tools say; any other names a user's function."""
+REWARD = "reward"
+"""The number of a function or a tool that trains."""
 
 Basis = Literal["log_prob", "prob"]
 Answers = Literal["first", "max", "mean", "sum"]
@@ -30,7 +34,7 @@ Baseline = Literal["previous", "random", "masked", "none"]
 ValueModel = Literal["policy", "reference", "teacher"]
 Pool = Literal["separate", "joint", "scaled_separate", "turn_index", "raw"]
 Accumulate = Literal["sum", "sum_over_sqrt", "none"]
-Outcome = Literal["f1", "em"]
+PseudoAnswer = Literal["none", "majority", "reference"]
 Normalisation = Literal["igpo", "squad", "hotpot"]
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 Ratio = Literal["token", "turn", "sequence"]
@@ -51,7 +55,7 @@ class Question:
     question: str
     """Text of the question."""
     answers: tuple[str, ...]
-    """Accepted answers, the main one first; never empty."""
+    """Accepted answers, the main one first; empty where there is no ground truth."""
     hops: int | None = None
     """Number of facts on which the answer rests, if known."""
     steps: tuple[dict, ...] = ()
@@ -60,6 +64,13 @@ class Question:
     """Name of the collection that is searched; empty if there is only one."""
     dataset: str = ""
     """Name of its data set if several are evaluated; empty if there is only one."""
+    truth: tuple[str, ...] | None = None
+    """The ground truth, if any, where ``answers`` are the group's own; None where ``answers`` are the ground truth."""
+
+    @property
+    def ground_truth(self) -> tuple[str, ...]:
+        """The accepted answers of the data set; empty if it has none."""
+        return self.answers if self.truth is None else self.truth
 
 
 @dataclass(frozen=True)
@@ -176,6 +187,9 @@ class Rollout:
     """Turns: 1 .. max_turns."""
     truncated: Truncation = ""
     """The limit that ended it (``truncation``); empty if it answered or its last turn is malformed."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """What a user's function or the tools say that it earned, by name; ``reward`` trains. Empty if none was asked, or
+    gave no verdict."""
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -252,9 +266,11 @@ class Credit:
     """ig_t = v_t - v_{t-1}, or v_t less what ``baseline`` compares it with, credited to turns 1 .. T-1: float64 [T-1];
     NaN for a turn that earns none (``ig_tools``, ``ig_every``)."""
     outcome: float
-    """F1 or EM of the final answer, or the format penalty."""
+    """F1 or EM of the final answer or the format penalty, or ``Rollout.rewards["reward"]``."""
     f1: float
+    """Against the ground truth; NaN without one."""
     em: float
+    """Likewise."""
     advantages: np.ndarray
     """A_t, after normalising and discounting: float64 [T]."""
     clip_scale: np.ndarray | None = None

@@ -3,15 +3,16 @@
 import re
 import string
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_fast.types import Question, Rollout, Turn
+from igpo_fast.types import Group, Question, Rollout, Turn
 from igpo_fast.update.gains import information_gain, values_of
-from igpo_fast.update.rewards import exact_match, f1_score, normalise_answer, outcome
+from igpo_fast.update.rewards import agreement, exact_match, f1_score, normalise_answer, outcome, with_majority
 from tests.doing import doing
 
 
@@ -142,6 +143,39 @@ def rollout(action: str, argument: str) -> Rollout:
 )
 def test_outcome(action, argument, kind, expected):
     assert outcome(rollout(action, argument), kind, "igpo", -2.0) == pytest.approx(expected)
+
+
+def test_an_outcome_that_is_no_score_is_the_rollouts_own():
+    judged = replace(rollout("invalid", ""), rewards={"reward": 0.25, "style": 1.0})
+    assert outcome(judged, "own.py:judge", "igpo", -2.0) == outcome(judged, "tools", "igpo", -2.0) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("said", "normalisation", "accepted", "share"),
+    [
+        (["B", "A", "A", None], "igpo", ("A",), 1 / 2),
+        (["A", "B", "B", "A"], "igpo", ("B",), 1 / 2),  # B was the first with two
+        (["A", "B", "A", "B"], "igpo", ("A",), 1 / 2),
+        (["C", "A", "B"], "igpo", ("C",), 1 / 3),
+        (["New York", " new  york!", "Boston"], "igpo", ("New York",), 2 / 3),  # one answer, in its first words
+        (["Boston", " The U.S. ", "us", "US"], "squad", ("The U.S.",), 3 / 4),
+        (["Boston", "The U.S.", "us", "US"], "igpo", ("us",), 1 / 2),  # "the u s" is another
+        (["", " ", "", "A"], "igpo", ("A",), 1 / 4),  # who says nothing has no vote
+        ([None, None, None], "igpo", (), 0.0),
+        (["", None], "igpo", (), 0.0),
+        (["?", "?", "A"], "igpo", ("?",), 2 / 3),
+    ],
+)
+def test_the_majority_of_a_group(said, normalisation, accepted, share):
+    members = [rollout("invalid" if text is None else "answer", text or "") for text in said]
+    voted = with_majority(Group(members[0].question, tuple(members)), normalisation)
+    for question in (voted.question, *(member.question for member in voted.rollouts)):
+        assert (question.answers, question.truth, question.ground_truth) == (accepted, ("new york",), ("new york",))
+    assert [member.answer for member in voted.rollouts] == said
+    assert agreement(voted, normalisation) == pytest.approx(share)
+    right = [outcome(member, "em", normalisation, -2.0) for member in voted.rollouts]
+    assert right.count(1.0) == round(share * len(said)) and right.count(-2.0) == said.count(None)
+    assert with_majority(voted, normalisation).question.ground_truth == ("new york",), "the truth stays"
 
 
 # Two answers at two prefixes, as probabilities {1/2, 1/4} and {1/8, 1}.

@@ -157,9 +157,9 @@ def test_http_cuts_to_top_k_and_works_in_a_second_event_loop():
     with Server((200, GOOD)) as server:
         search = HttpSearch(server.url, 1)
         first = asyncio.run(search("one"))
-        clients = search._clients
+        clients = search.endpoint._clients
         assert asyncio.run(search("two")) == first
-        assert search._clients is not clients, "connections of a closed loop cannot be used"
+        assert search.endpoint._clients is not clients, "connections of a closed loop cannot be used"
         assert [passage.id for passage in first.passages] == ["7"]
 
 
@@ -196,13 +196,13 @@ def test_http_closes_its_connections():
         async def twice():
             for _ in range(2):
                 await gathered(search, 3)
-                clients = [client for client in search._clients._queue if client]
+                clients = [client for client in search.endpoint._clients._queue if client]
                 await search.aclose()
             return clients
 
         assert all(client.is_closed for client in asyncio.run(twice()))
         search.check()
-    assert search._clients is None
+    assert search.endpoint._clients is None
 
 
 def test_http_finding_nothing_is_no_error():
@@ -343,7 +343,7 @@ def test_http_waits_until_the_date_the_server_names(monkeypatch):
         def now(cls, zone):
             return datetime(2026, 1, 1, 12, tzinfo=zone)
 
-    monkeypatch.setattr("igpo_fast.rollouts.tools.search.datetime", Noon)
+    monkeypatch.setattr("igpo_fast.endpoint.datetime", Noon)
     later = "Thu, 01 Jan 2026 12:00:20 GMT"
     assert waits(monkeypatch, [(503, {}, {"Retry-After": later}), (200, GOOD)], backoff=0.5) == [pytest.approx(20 * X)]
 

@@ -59,10 +59,11 @@ def _from_world(config: Config) -> Data:
 
 def _from_files(config: Config) -> Data:
     own: dict[str, Passage] | None = {} if config.data.corpus == OWN_PARAGRAPHS else None
-    train = load_questions(config.data.train, passages=own)
+    answered = config.algorithm.needs_answers
+    train = load_questions(config.data.train, passages=own, answered=answered)
     warnings = []
     if config.data.eval is not None:
-        evaluation = _evaluation(config.data.eval, config.eval.questions, own)
+        evaluation = _evaluation(config.data.eval, config.eval.questions, own, answered)
         warnings += _trained_on(train, evaluation)
     else:
         held_out = min(config.eval.questions, len(train) // 2)
@@ -76,7 +77,9 @@ def _from_files(config: Config) -> Data:
     return Data(train, evaluation, collections, tuple(warnings))
 
 
-def _evaluation(given: str | Sequence[str], most: int, passages: dict[str, Passage] | None) -> tuple[Question, ...]:
+def _evaluation(
+    given: str | Sequence[str], most: int, passages: dict[str, Passage] | None, answered: bool
+) -> tuple[Question, ...]:
     """At most ``most`` questions per data set; of a larger one a fixed random part, because many are sorted."""
     sources = [given] if isinstance(given, str) else given
     sets: dict[str, list[Question]] = {}
@@ -85,7 +88,7 @@ def _evaluation(given: str | Sequence[str], most: int, passages: dict[str, Passa
         name, source = NAMED_SOURCE.fullmatch(entry).groups()
         # A file with several data_sources is several data sets, in a list, too.
         stem = stem_of(source.partition(":")[0]) if len(sources) > 1 else ""
-        questions = load_questions(source, name or "", otherwise=stem, passages=passages)
+        questions = load_questions(source, name or "", otherwise=stem, passages=passages, answered=answered)
         earlier = set(sets)
         for question in questions:
             if question.id in seen:

@@ -28,7 +28,12 @@ SEARCH_R1_PROMPT = re.compile(r".*<search>.*<answer>.*Question:(.+)", re.DOTALL)
 
 
 def load_questions(
-    source: str | Path, dataset: str = "", *, otherwise: str = "", passages: dict[str, Passage] | None = None
+    source: str | Path,
+    dataset: str = "",
+    *,
+    otherwise: str = "",
+    passages: dict[str, Passage] | None = None,
+    answered: bool = True,
 ) -> tuple[Question, ...]:
     """Questions with their accepted answers, in the order of the source.
 
@@ -42,6 +47,7 @@ def load_questions(
         dataset: ``Question.dataset``, in place of verl's ``data_source``. Ids begin with it.
         otherwise: ``Question.dataset`` of rows that name none, if ``dataset`` does not either.
         passages: is filled with the rows' own paragraphs, by id.
+        answered: whether each question must have an answer.
     Raises:
         InputError: missing or malformed file, no rows, a row without question or answers (or paragraphs, if wanted), a
             field of the wrong kind, an id given twice.
@@ -49,7 +55,7 @@ def load_questions(
     questions: dict[str, Question] = {}
     for row in map(_of_kilt, rows_of(source)):
         try:
-            question = _question(row, dataset, otherwise, questions)
+            question = _question(row, dataset, otherwise, questions, answered)
             if passages is not None:
                 passages.update((passage.id, passage) for passage in own_passages(row.values))
         except BadField as error:
@@ -71,14 +77,17 @@ def _of_kilt(row: Row) -> Row:
     return row._replace(values={"question": asked, "answers": answers, "id": row.values.get("id")})
 
 
-def _question(row: Row, dataset: str, otherwise: str, taken: Mapping[str, Question]) -> Question:
+def _question(row: Row, dataset: str, otherwise: str, taken: Mapping[str, Question], answered: bool) -> Question:
     values = row.values
     question = _question_text(values)
     if not question:
         raise BadField('no question; fill "question" or "prompt"')
     answers = tuple(dict.fromkeys(answer for answer in map(str.strip, _answers(values)) if answer))
-    if not answers:
-        raise BadField('question without answers; fill "answers" or remove it')
+    if answered and not answers:
+        raise BadField(
+            'question without answers; fill "answers", remove it, or train without: algorithm.pseudo_answer=majority, '
+            "or a function as algorithm.outcome with an outcome-only algorithm.name"
+        )
     hops, steps = _support(values)
     source = text(values.get("data_source"), "data_source")
     name = dataset or source or otherwise

@@ -141,7 +141,7 @@ def _bpe(vocab_size: int, data: Data) -> PreTrainedTokenizerFast:
     tokenizer.decoder = token_decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     passages = (f"{p.title}\n{p.text}" for passages in data.collections.values() for p in passages)
-    questions = (f"{q.question}\n{q.answers[0]}" for q in data.train)
+    questions = ("\n".join((q.question, *q.answers[:1])) for q in data.train)
     trainer = BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD, EOS],

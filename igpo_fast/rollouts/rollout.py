@@ -12,6 +12,7 @@ import numpy as np
 from igpo_fast.engines.base import Engine, Request, Sampling
 from igpo_fast.errors import InputError
 from igpo_fast.rollouts.dialect import Dialect
+from igpo_fast.rollouts.outcome import Outcome
 from igpo_fast.rollouts.tools.base import Tools
 from igpo_fast.types import ANSWER, Question, Rollout, Turn, truncation
 
@@ -68,6 +69,8 @@ class Agent:
     concurrency: int
     """Rollouts that the engine samples at a time; with an engine that ``keeps_rollouts`` between turns, rollouts that
     wait for their tools count, too."""
+    outcome: Outcome | None = None
+    """Asked what each rollout earned; None where answers decide."""
 
 
 async def run_rollout(
@@ -86,14 +89,14 @@ async def run_rollout(
     Returns:
         The rollout; its last turn has no response. A turn cut by length counts only if it parses anyway.
     Raises:
-        InputError: the prompt leaves no room for a turn. Errors of engine and tools pass through.
+        InputError: the prompt leaves no room for a turn. Errors of engine, tools and outcome pass through.
     """
     engine, dialect, limits = agent.engine, agent.dialect, agent.limits
     key = (agent.seed, step, question_key(question), index)
     prompt = opening(question, dialect, limits)
     ids, turns = prompt, []
-    try:
-        async with agent.tools.open(question) as tools:
+    async with agent.tools.open(question) as tools:
+        try:
             while True:
                 request = Request(
                     key=key,
@@ -121,7 +124,10 @@ async def run_rollout(
                 last = replace(last, response_ids=response_ids, response=response, passages=passages, found=found)
                 turns.append(last)
                 ids = extended
-    finally:
-        engine.release(key)
-    truncated = truncation(last.action, generation.finished, len(turns) + 1 == limits.max_turns)
-    return Rollout(question, index, prompt, (*turns, last), truncated)
+        finally:
+            engine.release(key)
+        truncated = truncation(last.action, generation.finished, len(turns) + 1 == limits.max_turns)
+        rollout = Rollout(question, index, prompt, (*turns, last), truncated)
+        if agent.outcome is not None:
+            rollout = replace(rollout, rewards=await agent.outcome(rollout, tools))
+    return rollout

@@ -109,7 +109,7 @@ class Display:
         line = f"{summary(row)}  eta {_duration(self._eta())}"
         self._progress.update(self._run, completed=self._done)
         self._info.plain = line
-        if not self.console.is_terminal or finite(row.get("eval/f1")) is not None:
+        if not self.console.is_terminal or evaluated(row) is not None:
             self._print(Text(f"step {self._done}/{self.steps}  {line}"))
 
     def warm_start(self, done: int, total: int, loss: float) -> None:
@@ -161,7 +161,7 @@ def summary(row: Mapping) -> str:
     parts = [
         text.format(value)
         for key, text in (
-            ("reward/f1", "f1 {:.3f}"),
+            ("reward/f1", "f1 {:.3f}") if "reward/f1" in row else ("reward/outcome", "outcome {:.3f}"),
             ("reward/ig_mean", "gain {:+.4f}"),
             ("group/collapsed", "collapsed {:.2f}"),
             ("turns/mean", "turns {:.1f}"),
@@ -173,10 +173,16 @@ def summary(row: Mapping) -> str:
         parts.append(f"{tokens / seconds:,.0f} tokens/s")
     if seconds is not None:
         parts.append(f"{seconds:.1f} s")
-    if (f1 := finite(row.get("eval/f1"))) is not None:
-        error = finite(row.get("eval/f1_se"))
-        parts.append(f"eval f1 {f1:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
+    if key := evaluated(row):
+        error = finite(row.get(f"{key}_se"))
+        name = key.replace("/", " ")
+        parts.append(f"{name} {row[key]:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
     return "  ".join(parts)
+
+
+def evaluated(row: Mapping) -> str | None:
+    """The main number of a row's evaluation: F1, or where nothing is known the reward; None without one."""
+    return next((key for key in ("eval/f1", "eval/reward") if finite(row.get(key)) is not None), None)
 
 
 def sparkline(values: Sequence[float | None], low: float | None = None, high: float | None = None) -> str:

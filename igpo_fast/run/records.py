@@ -36,9 +36,11 @@ def record_of(rollout: Rollout, credit: Credit | None = None) -> dict[str, Any]:
         "answers": list(question.answers),
         "corpus": question.corpus,
         "dataset": question.dataset,
+        **({} if question.truth is None else {"truth": list(question.truth)}),
         "index": rollout.index,
         "answer": rollout.answer,
         "truncated": rollout.truncated,
+        **({"rewards": dict(rollout.rewards)} if rollout.rewards else {}),
         "outcome": outcome,
         "f1": f1,
         "em": em,
@@ -81,12 +83,14 @@ def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, Credit | None]:
     """
     if record.get("version", VERSION) > VERSION:
         raise ValueError(f"a rollout record of version {record['version']}; this igpo-fast reads up to {VERSION}")
+    truth = record.get("truth")
     question = Question(
         record["id"],
         record["question"],
         tuple(record["answers"]),
         corpus=record.get("corpus", ""),
         dataset=record.get("dataset", ""),
+        truth=None if truth is None else tuple(truth),
     )
     turns = tuple(
         Turn(
@@ -103,7 +107,7 @@ def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, Credit | None]:
         for turn in record["turns"]
     )
     prompt, truncated = np.array(record["prompt_ids"], np.int32), record.get("truncated", "")
-    rollout = Rollout(question, record["index"], prompt, turns, truncated)
+    rollout = Rollout(question, record["index"], prompt, turns, truncated, record.get("rewards", {}))
     if record["outcome"] is None:
         return rollout, None
     before_last = record["turns"][:-1]
@@ -114,8 +118,8 @@ def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, Credit | None]:
         values=_array(record["values"], np.float64),
         gains=_array([] if unscored else gains, np.float64),
         outcome=record["outcome"],
-        f1=record["f1"],
-        em=record["em"],
+        f1=_number(record["f1"]),
+        em=_number(record["em"]),
         advantages=_array([turn["advantage"] for turn in record["turns"]], np.float64),
         baselines=None if compared is None else _array(compared, np.float64),
     )
@@ -136,4 +140,8 @@ def _numbers(values: Sequence[float] | np.ndarray) -> list[float | None]:
 
 
 def _array(values: Sequence[float | None], dtype: type) -> np.ndarray:
-    return np.array([math.nan if value is None else value for value in values], dtype)
+    return np.array([_number(value) for value in values], dtype)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

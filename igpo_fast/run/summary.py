@@ -9,7 +9,7 @@ from pathlib import Path
 from igpo_fast.config import Config, load
 from igpo_fast.errors import InputError, masked
 from igpo_fast.jsonl import finite
-from igpo_fast.run.display import sparkline
+from igpo_fast.run.display import evaluated, sparkline
 
 SPAN = 5
 """Steps over which first and last training numbers are averaged, because they are noisy; half of a short run."""
@@ -37,16 +37,17 @@ def run_summary(rows: Sequence[Mapping], folder: Path, config: Config, program: 
 
 
 def _evaluation(rows: Sequence[Mapping]) -> str:
-    """F1 on held-out questions, first -> last."""
-    evaluated = [row for row in rows if _known(row, "eval/f1")]
-    if not evaluated:
+    """F1, or where nothing is known the reward, on held-out questions, first -> last."""
+    key = next(filter(None, map(evaluated, rows)), None)
+    if key is None:
         return ""
-    first, last = evaluated[0], evaluated[-1]
+    with_it = [row for row in rows if _known(row, key)]
+    first, last, name = with_it[0], with_it[-1], key.replace("/", " ")
     if first is last:
-        return f"eval f1 {_with_error(first)} at step {first['step']:g}"
-    curve = sparkline([row["eval/f1"] for row in evaluated])
+        return f"{name} {_with_error(first, key)} at step {first['step']:g}"
+    curve = sparkline([row[key] for row in with_it])
     steps = f"steps {first['step']:g} to {last['step']:g}"
-    return f"eval f1 {_with_error(first)} -> {_with_error(last)}  {curve}  {steps}"
+    return f"{name} {_with_error(first, key)} -> {_with_error(last, key)}  {curve}  {steps}"
 
 
 def _training(rows: Sequence[Mapping]) -> str:
@@ -87,9 +88,9 @@ def _can_run(file: Path) -> bool:
     return all(Path(path).exists() for path in named)
 
 
-def _with_error(row: Mapping) -> str:
-    error = f" ± {row['eval/f1_se']:.3f}" if _known(row, "eval/f1_se") else ""
-    return f"{row['eval/f1']:.3f}{error}"
+def _with_error(row: Mapping, key: str) -> str:
+    error = f" ± {row[f'{key}_se']:.3f}" if _known(row, f"{key}_se") else ""
+    return f"{row[key]:.3f}{error}"
 
 
 def _known(row: Mapping, key: str) -> bool:

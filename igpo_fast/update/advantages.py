@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ import torch
 from igpo_fast.extend import named
 from igpo_fast.types import (
     INVALID,
+    REWARD,
     Accumulate,
     Answers,
     Baseline,
@@ -21,13 +23,12 @@ from igpo_fast.types import (
     CreditOf,
     Group,
     Normalisation,
-    Outcome,
     Pool,
     Rollout,
     ValueModel,
 )
 from igpo_fast.update.gains import Gain, earning_turns, gains_of_ones_own, information_gain, repeated_passages
-from igpo_fast.update.rewards import exact_match, f1_score, outcome
+from igpo_fast.update.rewards import exact_match, f1_score, outcome, rewards_of
 from igpo_fast.update.scoring import Values
 from igpo_kernels.turn_advantages import GAIN, OUTCOME, Normaliser, normalised_rewards, turn_advantages
 
@@ -88,7 +89,7 @@ class Recipe:
     min_var: float = 1e-8
     gamma: float = 1.0
     format_penalty: float = -2.0
-    outcome: Outcome = "f1"
+    outcome: str = "f1"
     f1_normalisation: Normalisation = "igpo"
     accumulate: Accumulate = "sum"
     ig_weight: float = 1.0
@@ -158,6 +159,11 @@ class Recipe:
             return 0
         return 1 if self.answers == "first" else None
 
+    def values(self, rollout: Rollout) -> bool:
+        """Whether a rollout's prefixes have values: nothing is scored without an accepted answer (a group of which
+        none answered has no majority)."""
+        return bool(rollout.question.answers) or self.scored_answers == 0
+
     @property
     def value_source(self) -> ValueModel:
         """The model that gives the values, or, where none are needed, the policy."""
@@ -226,12 +232,17 @@ def credit_rollouts(
             raise ValueError("credit_rollouts: values_per_rollout must hold one [T] array per rollout, in order")
     penalised = recipe.turn_format_penalty != 0
     earning = [
-        earning_turns(rollout, recipe.ig_tools, recipe.ig_every, penalised, recipe.calls_only) for rollout in rollouts
+        earning_turns(
+            rollout, recipe.ig_tools, recipe.ig_every, penalised, recipe.calls_only, valued=recipe.values(rollout)
+        )
+        for rollout in rollouts
     ]
     nothing = np.empty(0), 0
 
     def gains_of(rollout: Rollout, *each: np.ndarray) -> tuple[np.ndarray, int]:
-        return information_gain(*each) if recipe.gain is None else gains_of_ones_own(recipe.gain, rollout, *each)
+        if recipe.gain is None or not recipe.values(rollout):
+            return information_gain(*each)
+        return gains_of_ones_own(recipe.gain, rollout, *each)
 
     found = [
         nothing if values_per_rollout is None else gains_of(*each)
@@ -255,8 +266,8 @@ def credit_rollouts(
             values=values[i],
             gains=gains[i],
             outcome=outcomes[i],
-            f1=f1_score(rollout.answer, rollout.question.answers, recipe.f1_normalisation),
-            em=exact_match(rollout.answer, rollout.question.answers, recipe.f1_normalisation),
+            f1=_against_truth(f1_score, rollout, recipe.f1_normalisation),
+            em=_against_truth(exact_match, rollout, recipe.f1_normalisation),
             advantages=advantages[i],
             **of_turns[i],
             baselines=baselines[i],
@@ -264,6 +275,12 @@ def credit_rollouts(
         )
         for i, rollout in enumerate(rollouts)
     )
+
+
+def _against_truth(score: Callable[..., float], rollout: Rollout, normalisation: Normalisation) -> float:
+    """A score of the answer against the ground truth; NaN without one."""
+    truth = rollout.question.ground_truth
+    return score(rollout.answer, truth, normalisation) if truth else math.nan
 
 
 def _rewards(rollout: Rollout, earning: np.ndarray, gains: np.ndarray, last: float, recipe: Recipe) -> np.ndarray:
@@ -382,7 +399,9 @@ def reward_metrics(groups: Sequence[Group], credits: Sequence[Credit], gate: flo
     Returns:
         ``turns/format_error``: share of rollouts without a well-formed answer. It includes ``turns/truncated_tokens``
         and ``turns/truncated_turns``, the shares of all rollouts that ran into a limit; the rest ended malformed.
-        ``reward/ig_*`` and ``value/*``: only if values were scored, over finite ones.
+        ``reward/ig_*`` and ``value/*``: only if values were scored, over finite ones. ``reward/f1`` and ``reward/em``:
+        over rollouts of questions with a ground truth. ``reward/NAME``: means of the other numbers in
+        ``Rollout.rewards``.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     earned = [s.gains[~np.isnan(s.gains)] for s in credits]
@@ -391,8 +410,8 @@ def reward_metrics(groups: Sequence[Group], credits: Sequence[Credit], gate: flo
     sizes = np.abs(gains)
     means = {
         "reward/outcome": [s.outcome for s in credits],
-        "reward/f1": [s.f1 for s in credits],
-        "reward/em": [s.em for s in credits],
+        "reward/f1": [s.f1 for s in credits if not math.isnan(s.f1)],
+        "reward/em": [s.em for s in credits if not math.isnan(s.em)],
         "reward/ig_mean": gains,
         "reward/ig_abs": sizes,
         "reward/ig_zero": sizes < ZERO_GAIN,
@@ -405,6 +424,7 @@ def reward_metrics(groups: Sequence[Group], credits: Sequence[Credit], gate: flo
         "turns/truncated_tokens": [rollout.truncated == "tokens" for rollout in rollouts],
         "turns/truncated_turns": [rollout.truncated == "turns" for rollout in rollouts],
     }
+    means |= {f"reward/{name}": numbers for name, numbers in rewards_of(rollouts).items() if name != REWARD}
     metrics = {key: float(np.mean(numbers)) for key, numbers in means.items() if len(numbers)}
     metrics["group/collapsed_outcome"] = collapsed_outcome(groups, credits)
     metrics["group/collapsed"] = collapsed(groups, credits)

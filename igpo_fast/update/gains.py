@@ -91,7 +91,12 @@ def gains_of_ones_own(
 
 
 def earning_turns(
-    rollout: Rollout, tools: Collection[str], every: int, penalised: bool, calls_only: bool = False
+    rollout: Rollout,
+    tools: Collection[str],
+    every: int,
+    penalised: bool,
+    calls_only: bool = False,
+    valued: bool = True,
 ) -> np.ndarray:
     """Which turns earn a gain of their own: bool [T-1]. The tokens of one that does not share the advantage of the next
     that does, or of the last turn.
@@ -101,9 +106,12 @@ def earning_turns(
         every: only every so many turns, counted from the first, earn one.
         penalised: whether malformed turns always count, because they pay a penalty in place of a gain.
         calls_only: whether turns that call no tool earn none.
+        valued: whether the rollout has values; without, no turn earns a gain.
     """
 
     def earns(turn: Turn) -> bool:
+        if not valued:
+            return False
         called = not tools or any(action.tool in tools for action in turn.actions)
         return called and (turn.calls or not calls_only)
 

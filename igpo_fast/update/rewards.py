@@ -1,13 +1,14 @@
-"""Outcomes: F1 and exact match of the final answer."""
+"""Outcomes: F1 and exact match of the final answer, or what was said of the rollout."""
 
 from __future__ import annotations
 
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from igpo_fast.types import Normalisation, Outcome, Rollout
+from igpo_fast.types import OF_ANSWERS, REWARD, Group, Normalisation, Rollout
 from igpo_fast.words import nfc, spaced
 
 _WIDE = "、。〃・·〈〉《》「」『』【】〔〕〖〗！＂＃％＆＇（）＊，－．／：；？＠［＼］＿｛｝～｟｠｡｢｣､･"
@@ -65,9 +66,48 @@ def exact_match(prediction: str | None, answers: Sequence[str], normalisation: N
     return float(any(predicted == normalise_answer(answer, normalisation) for answer in answers))
 
 
-def outcome(rollout: Rollout, kind: Outcome, normalisation: Normalisation, format_penalty: float) -> float:
-    """Reward of the last turn: F1 or EM of the answer; ``format_penalty`` without a well-formed one."""
+def outcome(rollout: Rollout, kind: str, normalisation: Normalisation, format_penalty: float) -> float:
+    """Reward of the last turn: F1 or EM of the answer, ``format_penalty`` without a well-formed one; or, of any other
+    ``kind``, the rollout's own ``reward``."""
+    if kind not in OF_ANSWERS:
+        return rollout.rewards[REWARD]
     if rollout.answer is None:
         return format_penalty
     score = f1_score if kind == "f1" else exact_match
     return score(rollout.answer, rollout.question.answers, normalisation)
+
+
+def rewards_of(rollouts: Iterable[Rollout]) -> dict[str, list[float]]:
+    """The numbers in ``Rollout.rewards`` by their names, of the rollouts that have them."""
+    found: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        for name, number in rollout.rewards.items():
+            found.setdefault(name, []).append(number)
+    return found
+
+
+def with_majority(group: Group, normalisation: Normalisation = "igpo") -> Group:
+    """The group with its most frequent final answer as the accepted one, in place of the ground truth, which its
+    question keeps as ``truth``.
+
+    Answers are counted normalised, empty ones not; of equally frequent ones the first to reach the count in the
+    rollouts' order wins, in the words of the first rollout that gave it. A group without answers accepts none.
+    """
+    counts: Counter[str] = Counter()
+    words: dict[str, str] = {}
+    best = ""
+    for rollout in group.rollouts:
+        said = normalise_answer(rollout.answer or "", normalisation)
+        if said:
+            words.setdefault(said, rollout.answer.strip())
+            counts[said] += 1
+            best = said if counts[said] > counts[best] else best
+    accepted = (words[best],) if best else ()
+    question = replace(group.question, answers=accepted, truth=group.question.ground_truth)
+    return Group(question, tuple(replace(rollout, question=question) for rollout in group.rollouts))
+
+
+def agreement(group: Group, normalisation: Normalisation = "igpo") -> float:
+    """Share of a group's rollouts whose answer is an accepted one."""
+    accepted = group.question.answers
+    return sum(exact_match(r.answer, accepted, normalisation) for r in group.rollouts) / len(group.rollouts)

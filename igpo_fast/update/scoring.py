@@ -164,10 +164,13 @@ class Scoring:
         """The values of a rollout of ``turns`` turns, from the mean log-probabilities of what was scored.
 
         Args:
-            answers: of each accepted answer after each prefix: float64 [answers, T]; None if none was.
+            answers: of each accepted answer after each prefix: float64 [answers, T]; None if none was, and the values
+                are then NaN, but with ``masked``, which needs none.
             forks: float64 [``Fork.answer``, up to T], NaN where there is no fork; None if none was.
             value_of: log-probabilities [n, turns] to a value per turn, as ``gains.values_of`` does.
         """
+        if answers is None and self.baseline != "masked":
+            return Values(np.full(turns, np.nan))
         if self.baseline == "previous":
             return Values(value_of(answers))
         if self.baseline == "none":

@@ -166,7 +166,7 @@ NOBODY = ("search.url=http://127.0.0.1:9/retrieve", "search.timeout=7", "search.
 def test_a_runs_tool_is_the_one_it_asks_for(tmp_path):
     tools = [make_search(config := settings(tmp_path, tmp_path, *more), load_data(config)) for more in ((), NOBODY)]
     assert isinstance(tools[0], Bm25Search)
-    assert isinstance(tools[1], HttpSearch) and tools[1]._timeout == 7
+    assert isinstance(tools[1], HttpSearch) and tools[1].endpoint._timeout == 7
 
 
 def test_a_tool_that_does_not_answer_is_known_before_the_model_is_loaded(tmp_path, monkeypatch):

@@ -15,10 +15,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from igpo_fast import model
+from igpo_fast import endpoint, model
 from igpo_fast.data.passages import load_corpus
 from igpo_fast.data.questions import load_questions
-from igpo_fast.rollouts.tools import search as search_module
 from igpo_fast.rollouts.tools.search import HttpSearch
 from igpo_fast.score import Scorer, score_file
 from igpo_fast.types import Passage
@@ -269,7 +268,7 @@ def retrieval(folder: Path) -> Case:
         content = damaged(random, content) if random.randrange(4) == 0 else content
         answer.update(status=random.choice(STATUSES), content=content, headers=_bytes(random.choice(HEADERS)))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(search_module, "LONGEST_WAIT", 0.0)
+            patch.setattr(endpoint, "LONGEST_WAIT", 0.0)
             found = asyncio.run(search(random.choice(["Faust", *TEXTS])))
         assert len(found.passages) <= 3
         for passage in found.passages:

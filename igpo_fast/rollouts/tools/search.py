@@ -8,8 +8,6 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from itertools import islice
 
@@ -20,13 +18,11 @@ from igpo_fast.config import Config
 from igpo_fast.data.bm25 import best, indexed_words
 from igpo_fast.data.load import Data
 from igpo_fast.data.passages import title_and_text
+from igpo_fast.endpoint import Endpoint, Failed
 from igpo_fast.errors import ToolError, masked
-from igpo_fast.net import direct, fault, without_credentials
 from igpo_fast.rollouts.tools.base import Tool, causes
 from igpo_fast.types import SEARCH, Action, Passage, Question, ToolResult
 
-LONGEST_WAIT = 30.0
-"""Longest back-off in seconds, even if a server asks for more."""
 EXAMPLE = "http://127.0.0.1:8000/retrieve"
 
 
@@ -195,20 +191,14 @@ class HttpSearch(Search):
         transport: httpx.AsyncBaseTransport | None = None,
     ):
         super().__init__()
-        self._fault = fault(url)
         self._name = f"search.url={masked(url)}"
-        self._url, self._credentials = (url, None) if self._fault else without_credentials(url)
         self._top_k = top_k
-        self._timeout = timeout
-        self._retries = retries
-        self._backoff = backoff
-        self._concurrency = concurrency
-        self._max_bytes = max_bytes
         self._failure_text = failure_text
-        self._transport, self._mounts = transport, direct(url)
-        self._ssl = httpx.create_ssl_context()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._clients: asyncio.LifoQueue[httpx.AsyncClient | None] | None = None
+        self.endpoint = Endpoint(
+            url, example=EXAMPLE, what="search server", timeout=timeout, retries=retries, backoff=backoff,
+            concurrency=concurrency, max_bytes=max_bytes, counts=self.counts, remedy=self._remedy, transport=transport,
+            smaller="lower search.top_k, or raise search.max_response_mb",
+        )  # fmt: skip
 
     def check(self, question: Question | None = None) -> None:
         """Search once, as a run does (``Tool.check``)."""
@@ -222,10 +212,7 @@ class HttpSearch(Search):
         self.counts.clear()
 
     async def aclose(self) -> None:
-        clients, self._clients, self._loop = self._clients, None, None
-        while clients and not clients.empty():
-            if client := clients.get_nowait():
-                await client.aclose()
+        await self.endpoint.aclose()
 
     async def search(self, query: str, corpus: str) -> ToolResult:
         """The server's passages for ``query``; it has one collection, so ``corpus`` is ignored."""
@@ -237,70 +224,11 @@ class HttpSearch(Search):
             return ToolResult(failure=self._failure_text)
 
     async def _search(self, query: str) -> tuple[Passage, ...]:
-        for attempt in range(self._retries + 1):
-            try:
-                return await self._attempt(query)
-            except _Failed as failed:
-                self.counts[failed.count] += 1
-                if not failed.again or attempt == self._retries:
-                    tried = "" if not failed.again else f" after {attempt + 1} attempts"
-                    raise ToolError(f"{self._name}: {failed}{tried}; {failed.remedy}") from None
-                doubled = self._backoff * 2 ** min(attempt, 64)  # larger exponents would overflow
-                wait = max(doubled, failed.wait) * (1 + _fraction(query) / 2)
-            self.counts["retries"] += 1
-            await asyncio.sleep(min(wait, LONGEST_WAIT))
-        raise AssertionError("the last attempt returns or raises")
-
-    async def _attempt(self, query: str) -> tuple[Passage, ...]:
-        if self._fault:
-            raise _Failed("refused", self._fault, again=False, remedy=f"give a URL like {EXAMPLE}")
-        # Connections and queues belong to an event loop, and each step of a run may have its own.
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            # One client per concurrent request, made when first needed, the last used one first: one client's pool
-            # goes through all its connections for every request (4 ms of CPU against 1 at 32).
-            self._clients = asyncio.LifoQueue()
-            for _ in range(self._concurrency):
-                self._clients.put_nowait(None)
-            self._loop = loop
-        client = await self._clients.get() or httpx.AsyncClient(
-            timeout=None, verify=self._ssl, auth=self._credentials, mounts=self._mounts, transport=self._transport
-        )
-        try:
-            async with asyncio.timeout(self._timeout) as deadline:
-                content = await self._fetch(client, query)
-            if deadline.expired():  # the cancelled attempt went on regardless
-                raise TimeoutError
-            return self._read(content)
-        except TimeoutError:
-            raise _Failed("timeouts", f"no answer within {self._timeout:g} s") from None
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise _Failed("unreachable", f"no answer ({reason})") from None
-        finally:
-            self._clients.put_nowait(client)
-
-    async def _fetch(self, client: httpx.AsyncClient, query: str) -> bytes:
         body = {"queries": [_encodable(query)], "topk": self._top_k, "return_scores": True}
-        # Not compressed: the limit is on the memory used here.
-        request = client.stream("POST", self._url, json=body, headers={"Accept-Encoding": "identity"})
-        async with request as response:
-            status = response.status_code
-            if status == 429:
-                raise _Failed("rate_limited", "no answer (status 429)", wait=_retry_after(response))
-            if status >= 500 or status == 408:
-                raise _Failed("server_errors", f"no answer (status {status})", wait=_retry_after(response))
-            if not response.is_success:
-                raise _Failed("refused", f"a POST gave status {status}", again=False, remedy=self._remedy(response))
-            content = bytearray()
-            async for chunk in response.aiter_raw():
-                content += chunk
-                if len(content) > self._max_bytes:
-                    raise _Failed(
-                        "too_large", f"its answer exceeds {self._max_bytes:,} bytes", again=False,
-                        remedy="lower search.top_k, or raise search.max_response_mb",
-                    )  # fmt: skip
-        return bytes(content)
+        try:
+            return await self.endpoint.post(body, self._read, jitter=query)
+        except Failed as failed:
+            raise ToolError(f"{self._name}: {failed}; {failed.remedy}") from None
 
     def _remedy(self, response: httpx.Response | None = None) -> str:
         """Advice about an answer outside the protocol; ``response`` is None if its status was 200."""
@@ -309,8 +237,9 @@ class HttpSearch(Search):
             return "give the credentials that it needs: search.url=http://user:password@host/..."
         if response and response.has_redirect_location:
             return f"give the address that it redirects to: {response.headers['Location']}"
-        if status in (200, 404, 405) and not httpx.URL(self._url).path.strip("/"):
-            return f"add the path: search.url={self._url.rstrip('/')}/retrieve"
+        url = self.endpoint.url
+        if status in (200, 404, 405) and not httpx.URL(url).path.strip("/"):
+            return f"add the path: search.url={url.rstrip('/')}/retrieve"
         if status in (404, 405):
             return f"is its path right? A search server's address is like {EXAMPLE}"
         return 'expected {"result": [[{"document": {"id", "contents"}, "score"}]]}, as Search-R1\'s server answers'
@@ -320,32 +249,10 @@ class HttpSearch(Search):
             (hits,) = json.loads(content)["result"]
             return tuple(islice(filter(None, map(_passage, hits)), self._top_k))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-            raise _Failed(
+            raise Failed(
                 "malformed", f"its answer is not Search-R1's ({type(error).__name__}: {error})", again=False,
                 remedy=self._remedy(),
             ) from None  # fmt: skip
-
-
-class _Failed(Exception):
-    """An attempt failed.
-
-    Args:
-        count: the one of ``tools.base.CAUSES`` that is incremented.
-        again: whether a retry may succeed.
-        wait: seconds that the server asks to wait before a retry.
-    """
-
-    def __init__(
-        self,
-        count: str,
-        reason: str,
-        *,
-        again: bool = True,
-        wait: float = 0.0,
-        remedy: str = "is the search server running there?",
-    ):
-        super().__init__(reason)
-        self.count, self.again, self.wait, self.remedy = count, again, wait, remedy
 
 
 def _passage(hit: Mapping) -> Passage | None:
@@ -363,26 +270,9 @@ def _digest(*texts: str) -> str:
     return hashlib.blake2b("\n".join(texts).encode(errors="replace"), digest_size=8).hexdigest()
 
 
-def _fraction(text: str) -> float:
-    """A number 0 <= x < 1 that depends on the text alone."""
-    return int(_digest(text), 16) / 2**64
-
-
 def _encodable(text: str) -> str:
     """``text`` without lone surrogates: JSON's escapes can write them, UTF-8 and tokenizers cannot."""
     return text.encode(errors="replace").decode()
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the server asks to wait, given as a number or as a date; 0 if it asks for none."""
-    value = response.headers.get("Retry-After", "")
-    try:
-        seconds = (
-            float(value) if value.isdecimal() else (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
-        )
-    except (ValueError, TypeError):
-        return 0.0
-    return max(seconds, 0.0)
 
 
 class NoSearch(Search):
