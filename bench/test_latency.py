@@ -13,6 +13,8 @@ pytest.importorskip("pydantic")
 
 from igpo_fast.config import load
 from igpo_fast.rollouts.batch import rollout_groups
+from igpo_fast.rollouts.tools.base import Tools
+from igpo_fast.rollouts.tools.search import Search
 from igpo_fast.setup import set_up
 from igpo_fast.types import ToolResult, search_for
 
@@ -21,21 +23,22 @@ SLOWEST = 2.0
 """Largest latency in seconds; latencies are uniform between 0 and this."""
 
 
-class SlowTool:
+class SlowSearch(Search):
     """A search tool with latency; ``chains[rollout]`` are the latencies of its calls in the latest batch."""
 
-    def __init__(self, tool, slowest):
-        self.tool, self.slowest = tool, slowest
+    def __init__(self, search, slowest):
+        super().__init__()
+        self._search, self._slowest = search, slowest
         self.begin()
 
     def begin(self):
         self.rng, self.chains = random.Random(0), defaultdict(list)
 
-    async def __call__(self, query: str, corpus: str = "") -> ToolResult:
-        latency = self.rng.uniform(0, self.slowest)
+    async def search(self, query: str, corpus: str) -> ToolResult:
+        latency = self.rng.uniform(0, self._slowest)
         self.chains[asyncio.current_task()].append(latency)
         await asyncio.sleep(latency)
-        return await self.tool(query, corpus)
+        return await self._search.search(query, corpus)
 
 
 def test_rollouts(compare, tmp_path):
@@ -44,14 +47,15 @@ def test_rollouts(compare, tmp_path):
         [f"run.cache={tmp_path}", "sft.clean_steps=0", "sft.noisy_steps=0", "sft.hard_steps=0"],
     )
     setup = set_up(config)
+    (search,) = setup.agent.tools
     # An untrained policy never searches; here every turn does, whatever it says.
     setup.agent.dialect.parse = lambda text: (search_for("who"),)
-    slow, quick = SlowTool(setup.agent.tool, SLOWEST), SlowTool(setup.agent.tool, 0.0)
+    slow, quick = SlowSearch(search, SLOWEST), SlowSearch(search, 0.0)
 
     def batch(tool):
         tool.begin()
         setup.agent.engine.load_weights()
-        agent = replace(setup.agent, tool=tool, concurrency=QUESTIONS * GROUP)
+        agent = replace(setup.agent, tools=Tools([tool]), concurrency=QUESTIONS * GROUP)
         return rollout_groups(agent, setup.data.train[:QUESTIONS], GROUP, 1) and None
 
     def longest_chain():

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from igpo_fast import setup
 from igpo_fast.errors import RunError
 from igpo_fast.rollouts import batch
-from igpo_fast.rollouts.tools.base import Tool
+from igpo_fast.rollouts.tools import make
+from igpo_fast.rollouts.tools.search import Search
 from igpo_fast.run.metrics import StepMetrics
 from igpo_fast.train import Trainer, train
 from igpo_fast.update.policy import Policy
@@ -32,9 +32,9 @@ def trainer_of(tmp_path, cache):
 @pytest.fixture
 def slow_search(monkeypatch):
     """Search that takes ``seconds(query, corpus)`` of a clock that jumps; ``waiting`` counts the searches under way."""
-    real = setup.make_search
+    real = make.make_search
 
-    class Slow(Tool):
+    class Slow(Search):
         waiting, seconds = 0, staticmethod(lambda query, corpus: 0.0)
 
         async def search(self, query, corpus):
@@ -43,12 +43,12 @@ def slow_search(monkeypatch):
             self.waiting -= 1
             return await self.real.search(query, corpus)
 
-    def make(config, data):
+    def made(config, data):
         slow.real = real(config, data)
         return slow
 
     slow = Slow()
-    monkeypatch.setattr(setup, "make_search", make)
+    monkeypatch.setattr(make, "make_search", made)
     monkeypatch.setattr(batch, "RolloutLoop", JumpingLoop)
     return slow
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.model import hidden_states, lm_head
 from igpo_fast.model import load as load_model
-from igpo_fast.rollouts.tools.base import FOUND
+from igpo_fast.rollouts.tools.search import FOUND
 from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.run.metrics import KEYS
 from igpo_fast.train import train
