@@ -137,13 +137,19 @@ def _answers(row: Mapping[str, Any]) -> list[str]:
     """The accepted answers, blank ones included."""
     field = _first(row, ANSWER_KEYS)
     if field is None:
-        found = _accepted(_inside(row, "reward_model").get("ground_truth"), "reward_model.ground_truth")
+        found = accepted_answers(_inside(row, "reward_model").get("ground_truth"), "reward_model.ground_truth")
     else:
-        found = _accepted(row[field], field)
+        found = accepted_answers(row[field], field)
     return [*found, *texts(row.get("answer_aliases"), "answer_aliases")]
 
 
-def _accepted(value: Any, field: str) -> list[str]:
+def accepted_answers(value: Any, field: str) -> list[str]:
+    """The accepted answers in a value that data sets hold: a text, verl's joined texts, a list, an object with
+    ``target``, ``text`` or ``value``; blank ones included.
+
+    Raises:
+        BadField: anything else.
+    """
     if field == "possible_answers" and isinstance(value, str):
         value = _json_list(value, field)
     if isinstance(value, str):

@@ -192,7 +192,10 @@ def recipe_of(algorithm: config.Algorithm, steps: int = 1) -> Recipe:
 
 
 def credit_rollouts(
-    groups: Sequence[Group], values_per_rollout: Sequence[Values | np.ndarray] | None, recipe: Recipe
+    groups: Sequence[Group],
+    values_per_rollout: Sequence[Values | np.ndarray] | None,
+    recipe: Recipe,
+    outcomes: Sequence[float] | None = None,
 ) -> tuple[Credit, ...]:
     """Rewards and advantages of every turn, one ``Credit`` per rollout in the groups' order.
 
@@ -202,6 +205,7 @@ def credit_rollouts(
             which also hold what they are compared with. An outcome-only algorithm only reports them and accepts None:
             values are then NaN [T], gains empty.
         recipe: settings of rewards and advantages.
+        outcomes: reward of each rollout's last turn, in the groups' order; None takes the recipe's own outcome.
     Raises:
         ValueError: values are missing although the algorithm needs them, or do not match the rollouts' turns.
     """
@@ -224,7 +228,8 @@ def credit_rollouts(
         for each in zip(values, earning, baselines, strict=True)
     ]
     gains = [gain for gain, _ in found]
-    outcomes = [outcome(r, recipe.outcome, recipe.f1_normalisation, recipe.format_penalty) for r in rollouts]
+    if outcomes is None:
+        outcomes = [outcome(r, recipe.outcome, recipe.f1_normalisation, recipe.format_penalty) for r in rollouts]
     of_turns: list[dict] = [{} for _ in rollouts]
     if recipe.critic:
         advantages = [np.zeros(n) for n in turns]

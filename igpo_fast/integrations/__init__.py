@@ -1,0 +1,1 @@
+"""IGPO inside other trainers; each module needs that trainer's package."""
