@@ -237,7 +237,7 @@ class IGPOTrainer(GRPOTrainer):
         mine = slice(first, first + len(rollouts))
         output["outcomes"] = outcomes[mine]
         if not self.one_pass:
-            values = self._values_packed(rollouts) if self.packed else self._values_separate(rollouts)
+            values = self.values(rollouts)
             everyones, values = zip(*gather_object(list(zip(rollouts, values, strict=True))), strict=True)
             credits = self._credits(everyones, values, outcomes.tolist())[mine]
             output["advantages"] = self._per_token(output, rollouts, credits)
@@ -291,9 +291,13 @@ class IGPOTrainer(GRPOTrainer):
         means = means_of(plan, logp, ANSWER)
         return [values_of(means[i], self._recipe.basis, self._recipe.answers) for i in range(count)]
 
+    def values(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        """v_t of each rollout, float64 [T], from passes of their own over as many rollouts as TRL reads at once. All
+        processes call it together."""
+        return self._values_packed(rollouts) if self.packed else self._values_separate(rollouts)
+
     @torch.no_grad()
     def _values_packed(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-        """v_t of each rollout, from passes of their own over as many rollouts as TRL reads at once."""
         found, size = [], self._rollouts_at_once
         for start in range(0, len(rollouts), size):
             several = rollouts[start : start + size]
@@ -303,7 +307,7 @@ class IGPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _values_separate(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-        """v_t of each rollout, from one sequence for each prefix and answer. All processes run equally many batches."""
+        """One sequence for each prefix and answer; all processes run equally many batches."""
         means, texts = [], []
         for rollout in rollouts:
             branches = self._branches(rollout.question)
