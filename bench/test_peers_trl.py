@@ -4,7 +4,7 @@
     trl         GRPOTrainer, one advantage per rollout and no values
     separate    IGPOTrainer with packed=off: TRL's loss, and a sequence for each prefix and answer
 
-All take TRL's own ``training_step`` and an AdamW step. TRL's LM head reads every position on a CPU, and on a GPU those of
+All take TRL's own ``training_step`` and an AdamW step. TRL's LM head reads every position on a CPU, on a GPU those of
 completions; ours reads the policy's tokens.
 """
 
@@ -27,8 +27,10 @@ from bench.timing import DEVICE
 from igpo_fast.integrations.trl import IGPOConfig, IGPOTrainer
 
 SHAPES = {
-    "16x1300": dict(groups=2, rollouts=8, prompt=150, turns=(4, 6), turn=(20, 45), response=(200, 300), wrapper=26, answer=4,
-                    hidden=256, layers=4, vocab=16384),
+    "16x1300": dict(
+        groups=2, rollouts=8, prompt=150, turns=(4, 6), turn=(20, 45), response=(200, 300), wrapper=26, answer=4,
+        hidden=256, layers=4, vocab=16384,
+    )
 }  # fmt: skip
 """Lengths like those of configs/musique.yaml's rollouts: (least, most) where they vary."""
 PEERS = {"trl": 5, "separate": 1}
@@ -111,6 +113,6 @@ def test_step(name, peer, compare, tmp_path):
         algorithm={"preset": "robust", "wrapper": wrapper},
     )  # fmt: skip
     peers = {"trl": partial(side, GRPOTrainer, GRPOConfig, shape, tmp_path), "separate": partial(igpo, packed="off")}
-    lengths = [len(p) + len(c) for p, c in zip(*(recorded(shape)[k] for k in ("prompt_ids", "completion_ids")), strict=True)]
-    about = {"model": "qwen2", **shape, "tokens": sum(lengths)}
+    tokens = sum(len(ids) for key in ("prompt_ids", "completion_ids") for ids in recorded(shape)[key])
+    about = {"model": "qwen2", **shape, "tokens": tokens}
     compare("peers", about, {"ours": igpo(packed="on"), peer: peers[peer]()}, PEERS[peer])

@@ -1,12 +1,12 @@
 """IGPO inside TRL 1.16 (docs/trl.md): ``IGPOTrainer`` is its ``GRPOTrainer`` with an advantage per turn.
 
-TRL's mask of tool tokens tells turns: a run of the policy's tokens is a turn, what follows it up to the next turn is the
-response. Completion ids are used as they were sampled. TRL's own loss takes the advantages, one per token, so its options
-hold. What differs is what reads the tokens:
+TRL's mask of tool tokens tells turns: a run of the policy's tokens is a turn, what follows it up to the next turn is
+the response. Completion ids are used as they were sampled. TRL's own loss takes the advantages, one per token, so its
+options hold. What differs is what reads the tokens:
 
-    packed      one tree per group of rollouts, the prompt once, answers as branches behind every boundary, and the LM head
-                on the policy's tokens and the answers alone. If a micro-batch holds whole groups, the values come from
-                the pass that trains; else from a pass before it.
+    packed      one tree per group of rollouts: the prompt once, answers as branches behind every boundary, and the LM
+                head on the policy's tokens and the answers alone. If a micro-batch holds whole groups, the values come
+                from the pass that trains; else from a pass before it.
     separate    TRL's padded sequences, and another for each prefix and answer.
 """
 
@@ -112,8 +112,8 @@ def settings_of(args: IGPOConfig) -> Algorithm:
     settings = validated(Config, {"algorithm": given}, "IGPOConfig").algorithm
     if settings.name not in NAMES:
         raise InputError(
-            f"IGPOConfig: algorithm.name={settings.name}: choose {', '.join(NAMES)}; other algorithms without gains are "
-            "TRL's own settings with name=grpo"
+            f"IGPOConfig: algorithm.name={settings.name}: choose {', '.join(NAMES)}; other algorithms without gains "
+            "are TRL's own settings with name=grpo"
         )
     for key in given:
         if key not in READ and key not in OUT_OF_REACH:
@@ -141,9 +141,9 @@ def settings_of(args: IGPOConfig) -> Algorithm:
 class IGPOTrainer(GRPOTrainer):
     """TRL's ``GRPOTrainer`` whose turns earn information gain.
 
-    Takes what GRPOTrainer takes, with an ``IGPOConfig``. The data set has a column of accepted answers; reward functions
-    give each rollout's outcome, which its last turn earns. With ``algorithm.name=grpo`` there are no gains and
-    advantages are TRL's own.
+    Takes what GRPOTrainer takes, with an ``IGPOConfig``. The data set has a column of accepted answers; reward
+    functions give each rollout's outcome, which its last turn earns. With ``algorithm.name=grpo`` there are no gains,
+    and advantages are TRL's own.
 
     Raises:
         InputError: ``packed=on`` and something hinders it; a tokenizer without the dialect; in a step, rows without
@@ -153,7 +153,8 @@ class IGPOTrainer(GRPOTrainer):
     _tag_names = ("trl", "igpo")
     _name = "IGPO"
     _paper = {  # noqa: RUF012 (as TRL's trainers have it)
-        "title": "Information Gain-based Policy Optimization: A Simple and Effective Approach for Multi-Turn LLM Agents",
+        "title": "Information Gain-based Policy Optimization: A Simple and Effective Approach for Multi-Turn LLM "
+        "Agents",
         "id": "2510.14967",
     }
 
@@ -232,7 +233,7 @@ class IGPOTrainer(GRPOTrainer):
         if not self._recipe.needs_values:
             return output
         if bad := self._rewards.isnan().all(1).nonzero().flatten().tolist():
-            raise InputError(f"IGPOTrainer: no reward function gave rollout {bad[0]} a reward; return a number for each")
+            raise InputError(f"IGPOTrainer: no reward function scored rollout {bad[0]}; return a number for each")
         outcomes = (self._rewards * self.reward_weights.to(self._rewards.device)).nansum(1)
         mine = slice(first, first + len(rollouts))
         output["outcomes"] = outcomes[mine]
@@ -389,10 +390,8 @@ class IGPOTrainer(GRPOTrainer):
         column = token - inputs["prompt_mask"].sum(1)[place]
         # The loss masks tokens that were not read, whose ratio is 1.
         blank = read[0].new_zeros(inputs["completion_ids"].shape)
-        old = inputs.get("old_per_token_logps")
-        logp, entropy = (
-            rest.index_put((place, column), x) for rest, x in zip((blank if old is None else old, blank), read, strict=True)
-        )
+        unread = inputs.get("old_per_token_logps", blank), blank
+        logp, entropy = (rest.index_put((place, column), x) for rest, x in zip(unread, read, strict=True))
         return logp, entropy, None
 
 

@@ -3,7 +3,11 @@
 import json
 import logging
 import math
+import subprocess
+import sys
 from functools import partial
+from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,17 +16,20 @@ import torch
 pytest.importorskip("trl", exc_type=ImportError)
 
 from datasets import Dataset
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
+from igpo_fast import model
 from igpo_fast.errors import InputError
 from igpo_fast.integrations.trl import IGPOConfig, IGPOTrainer, rollout_of
 from igpo_fast.run.records import record_of
 from igpo_fast.score import load_scorer, score_file
 from igpo_fast.types import Question
+from tests.families import tokenizer_of
 from tests.integrations.worlds import ARGS, World, f1, for_trl
 from tests.tiny import settings
 
+ROOT = Path(__file__).parents[2]
 GROUPS, SIZE = 3, 4
 PAPER = {"preset": "paper"}
 
@@ -142,8 +149,10 @@ def test_advantages_by_hand_in_grpo_trainers_loss(world, recorded, tmp_path):
         group = recorded[start : start + SIZE]
         gains = []
         for rollout in group:
-            lengths = np.cumsum([len(rollout.prompt_ids), *(len(t.ids) + len(t.response_ids) for t in rollout.turns[:-1])])
-            values = [plain_value(lm, world.tokenizer, rollout.ids[:n], rollout.question.answers[0]) for n in lengths]
+            prefix, values = rollout.prompt_ids.tolist(), []
+            for turn in rollout.turns:
+                values.append(plain_value(lm, world.tokenizer, prefix, rollout.question.answers[0]))
+                prefix += [*turn.ids.tolist(), *turn.response_ids.tolist()]
             gains.append(np.diff(values))
         pool, last = np.concatenate(gains), np.array(outcomes[start : start + SIZE])
         z = lambda x, pool: (x - pool.mean()) / (np.sqrt(pool.var() + 1e-8) + 1e-6)  # noqa: E731
@@ -202,7 +211,7 @@ def test_the_choice_is_made_once_and_logged(world, recorded, tmp_path, caplog):
     assert not trainer.packed and "separate sequences, because of BloomForCausalLM" in caplog.text
     loss, found = gradients(trainer, rows)
     assert loss.isfinite() and any(gradient.any() for gradient in found.values())
-    with pytest.raises(InputError, match="packed=on: BloomForCausalLM cannot run packed.*use packed=auto"):
+    with pytest.raises(InputError, match=r"packed=on: BloomForCausalLM cannot run packed.*use packed=auto"):
         made(world, recorded, tmp_path, lm=bloom, algorithm=PAPER, packed="on")
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="igpo_fast.integrations.trl"):
@@ -246,7 +255,7 @@ def test_rows_and_rollouts_that_cannot_be_scored(world, recorded, tmp_path):
     with pytest.raises(InputError, match="a completion of 2 tokens with a mask of 1"):
         rollout_of(Question("q", "", ()), 0, [1], [2, 3], [1])
     trainer, rows = made(world, recorded, tmp_path, algorithm=PAPER, rewards=[None] + [1.0] * (len(rows) - 1))
-    with pytest.raises(InputError, match="no reward function gave rollout 0 a reward"):
+    with pytest.raises(InputError, match="no reward function scored rollout 0"):
         trainer._generate_and_score_completions(rows)
 
 
@@ -260,12 +269,113 @@ def test_turns_are_runs_of_the_mask():
     assert [t.ids.tolist() for t in whole.turns] == [[3, 4]]
 
 
+class Lookup:
+    """An environment of TRL's."""
+
+    def reset(self, **_) -> str | None:
+        return None
+
+    def look(self, word: str) -> str:
+        """Look a word up.
+
+        Args:
+            word: The word.
+        """
+        return f"{word} is blue"
+
+
+class Scripted(IGPOTrainer):
+    """What is sampled is given: every other rollout calls the tool, then answers; the others answer at once."""
+
+    CALL = '<tool_call>\n{"name": "look", "arguments": {"word": "sky"}}\n</tool_call><|im_end|>'
+    ANSWER = "<answer>blue</answer><|im_end|>"
+
+    def _generate_single_turn(self, prompt_ids, *_, **__):
+        first = len(prompt_ids) == self.args.per_device_train_batch_size
+        said = [self.CALL if first and i % 2 == 0 else self.ANSWER for i in range(len(prompt_ids))]
+        return [self._tokenizer(text, add_special_tokens=False).input_ids for text in said], None
+
+
+def test_environments_of_trl(tmp_path):
+    """TRL's own tool loop, in a chat template: turns are what was sampled, and answers stand in the next turn."""
+    family = tokenizer_of("qwen3")
+    template = files("trl").joinpath("chat_templates/qwen3.jinja").read_text()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=family.backend_tokenizer,
+        chat_template=template,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    rows = [{"prompt": [{"role": "user", "content": "The sky?"}], "answer": "blue"}] * 4
+    found = []
+    for packed in ("on", "off"):
+        lm = model.build(
+            len(tokenizer), hidden_size=32, layers=2, heads=2, kv_heads=1, ffn_size=32, max_tokens=4096,
+            tie_embeddings=False, seed=0,
+        )  # fmt: skip
+        lm.set_attn_implementation("sdpa")
+        args = IGPOConfig(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, packed=packed, algorithm=PAPER,
+            **(ARGS | {"dialect": "chat"}),
+        )  # fmt: skip
+        trainer = Scripted(
+            lm, lambda completions, **_: outcomes_of(completions), args, train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer, environment_factory=Lookup,
+        )  # fmt: skip
+        trainer.current_gradient_accumulation_steps = 1
+        rollouts = trainer._generate_and_score_completions(rows)["rollouts"]
+        assert [[tokenizer.decode(turn.ids) for turn in r.turns] for r in rollouts] == [
+            [Scripted.CALL, Scripted.ANSWER], [Scripted.ANSWER]
+        ] * 2  # fmt: skip
+        response = tokenizer.decode(rollouts[0].turns[0].response_ids)
+        assert "sky is blue" in response and response.endswith("<|im_start|>assistant\n")
+        found.append(gradients(trainer, rows))
+    close(*found)
+
+
+def test_adapters_are_trained_through_packed_trees(world, recorded, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def adapted():
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear")
+        return peft.get_peft_model(world.model(), config)
+
+    found = [
+        gradients(*made(world, recorded, tmp_path, lm=adapted(), packed=packed, algorithm=PAPER, beta=0.1))
+        for packed in ("on", "off")
+    ]
+    assert all("lora" in name for name in found[0][1])
+    close(*found)
+
+
+def test_mixed_precision(world, recorded, tmp_path):
+    """TRL's default: float32 weights under bfloat16's autocast."""
+    options = dict(algorithm=PAPER, bf16=True)
+    on, off = (gradients(*made(world, recorded, tmp_path, packed=packed, **options)) for packed in ("on", "off"))
+    theirs = torch.cat([gradient.flatten() for gradient in off[1].values()])
+    ours = torch.cat([on[1][name].flatten() for name in off[1]])
+    assert (ours - theirs).norm() <= 0.1 * theirs.norm()
+
+
+def test_groups_may_span_processes(world, recorded, tmp_path):
+    alone = gradients(*made(world, recorded, tmp_path, packed="off", algorithm=PAPER))[1]
+    torch.save((recorded, world.tokenizer, alone), tmp_path / "recorded.pt")
+    (tmp_path / "model").symlink_to(world.folder)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, "-m", "tests.integrations.two_ranks", str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_forty_steps_on_the_quickstart_improve_f1(tmp_path):
     """The quickstart's warm start of 0.4M parameters, GRPOTrainer's loop, information gain."""
     from igpo_fast import config
 
-    quick = config.load("configs/quickstart.yaml", ["train.seed=101", f"run.dir={tmp_path}", f"run.cache={tmp_path}"])
+    folders = [f"run.dir={tmp_path}", f"run.cache={tmp_path}"]
+    quick = config.load(ROOT / "configs/quickstart.yaml", ["train.seed=101", *folders])
     world = World(quick, tmp_path / "model")
 
     def score(model):
