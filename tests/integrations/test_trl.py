@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 from functools import partial
@@ -58,9 +59,10 @@ def made(world, rollouts, folder, trainer=IGPOTrainer, lm=None, rewards=None, **
     """A trainer whose rollout_func returns ``rollouts``, and the rows of its batch."""
     rows = [{"prompt": r.question.question, "answers": list(r.question.answers)} for r in rollouts]
     options = {"per_device_train_batch_size": len(rows), "num_generations": SIZE} | ARGS | options
-    if trainer is GRPOTrainer:
+    config = IGPOConfig if issubclass(trainer, IGPOTrainer) else GRPOConfig
+    if config is GRPOConfig:
         options.pop("dialect")
-    args = (GRPOConfig if trainer is GRPOTrainer else IGPOConfig)(output_dir=str(folder), **options)
+    args = config(output_dir=str(folder), **options)
     found = trainer(
         world.model() if lm is None else lm,
         lambda completions, **_: outcomes_of(rollouts) if rewards is None else rewards,
@@ -296,31 +298,37 @@ class Scripted(IGPOTrainer):
         return [self._tokenizer(text, add_special_tokens=False).input_ids for text in said], None
 
 
-def test_environments_of_trl(tmp_path):
+@pytest.fixture
+def tokenizer():
+    """Small, with Qwen3's template, whose tool calls TRL reads."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer_of("qwen3").backend_tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        chat_template=files("trl").joinpath("chat_templates/qwen3.jinja").read_text(),
+    )  # fmt: skip
+
+
+def small(tokenizer):
+    """A model for a tokenizer, as transformers would load it."""
+    lm = model.build(
+        len(tokenizer), hidden_size=32, layers=2, heads=2, kv_heads=1, ffn_size=32, max_tokens=4096,
+        tie_embeddings=False, seed=0,
+    )  # fmt: skip
+    lm.set_attn_implementation("sdpa")
+    return lm
+
+
+def test_environments_of_trl(tokenizer, tmp_path):
     """TRL's own tool loop, in a chat template: turns are what was sampled, and answers stand in the next turn."""
-    family = tokenizer_of("qwen3")
-    template = files("trl").joinpath("chat_templates/qwen3.jinja").read_text()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=family.backend_tokenizer,
-        chat_template=template,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-    )
     rows = [{"prompt": [{"role": "user", "content": "The sky?"}], "answer": "blue"}] * 4
     found = []
     for packed in ("on", "off"):
-        lm = model.build(
-            len(tokenizer), hidden_size=32, layers=2, heads=2, kv_heads=1, ffn_size=32, max_tokens=4096,
-            tie_embeddings=False, seed=0,
-        )  # fmt: skip
-        lm.set_attn_implementation("sdpa")
         args = IGPOConfig(
             output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, packed=packed, algorithm=PAPER,
             **(ARGS | {"dialect": "chat"}),
         )  # fmt: skip
         trainer = Scripted(
-            lm, lambda completions, **_: outcomes_of(completions), args, train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer, environment_factory=Lookup,
+            small(tokenizer), lambda completions, **_: outcomes_of(completions), args,
+            train_dataset=Dataset.from_list(rows), processing_class=tokenizer, environment_factory=Lookup,
         )  # fmt: skip
         trainer.current_gradient_accumulation_steps = 1
         rollouts = trainer._generate_and_score_completions(rows)["rollouts"]
@@ -331,6 +339,39 @@ def test_environments_of_trl(tmp_path):
         assert "sky is blue" in response and response.endswith("<|im_start|>assistant\n")
         found.append(gradients(trainer, rows))
     close(*found)
+
+
+def written(number):
+    """The programs in docs/trl.md."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs/trl.md").read_text(), re.DOTALL)[number]
+
+
+def test_the_program_in_the_docs_runs(tokenizer, tmp_path, monkeypatch):
+    small(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    program = written(0)
+    smaller = {
+        "Qwen/Qwen3-0.6B": str(tmp_path / "model"),
+        "max_completion_length=1024": "max_completion_length=16",
+        "max_steps=100": "max_steps=2, bf16=False, use_cpu=True, report_to='none', save_steps=2",
+    }
+    for text, instead in smaller.items():
+        assert program.count(text) == 1
+        program = program.replace(text, instead)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(program, found)
+    assert found["trainer"].one_pass and found["trainer"].state.global_step == 2
+    assert (tmp_path / "library/checkpoint-2/model.safetensors").exists()
+
+
+def test_the_fused_loss_in_the_docs_is_grpo_trainers(world, recorded, tmp_path):
+    found = {}
+    exec(written(1), found)
+    options = dict(loss_type="grpo", temperature=0.8, beta=0.1, use_bias_correction_kl=False)
+    theirs = made(world, recorded, tmp_path, trainer=GRPOTrainer, **options)
+    ours = made(world, recorded, tmp_path, trainer=found["FusedGRPOTrainer"], **options)
+    close(gradients(*ours), gradients(*theirs))
 
 
 def test_adapters_are_trained_through_packed_trees(world, recorded, tmp_path):
