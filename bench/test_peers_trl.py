@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("trl", exc_type=ImportError)
+for needed in ("pydantic", "trl"):
+    pytest.importorskip(needed, exc_type=ImportError)
 
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers

@@ -424,8 +424,8 @@ def test_forty_steps_on_the_quickstart_improve_f1(tmp_path):
         return float(np.mean(for_trl(world.sample([q.question for q in asked], model))["f1"]))
 
     args = IGPOConfig(
-        output_dir=str(tmp_path), max_steps=40, per_device_train_batch_size=128, num_generations=8,
-        learning_rate=1e-3, warmup_steps=5, lr_scheduler_type="constant_with_warmup", gradient_checkpointing=False,
+        output_dir=str(tmp_path), max_steps=40, per_device_train_batch_size=128, num_generations=8, loss_type="grpo",
+        learning_rate=3e-4, warmup_steps=10, lr_scheduler_type="constant_with_warmup", gradient_checkpointing=False,
         algorithm={"preset": "robust"}, **ARGS,
     )  # fmt: skip
     trainer = IGPOTrainer(
@@ -436,4 +436,4 @@ def test_forty_steps_on_the_quickstart_improve_f1(tmp_path):
     trainer.train()
     after = score(trainer.model)
     print(f"F1 {before:.3f} -> {after:.3f}")
-    assert after > before + 0.1
+    assert after > before + 0.1, (before, after)  # standard errors are 0.02
