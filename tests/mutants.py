@@ -592,8 +592,6 @@ MUTANTS = [
          "integrations/test_trl.py::test_gains_are_those_of_score"),
         ("weights of its own", "shared = {id(tensor)", "shared = {0 * id(tensor)",
          "integrations/test_trl.py::test_the_model_still_samples_and_evaluates_as_it_did"),
-        ("credits of the first rank", "outcomes.tolist())[mine]", "outcomes.tolist())[: len(rollouts)]",
-         "integrations/test_trl.py::test_groups_may_span_processes"),
     ),
     *faults("igpo_fast/update/gains.py",
         ("the sum of log-probabilities", "np.logaddexp.reduce(values, axis=0)", "values.sum(axis=0)",
