@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -29,10 +29,24 @@ def load(schema: type[Settings], file: str | Path | None, overrides: Sequence[st
         section, key, value = _override(override, schema)
         values.setdefault(section, {})[key] = value
         overridden.add(f"{section}.{key}")
+    return validated(schema, values, str(file or "configuration"), overridden)
+
+
+def validated(
+    schema: type[Settings], values: dict[str, dict], source: str, overridden: Set[str] = frozenset()
+) -> Settings:
+    """``schema`` from sections of values.
+
+    Args:
+        source: where they come from, for messages.
+        overridden: ``section.key`` of values from the command line.
+    Raises:
+        InputError: unknown key, wrong type or value.
+    """
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, str(file or "configuration"), overridden, schema) from None
+        raise _explain(error, source, overridden, schema) from None
 
 
 def _sections(file: str | Path) -> dict[str, dict]:
@@ -95,7 +109,7 @@ def _nearest(path: tuple[str, ...], schema: type[BaseModel]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else "see docs/config.md for the known keys"
 
 
-def _explain(error: ValidationError, file: str, overridden: set[str], schema: type[BaseModel]) -> InputError:
+def _explain(error: ValidationError, file: str, overridden: Set[str], schema: type[BaseModel]) -> InputError:
     first = error.errors()[0]
     path = tuple(str(part) for part in first["loc"])
     name = ".".join(path[:2])

@@ -81,6 +81,8 @@ BORROWED = "test_counterfactuals.py::test_a_random_fork_has_another_questions_re
 DRAWN = "test_counterfactuals.py::test_random_forks_depend_on_step_and_seed_but_not_on_who_else_is_asked_first"
 TOO_LONG = "test_counterfactuals.py::test_responses_that_are_too_long_or_found_nothing_are_not_lent"
 REAL_SIDE = "test_counterfactuals.py::test_the_real_side_of_a_masked_response_adds_no_token"
+BESIDE_TRL = "integrations/test_trl.py::test_packed_trains_as_separate_sequences"
+BY_HAND_IN_TRL = "integrations/test_trl.py::test_advantages_by_hand_in_grpo_trainers_loss"
 FORKED = "test_counterfactuals.py::test_gains_and_gradients_are_those_of_separate_passes"
 BOUND = "test_counterfactuals.py::test_no_rollout_takes_more_than_its_bound"
 SEPARATE = "test_counterfactuals.py::test_separate_tokens_are_those_of_a_pass_per_prefix_and_fork"
@@ -576,6 +578,20 @@ MUTANTS = [
     *faults("igpo_fast/rollouts/dialect/base.py",
         ("a call is the whole turn", "first, behind = 0, len(ids)", "first, behind = 0, 1",
          "test_contracts.py::TestTagsDialectOfWords::test_a_call_is_the_shortest_end_that_reads_alike"),
+    ),
+    *faults("igpo_fast/integrations/trl.py",
+        ("a response is the next turn's", "nexts = [*starts[1:], ends[-1]]", "nexts = [*ends[1:], ends[-1]]",
+         "integrations/test_trl.py::test_turns_are_runs_of_the_mask"),
+        ("advantages of another rollout", "for place in np.argsort(order)]", "for place in order]", BESIDE_TRL),
+        ("outcomes are lost", "[outcomes[i] for i in order]", "[0.0 for i in order]", BY_HAND_IN_TRL),
+        ("unread tokens have probability 1", 'unread = inputs.get("old_per_token_logps", blank), blank',
+         "unread = blank, blank", "integrations/test_trl.py::test_tokens_that_were_not_read_cannot_overflow"),
+        ("packed logits are not tempered", "head.bias, temperature=self.temperature", "head.bias, temperature=1.0",
+         BESIDE_TRL),
+        ("answers are not at the end of their sequences", 'padding_side="left"', 'padding_side="right"',
+         "integrations/test_trl.py::test_gains_are_those_of_score"),
+        ("weights of its own", "shared = {id(tensor)", "shared = {0 * id(tensor)",
+         "integrations/test_trl.py::test_the_model_still_samples_and_evaluates_as_it_did"),
     ),
     *faults("igpo_fast/update/gains.py",
         ("the sum of log-probabilities", "np.logaddexp.reduce(values, axis=0)", "values.sum(axis=0)",
