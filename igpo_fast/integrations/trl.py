@@ -33,6 +33,7 @@ from igpo_fast.data.questions import ANSWER_KEYS, accepted_answers
 from igpo_fast.errors import InputError
 from igpo_fast.model import hidden_states, lm_head, probe, recompute_layers
 from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.tools.search import SEARCH_TOOL
 from igpo_fast.types import Credit, Group, Question, Rollout, Turn
 from igpo_fast.update.advantages import credit_rollouts, recipe_of, reward_metrics
 from igpo_fast.update.gains import values_of
@@ -169,7 +170,7 @@ class IGPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *others, **options)
         if self._recipe.needs_values:
             self._dialect = make_dialect(
-                args.dialect, self._tokenizer, wrapper=algorithm.wrapper, max_passage_tokens=1,
+                args.dialect, self._tokenizer, (SEARCH_TOOL,), wrapper=algorithm.wrapper, max_passage_tokens=1,
                 max_answer_tokens=args.max_answer_tokens, max_answers=args.max_answers,
             )  # fmt: skip
         self._packed: PreTrainedModel | None = None

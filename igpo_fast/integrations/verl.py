@@ -39,7 +39,7 @@ from igpo_fast.update.packs import FILLER
 
 READ = frozenset(
     {
-        "name", "preset", "basis", "answers", "wrapper", "pool", "ig_gate", "ig_center", "ig_min_std",
+        "name", "preset", "basis", "answers", "wrapper", "gain", "pool", "ig_gate", "ig_center", "ig_min_std",
         "outcome_min_std", "min_var", "accumulate", "ig_weight", "ig_spread", "ig_every", "gamma",
     }
 )  # fmt: skip
