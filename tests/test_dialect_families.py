@@ -347,7 +347,7 @@ PLAIN = "{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_e
         ),
         (
             QWEN25.replace("'<|im_start|>' + m", "(loop.index if m.role == 'user') ~ '<|im_start|>' + m"),
-            "after '.*' its chat template writes '5.*', a rollout would have '3.*'",
+            "after '.*' its chat template writes '8.*', a rollout would have '3.*'",
         ),
         (LLAMA31, "ends an assistant message with '<|eot_id|>.*', which is not one token"),
         (QWEN3.replace("'<|im_end|>\\n'", "'\\n'"), "ends no assistant message"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -68,12 +68,12 @@ FULL = Wording(
 )
 
 
-def full_wording(functions: Mapping[str, Schema]) -> Wording:
-    """``FULL``, or the like of it for other functions than search alone."""
+def full_wording(functions: Mapping[str, Schema], quote: Callable[[str], str]) -> Wording:
+    """``FULL``, or the like of it for other functions than search alone, whose descriptions ``quote`` quotes."""
     if list(functions) == [SEARCH]:
         return FULL
     calls = {name: _example(function) for name, function in functions.items()}
-    listed = "\n".join(f"{call}: {functions[name]['function']['description']}" for name, call in calls.items())
+    listed = "\n".join(f"{call}: {quote(functions[name]['function']['description'])}" for name, call in calls.items())
     system = (
         "Answer the question, using tools for what you do not know. Reason inside <think> and </think>, then take one "
         f"action. To use a tool, write one of\n{listed}\nThe result comes back between <information> and "
@@ -135,7 +135,7 @@ class TagsDialect(Dialect):
             opening: tagged(read, closing, tuple(tag for tag in every if tag != closing))
             for read, (opening, closing) in zip(reads, written, strict=True)
         }
-        full = full_wording(self.functions)
+        full = full_wording(self.functions, self.quote)
         self.wording = wording or (full if self._knows(full) else BARE)
         self._system = self.wording.system if system is None else f"{system}\n\n" if system else ""
         closing = [tag for _, tag in (*written[1:], ANSWERS)]
