@@ -354,20 +354,21 @@ class ChatDialect(Dialect):
         if len(actions) > 1 and not self._parallel:
             raise self._refusal("its chat template writes one call per turn", "write a turn per call")
         text, end = self._written(actions)
-        closes = f"{CLOSE}\n\n" if self._thinks and not text.lstrip().startswith(CLOSE) else ""
-        return closes + text + end
+        if self._thinks and not text.lstrip().startswith(CLOSE):
+            empty = _THOUGHT.match(text)  # the template's own, of a turn that opened none
+            text = f"{CLOSE}\n\n{text[empty.end() if empty else 0 :]}"
+        return text + end
 
     def _wrapper(self) -> tuple[str, str]:
         after = ANSWERED + self._end
         if self._format.says:
             opens, closes = self._format.thought
             return opens + REASONED.strip("\n").replace(f"\n{CLOSE}\n", closes + self._format.says) + "\n", after
-        if not self._thought:
-            lead = self._call[: len(self._call) - len(self._call.lstrip())] if OPEN in self._call else ""
-            return lead + OPEN + REASONED, after
         if self._thinks:
             return REASONED.removeprefix("\n") if self._thought.endswith("\n") else REASONED, after
-        return f"{ANSWERS[0]}\n", after
+        said = self._said(self._TURN)
+        lead = said[: len(said) - len(said.lstrip())]  # GLM begins a new line
+        return lead + (f"{ANSWERS[0]}\n" if self._thought else OPEN + REASONED), after
 
 
 _THOUGHT = re.compile(f"(?:(?:{OPEN}|{CLOSE})\\s*)+")
