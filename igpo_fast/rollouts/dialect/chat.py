@@ -127,8 +127,9 @@ class ChatDialect(Dialect):
         later = self._render("", self._saying(self._TURN), {"role": "user", "content": ""})
         self._closing = self._first_token(later.partition(self._TURN)[2].strip())
         known = tokenizer.get_added_vocab()
-        ends = (*([tokenizer.eos_token] if tokenizer.eos_token else []), *(t for t in END_TOKENS if t in known))
-        self._stop = re.compile("|".join(map(re.escape, (self._end, *ends, *NEXT_ROLES))))
+        ends = [token for token in (tokenizer.eos_token, *END_TOKENS) if token and token in known]
+        roles = [token for token in NEXT_ROLES if token in known]
+        self._stop = re.compile("|".join(map(re.escape, (self._end, *ends, *roles))))
         self._example = self._placeholders()
         self._text_arguments = False
         self._writes_calls = self._shows_example()

@@ -130,9 +130,9 @@ class TagsDialect(Dialect):
         self.tags = (*Dialect.tags, *(tag for pair in written[1:] for tag in pair), "<information>", "</information>")
         super().__init__(tokenizer, functions, **budgets)
         reads = [answered, *(partial(_read, function) for function in functions)]
-        every = [tag for pair in written for tag in pair]
+        self._tags = [tag for pair in written for tag in pair]
         self._readers = {
-            opening: tagged(read, closing, tuple(tag for tag in every if tag != closing))
+            opening: tagged(read, closing, tuple(tag for tag in self._tags if tag != closing))
             for read, (opening, closing) in zip(reads, written, strict=True)
         }
         full = full_wording(self.functions, self.quote)
@@ -176,10 +176,16 @@ class TagsDialect(Dialect):
         if action.tool == ANSWER:
             before, after = self._wrapper()
             return before + self.quote(action.text) + after
-        value = action.arguments
-        if len(parameters_of(self.functions[action.tool])) == 1:
-            (value,) = value.values()
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) if value else ""
+        function, arguments = self.functions[action.tool], action.arguments
+        if name := only_text(function):
+            text = arguments[name]
+        elif arguments:
+            alone = len(parameters_of(function)) == 1
+            text = json.dumps(next(iter(arguments.values())) if alone else arguments, ensure_ascii=False)
+            for tag in self._tags:  # JSON can spell them without writing them
+                text = text.replace(tag, f"\\u003c{tag[1:]}")
+        else:
+            text = ""
         return f"<{action.tool}> {self.quote(text)} </{action.tool}>"
 
     def _wrapper(self) -> tuple[str, str]:
