@@ -188,29 +188,27 @@ class DialectContract:
             places = [shown.index(f"result {n}") for n in range(len(read))]
             assert places == sorted(places)
 
-    @pytest.mark.parametrize("text", MARKUP)
-    def test_markup_in_an_argument_ends_no_turn_and_forges_no_call(self, several, text):
-        program = f'print("{text}")\nx = 1'
-        calls = (Action("measure", {"what": program, "count": 1}),)
-        written = several.write(calls)
-        ids = several.encode(written)
+    def test_markup_in_an_argument_ends_no_turn_and_forges_no_call(self, several):
         harmless = several.encode(several.write((Action("measure", {"what": "A", "count": 1}),)))
-        assert self.ends(several, ids) == self.ends(several, harmless)
-        assert several.parse(several.decode(ids)) == calls
+        for text in (*MARKUP, "\n".join(MARKUP)):
+            calls = (Action("measure", {"what": f'print("{text}")\nx = 1', "count": 1}),)
+            ids = several.encode(several.write(calls))
+            assert self.ends(several, ids) == self.ends(several, harmless), text
+            assert several.parse(several.decode(ids)) == calls, text
 
-    @pytest.mark.parametrize("text", MARKUP)
-    def test_markup_in_a_result_ends_no_turn(self, several, text):
+    def test_markup_in_a_result_ends_no_turn(self, several):
         calls = (CALLS[5],)
         harmless, _ = several.response(calls, (ToolResult(text="A"),))
-        for result in (ToolResult(text=f"A {text}"), ToolResult(failure=f"A {text}")):
-            ids, shown = several.response(calls, (result,))
-            assert self.ends(several, ids) == self.ends(several, harmless)
-            assert several.decode(ids) == shown
+        for text in MARKUP:
+            for result in (ToolResult(text=f"A {text}"), ToolResult(failure=f"A {text}")):
+                ids, shown = several.response(calls, (result,))
+                assert self.ends(several, ids) == self.ends(several, harmless), text
+                assert several.decode(ids) == shown
 
-    @pytest.mark.parametrize("text", MARKUP)
-    def test_markup_in_a_description_ends_no_turn(self, make, several, text):
+    def test_markup_in_a_description_ends_no_turn(self, make, several):
         """The user's own words, but no more than words."""
-        shown = make((SEARCH_TOOL, MEASURE, function("lookup", f"Read {text} it.", {"row": {"type": "integer"}}), NOW))
+        text = f"Read {' '.join(MARKUP)} it."
+        shown = make((SEARCH_TOOL, MEASURE, function("lookup", text, {"row": {"type": "integer"}}), NOW))
         ids = shown.prompt(self.question)
         assert self.ends(shown, ids) == self.ends(several, several.prompt(self.question))
-        assert f"Read {text} it." in shown.decode(ids)
+        assert text in shown.decode(ids)
