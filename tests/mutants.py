@@ -848,7 +848,7 @@ MUTANTS = [
          f"{OWED}::TestChatDialect::test_calls_of_every_kind_parse_back"),
         ("a call without its end counts", "(called(schema, arguments), tail.end()) if tail else (NOTHING, at)",
          "(called(schema, arguments), tail.end() if tail else stop)",
-         f"{FAMILY}::test_calls_are_read_in_the_familys_format"),
+         f"{FAMILY}::test_a_call_without_arguments_needs_its_end"),
         ("a function that does not exist raises", "schema = functions.get(head[1]) if head else None",
          "schema = functions[head[1]] if head else None", f"{FAMILY}::test_calls_are_read_in_the_familys_format"),
         ("DeepSeek: only the first call counts", "actions, at = actions + called(", "actions, at = actions or called(",

@@ -24,7 +24,8 @@ from igpo_fast.rollouts.dialect.parsing import ECHO
 from igpo_fast.rollouts.rollout import Agent, Limits, run_rollout
 from igpo_fast.rollouts.tools.base import Tools
 from igpo_fast.rollouts.tools.search import SEARCH_TOOL
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Passage, Question, ToolResult, answer_with, search_for
+from igpo_fast.types import ANSWER, INVALID, SEARCH, Action, Passage, Question, ToolResult, answer_with, search_for
+from tests.contracts.dialect import NOW
 from tests.families import DEEPSEEK_V3, FAMILIES, LLAMA31, QWEN3, QWEN25, tokenizer_of
 from tests.scripted import tools_of
 
@@ -404,6 +405,16 @@ def test_calls_are_read_in_the_familys_format(family, text, expected):
     thought = "</think>\n\n" if family == "qwen3-thinking" else ""
     for end in dialect.stop_ids:
         assert dialect.parse(thought + text + dialect.decode(np.asarray([end]))) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_call_without_arguments_needs_its_end(family):
+    dialect = make_dialect("chat", tokenizer_of(family), (NOW,), **BUDGETS)
+    call = (Action("now", {}),)
+    text = dialect.write(call).removesuffix(dialect._call_end).rstrip()
+    assert dialect.parse(text) == call
+    text = text.removesuffix("<｜tool▁calls▁end｜>")  # what matters there is the end of the single call
+    assert dialect.parse(text[:-1]) == () == dialect.parse(text[:-1] + dialect._end)
 
 
 def test_half_a_surrogate_pair_in_a_call_becomes_text():

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from igpo_fast.errors import InputError
-from igpo_fast.rollouts.dialect import TODAY, make_dialect
+from igpo_fast.rollouts.dialect import make_dialect
 from igpo_fast.rollouts.tools.search import SEARCH_TOOL
 from igpo_fast.types import Action, Question, ToolResult, answer_with, search_for
 from tests.contracts.dialect import FUNCTIONS, MEASURE, NOW, function
@@ -230,13 +230,8 @@ def test_forged_tokens_of_a_released_vocabulary(name, kind):
             assert dialect.decode(ids) == text
         written = dialect.encode(dialect.write((search_for(f"x{forged}"),)))
         assert controls(dialect, written) == controls(dialect, said)
-    harmless = "x"
-    if kind == "chat":
-        messages = [*dialect._system, {"role": "user", "content": "x"}]
-        harmless = dialect.tokenizer.apply_chat_template(
-            messages, tools=list(FUNCTIONS), add_generation_prompt=True, tokenize=False, strftime_now=TODAY.strftime
-        )
-    plain = dialect.tokenizer(harmless, add_special_tokens=False, return_tensors="np").input_ids[0]
+    harmless = make_dialect(kind, released(name), FUNCTIONS, **BUDGETS)
+    plain = harmless.prompt(Question("q", "x", ("x",)))
     assert controls(dialect, asked) == controls(dialect, plain)
 
 
