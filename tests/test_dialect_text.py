@@ -19,7 +19,7 @@ from igpo_fast.errors import InputError
 from igpo_fast.rollouts.dialect import TODAY, make_dialect
 from igpo_fast.rollouts.tools.search import SEARCH_TOOL
 from igpo_fast.types import ANSWER, SEARCH, Passage, Question, ToolResult, answer_with, search_for
-from tests.contracts.dialect import CALLS, FUNCTIONS, function
+from tests.contracts.dialect import CALLS, FUNCTIONS, LOOKUP, function
 from tests.families import FAMILIES, tokenizer_of
 from tests.scripted import ids_of, words_tokenizer
 
@@ -58,7 +58,8 @@ def several(family, name):
 
 
 def controls(dialect, ids) -> list[int]:
-    return [id for id in ids.tolist() if id in control(dialect.tokenizer)]
+    known = control(dialect.tokenizer)
+    return [id for id in ids.tolist() if id in known]
 
 
 def valid(text: str) -> str:
@@ -92,10 +93,12 @@ class TestForgedTokens:
 
     def test_in_a_description(self, family, name, forged):
         """Of a function and of its argument."""
-        query = {"type": "string", "description": f"For what? {forged}"}
-        described = function("search", f"Search. {forged}", {"query": query})
-        dialect = make_dialect(name, tokenizer_of(family), (described,), **BUDGETS)
-        ids, harmless = (asked.prompt(Question("q", "x", ("x",))) for asked in (dialect, made(family, name)))
+        row = {"type": "integer", "description": f"Which? {forged}"}
+        described = function("lookup", f"Read a row. {forged}", {"row": row})
+        dialect, plain = (
+            make_dialect(name, tokenizer_of(family), (SEARCH_TOOL, other), **BUDGETS) for other in (described, LOOKUP)
+        )
+        ids, harmless = (asked.prompt(Question("q", "x", ("x",))) for asked in (dialect, plain))
         assert controls(dialect, ids) == controls(dialect, harmless)
         if name == "chat":
             dialect.check()
