@@ -1,14 +1,21 @@
 """The engines, tools and dialects of this repository keep their contracts, doubles included."""
 
+import asyncio
+from functools import partial
+
 import numpy as np
 import pytest
 
 from igpo_fast.engines.torch import TorchEngine
+from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.tools.base import Tool
 from igpo_fast.rollouts.tools.search import Bm25Search, HttpSearch, NoSearch
+from igpo_fast.types import Action, Question, ToolResult
 from tests import test_dialect
-from tests.contracts.dialect import DialectContract
+from tests.contracts.dialect import DialectContract, function
 from tests.contracts.engine import EngineContract, SamplingContract
-from tests.contracts.tool import SearchContract
+from tests.contracts.tool import SearchContract, ToolContract
+from tests.families import FAMILIES, tokenizer_of
 from tests.replica import Replica
 from tests.scripted import ScriptedEngine, ScriptedTool
 from tests.search_server import Server
@@ -103,21 +110,76 @@ class TestScriptedTool(SearchContract):
         return ScriptedTool()
 
 
+class Notes(Tool):
+    """Keeps what a rollout notes: several functions, typed arguments, and a state per rollout."""
+
+    schemas = (
+        function("note", "Note a text, several times.", {"text": {"type": "string"}, "times": {"type": "integer"}}),
+        function("notes", "Read what was noted.", {}),
+    )
+
+    async def open(self, question: Question) -> list[str]:
+        return []
+
+    async def call(self, opened: list[str], action: Action) -> ToolResult:
+        self.counts["calls"] += 1
+        if action.tool == "note":
+            if not 0 < action.arguments["times"] < 100:
+                self.counts["failures"] += 1
+                return ToolResult(failure="times must be 1 to 99")
+            opened += [action.arguments["text"]] * action.arguments["times"]
+        await asyncio.sleep(0)
+        return ToolResult(text=f"{len(opened)} notes")
+
+    async def outcome(self, opened: list[str], answer: str | None) -> dict[str, float]:
+        return {"noted": float(len(opened))}
+
+
+class TestNotes(ToolContract):
+    action = Action("note", {"text": "A", "times": 2})
+
+    @pytest.fixture
+    def tool(self):
+        return Notes()
+
+    def test_calls_of_one_rollout_share_its_state(self, tool):
+        """Calls of one turn run at once, so each sees both."""
+        ((first, second),) = self.calls(tool, [self.action, Action("notes", {})])
+        assert (first.text, second.text) == ("2 notes", "2 notes")
+
+
 class TestTagsDialectOfWords(DialectContract):
     quotes = False  # a tag is a word like others to this tokenizer, the made-up world's, whose passages hold none
 
     @pytest.fixture
-    def dialect(self):
-        return test_dialect.TestTagsOfKnownWords.dialect
+    def make(self):
+        return partial(make_dialect, "tags", test_dialect.NAMES, **test_dialect.BUDGETS)
+
+
+WIDE = dict(max_passage_tokens=400, max_answer_tokens=400, max_answers=2)
 
 
 class TestTagsDialectOfText(DialectContract):
     @pytest.fixture
-    def dialect(self):
-        return test_dialect.TestTagsOfText.dialect
+    def make(self):
+        return partial(make_dialect, "tags", test_dialect.BYTES, **WIDE)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 class TestChatDialect(DialectContract):
     @pytest.fixture
-    def dialect(self):
-        return test_dialect.TestChat.dialect
+    def make(self, family):
+        return partial(make_dialect, "chat", tokenizer_of(family), **WIDE)
+
+    def test_a_run_accepts_it(self, several, dialect):
+        several.check()
+        dialect.check()
+
+
+class TestChatDialectWithoutCalls(DialectContract):
+    """A template that writes no calls, which only ``score`` accepts: calls are as Hermes'."""
+
+    @pytest.fixture
+    def make(self):
+        tokenizer = test_dialect.bytes_tokenizer(chat_template=test_dialect.CHAT)
+        return partial(make_dialect, "chat", tokenizer, **WIDE)

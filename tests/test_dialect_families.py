@@ -20,11 +20,13 @@ from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.errors import InputError
 from igpo_fast.rollouts.batch import rollout_groups
 from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.dialect.parsing import ECHO
 from igpo_fast.rollouts.rollout import Agent, Limits, run_rollout
 from igpo_fast.rollouts.tools.base import Tools
 from igpo_fast.rollouts.tools.search import SEARCH_TOOL
-from igpo_fast.types import ANSWER, INVALID, SEARCH, Passage, Question, ToolResult, answer_with, search_for
-from tests.families import FAMILIES, LLAMA31, QWEN3, QWEN25, tokenizer_of
+from igpo_fast.types import ANSWER, INVALID, SEARCH, Action, Passage, Question, ToolResult, answer_with, search_for
+from tests.contracts.dialect import NOW
+from tests.families import DEEPSEEK_V3, FAMILIES, LLAMA31, QWEN3, QWEN25, tokenizer_of
 from tests.scripted import tools_of
 
 BUDGETS = dict(max_passage_tokens=99, max_answer_tokens=16, max_answers=2)
@@ -36,6 +38,20 @@ HERMES = ["qwen2.5", "qwen3", "qwen3-thinking"]
 LLAMAS = ["llama3.1", "llama3.2"]
 TAGGED = '<tool_call>\n{"name": "search", "arguments": {"query": "A"}}\n</tool_call>'
 BARE = '{"name": "search", "parameters": {"query": "A"}}'
+CODERS = ["qwen3-coder"]
+CODED = "<tool_call>\n<function=search>\n<parameter=query>\nA\n</parameter>\n</function>\n</tool_call>"
+KEYED = "<tool_call>search\n<arg_key>query</arg_key>\n<arg_value>A</arg_value>\n</tool_call>"
+ANALYSIS = "<|channel|>analysis<|message|>so<|end|><|start|>assistant"
+CHANNEL = '<|channel|>commentary to=functions.search <|constrain|>json<|message|>{"query": "A"}'
+RECIPIENT = ' to=functions.search<|channel|>commentary json<|message|>{"query": "A"}'
+DEEPSEEKS = ["deepseek-v3", "deepseek-v3.1"]
+_CALL = '<｜tool▁call▁begin｜>search<｜tool▁sep｜>{"query": "A"}<｜tool▁call▁end｜>'
+SEPARATED = f"<｜tool▁calls▁begin｜>{_CALL}<｜tool▁calls▁end｜>"
+TWICE = f"<｜tool▁calls▁begin｜>{_CALL}{_CALL}<｜tool▁calls▁end｜>"
+FENCED = (
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>search\n```json\n"
+    '{"query": "A"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+)
 
 
 def chat(family, **options):
@@ -191,10 +207,14 @@ def test_forced_answers_end_the_reasoning_that_the_format_has(family, thinking, 
         ("qwen2.5", ["<|im_end|>", "<|endoftext|>"]),
         ("qwen3", ["<|im_end|>", "<|endoftext|>"]),
         ("llama3.1", ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"]),
+        ("glm4.5", ["<|user|>", "<|observation|>", "<|endoftext|>"]),
+        ("gpt-oss", ["<|return|>", "<|call|>", "<|endoftext|>"]),
+        ("deepseek-v3.1", ["<｜end▁of▁sentence｜>"]),
     ],
 )
 def test_stops(family, stops):
-    """Qwen ends turns with <|im_end|>, its base models with <|endoftext|>; Llama calls may end with <|eom_id|>."""
+    """Qwen ends turns with <|im_end|>, its base models with <|endoftext|>; Llama calls may end with <|eom_id|>. <|end|>
+    of gpt-oss ends a thought, no turn."""
     dialect = chat(family)
     assert dialect.tokenizer.convert_ids_to_tokens(dialect.stop_ids) == stops
     assert dialect.stop_strings == ()
@@ -206,6 +226,63 @@ def test_a_llama_call_that_ends_with_eom_is_followed_by_its_result():
     rollout = rollout_of(dialect, f"<|python_tag|>{BARE}<|eom_id|>", "<answer>Goethe</answer><|eot_id|>")
     text = dialect.decode(rollout.ids)
     assert f"{BARE}<|eom_id|><|start_header_id|>ipython<|end_header_id|>\n\n{json.dumps(SHOWN)}<|eot_id|>" in text
+
+
+@pytest.mark.parametrize(
+    ("family", "call", "result", "hint"),
+    [
+        ("glm4.5", "<|observation|>", "\n<tool_response>\n{}\n</tool_response><|assistant|>", "<|user|>\nNo action"),
+        (
+            "gpt-oss",
+            "<|call|>",
+            "<|start|>functions.search to=assistant<|channel|>commentary<|message|>{}<|end|><|start|>assistant",
+            "<|return|><|start|>user<|message|>No action",
+        ),
+        (
+            "deepseek-v3.1",
+            "<｜end▁of▁sentence｜>",
+            "<｜tool▁output▁begin｜>{}<｜tool▁output▁end｜>",
+            "<｜end▁of▁sentence｜><｜User｜>No action",
+        ),
+    ],
+)
+def test_what_follows_a_call_and_an_invalid_turn(family, call, result, hint):
+    """Each behind its own end: a result in the family's form, a hint from the user."""
+    dialect = chat(family)
+    said = dialect.write((search_for("Faust"),))
+    rollout = rollout_of(dialect, said, "Hm." + dialect._end, "<answer>Goethe</answer>" + dialect._end)
+    text = dialect.decode(rollout.ids)
+    shown = json.dumps(SHOWN) if family == "gpt-oss" else SHOWN
+    assert said.endswith(call) and f"{said}{result.format(shown)}Hm." in text
+    assert f"Hm.{hint}" in text
+    cut = rollout_of(dialect, "Hm.", "<answer>Goethe</answer>" + dialect._end, cut=[0]).turns[0].response
+    assert cut.startswith(("<|end|>" if family == "gpt-oss" else hint)[:6]) and "was cut. No action" in cut
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_hint_shows_is_text(family):
+    """The call in it has no special token, which would begin a message or a call of the user's."""
+    dialect = chat(family)
+    special = set(dialect.tokenizer.all_special_ids) | set(dialect.stop_ids)
+    ids, shown = dialect.response((), ())
+    around = dialect._after_turn((), [{"role": "user", "content": "Hm."}], ended=True)
+    assert sum(id in special for id in ids.tolist()) == sum(id in special for id in dialect.encode(around).tolist())
+    assert ECHO + "query" in shown
+
+
+def test_one_call_a_turn_where_the_template_writes_one():
+    """Llama's refuses two, gpt-oss' leaves one out."""
+    two = (search_for("A"), search_for("B"))
+    for dialect in (chat("llama3.1"), chat("gpt-oss")):
+        with pytest.raises(InputError, match="writes one call per turn"):
+            dialect.write(two)
+    assert chat("glm4.5").parse(chat("glm4.5").write(two)) == two
+
+
+def test_a_thought_that_the_template_opens_only_after_the_user_is_refused():
+    """DeepSeek-V3.1 opens none after a result, so nobody could tell whether a turn begins inside one."""
+    fault = refusal(chat("deepseek-v3.1", thinking=True).check)
+    assert "opens a thought before the first turn, but not after 'tool'" in fault
 
 
 def test_llama_prompts_have_one_start_token_and_a_fixed_date():
@@ -252,6 +329,69 @@ PARSED = [
     (LLAMAS, f"I call {BARE}", ()),
     (LLAMAS, BARE.removesuffix("}}"), ()),
     (LLAMAS, TAGGED, ()),  # another family's
+    (CODERS, CODED, (search_for("A"),)),
+    (CODERS, f"I see.\n\n{CODED}\n{CODED.replace('A', 'B')}", (search_for("A"), search_for("B"))),
+    (
+        CODERS,
+        "<tool_call><function=search><parameter=query> A \n\n B</parameter></function></tool_call>",
+        (search_for("A \n\n B"),),
+    ),
+    (
+        CODERS,
+        CODED.replace("A", "A</parameter>\nB</function> </tool_call>"),
+        (search_for("A</parameter>\nB</function> </tool_call>"),),
+    ),
+    (CODERS, CODED.replace("A", "A\n</parameter>\n<parameter=query>\nB"), (search_for("B"),)),
+    (CODERS, TAGGED, ()),  # another family's
+    (CODERS, CODED.replace("search", "buy"), ()),
+    (CODERS, CODED.replace("=query", "=question"), ()),
+    (CODERS, CODED.replace("\nA\n", "\n \n"), ()),
+    (CODERS, CODED.replace("</parameter>", ""), ()),
+    (CODERS, CODED.replace("</function>", ""), ()),
+    (CODERS, CODED.removesuffix("</tool_call>"), ()),
+    (CODERS, CODED.replace("</function>", "</function> so"), ()),
+    (["glm4.5"], KEYED, (search_for("A"),)),
+    (
+        ["glm4.5"],
+        f"\n<think>so</think>\nI see.\n{KEYED}\n{KEYED.replace('A', 'B')}",
+        (search_for("A"), search_for("B")),
+    ),
+    (["glm4.5"], KEYED.replace("\n", ""), (search_for("A"),)),
+    (["glm4.5"], KEYED.replace("A", "A</arg_value> </tool>"), (search_for("A</arg_value> </tool>"),)),
+    (["glm4.5"], TAGGED, ()),
+    (["glm4.5"], CODED, ()),
+    (["glm4.5"], KEYED.replace("search", "buy"), ()),
+    (["glm4.5"], KEYED.replace("</arg_value>", ""), ()),
+    (["glm4.5"], KEYED.replace("<arg_key>query</arg_key>\n", ""), ()),
+    (["glm4.5"], KEYED.removesuffix("</tool_call>"), ()),
+    (["gpt-oss"], CHANNEL, (search_for("A"),)),
+    (["gpt-oss"], RECIPIENT, (search_for("A"),)),
+    (["gpt-oss"], CHANNEL.replace("<|constrain|>", ""), (search_for("A"),)),
+    (["gpt-oss"], CHANNEL.replace(" <|constrain|>json", ""), (search_for("A"),)),
+    (["gpt-oss"], f"{ANALYSIS}{CHANNEL}", (search_for("A"),)),
+    (["gpt-oss"], f"{ANALYSIS}<|start|>assistant{RECIPIENT}", (search_for("A"),)),
+    (["gpt-oss"], f"<|channel|>analysis<|message|>I write {CHANNEL}", ()),
+    (["gpt-oss"], f"{CHANNEL}{CHANNEL.replace('A', 'B')}", (search_for("A"),)),
+    (["gpt-oss"], CHANNEL.replace("commentary", "final"), ()),
+    (["gpt-oss"], RECIPIENT.replace("<|channel|>commentary", ""), ()),
+    (["gpt-oss"], CHANNEL.replace("functions.search", "search"), ()),
+    (["gpt-oss"], CHANNEL.replace("search", "buy"), ()),
+    (["gpt-oss"], CHANNEL + " so", ()),
+    (["gpt-oss"], CHANNEL.removesuffix("}"), ()),
+    (["gpt-oss"], BARE, ()),
+    (["gpt-oss"], f"{ANALYSIS}<|channel|>final<|message|><answer>C D</answer>", (answer_with("C D"),)),
+    (["gpt-oss"], "<|channel|>analysis<|message|><answer>C D</answer><|end|>", ()),
+    (DEEPSEEKS, SEPARATED, (search_for("A"),)),
+    (DEEPSEEKS, FENCED, (search_for("A"),)),
+    (DEEPSEEKS, f"I see.{SEPARATED}", (search_for("A"),)),
+    (DEEPSEEKS, TWICE, (search_for("A"), search_for("A"))),
+    (DEEPSEEKS, TWICE.replace("A", "A<｜tool▁call▁end｜>", 1), (search_for("A<｜tool▁call▁end｜>"), search_for("A"))),
+    (DEEPSEEKS, TWICE.replace('"A"', "A", 1), ()),
+    (DEEPSEEKS, TWICE.replace("search", "buy", 1), (search_for("A"),)),
+    (DEEPSEEKS, SEPARATED.removeprefix("<｜tool▁calls▁begin｜>"), ()),
+    (DEEPSEEKS, SEPARATED.replace("<｜tool▁call▁end｜>", ""), ()),
+    (DEEPSEEKS, SEPARATED.replace("<｜tool▁sep｜>", " "), ()),
+    (DEEPSEEKS, TAGGED, ()),
 ]
 
 
@@ -265,6 +405,16 @@ def test_calls_are_read_in_the_familys_format(family, text, expected):
     thought = "</think>\n\n" if family == "qwen3-thinking" else ""
     for end in dialect.stop_ids:
         assert dialect.parse(thought + text + dialect.decode(np.asarray([end]))) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_call_without_arguments_needs_its_end(family):
+    dialect = make_dialect("chat", tokenizer_of(family), (NOW,), **BUDGETS)
+    call = (Action("now", {}),)
+    text = dialect.write(call).removesuffix(dialect._call_end).rstrip()
+    assert dialect.parse(text) == call
+    text = text.removesuffix("<｜tool▁calls▁end｜>")  # what matters there is the end of the single call
+    assert dialect.parse(text[:-1]) == () == dialect.parse(text[:-1] + dialect._end)
 
 
 def test_half_a_surrogate_pair_in_a_call_becomes_text():
@@ -347,7 +497,7 @@ PLAIN = "{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_e
         ),
         (
             QWEN25.replace("'<|im_start|>' + m", "(loop.index if m.role == 'user') ~ '<|im_start|>' + m"),
-            "after '.*' its chat template writes '5.*', a rollout would have '3.*'",
+            "after '.*' its chat template writes '8.*', a rollout would have '3.*'",
         ),
         (LLAMA31, "ends an assistant message with '<|eot_id|>.*', which is not one token"),
         (QWEN3.replace("'<|im_end|>\\n'", "'\\n'"), "ends no assistant message"),
@@ -362,6 +512,14 @@ def test_templates_that_cannot_serve_are_refused_naming_what_differs(template, f
     message = refusal(lambda: broken(template).check())
     assert re.search(fault.replace("|", r"\|"), message), message
     assert "rollout.dialect=tags" in message
+
+
+def test_a_template_that_writes_only_the_first_results_as_it_should_is_refused():
+    """As DeepSeek-V3's released one does."""
+    template = DEEPSEEK_V3.replace("outputs_begin if last.role != 'tool'", "outputs_begin if loop.index < 4")
+    message = refusal(broken(template, "deepseek-v3").check)
+    assert "its chat template writes '▁begin｜>A title" in message
+    assert "a rollout would have 's▁begin｜><｜tool▁output▁begin｜>'" in message
 
 
 def test_a_tokenizer_that_reads_pieces_differently_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import TemplateError
 
+from igpo_fast.errors import InputError
 from igpo_fast.rollouts.dialect.base import Dialect
 from igpo_fast.rollouts.dialect.calls import format_of
 from igpo_fast.rollouts.dialect.encoding import unquote
@@ -24,6 +26,7 @@ from igpo_fast.rollouts.dialect.parsing import (
     Schema,
     answered,
     first_actions,
+    kinds_of,
     map_texts,
     parameters_of,
     tagged,
@@ -54,9 +57,14 @@ CHAT_HINT = (
 NOTHING_FOUND = "Nothing was found."
 CHAT_CUT = "Your turn was too long and was cut. "
 """Precedes the hint after a turn that was cut."""
-END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
-"""Tokens that end a turn in the formats of Qwen and Llama. A Llama that calls a tool may end with ``<|eom_id|>``
-although its template writes ``<|eot_id|>``."""
+END_TOKENS = (
+    "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|call|>", "<|return|>",
+    "<｜end▁of▁sentence｜>",
+)  # fmt: skip
+"""Tokens that end a turn in the formats of Qwen, Llama, gpt-oss and DeepSeek. A Llama that calls a tool may end with
+``<|eom_id|>`` although its template writes ``<|eot_id|>``."""
+NEXT_ROLES = ("<|user|>", "<|observation|>")
+"""Tokens that begin the next message, with which GLM's turns end: its template has no others."""
 TODAY = date(2024, 7, 26)
 """Date for templates that ask for one: prompts must not change overnight, or runs would not be reproducible."""
 
@@ -67,7 +75,12 @@ class ChatDialect(Dialect):
     Sampled turns are never rendered again: a response is the text that the template writes after an assistant
     message. So the reasoning that templates drop from earlier turns stays in the sequence.
 
-    Calls are read in the format that the template itself writes (dialect/calls.py); several in one turn count.
+    Calls are read in the format that the template itself writes (dialect/calls.py); several in one turn count if the
+    template can write several.
+
+    Calls and answers may end differently (gpt-oss: ``<|call|>`` and ``<|return|>``; GLM: ``<|observation|>`` and
+    ``<|user|>``), and an answer in the history otherwise than a sampled one (gpt-oss: ``<|end|>``). Whatever ended a
+    sampled turn stays, and the response goes on behind it.
 
     A forced answer ends a thought, as in the released code: the template's open thought, else one of its own, even if
     the template has no thoughts, because the released code opens every turn with ``<think>``. If the template itself
@@ -83,7 +96,7 @@ class ChatDialect(Dialect):
 
     # Placeholders for a rollout's texts, which no template would write itself.
     _TURN = "the-turn-of-the-policy"
-    _PLACEHOLDER = "the-query-of-the-policy"
+    _PLACEHOLDER = "the-{}-of-the-policy"
 
     def __init__(
         self,
@@ -97,7 +110,7 @@ class ChatDialect(Dialect):
         super().__init__(tokenizer, functions, **budgets)
         if not tokenizer.chat_template:
             raise self._refusal("has no chat template", "use rollout.dialect=tags")
-        self._tools = list(functions)
+        self._tools = [map_texts(function, self.quote) for function in functions]
         self._template = tokenizer.get_chat_template(tools=self._tools)
         if thinking is not None and "enable_thinking" not in self._template:
             raise self._refusal("its chat template has no enable_thinking", "leave rollout.thinking empty")
@@ -105,18 +118,28 @@ class ChatDialect(Dialect):
         if system is None:
             system = CHAT_SYSTEM if list(self.functions) == [SEARCH] else TOOLS_SYSTEM
         self._system = [{"role": "system", "content": system}] if system else []
-        self._tail = self._after_assistant()
-        end = int(self.encode(self._tail)[0])
-        self._end = self.decode(np.asarray([end]))
-        known = self.tokenizer.get_added_vocab()
-        others = [tokenizer.eos_token_id, *(known.get(token) for token in END_TOKENS)]
-        self.stop_ids = tuple(dict.fromkeys(id for id in (end, *others) if id is not None))
         self._thought = self._opening_thought()
-        self._thinks = bool(self._thought) and "</think>" not in self._thought  # a turn begins inside a thought
+        self._thinks = bool(self._thought) and CLOSE not in self._thought  # a turn begins inside a thought
+        self._before = self._render("").removesuffix(self._thought)  # what stands before the first turn
+        self._tail = self._after_assistant()
+        self._end = self._first_token(self._tail)
+        # In the history, an answer may end otherwise.
+        later = self._render("", self._saying(self._TURN), {"role": "user", "content": ""})
+        self._closing = self._first_token(later.partition(self._TURN)[2].strip())
+        known = tokenizer.get_added_vocab()
+        ends = [token for token in (tokenizer.eos_token, *END_TOKENS) if token and token in known]
+        roles = [token for token in NEXT_ROLES if token in known]
+        self._stop = re.compile("|".join(map(re.escape, (self._end, *ends, *roles))))
         self._example = self._placeholders()
+        self._text_arguments = False
         self._writes_calls = self._shows_example()
-        self._call = self._written((self._example,))
+        self._call, self._call_end = self._written((self._example,))
+        spelled = (self._end, self._call_end, *ends)
+        self.stop_ids = tuple(dict.fromkeys(int(self.encode(end)[0]) for end in spelled))
+        self._format = format_of(self._call)
         self._readers, self._opening = self._actions()
+        self._parallel = True
+        self._parallel = self._shows_two()
 
     def check(self) -> None:
         """Refuse a template whose own rendering of a conversation without thinking differs from a rollout's
@@ -134,7 +157,7 @@ class ChatDialect(Dialect):
             return f"its chat template ends an assistant message with {self._tail[:20]!r}, which is not one token"
         shown = self._render("")
         for function in self._tools:
-            described = function["function"]["description"]
+            described = function["function"]["description"].strip()
             if described not in shown and json.dumps(described, ensure_ascii=False)[1:-1] not in shown:
                 return "its chat template does not show the tools it is given"
         example, call = self._example, self._call
@@ -143,25 +166,34 @@ class ChatDialect(Dialect):
         if self.parse(self.write((example,))) != (example,):
             return f"its chat template writes tool calls as {call!r}, which is not read here"
         found = {"role": "tool", "name": example.tool, "content": "A title\nA text."}
-        said, hint = {"role": "assistant", "content": "So it is."}, self._hint(ended=True)
-        own = self._render("Who is it?", self._calling((example,)), found, said, hint)
-        pieces = [
-            self._render("Who is it?"), call + self._end, self._after_turn([found], ended=True),
-            said["content"] + self._end, self._after_turn([hint], ended=True),
-        ]  # fmt: skip
-        own, *pieces = (text.removesuffix(self._thought) for text in (own, *pieces))
-        laid = "".join(pieces)
+        hint, one, two = self._hint(ended=True), (example,), (example,) * (1 + self._parallel)
+        # Each turn and its response: twice a call (the second time two, if the template can), no action, a call.
+        turns = [
+            (self._calling(one), "".join(self._written(one)), [found]),
+            (self._calling(two), "".join(self._written(two)), [found] * len(two)),
+            (self._saying("So it is."), self._said("So it is.") + self._closing, [hint]),
+            (self._calling(one), "".join(self._written(one)), [found]),
+        ]
+        whole = [message for said, _, messages in turns for message in (said, *messages)]
+        pieces = [self._render("Who is it?")]
+        for said, written, messages in turns:
+            actions = one * len(said.get("tool_calls", ()))
+            after = self._after_turn(actions, messages, ended=True)
+            if self._thinks and not after.endswith(self._thought):
+                return f"its chat template opens a thought before the first turn, but not after {messages[0]['role']!r}"
+            pieces += [written, after]
+        own, laid = (_THOUGHT.sub("", text) for text in (self._render("Who is it?", *whole), "".join(pieces)))
         if own != laid:
             at = _common(own, laid)
             return (
                 f"after {own[max(at - 30, 0) : at]!r} its chat template writes {own[at : at + 30]!r}, a rollout would "
                 f"have {laid[at : at + 30]!r}"
             )
-        for text in pieces[2::2]:
-            after, alone = self.encode(self._end + text).tolist()[1:], self.encode(text).tolist()
+        for end, text in zip((self._call_end, self._call_end, self._end), pieces[2::2], strict=False):
+            after, alone = self.encode(end + text).tolist()[1:], self.encode(text).tolist()
             if after != alone:
                 at = _common(after, alone)
-                return f"it tokenises {text[:20]!r} differently alone and after {self._end!r}, from token {at} on"
+                return f"it tokenises {text[:20]!r} differently alone and after {end!r}, from token {at} on"
         return ""
 
     def _render(self, question: str, *messages: dict[str, Any], opens_turn: bool = True) -> str:
@@ -181,69 +213,110 @@ class ChatDialect(Dialect):
             ) from error
 
     def _after_assistant(self) -> str:
-        """The text that the template writes after a final assistant message."""
-        turn = self._render("", {"role": "assistant", "content": self._TURN}, opens_turn=False)
-        tail = turn.partition(self._TURN)[2].strip()
-        if not tail:
+        """The text that the template writes after a final assistant message, or if that is nothing, the next role."""
+        turn = self._saying(self._TURN)
+        if tail := self._render("", turn, opens_turn=False).partition(self._TURN)[2].strip():
+            return tail
+        tail = self._render("", turn, {"role": "user", "content": ""}).partition(self._TURN)[2]
+        if not tail.startswith(NEXT_ROLES):
             raise self._refusal("its chat template ends no assistant message", "use rollout.dialect=tags")
         return tail
 
+    def _first_token(self, text: str) -> str:
+        return self.decode(self.encode(text)[:1])
+
     def _opening_thought(self) -> str:
-        """The ``<think>`` with which the template opens a turn, even if it closes it; empty if it opens none."""
+        """The ``<think>`` with which the template opens a turn, even if it closes it; empty if it opens none. Also a
+        ``</think>`` alone, which tells DeepSeek-V3.1 not to think."""
         opening = self._render("").removeprefix(self._render("", opens_turn=False))
-        _, tag, rest = opening.partition("<think>")
-        return tag + rest
+        thought = re.search(f"(?:{OPEN}|{CLOSE}).*", opening, re.DOTALL)
+        return thought[0] if thought else ""
 
     def _placeholders(self) -> Action:
         """A call of the first function that takes a text, or of the first, with placeholders for texts."""
         texts = (name for name, function in self.functions.items() if "string" in str(parameters_of(function)))
         name = next(texts, next(iter(self.functions)))
-        function = self.functions[name]
-        values = {"string": self._PLACEHOLDER, "integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
-        parameters = parameters_of(function)
-        arguments = {key: values.get(of.get("type"), self._PLACEHOLDER) for key, of in parameters.items()}
-        return Action(name, arguments)
+        values = {"integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}, "null": None}
+
+        def value(key: str, schema: Schema) -> Any:
+            kinds = kinds_of(schema)
+            return self._PLACEHOLDER.format(key) if not kinds or "string" in kinds else values[kinds[0]]
+
+        return Action(name, {key: value(key, of) for key, of in parameters_of(self.functions[name]).items()})
 
     def _shows_example(self) -> bool:
-        """Whether the template writes the example's name and arguments."""
-        written = self._rendered((self._example,))
+        """Whether the template writes the example's name and arguments. Some take arguments as JSON, already a text
+        (DeepSeek's)."""
+        try:
+            written, _ = self._rendered((self._example,))
+        except InputError:
+            self._text_arguments = True
+            written, _ = self._rendered((self._example,))
         texts = [value for value in self._example.arguments.values() if isinstance(value, str)]
         return all(text in written for text in (self._example.tool, *texts))
+
+    def _shows_two(self) -> bool:
+        """Whether the template writes two calls in one turn, so that both are read."""
+        two = (self._example, self._example)
+        try:
+            return self.parse(self.write(two)) == two
+        except InputError:  # Llama's refuses
+            return False
 
     def _functions(self, actions: Actions) -> list[dict[str, Any]]:
         """Calls as templates take them, their texts quoted."""
         return [{"name": a.tool, "arguments": map_texts(dict(a.arguments), self.quote)} for a in actions]
 
+    def _saying(self, text: str) -> dict[str, Any]:
+        """A message of the assistant that calls nothing."""
+        return {"role": "assistant", "content": text}
+
     def _calling(self, actions: Actions) -> dict[str, Any]:
         """A message of the assistant that calls functions."""
-        calls = [{"type": "function", "function": function} for function in self._functions(actions)]
-        return {"role": "assistant", "content": "", "tool_calls": calls}
+        functions = self._functions(actions)
+        if self._text_arguments:
+            functions = [of | {"arguments": json.dumps(of["arguments"], ensure_ascii=False)} for of in functions]
+        return self._saying("") | {"tool_calls": [{"type": "function", "function": of} for of in functions]}
 
-    def _written(self, actions: Actions) -> str:
-        """A turn that calls functions as the template writes it, without its end; if the template writes no calls
+    def _written(self, actions: Actions) -> tuple[str, str]:
+        """A turn that calls functions as the template writes it, and its end; if the template writes no calls
         (which only ``score`` accepts), in the format of Hermes."""
         if self._writes_calls:
             return self._rendered(actions)
         calls = (json.dumps(function, ensure_ascii=False) for function in self._functions(actions))
-        return "\n".join(f"{CALLS[0]}\n{call}\n{CALLS[1]}" for call in calls)
+        return "\n".join(f"{CALLS[0]}\n{call}\n{CALLS[1]}" for call in calls), self._end
 
-    def _rendered(self, actions: Actions) -> str:
-        prefix = self._render("").removesuffix(self._thought)
+    def _rendered(self, actions: Actions) -> tuple[str, str]:
         # Templates may treat the last turn differently.
         results = [{"role": "tool", "name": action.tool, "content": ""} for action in actions]
-        turn = self._render("", self._calling(actions), *results).removeprefix(prefix)
-        return turn.partition(self._end)[0]
+        turn, end, _ = self._split(self._render("", self._calling(actions), *results))
+        return turn, end
+
+    def _said(self, text: str) -> str:
+        """A turn that calls nothing as the template writes it in the history, without its end."""
+        turn = self._render("", self._saying(text), {"role": "user", "content": ""}).removeprefix(self._before)
+        return turn.partition(self._closing)[0].removeprefix(self._thought)
+
+    def _split(self, rendered: str) -> tuple[str, str, str]:
+        """The first turn of a rendered conversation, behind the thought that opened it; the token that ends it; and
+        what follows."""
+        turn = rendered.removeprefix(self._before).removeprefix(self._thought)
+        end = self._stop.search(turn)
+        return (turn[: end.start()], end[0], turn[end.end() :]) if end else (turn, self._end, "")
 
     def _actions(self) -> tuple[dict[str, Reader], Reader | None]:
         """Readers of actions in this model's format: by their tags, and at the beginning."""
-        readers, opening = format_of(self._call).readers(self.functions)
-        return readers | {ANSWERS[0]: tagged(answered, ANSWERS[1], (ANSWERS[0], CALLS[0]))}, opening
+        readers, opening = self._format.readers(self.functions)
+        return readers | {ANSWERS[0]: tagged(answered, ANSWERS[1], (ANSWERS[0], *self._format.tags))}, opening
 
     def prompt(self, question: Question) -> np.ndarray:
         return self.encode(self._render(self.quote(question.question)))
 
     def parse(self, text: str) -> Actions:
-        return first_actions(text, self._readers, in_thought=self._thinks, opening=self._opening, parallel=True)
+        return first_actions(
+            text, self._readers, in_thought=self._thinks, opening=self._opening, parallel=self._parallel,
+            thought=self._format.thought,
+        )  # fmt: skip
 
     def response(
         self, actions: Actions, results: Sequence[ToolResult], *, ended: bool = True
@@ -255,35 +328,52 @@ class ChatDialect(Dialect):
             ]
         else:
             messages = [self._hint(ended)]
-        text = self._after_turn(messages, ended)
+        text = self._after_turn(actions, messages, ended)
         return self.encode(text), unquote(text)
 
     def _hint(self, ended: bool) -> dict[str, str]:
-        tool, arguments = self._example.tool, self._example.arguments
-        call = self._call.replace(self._PLACEHOLDER, ECHO + next(iter(arguments), ""))
+        tool, call = self._example.tool, _THOUGHT.sub("", self._call).strip()
+        for key in self._example.arguments:
+            call = call.replace(self._PLACEHOLDER.format(key), ECHO + key)
         verb = "search" if tool == SEARCH else f"call {tool}"
-        return {"role": "user", "content": ("" if ended else CHAT_CUT) + CHAT_HINT.format(verb, call)}
+        hint = CHAT_HINT.format(verb, self.quote(call, tags=False))
+        return {"role": "user", "content": ("" if ended else CHAT_CUT) + hint}
 
-    def _after_turn(self, messages: Sequence[Mapping[str, Any]], ended: bool) -> str:
-        """The text that the template writes for ``messages`` between an assistant message and the next."""
-        rendered = self._render("", {"role": "assistant", "content": self._TURN}, *messages)
-        text = rendered.partition(self._TURN)[2]
-        return text.partition(self._end)[2] if ended else text
+    def _after_turn(self, actions: Actions, messages: Sequence[Mapping[str, Any]], ended: bool) -> str:
+        """The text that the template writes for ``messages`` between a turn and the next."""
+        if actions and self._writes_calls:
+            calls = tuple(Action(action.tool, {}) for action in actions[: None if self._parallel else 1])
+            _, end, text = self._split(self._render("", self._calling(calls), *messages))
+            return text if ended else end + text
+        text = self._render("", self._saying(self._TURN), *messages).partition(self._TURN)[2]
+        return text.partition(self._closing)[2] if ended else text
 
     def write(self, actions: Actions) -> str:
         if actions[0].tool == ANSWER:
             before, after = self._wrapper()
             return before + self.quote(actions[0].text) + after
-        return (f"{CLOSE}\n\n" if self._thinks else "") + self._written(actions) + self._end
+        if len(actions) > 1 and not self._parallel:
+            raise self._refusal("its chat template writes one call per turn", "write a turn per call")
+        text, end = self._written(actions)
+        if self._thinks and not text.lstrip().startswith(CLOSE):
+            empty = _THOUGHT.match(text)  # the template's own, of a turn that opened none
+            text = f"{CLOSE}\n\n{text[empty.end() if empty else 0 :]}"
+        return text + end
 
     def _wrapper(self) -> tuple[str, str]:
-        if not self._thought:
-            before = OPEN + REASONED
-        elif self._thinks:
-            before = REASONED.removeprefix("\n") if self._thought.endswith("\n") else REASONED
-        else:
-            before = f"{ANSWERS[0]}\n"
-        return before, ANSWERED + self._end
+        after = ANSWERED + self._end
+        if self._format.says:
+            opens, closes = self._format.thought
+            return opens + REASONED.strip("\n").replace(f"\n{CLOSE}\n", closes + self._format.says) + "\n", after
+        if self._thinks:
+            return REASONED.removeprefix("\n") if self._thought.endswith("\n") else REASONED, after
+        said = self._said(self._TURN)
+        lead = said[: len(said) - len(said.lstrip())]  # GLM begins a new line
+        return lead + (f"{ANSWERS[0]}\n" if self._thought else OPEN + REASONED), after
+
+
+_THOUGHT = re.compile(f"(?:(?:{OPEN}|{CLOSE})\\s*)+")
+"""The tags of an empty thought, and what separates it from the turn."""
 
 
 def _common(a: Sequence, b: Sequence) -> int:

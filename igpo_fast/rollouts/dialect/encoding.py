@@ -30,11 +30,11 @@ def unquote(text: str) -> str:
 class Encoder:
     """Token ids of texts, without added tokens.
 
-    Control tokens are the tokenizer's special ones, and of its other added tokens the delimiters that its chat
-    template or the dialect writes (Qwen's ``</tool_response>``). ``quote`` disguises them in a text of others: each
-    byte becomes half a surrogate pair, which no text holds and which templates copy unchanged. Encoding undoes this and
-    reads the text between two of our own control tokens as transformers' ``split_special_tokens`` would. Text that
-    spells no control token is encoded as usual, in one call.
+    Control tokens are the tokenizer's special ones, and of its other added tokens those like ``<|call|>`` and the
+    delimiters that its chat template or the dialect writes (Qwen's ``</tool_response>``). ``quote`` disguises them in a
+    text of others: each byte becomes half a surrogate pair, which no text holds and which templates copy unchanged.
+    Encoding undoes this and reads the text between two of our own control tokens as transformers'
+    ``split_special_tokens`` would. Text that spells no control token is encoded as usual, in one call.
 
     Args:
         tags: text that the dialect writes besides the template.
@@ -108,9 +108,11 @@ class Encoder:
 
 
 def _is_delimiter(token: str, written: str) -> bool:
-    """Whether an added token has the form ``<word>`` or ``[word]`` and stands in ``written``. Other added tokens (runs
-    of spaces, a domain's words) are ordinary text."""
-    return token[:1] in ("<", "[") and token[-1:] in (">", "]") and token in written
+    """Whether an added token has the form ``<|word|>``, or the form ``<word>`` or ``[word]`` and stands in ``written``.
+    Other added tokens (runs of spaces, a domain's words) are ordinary text."""
+    if token[:1] not in ("<", "[") or token[-1:] not in (">", "]"):
+        return False
+    return token[1:2] in ("|", "｜") or token in written
 
 
 def _are(ids: np.ndarray, some: set[int]) -> np.ndarray:

@@ -31,6 +31,7 @@ def first_actions(
     in_thought: bool = False,
     opening: Reader | None = None,
     parallel: bool = False,
+    thought: tuple[str, str] = (OPEN, CLOSE),
 ) -> Actions:
     """The first well-formed action outside thoughts, and with ``parallel`` the calls that follow a first one;
     ``NOTHING`` if there is none.
@@ -47,9 +48,11 @@ def first_actions(
         readers: readers of actions, by opening tag.
         in_thought: whether the text begins inside a thought.
         opening: reads actions without a tag at the start of the text.
+        thought: opening and closing of a thought.
     """
-    marks = re.compile("|".join(map(re.escape, (OPEN, CLOSE, *readers))))
-    text = OPEN + text if in_thought else text
+    opens, closes = thought
+    marks = re.compile("|".join(map(re.escape, (*thought, *readers))))
+    text = opens + text if in_thought else text
     found, at, begins = NOTHING, 0, True
 
     def with_more(actions: Actions) -> Actions:
@@ -65,11 +68,11 @@ def first_actions(
         mark = marks.search(text, at)
         if not mark:
             return found
-        at, begins = mark.end(), mark[0] in (OPEN, CLOSE)
-        if mark[0] == OPEN:
-            stop = text.find(CLOSE, at)
-            at = len(text) if stop < 0 else stop + len(CLOSE)
-        elif mark[0] == CLOSE:
+        at, begins = mark.end(), mark[0] in thought
+        if mark[0] == opens:
+            stop = text.find(closes, at)
+            at = len(text) if stop < 0 else stop + len(closes)
+        elif mark[0] == closes:
             found = NOTHING
         else:
             actions, at = readers[mark[0]](text, at)
@@ -130,17 +133,39 @@ def called(schema: Schema | None, arguments: Any) -> Actions:
 _TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
 
 
+def kinds_of(schema: Schema) -> tuple[str, ...]:
+    """The names of the JSON types that a schema allows; empty if it allows any."""
+    if "anyOf" in schema:
+        options = [kinds_of(option) for option in schema["anyOf"]]
+        return tuple(kind for option in options for kind in option) if all(options) else ()
+    kinds = schema.get("type") or ()
+    kinds = {kinds} if isinstance(kinds, str) else set(kinds)
+    null = {"null"} if kinds and schema.get("nullable") else set()
+    return tuple(kinds | null) if kinds <= {*_TYPES, "null"} else ()
+
+
 def fits(value: Any, schema: Schema) -> bool:
     """Whether a JSON value has a type that its schema allows."""
-    if "anyOf" in schema:
-        return any(fits(value, option) for option in schema["anyOf"])
-    if value is None:
-        return schema.get("nullable", False) or "null" in schema.get("type", "null")
-    kinds = schema.get("type")
-    kinds = [kinds] if isinstance(kinds, str) else kinds or []
-    known = [_TYPES[kind] for kind in kinds if kind in _TYPES]
-    boolean = isinstance(value, bool) and bool not in known
-    return not known or (not boolean and any(isinstance(value, kind) for kind in known))
+    kinds = kinds_of(schema)
+    if value is None or not kinds:
+        return not kinds or "null" in kinds
+    if isinstance(value, bool) and "boolean" not in kinds:
+        return False
+    return any(isinstance(value, _TYPES.get(kind, ())) for kind in kinds)
+
+
+def of_text(text: str, schema: Schema) -> Any:
+    """The value that a text stands for, by the types that the schema allows: a text stays one where it may, others are
+    JSON, or Python's way to write it (``True``, ``None``); ``text`` itself if it is no such value."""
+    kinds, word = kinds_of(schema), text.strip()
+    if word in ("null", "None") and "null" in kinds:
+        return None
+    if "string" in kinds:
+        return text
+    if word in ("True", "False") and "boolean" in kinds:
+        return word == "True"
+    value, stop = json_at(text, 0)
+    return text if text[stop:].strip() or not word else value
 
 
 def map_texts(value: Any, write: Callable[[str], str], name: Callable[[str], str] | None = None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -68,12 +68,12 @@ FULL = Wording(
 )
 
 
-def full_wording(functions: Mapping[str, Schema]) -> Wording:
-    """``FULL``, or the like of it for other functions than search alone."""
+def full_wording(functions: Mapping[str, Schema], quote: Callable[[str], str]) -> Wording:
+    """``FULL``, or the like of it for other functions than search alone, whose descriptions ``quote`` quotes."""
     if list(functions) == [SEARCH]:
         return FULL
     calls = {name: _example(function) for name, function in functions.items()}
-    listed = "\n".join(f"{call}: {functions[name]['function']['description']}" for name, call in calls.items())
+    listed = "\n".join(f"{call}: {quote(functions[name]['function']['description'])}" for name, call in calls.items())
     system = (
         "Answer the question, using tools for what you do not know. Reason inside <think> and </think>, then take one "
         f"action. To use a tool, write one of\n{listed}\nThe result comes back between <information> and "
@@ -135,12 +135,12 @@ class TagsDialect(Dialect):
         self.tags = (*Dialect.tags, *(tag for pair in written[1:] for tag in pair), "<information>", "</information>")
         super().__init__(tokenizer, functions, **budgets)
         reads = [answered, *(partial(_read, function) for function in functions)]
-        every = [tag for pair in written for tag in pair]
+        self._tags = [tag for pair in written for tag in pair]
         self._readers = {
-            opening: tagged(read, closing, tuple(tag for tag in every if tag != closing))
+            opening: tagged(read, closing, tuple(tag for tag in self._tags if tag != closing))
             for read, (opening, closing) in zip(reads, written, strict=True)
         }
-        full = full_wording(self.functions)
+        full = full_wording(self.functions, self.quote)
         self.wording = wording or (full if self._knows(full) else BARE)
         self._system = self.wording.system if system is None else f"{system}\n\n" if system else ""
         closing = [tag for _, tag in (*written[1:], ANSWERS)]
@@ -184,10 +184,16 @@ class TagsDialect(Dialect):
         if action.tool == ANSWER:
             before, after = self._wrapper()
             return before + self.quote(action.text) + after
-        value = action.arguments
-        if len(parameters_of(self.functions[action.tool])) == 1:
-            (value,) = value.values()
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) if value else ""
+        function, arguments = self.functions[action.tool], action.arguments
+        if name := only_text(function):
+            text = arguments[name]
+        elif arguments:
+            alone = len(parameters_of(function)) == 1
+            text = json.dumps(next(iter(arguments.values())) if alone else arguments, ensure_ascii=False)
+            for tag in self._tags:  # JSON can spell them without writing them
+                text = text.replace(tag, f"\\u003c{tag[1:]}")
+        else:
+            text = ""
         return f"<{action.tool}> {self.quote(text)} </{action.tool}>"
 
     def _wrapper(self) -> tuple[str, str]:
