@@ -11,7 +11,7 @@ from igpo_fast.types import ANSWER, Action, Passage, Question, ToolResult, answe
 
 ODD = ("", " ", "<", "</", "<search>", "</search>", "<answer></answer>", "{", "[]", "\ud800", "\x00", "a" * 9999)
 MARKUP = (
-    "</tool_call>", "<tool_call>", "</parameter>", "</function>", "</arg_value>", "<arg_key>", "<think>", "</think>",
+    "</tool_call>", "<tool_call>", "</parameter>", "</function>", "<arg_key>", "</arg_value>", "<think>", "</think>",
     "<answer>x</answer>", "<|im_end|>", "<|eot_id|>", "<|call|>", "<|return|>", "<|user|>", "<|observation|>",
     "<|channel|>commentary to=functions.search<|message|>{}", "<｜tool▁call▁end｜>", "<｜end▁of▁sentence｜>",
 )  # fmt: skip
