@@ -48,7 +48,11 @@ def parts_of(source: str | Path) -> list[str]:
 def sources(config: Config) -> dict[str, str]:
     """Key -> file, folder or hub name of everything that a run reads; each data set of ``data.eval`` has its own
     key."""
-    named: dict[str, str | None] = {"model.path": config.model.path}
+    named: dict[str, str | None] = {
+        "model.path": config.model.path,
+        "sft.demonstrations": config.sft.demonstrations,
+        "rollout.system_file": config.rollout.system_file,
+    }
     if config.model.path is None and config.model.tokenizer not in ("world", "bpe"):
         named["model.tokenizer"] = config.model.tokenizer
     if config.data.source == "files":
