@@ -80,7 +80,7 @@ def main() -> None:
         files = [f"model.path={args.model}", f"data.train={args.data}/questions.jsonl"]
         files += [f"data.corpus={args.data}/corpus.jsonl", f"rollout.system_file={CONFIG.with_suffix('.txt')}"]
         given = args.runs / "demonstrations.jsonl"
-        make = [sys.executable, ROOT / "examples/nq_demonstrations.py", "--config", CONFIG, given, *files]
+        make = [sys.executable, ROOT / "bench/nq_demonstrations.py", "--config", CONFIG, given, *files]
         subprocess.run([*make, *args.overrides], check=True, env=environment())
         files.append(f"sft.demonstrations={given}")
     for seed, algorithm in [] if args.table else jobs:

@@ -1,6 +1,6 @@
 """Demonstrations for a warm start, from questions whose supporting passage is known (``steps[].passage_id``).
 
-    python examples/nq_demonstrations.py --config configs/smollm2-nq.yaml OUT.jsonl [section.key=value ...]
+    python bench/nq_demonstrations.py --config configs/smollm2-nq.yaml OUT.jsonl [section.key=value ...]
 
 Each searches for its question, is shown the supporting passage as the run would show it, and gives an accepted answer
 that stands there. Questions without one are left out.
