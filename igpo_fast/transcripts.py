@@ -220,8 +220,19 @@ def _for_template(message: Message, write: Callable[[str], str], quote: Callable
 
 
 def make_writer(dialect: Dialect) -> Tags | Chat:
-    """What writes trajectories as ``dialect`` has them; without a prompt of their own they get the dialect's."""
-    return Tags(dialect) if isinstance(dialect, TagsDialect) else Chat(dialect)
+    """What writes trajectories as ``dialect`` has them; without a prompt of their own they get the dialect's.
+
+    Raises:
+        InputError: a dialect that is made from neither ``tags`` nor ``chat``.
+    """
+    if isinstance(dialect, TagsDialect):
+        return Tags(dialect)
+    if isinstance(dialect, ChatDialect):
+        return Chat(dialect)
+    raise InputError(
+        f"rollout.dialect: trajectories from files have no form in {type(dialect).__name__}; use tags, chat, or a "
+        "dialect made from one of them"
+    )
 
 
 def check_sampled(record: Record, dialect: Dialect, vocabulary: int) -> Rollout:
