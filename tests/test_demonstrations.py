@@ -13,6 +13,7 @@ from igpo_fast.config import load
 from igpo_fast.contents import contents
 from igpo_fast.data.load import load_data
 from igpo_fast.demonstrations import PROMPT, RESPONSE, WRITTEN, read_demonstrations
+from igpo_fast.doctor import diagnose
 from igpo_fast.errors import InputError
 from igpo_fast.rollouts.dialect import make_dialect
 from igpo_fast.rollouts.tools.search import SEARCH_TOOL
@@ -285,3 +286,14 @@ def test_instructions_that_cannot_be_read_are_refused(tmp_path, content, fault):
 def test_settings_that_contradict_each_other_are_refused(options, fault):
     with pytest.raises(InputError, match=fault):
         load(None, options)
+
+
+def test_the_doctor_reads_them_and_trains_nothing(world, monkeypatch):
+    source, options = world
+    monkeypatch.setattr(sft, "train", lambda *_: pytest.fail("trained"))
+    lines = source.read_text()
+    for content, ok in ((lines, True), (lines + "{}\n", False)):
+        source.write_text(content)
+        found = list(diagnose(load(None, [*options, "sft.steps=2", "model.probe=false"]), configured=True))
+        faults = [check.found for check in found if not check.ok]
+        assert ok == (not faults) and all(f"{source} line 7" in fault for fault in faults)
