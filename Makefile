@@ -66,6 +66,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m igpo_fast.config_docs
 	$(BIN)/python docs/mask.py > docs/mask.svg
 	$(BIN)/python docs/curve.py > docs/curve.svg
+	$(BIN)/python docs/curve.py smollm2 > docs/smollm2.svg
 	$(BIN)/python docs/study_curves.py > docs/study.svg
 
 mutants: $(VENV)/.installed

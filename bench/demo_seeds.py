@@ -38,25 +38,34 @@ def run(seed: int, algorithm: str, folder: Path, overrides: list[str]) -> dict:
     blind = subprocess.run(
         [*CLI, "eval", str(out), "--no-search", "--json"], check=True, capture_output=True, text=True, env=environment()
     )
-    evals = [row for row in rows if "eval/f1" in row]
     return {
         **about("demo_seeds"),
         "algorithm": algorithm,
         "seed": seed,
         "overrides": overrides,
+        **curve(rows),
+        "without_search/f1": round(json.loads(blind.stdout)["eval/f1"], 4),
+    }
+
+
+def curve(rows: list[dict]) -> dict:
+    """What a result row says of a run's metrics."""
+    evals, steps = [row for row in rows if "eval/f1" in row], rows[1:]
+    mean = lambda key: round(sum(row[key] for row in steps) / len(steps), 3)  # noqa: E731
+    return {
         "steps": [row["step"] for row in evals],
         "eval/f1": [round(row["eval/f1"], 4) for row in evals],
         "eval/f1_se": [round(row["eval/f1_se"], 4) for row in evals],
         "eval/turns": [round(row["eval/turns"], 2) for row in evals],
-        "without_search/f1": round(json.loads(blind.stdout)["eval/f1"], 4),
-        "group/collapsed": round(sum(row["group/collapsed"] for row in rows[1:]) / len(rows[1:]), 3),
-        "step_seconds": round(sum(row["time/step"] for row in rows[1:]) / len(rows[1:]), 3),
+        "group/collapsed": mean("group/collapsed"),
+        "step_seconds": mean("time/step"),
     }
 
 
-def trained(out: Path, settings: list[str]) -> list[dict]:
-    """Train the quickstart with ``settings`` into ``out``, its output beside it; returns the rows of its metrics."""
-    config = ["--config", str(ROOT / "configs/quickstart.yaml"), f"run.dir={out}"]
+def trained(out: Path, settings: list[str], config: str = "quickstart") -> list[dict]:
+    """Train a file of configs/ with ``settings`` into ``out``, its output beside it; returns the rows of its
+    metrics."""
+    config = ["--config", str(ROOT / f"configs/{config}.yaml"), f"run.dir={out}"]
     with open(out.with_name(f"{out.name}.log"), "w") as log:
         subprocess.run([*CLI, "train", *config, *settings], check=True, stdout=log, stderr=log, env=environment())
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

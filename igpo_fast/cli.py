@@ -153,7 +153,7 @@ def sft(
     from igpo_fast.sft import steps_of
 
     if not steps_of(settings):
-        raise InputError("sft: no steps are configured; give sft.clean_steps, noisy_steps or hard_steps")
+        raise InputError("sft: no steps are configured; give sft.clean_steps, noisy_steps, hard_steps or steps")
     with _new_folder(output), bar("warm start", log=False) as advance:
 
         def progress(done: int, total: int, loss: float) -> None:

@@ -79,6 +79,13 @@ class Section(BaseModel):
         return value
 
 
+def joined(value: str | list[str] | None) -> str | None:
+    """A list of files as one source."""
+    if value == []:
+        raise ValueError("an empty list names no file; name one, or leave the key empty")
+    return ",".join(value) if isinstance(value, list) else value
+
+
 class Run(Section):
     dir: Annotated[FilePath, SESSION] = "runs/quickstart"
     """The run folder: config, metrics, rollouts, checkpoints. An existing one is resumed."""
@@ -176,10 +183,7 @@ class Data(Section):
     @field_validator("train", "corpus")
     @classmethod
     def _joined(cls, value: str | list[str] | None) -> str | None:
-        """A list of files is one source."""
-        if value == []:
-            raise ValueError("an empty list names no file; name one, or leave the key empty")
-        return ",".join(value) if isinstance(value, list) else value
+        return joined(value)
 
     @field_validator("eval", mode="before")
     @classmethod
@@ -230,8 +234,9 @@ class World(Section):
 
 
 class Sft(Section):
-    """Warm start on imperfect demonstrations. Set all three steps to 0 to skip it. With `model.path` the
-    steps that are not given are 0, and `lr` is 1e-5 unless given."""
+    """Warm start: steps on imperfect demonstrations made from the questions, then on trajectories from files. Set all
+    steps to 0 to skip it. With `model.path` or `demonstrations` the steps that are not given are 0; with `model.path`
+    `lr` is 1e-5 unless given."""
 
     clean_steps: Count = 600
     """Steps on nearly clean demonstrations."""
@@ -239,12 +244,30 @@ class Sft(Section):
     """Steps on demonstrations with wrong queries, early stops and wrong answers."""
     hard_steps: Count = 120
     """Steps on even noisier demonstrations: outcome-only training often stalls from such a start."""
+    demonstrations: Annotated[FilePath | list[FilePath] | None, EmptyIsNone] = None
+    """Trajectories to imitate, in the file formats of `data.train`: rows as `igpo-fast score` takes them, a run's own
+    rollouts, `messages` alone, or ShareGPT's `conversations` (docs/data.md)."""
+    steps: Count = 0
+    """Steps on `demonstrations`, which are gone through in random order, again and again."""
     batch_size: Positive = 32
     """Demonstrations per step."""
     lr: LearningRate = 3e-3
     """Initial learning rate, which falls linearly to 0."""
     response_weight: NonNegative = 0.2
     """Loss weight of tokens that tools wrote."""
+
+    @field_validator("demonstrations")
+    @classmethod
+    def _joined(cls, value: str | list[str] | None) -> str | None:
+        return joined(value)
+
+    @model_validator(mode="after")
+    def _check_steps(self):
+        if self.steps and self.demonstrations is None:
+            raise ValueError("sft.steps are steps on sft.demonstrations; name a file, or give sft.clean_steps")
+        if self.demonstrations is not None and not self.steps:
+            raise ValueError("sft.demonstrations are not read without sft.steps; give sft.steps=N")
+        return self
 
 
 class ToolLimits(BaseModel):
@@ -296,6 +319,8 @@ class Rollout(Section):
     (docs/extending.md)."""
     system: PlainText | None = None
     """Instructions before the question; null takes the dialect's own, an empty text (`rollout.system=`) gives none."""
+    system_file: Annotated[FilePath | None, EmptyIsNone] = None
+    """File that holds the instructions, in place of `system`: for long ones, with examples."""
     thinking: bool | None = None
     """Value of a chat template's `enable_thinking` (Qwen3's: `false` opens each turn with an empty thought); null keeps
     the template's default."""
@@ -334,6 +359,12 @@ class Rollout(Section):
                 "rollout.tensor_parallel is for a vLLM without rollout.server; set rollout.engine=vllm, or start the "
                 "replicas with --tensor-parallel-size"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_system(self):
+        if self.system is not None and self.system_file is not None:
+            raise ValueError("rollout.system and rollout.system_file both give instructions; leave one of them out")
         return self
 
     @model_validator(mode="after")
@@ -808,8 +839,10 @@ class Eval(Section):
 
 GROUP_NORMALISED = ("igpo", "grpo", "dr_grpo", "rloo", "gspo")
 """Algorithms whose advantages compare a rollout with the rest of its group."""
-LOADED_MODEL_SFT = dict(clean_steps=0, noisy_steps=0, hard_steps=0, lr=1e-5)
-"""Defaults of section ``sft`` with ``model.path``: the demonstrations are too simple for a pretrained model."""
+GIVEN_SFT = dict(clean_steps=0, noisy_steps=0, hard_steps=0)
+"""Defaults of section ``sft`` with demonstrations from files."""
+LOADED_MODEL_SFT = dict(**GIVEN_SFT, lr=1e-5)
+"""Defaults of section ``sft`` with ``model.path``: made-up demonstrations are too simple for a pretrained model."""
 
 
 class Config(Section):
@@ -832,12 +865,13 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_warm_start_of_a_loaded_model(cls, values):
+    def _no_made_up_demonstrations(cls, values):
         model, sft = (values.get(key, {}) for key in ("model", "sft")) if isinstance(values, dict) else ({}, {})
         model, sft = (s.model_dump(exclude_unset=True) if isinstance(s, Section) else s for s in (model, sft))
-        if not (isinstance(model, dict) and isinstance(sft, dict) and model.get("path")):
+        if not (isinstance(model, dict) and isinstance(sft, dict)):
             return values
-        return values | {"sft": LOADED_MODEL_SFT | sft}
+        defaults = LOADED_MODEL_SFT if model.get("path") else GIVEN_SFT if sft.get("demonstrations") else {}
+        return values | {"sft": defaults | sft}
 
     @model_validator(mode="after")
     def _check_data(self):

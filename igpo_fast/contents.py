@@ -52,6 +52,8 @@ def sources(config: Config) -> dict[str, str]:
     named: dict[str, str | None] = {
         "model.path": config.model.path,
         "algorithm.outcome": file_of(config.algorithm.outcome),
+        "sft.demonstrations": config.sft.demonstrations,
+        "rollout.system_file": config.rollout.system_file,
     }
     if config.model.path is None and config.model.tokenizer not in ("world", "bpe"):
         named["model.tokenizer"] = config.model.tokenizer

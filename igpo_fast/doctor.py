@@ -16,7 +16,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from igpo_fast import __version__
-from igpo_fast.config import Config, Sft
+from igpo_fast.config import Config
 from igpo_fast.engines import vllm
 from igpo_fast.errors import InputError, RunError
 from igpo_fast.model import build, device_of, kernels_of, probe, separate_passes
@@ -182,7 +182,7 @@ def _listed(parts: list[memory.Part], there: float) -> str:
 def _configured(config: Config, ranks: int) -> Iterator[Check]:
     if config.model.path:  # before the model is loaded
         yield from _memory(config, 0, ranks)
-    untrained = Sft(clean_steps=0, noisy_steps=0, hard_steps=0)
+    untrained = config.sft.model_copy(update=dict.fromkeys(("clean_steps", "noisy_steps", "hard_steps", "steps"), 0))
     probed = config.model.model_copy(update={"probe": True})
     try:
         setup = set_up(config.model_copy(update={"sft": untrained, "model": probed}))

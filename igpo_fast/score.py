@@ -29,9 +29,11 @@ from igpo_fast.errors import InputError
 from igpo_fast.files import atomic
 from igpo_fast.jsonl import finite
 from igpo_fast.model import device_of, load
+from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.tools.search import SEARCH_TOOL
 from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.trajectories import Record, read_records
-from igpo_fast.transcripts import NOTHING, WRITERS
+from igpo_fast.transcripts import NOTHING, check_known, check_sampled, make_writer, unknown_id
 from igpo_fast.types import Answers, Baseline, Basis, Rollout, ToolResult, Turn, search_for
 from igpo_fast.update.gains import information_gain, values_of
 from igpo_fast.update.packs import means_of
@@ -39,6 +41,8 @@ from igpo_fast.update.policy import Policy
 from igpo_fast.update.scoring import MASKED, NONE_LENT, Lent, Scoring, Values
 from igpo_kernels import ANSWER, FORK, Branch, Fork, LossSettings, RolloutTokens, Tree, pack, tree_size
 
+BUDGETS = dict(max_passage_tokens=128, max_answer_tokens=64, max_answers=4)
+"""Limits of the dialects; passages are part of the messages and are not cut here."""
 LENT, LENT_PER_QUESTION = 1024, 64
 """Most responses that ``baseline=random`` draws from, and most of one question."""
 
@@ -156,8 +160,8 @@ class Scorer:
         if not 0 < temperature < math.inf:
             raise InputError(f"--temperature {temperature}: give a positive number")
         self.policy = Policy(lm, temperature, LossSettings())
-        self.writer = WRITERS[dialect](tokenizer, wrapper)
-        self._unknown = _unknown_id(tokenizer)
+        self.writer = make_writer(make_dialect(dialect, tokenizer, (SEARCH_TOOL,), wrapper=wrapper, **BUDGETS))
+        self._unknown = unknown_id(tokenizer)
         self.basis, self.answers, self.token_budget, self.baseline = basis, answers, token_budget, baseline
         written, count = self.writer.dialect, 0 if baseline == "masked" else 1 if answers == "first" else None
         self.scoring = Scoring(
@@ -198,7 +202,7 @@ class Scorer:
         """
         branches = tuple(self.scoring.branches_of(record.question))
         for branch in branches:
-            self._check_known(branch.ids, f"{record.where}: an answer")
+            check_known(branch.ids, self._unknown, f"{record.where}: an answer")
         rollout = self._rollout(record)
         forks = self.scoring.forks_of(rollout, self._lent, [self.scoring.seed, number])
         trajectory = Trajectory(record, rollout, branches, forks)
@@ -212,7 +216,10 @@ class Scorer:
 
     def _rollout(self, record: Record) -> Rollout:
         """A record's tokens; its question's id tells equal questions by their text."""
-        rollout = self._sampled(record) if record.rollout else self._written(record)
+        if record.rollout:
+            rollout = check_sampled(record, self.writer.dialect, self.policy.lm.get_input_embeddings().num_embeddings)
+        else:
+            rollout = self._written(record)
         if self.baseline == "masked":
             for number, turn in enumerate(rollout.turns[1:], start=2):
                 if not len(turn.ids):
@@ -228,7 +235,7 @@ class Scorer:
             what = f"{record.where}: {f'turn {number}' if number else 'the prompt'}"
             if not len(part):
                 raise InputError(f"{what} has no tokens; give it a text")
-            self._check_known(part, what)
+            check_known(part, self._unknown, what)
         made = [
             # What messages respond to a turn is taken for what a search found.
             Turn(ids, np.zeros(len(ids), np.float32), "", (search_for(""),) * bool(len(response)), response,
@@ -238,28 +245,6 @@ class Scorer:
         if not masked:
             made.append(Turn(NOTHING, NOTHING, "", (), NOTHING))  # the last turn, which is not read
         return Rollout(record.question, 0, prompt, tuple(made))
-
-    def _sampled(self, record: Record) -> Rollout:
-        """The tokens of a rollout, unchanged."""
-        rollout, decode = record.rollout, self.writer.dialect.decode
-        size = self.policy.lm.get_input_embeddings().num_embeddings
-        same = rollout.ids.max() < size and all(decode(turn.ids) == turn.text for turn in rollout.turns)
-        if not same:
-            raise InputError(
-                f"{record.where}: its ids do not decode to its texts with the model's tokenizer; give --model the "
-                "run's own model"
-            )
-        boundaries = rollout.boundaries
-        if not len(rollout.prompt_ids) or (np.diff(boundaries) == 0).any():
-            raise InputError(f"{record.where}: a prompt or a turn without tokens; give the file as it was written")
-        return rollout
-
-    def _check_known(self, ids: np.ndarray, what: str) -> None:
-        if self._unknown is not None and (ids == self._unknown).any():
-            raise InputError(
-                f"{what} has words that the model's tokenizer does not know; choose a model that knows them, or leave "
-                "the line out"
-            )
 
     def score(self, records: Iterable[Record]) -> Iterator[Scored]:
         """What is known of each record, in order; one pass per pack.
@@ -310,12 +295,6 @@ class Scorer:
             self.scoring.values(len(t.rollout.turns), answers.get(i), forks.get(i), value_of)
             for i, t in enumerate(batch)
         ]
-
-
-def _unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The token of unknown words; None if there is none, or it also has another meaning (as GPT-2's)."""
-    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
 
 
 def load_scorer(path: str, *, device: str = "auto", dtype: str = "float32", **options) -> Scorer:

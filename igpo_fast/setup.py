@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -14,6 +15,7 @@ from igpo_fast import adapter, model
 from igpo_fast.config import CRITICS, OF_GAINS, OF_GROUPS, PRESETS, Algorithm, Config, Critic, Distributed
 from igpo_fast.data.load import Data, load_data, question_order, without_long
 from igpo_fast.data.tokenizer import check_known, load_tokenizer
+from igpo_fast.demonstrations import NONE_GIVEN, read_demonstrations
 from igpo_fast.engines import vllm
 from igpo_fast.engines.base import Engine, Sampling
 from igpo_fast.engines.torch import TorchEngine
@@ -116,7 +118,7 @@ def set_up(
         config.rollout.dialect,
         words,
         tools.schemas,
-        system=config.rollout.system,
+        system=_instructions(config),
         thinking=config.rollout.thinking,
         max_passage_tokens=config.search.max_passage_tokens,
         max_result_tokens=config.tools.max_tokens,
@@ -131,13 +133,16 @@ def set_up(
     _check_questions(config, data, dialect, limits)
     scoring = _scoring(config, dialect, data.train)
     tools.check(data.train[0])
+    given = NONE_GIVEN
+    if config.sft.demonstrations and not weights:
+        given = read_demonstrations(config.sft.demonstrations, dialect, config.rollout.max_tokens)
     if trained:
         _check_memory(config, len(words), ranks)
     lm = _load_model(config, weights, words, ranks)
     if not weights:
         if ranks.size > 1:  # the others then read what the first has trained
-            ranks.first_alone(lambda: warm_start(config, lm, words, dialect, data, tools, sft_progress) and None)
-        lm = warm_start(config, lm, words, dialect, data, tools, sft_progress)
+            ranks.first_alone(lambda: warm_start(config, lm, words, dialect, data, tools, sft_progress, given) and None)
+        lm = warm_start(config, lm, words, dialect, data, tools, sft_progress, given)
     if config.model.gradient_checkpointing:
         model.recompute_layers(lm)
     warnings = (
@@ -145,6 +150,7 @@ def set_up(
         "" if uses_deepspeed(config, ranks) else _idle_sharding(config),
         *data.warnings,
         *(tool.caution for tool in tools),
+        *given.warnings,
         model.check_positions(lm, config.rollout.max_tokens, scoring.answer_tokens + scoring.response_tokens),
     )
     engine = _make_engine(config, lm, words, ranks)
@@ -244,6 +250,21 @@ def make_updater(setup: Setup, learner: Learner, progress: Progress, ranks: Rank
         critic=critic_settings_of(config, recipe),
         teacher_every=config.algorithm.teacher_every if recipe.value_source == "teacher" else 0,
     )  # fmt: skip
+
+
+def _instructions(config: Config) -> str | None:
+    """The instructions before a question: ``rollout.system``, or what ``rollout.system_file`` holds."""
+    path = config.rollout.system_file
+    if path is None:
+        return config.rollout.system
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").strip()
+    except OSError as error:
+        raise InputError(
+            f"rollout.system_file={path}: cannot read it ({error.strerror}); give an existing file"
+        ) from None
+    except ValueError:
+        raise InputError(f"rollout.system_file={path}: not UTF-8 text; correct it") from None
 
 
 def _check_memory(config: Config, vocab_size: int, ranks: Ranks) -> None:

@@ -1,7 +1,8 @@
-"""Warm start: supervised fine-tuning on imperfect demonstrations, kept for the next run with the same settings.
+"""Warm start: supervised fine-tuning on demonstrations, kept for the next run with the same settings.
 
-A demonstration is written in the run's own dialect and answered by its own tools, so that the policy learns
-format and loop from the tokens that it will meet in rollouts. Its mistakes leave room for reinforcement learning.
+They are imperfect ones made from questions, or trajectories from files (demonstrations.py). A made-up one is written in
+the run's own dialect and answered by its own tools, so that the policy learns format and loop from the tokens that it
+will meet in rollouts. Its mistakes leave room for reinforcement learning.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from igpo_fast.config import Config
 from igpo_fast.contents import contents, sources
 from igpo_fast.data.load import Data
 from igpo_fast.data.world import CLEAN, HARD, NOISY, Demonstration, Noise, World, demonstrate, make_worlds
+from igpo_fast.demonstrations import NONE_GIVEN, PROMPT, RESPONSE, WRITTEN, Demonstrations, joined
 from igpo_fast.errors import InputError, ToolError
 from igpo_fast.files import atomic_folder, check_manifest, check_writable, write_manifest
 from igpo_fast.model import load
@@ -35,19 +38,26 @@ from igpo_kernels import RolloutTokens, Tree, pack
 
 Progress = Callable[[int, int, float], None]
 """(done, total, loss per token of the last step)"""
-PROMPT, RESPONSE, WRITTEN = -1, 0, 1
-"""Author of a token: the prompt's are not trained, the environment's with a small weight, the policy's fully."""
 
 
 def steps_of(config: Config) -> int:
-    return config.sft.clean_steps + config.sft.noisy_steps + config.sft.hard_steps
+    return config.sft.clean_steps + config.sft.noisy_steps + config.sft.hard_steps + config.sft.steps
 
 
 def warm_start(
-    config: Config, lm: PreTrainedModel, tokenizer, dialect: Dialect, data: Data, tools: Tools, progress: Progress
+    config: Config,
+    lm: PreTrainedModel,
+    tokenizer,
+    dialect: Dialect,
+    data: Data,
+    tools: Tools,
+    progress: Progress,
+    given: Demonstrations = NONE_GIVEN,
 ) -> PreTrainedModel:
     """The warm-started model, from ``run.cache`` if these settings were trained before, or trained now.
 
+    Args:
+        given: what ``sft.demonstrations`` holds.
     Returns:
         ``lm``, trained, or the cached model.
     Raises:
@@ -60,7 +70,7 @@ def warm_start(
     folder = cache / f"sft-{_fingerprint(config, tokenizer, data)}"
     if not folder.exists():
         check_writable(cache)
-        train(config, lm, dialect, data, tools, progress)
+        train(config, lm, dialect, data, tools, progress, given)
         with atomic_folder(folder, owner=f".{os.getpid()}") as temporary:
             lm.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
@@ -74,7 +84,7 @@ def warm_start(
 
 def _fingerprint(config: Config, tokenizer, data: Data) -> str:
     """A digest of everything on which the warm start depends; files count by their content, not their path."""
-    paths = {"model": {"path", "tokenizer"}, "data": {"train", "eval", "corpus"}}
+    paths = {"model": {"path", "tokenizer"}, "data": {"train", "eval", "corpus"}, "sft": {"demonstrations"}}
     sections = {
         name: getattr(config, name).model_dump(exclude=paths.get(name)) for name in ("model", "data", "world", "sft")
     }
@@ -105,14 +115,20 @@ def _fingerprint(config: Config, tokenizer, data: Data) -> str:
 
 
 def train(
-    config: Config, lm: PreTrainedModel, dialect: Dialect, data: Data, tools: Tools, progress: Progress | None = None
+    config: Config,
+    lm: PreTrainedModel,
+    dialect: Dialect,
+    data: Data,
+    tools: Tools,
+    progress: Progress | None = None,
+    given: Demonstrations = NONE_GIVEN,
 ) -> None:
     """AdamW on the demonstrations, one packed batch per step, in place; the learning rate falls linearly to 0."""
     total = steps_of(config)
     learner = Learner(
         lm, backend=config.model.kernels, lr=config.sft.lr, factor=lambda step: 1 - step / total,
     )  # fmt: skip
-    for step, batch in enumerate(_batches(config, dialect, data, tools)):
+    for step, batch in enumerate(chain(_batches(config, dialect, data, tools), _given(config, given))):
         loss = demonstration_loss(learner, batch, config.sft.response_weight)
         learner.backward(loss)
         learner.step()
@@ -151,9 +167,8 @@ async def write(
                     f"warm start: a call of {action.tool} failed for good ({result.failure}); see that the tool answers"
                 )
             pieces.append((dialect.response((action,), (result,))[0], RESPONSE))
-    ids = np.concatenate([piece for piece, _ in pieces])[:max_tokens]
-    writer = np.concatenate([np.full(len(piece), who) for piece, who in pieces])[:max_tokens]
-    return ids, writer
+    ids, writer = joined(pieces)
+    return ids[:max_tokens], writer[:max_tokens]
 
 
 def _batches(config: Config, dialect: Dialect, data: Data, tools: Tools) -> Iterator[list]:
@@ -181,6 +196,17 @@ def _batches(config: Config, dialect: Dialect, data: Data, tools: Tools) -> Iter
     for steps, noise in phases:
         for _ in range(steps):
             yield asyncio.run(written(noise))
+
+
+def _given(config: Config, given: Demonstrations) -> Iterator[list]:
+    """One batch of the files' demonstrations per step: all of them once, in random order, before any comes again."""
+    rng = random.Random(f"{config.train.seed}/demonstrations")
+    order = []
+    for _ in range(config.sft.steps):
+        while len(order) < config.sft.batch_size:
+            order += rng.sample(given.written, len(given.written))
+        batch, order = order[: config.sft.batch_size], order[config.sft.batch_size :]
+        yield batch
 
 
 def _from_world(world: World, noise: Noise, rng: random.Random, max_turns: int) -> Demonstration:

@@ -1,9 +1,9 @@
-"""Trajectories from files, as ``score`` takes them: messages, or this package's own rollouts."""
+"""Trajectories from files, as ``score`` and the warm start take them: messages, or this package's own rollouts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ class Record:
 
     where: str
     """File and line, for errors."""
-    row: dict[str, Any]
-    """The line as it was read."""
+    row: Mapping[str, Any]
+    """The line as it was read, ShareGPT's with ``messages``."""
     question: Question
     prompt: tuple[Message, ...] = ()
     """The messages before the first turn; empty takes the dialect's prompt."""
@@ -60,29 +60,83 @@ def read_records(path: Path) -> Iterator[Record]:
     try:
         with open(path, "rb") as lines:
             for row in json_lines(lines, path):
-                yield _record(row.values, row.where)
+                yield read_row(row.values, row.where)
     except OSError as error:
         raise InputError(f"{path}: cannot read it ({error.strerror}); give an existing file") from None
 
 
-def _record(row: dict[str, Any], where: str) -> Record:
-    text, answers, messages = (row.get(key) for key in ("question", "answers", "messages"))
+def read_row(row: Mapping[str, Any], where: str, *, scored: bool = True) -> Record:
+    """A row, checked.
+
+    Args:
+        scored: whether it needs a question and answers. Else it may have messages alone, and its answers are not read.
+    Raises:
+        InputError: no trajectory, naming what is wrong.
+    """
+    messages = row.get("messages")
+    if messages is None and row.get("conversations") is not None:
+        row = _from_sharegpt(row, where)
+        messages = row["messages"]
     if messages is None and {"input", "output"} <= row.keys():
         raise InputError(
             f'{where}: a dump of verl, which does not tell turns apart; fill "question", "answers" and "messages"'
         )
-    if not isinstance(text, str) or not text.strip():
-        raise InputError(f'{where}: no question; fill "question" with a text')
-    if not answers or not _is_list_of(str, answers) or not all(map(str.strip, answers)):
-        raise InputError(f'{where}: no answers; fill "answers" with a list of texts, none of them blank')
-    question = Question(where, text, tuple(answers))
+    question = _question(row, where) if scored else Question(where, str(row.get("question") or ""), ())
     if messages is None and {"prompt_ids", "turns"} <= row.keys():
         return Record(where, row, question, rollout=_rollout(row, question, where))
     if not _is_list_of(dict, messages):
         raise InputError(f'{where}: "messages" is no list of messages; fill it with objects that have role and content')
     checked = [_message(message, number, where) for number, message in enumerate(messages, start=1)]
     prompt, turns = _split(checked, where)
+    if not prompt and not question.question.strip():
+        raise InputError(f'{where}: no message before the first turn; begin with the user\'s, or fill "question"')
     return Record(where, row, question, prompt, turns)
+
+
+def _question(row: Mapping[str, Any], where: str) -> Question:
+    text, answers = row.get("question"), row.get("answers")
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f'{where}: no question; fill "question" with a text')
+    if not answers or not _is_list_of(str, answers) or not all(map(str.strip, answers)):
+        raise InputError(f'{where}: no answers; fill "answers" with a list of texts, none of them blank')
+    return Question(where, text, tuple(answers))
+
+
+SPEAKERS = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "function_call": "assistant", "tool": "tool", "observation": "tool", "function": "tool",
+}  # fmt: skip
+"""Roles by the names that ShareGPT's rows have for them."""
+
+
+def _from_sharegpt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A row with ``conversations`` ({from, value}, and beside it perhaps ``system`` and ``tools``) as one with
+    ``messages``."""
+    entries = row["conversations"]
+    if not _is_list_of(dict, entries):
+        raise InputError(f'{where}: "conversations" is no list; fill it with objects that have from and value')
+    system = row.get("system")
+    messages = [{"role": "system", "content": system}] if system else []
+    for number, entry in enumerate(entries, start=1):
+        if entry.get("from") not in SPEAKERS:
+            known = ", ".join(SPEAKERS)
+            raise InputError(f"{where}: conversations entry {number} is from {entry.get('from')!r}; known are {known}")
+        role, value = SPEAKERS[entry["from"]], entry.get("value")
+        if entry["from"] == "function_call":
+            calls = _json(value, f"{where}: conversations entry {number}")
+            messages.append({"role": role, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]})
+        else:
+            messages.append({"role": role, "content": value})
+    tools = row.get("tools")
+    tools = _json(tools, f'{where}: "tools"') if isinstance(tools, str) and tools.strip() else tools
+    return {**row, "messages": messages, "tools": tools or None}
+
+
+def _json(text: Any, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        raise InputError(f"{where} is not JSON; correct it") from None
 
 
 def _is_list_of(kind: type, value: Any) -> bool:

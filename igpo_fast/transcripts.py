@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,14 +17,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from igpo_fast.errors import InputError
-from igpo_fast.rollouts.dialect import CHAT_SYSTEM, TODAY, Dialect, TagsDialect, make_dialect, unquote
+from igpo_fast.rollouts.dialect import TODAY, ChatDialect, Dialect, TagsDialect, unquote
 from igpo_fast.rollouts.dialect.parsing import map_texts
-from igpo_fast.rollouts.tools.search import SEARCH_TOOL
 from igpo_fast.trajectories import Message, Record
-
-BUDGETS = dict(max_passage_tokens=128, max_answer_tokens=64, max_answers=4)
-"""Limits of the dialects; passages are part of the messages and are not cut here."""
-
+from igpo_fast.types import Rollout
 
 NOTHING = np.zeros(0, dtype=np.int32)
 
@@ -41,12 +36,9 @@ class Written(NamedTuple):
 class Tags:
     """Trajectories as one continuous text: the concatenated contents."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, wrapper: str | None = None):
-        self.dialect: Dialect = make_dialect("tags", tokenizer, (SEARCH_TOOL,), wrapper=wrapper, **BUDGETS)
-        # Writes a text as a prompt, with the start token of models that have one, and nothing else.
-        bare = replace(self.dialect.wording, system="", question="{}")
-        self._verbatim = TagsDialect(tokenizer, (SEARCH_TOOL,), wording=bare, **BUDGETS)
-        self._end = tokenizer.eos_token or ""
+    def __init__(self, dialect: TagsDialect):
+        self.dialect = dialect
+        self._end = dialect.tokenizer.eos_token or ""
 
     def write(self, record: Record, *, apart: bool = False, last: bool = False) -> tuple[np.ndarray, list[Written]]:
         """Tokens of the prompt, and of each turn but the last.
@@ -59,12 +51,10 @@ class Tags:
             if message.calls or message.thought:
                 raise InputError(
                     f"{record.where}: message {message.number} has tool_calls or reasoning_content, which the dialect "
-                    "tags cannot write; use --dialect chat, or write them into its content"
+                    "tags cannot write; use the dialect chat, or write them into its content"
                 )
         if record.prompt:
-            first, *rest = record.prompt
-            asked = self._verbatim.prompt(replace(record.question, question=first.content))
-            prompt = self._joined(asked, rest)
+            prompt = self._joined(self.dialect.start, record.prompt)
         else:
             prompt = self.dialect.prompt(record.question)
         return prompt, [
@@ -91,9 +81,10 @@ class Chat:
     values would be of other texts.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, wrapper: str | None = None):
-        self.tokenizer = tokenizer
-        self.dialect: Dialect = make_dialect("chat", tokenizer, (SEARCH_TOOL,), wrapper=wrapper, **BUDGETS)
+    def __init__(self, dialect: ChatDialect):
+        self.dialect = dialect
+        self.tokenizer: PreTrainedTokenizerFast = dialect.tokenizer
+        tokenizer = self.tokenizer
         # As ``Dialect.check`` has it; where it is not so, a stop id may be a token of texts.
         tokens = (tokenizer.eos_token_id, *tokenizer.get_added_vocab().values())
         self._ends_turns = self.dialect.stop_ids[0] in tokens
@@ -111,8 +102,10 @@ class Chat:
             raise InputError(f'{record.where}: "tools" are no list of objects; correct them, or leave them out')
         given, turns = list(record.prompt), _turns(record, last)
         if not given:
-            system = Message(0, "system", CHAT_SYSTEM)
-            given, tools = [system, Message(0, "user", record.question.question)], [SEARCH_TOOL]
+            given = [Message(0, "user", record.question.question)]
+            if self.dialect.system:
+                given.insert(0, Message(0, "system", self.dialect.system))
+            tools = self.dialect.tools
         tools = map_texts(tools, self.dialect.quote, self.dialect.quote)
         messages = [self._written(message) for message in given]
         before = self._render(record, messages, tools)
@@ -125,12 +118,12 @@ class Chat:
                 if text == shorter:
                     raise InputError(
                         f"{record.where}: the chat template writes nothing for a message of role "
-                        f"{message.role!r}; use another role, or --dialect tags"
+                        f"{message.role!r}; use another role, or use the dialect tags"
                     )
             if not text.startswith(before):
                 raise InputError(
                     f"{record.where}: the chat template rewrites the text before turn {number} when that "
-                    "turn follows, so prefixes do not continue one another; use --dialect tags, or another "
+                    "turn follows, so prefixes do not continue one another; use the dialect tags, or another "
                     "template"
                 )
             ids = self.dialect.encode(text[len(before) :])
@@ -146,7 +139,7 @@ class Chat:
         if not self._ends_turns or not len(ends):
             raise InputError(
                 f"{record.where}: the chat template ends turn {number} with no token of its own, so that nothing tells "
-                "where the response begins; use --dialect tags, another --baseline, or a run's own rollouts"
+                "where the response begins; use the dialect tags, another --baseline, or a run's own rollouts"
             )
         return int(ends[0]) + 1
 
@@ -176,19 +169,20 @@ class Chat:
             if mark not in rendered:
                 raise InputError(
                     f"{record.where}: the chat template leaves out part of message {number} (its thought, where a "
-                    "user's message follows: give results the role tool); or use --dialect tags"
+                    "user's message follows: give results the role tool); or use the dialect tags"
                 )
 
     def _render(self, record: Record, messages: list[dict], tools: list | None, more: bool = True) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=more, tokenize=False, strftime_now=TODAY.strftime
-            )
+                messages, tools=tools, add_generation_prompt=more, tokenize=False, strftime_now=TODAY.strftime,
+                **self.dialect.options,
+            )  # fmt: skip
         except REFUSALS as error:
             reason = unquote(" ".join(str(error).split()))
             raise InputError(
                 f"{record.where}: the chat template refuses the messages ({reason}); correct them, or use "
-                "--dialect tags"
+                "the dialect tags"
             ) from None
 
 
@@ -225,4 +219,51 @@ def _for_template(message: Message, write: Callable[[str], str], quote: Callable
     return made
 
 
-WRITERS = {"tags": Tags, "chat": Chat}
+def make_writer(dialect: Dialect) -> Tags | Chat:
+    """What writes trajectories as ``dialect`` has them; without a prompt of their own they get the dialect's.
+
+    Raises:
+        InputError: a dialect that is made from neither ``tags`` nor ``chat``.
+    """
+    if isinstance(dialect, TagsDialect):
+        return Tags(dialect)
+    if isinstance(dialect, ChatDialect):
+        return Chat(dialect)
+    raise InputError(
+        f"rollout.dialect: trajectories from files have no form in {type(dialect).__name__}; use tags, chat, or a "
+        "dialect made from one of them"
+    )
+
+
+def check_sampled(record: Record, dialect: Dialect, vocabulary: int) -> Rollout:
+    """The record's rollout, whose tokens are used as they are.
+
+    Args:
+        vocabulary: how many tokens the model has.
+    Raises:
+        InputError: its tokens are another tokenizer's, or a prompt or turn has none.
+    """
+    rollout = record.rollout
+    if rollout.ids.max() >= vocabulary or any(dialect.decode(turn.ids) != turn.text for turn in rollout.turns):
+        raise InputError(
+            f"{record.where}: its ids do not decode to its texts with the model's tokenizer; give the model that "
+            "sampled them"
+        )
+    if not len(rollout.prompt_ids) or (np.diff(rollout.boundaries) == 0).any():
+        raise InputError(f"{record.where}: a prompt or a turn without tokens; give the file as it was written")
+    return rollout
+
+
+def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The token of unknown words; None if there is none, or it also has another meaning (as GPT-2's)."""
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
+
+
+def check_known(ids: np.ndarray, unknown: int | None, what: str) -> None:
+    """Refuse tokens of unknown words: all such words would be the same."""
+    if unknown is not None and (ids == unknown).any():
+        raise InputError(
+            f"{what} has words that the model's tokenizer does not know; choose a model that knows them, or leave "
+            "the line out"
+        )

@@ -116,6 +116,7 @@ ROLLOUT = "test_rollout.py::TestOneRollout::test_is_prompt_turns_and_responses_t
 
 FAMILY, OWED = "test_dialect_families.py", "test_contracts.py"
 TEXT, INPUTS, SCORED = "test_dialect_text.py", "test_score_inputs.py", "test_score_baselines.py"
+GIVEN = "test_demonstrations.py"
 
 # fmt: off
 MUTANTS = [
@@ -906,6 +907,22 @@ MUTANTS = [
          f"{SCORED}::test_a_template_that_ends_no_turn_by_a_token_is_refused"),
         ("parts that a template drops pass", "if mark not in rendered:", "if not rendered:",
          f"{INPUTS}::test_thoughts_that_a_template_drops_are_refused"),
+        ("unknown words scored", "if unknown is not None and", "if unknown is None and",
+         f"{INPUTS}::test_words_that_the_tokenizer_does_not_know_are_refused"),
+    ),
+    *faults("igpo_fast/demonstrations.py",
+        ("responses are learned as turns", "(turn.response_ids, RESPONSE)", "(turn.response_ids, WRITTEN)",
+         f"{GIVEN}::test_a_chat_is_written_by_the_template_and_a_turn_ends_with_its_token"),
+        ("the prompt is learned", "pieces = [(prompt, PROMPT)]", "pieces = [(prompt, RESPONSE)]",
+         f"{GIVEN}::test_a_prompt_of_ones_own_is_kept"),
+        ("long trajectories are kept", "if len(written[0]) > max_tokens:", "if len(written[0]) > 10 * max_tokens:",
+         f"{GIVEN}::test_long_ones_are_left_out_and_silent_ones_counted"),
+    ),
+    *faults("igpo_fast/contents.py",
+        ("demonstrations known by their path", '"sft.demonstrations": config.sft.demonstrations',
+         '"sft.demonstrations": None', f"{GIVEN}::test_the_cache_knows_a_file_by_its_content"),
+        ("instructions known by their path", '"rollout.system_file": config.rollout.system_file',
+         '"rollout.system_file": None', f"{GIVEN}::test_the_cache_knows_a_file_by_its_content"),
     ),
     *faults("igpo_fast/score.py",
         ("the same draws in every line", "[self.scoring.seed, number]", "[self.scoring.seed, 0]",
@@ -927,8 +944,6 @@ MUTANTS = [
          f"{SCORED}::TestEqualsPlainForwards::test_random"),
         ("baselines of another scoring stay", 'if name != "baselines"}', "if name}",
          f"{SCORED}::TestEqualsPlainForwards::test_none_and_previous"),
-        ("unknown words scored", "if self._unknown is not None and", "if self._unknown is None and",
-         f"{INPUTS}::test_words_that_the_tokenizer_does_not_know_are_refused"),
     ),
     *faults("igpo_fast/rollouts/tools/search.py",
         ("blank passages take places", "islice(filter(None, map(_passage, hits)), self._top_k)",
@@ -1057,7 +1072,7 @@ MUTANTS = [
          "test_config.py::test_a_comment_in_an_override_drops_nothing_in_silence"),
     ),
     *faults("igpo_fast/config.py",
-        ("a loaded model is warm-started", '{"sft": LOADED_MODEL_SFT | sft}', '{"sft": sft}',
+        ("a loaded model is warm-started", '{"sft": defaults | sft}', '{"sft": sft}',
          "test_config.py::test_a_loaded_model_has_no_warm_start_unless_asked_for"),
         ("config.yaml keeps credentials", "return url and masked(url)", "return url",
          "test_config.py::test_credentials_are_masked_in_the_stored_file"),

@@ -438,7 +438,7 @@ def test_a_template_that_ends_no_turn_by_a_token_is_refused(tmp_path, folder, mo
     lm = AutoModelForCausalLM.from_pretrained(folder("qwen2.5"))
     rows = message_rows()
     Scorer(model.use_attend(lm), words, dialect="chat").tokenise(next(read_records(write(tmp_path / "in", rows))))
-    with pytest.raises(InputError, match=r"line 1: the chat template ends turn 1 with no token .* --dialect tags"):
+    with pytest.raises(InputError, match=r"line 1: the chat template ends turn 1 with no token .* the dialect tags"):
         score(tmp_path, rows, lambda: Scorer(model.use_attend(lm), words, dialect="chat", baseline=baseline))
 
 

@@ -110,13 +110,14 @@ class ChatDialect(Dialect):
         super().__init__(tokenizer, functions, **budgets)
         if not tokenizer.chat_template:
             raise self._refusal("has no chat template", "use rollout.dialect=tags")
-        self._tools = [map_texts(function, self.quote) for function in functions]
-        self._template = tokenizer.get_chat_template(tools=self._tools)
+        self.tools = [map_texts(function, self.quote) for function in functions]
+        self._template = tokenizer.get_chat_template(tools=self.tools)
         if thinking is not None and "enable_thinking" not in self._template:
             raise self._refusal("its chat template has no enable_thinking", "leave rollout.thinking empty")
-        self._options = {} if thinking is None else {"enable_thinking": thinking}
+        self.options = {} if thinking is None else {"enable_thinking": thinking}
         if system is None:
             system = CHAT_SYSTEM if list(self.functions) == [SEARCH] else TOOLS_SYSTEM
+        self.system = system
         self._system = [{"role": "system", "content": system}] if system else []
         self._thought = self._opening_thought()
         self._thinks = bool(self._thought) and CLOSE not in self._thought  # a turn begins inside a thought
@@ -156,7 +157,7 @@ class ChatDialect(Dialect):
         if self.stop_ids[0] not in (self.tokenizer.eos_token_id, *self.tokenizer.get_added_vocab().values()):
             return f"its chat template ends an assistant message with {self._tail[:20]!r}, which is not one token"
         shown = self._render("")
-        for function in self._tools:
+        for function in self.tools:
             described = function["function"]["description"].strip()
             if described not in shown and json.dumps(described, ensure_ascii=False)[1:-1] not in shown:
                 return "its chat template does not show the tools it is given"
@@ -200,11 +201,11 @@ class ChatDialect(Dialect):
         try:
             return self.tokenizer.apply_chat_template(
                 [*self._system, {"role": "user", "content": question}, *messages],
-                tools=self._tools,
+                tools=self.tools,
                 add_generation_prompt=opens_turn,
                 tokenize=False,
                 strftime_now=TODAY.strftime,
-                **self._options,
+                **self.options,
             )
         except (TemplateError, TypeError) as error:
             raise self._refusal(

@@ -154,7 +154,9 @@ class TagsDialect(Dialect):
         self.stop_ids = (*(ids[0] for ids in tokens if single), *([] if eos is None else [eos]))
         # Models that were trained with a start token need it; a chat template adds it, plain text does not.
         bos = tokenizer.bos_token_id
-        self._start = [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
+        starts = bos is not None and tokenizer("").input_ids[:1] == [bos]
+        self.start = np.asarray([bos] if starts else [], dtype=np.int32)
+        """What every sequence begins with: int32 [1], or [0]."""
 
     def _knows(self, wording: Wording) -> bool:
         unknown = self.tokenizer.unk_token_id
@@ -162,7 +164,7 @@ class TagsDialect(Dialect):
 
     def prompt(self, question: Question) -> np.ndarray:
         text = self._system + self.wording.question.replace("{}", self.quote(question.question))
-        return np.concatenate([np.asarray(self._start, dtype=np.int32), self.encode(text)])
+        return np.concatenate([self.start, self.encode(text)])
 
     def parse(self, text: str) -> Actions:
         return first_actions(text, self._readers)
