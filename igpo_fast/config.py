@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
@@ -48,7 +48,9 @@ from igpo_fast.config_types import (
 )  # fmt: skip
 from igpo_fast.errors import masked
 from igpo_fast.types import (
+    ENVIRONMENT,
     OF_ANSWERS,
+    OF_TOOLS,
     Accumulate,
     Aggregation,
     Answers,
@@ -160,8 +162,9 @@ class Model(Section):
 
 
 class Data(Section):
-    source: Literal["world", "files"] = "world"
-    """`world` makes up a knowledge world (section `world`); `files` reads the paths below."""
+    source: Literal["world", "files", "verifiers"] = "world"
+    """`world` makes up a knowledge world (section `world`); `files` reads the paths below; `verifiers` takes questions,
+    tools and rewards from `environment` (docs/verifiers.md)."""
     train: Annotated[FilePath | list[FilePath] | None, EmptyIsNone] = None
     """Training questions: .jsonl, .json (either with .gz) or .parquet (own, verl's, TRL's or the usual QA sets'
     columns), patterns (`train-*.parquet`) or a list of these, or a datasets-hub name with `:split` or
@@ -172,6 +175,14 @@ class Data(Section):
     corpus: Annotated[FilePath | list[FilePath] | None, EmptyIsNone] = None
     """Passages for search, in the same file formats, with id, title and text; `contexts` takes the paragraphs that come
     with the questions (MuSiQue, HotpotQA, 2WikiMultiHopQA, SQuAD)."""
+    environment: Annotated[NonEmpty | None, EmptyIsNone] = None
+    """An environment of the verifiers library: the name of an installed one, or `package.module:name` or
+    `path/to/file.py:name` of a `Taskset` or of a function that returns one."""
+    environment_args: dict[NonEmpty, Any] = {}
+    """Settings of the environment: fields of its `TasksetConfig`, or arguments of the function."""
+    environment_eval: dict[NonEmpty, Any] = {}
+    """What differs in them for the evaluation's questions, such as `{split: test}`. Empty holds out the last
+    `eval.questions`."""
     skip_long: bool = False
     """Leave out questions too long for a turn within `rollout.max_tokens`, with a warning, instead of refusing the
     data set."""
@@ -201,6 +212,10 @@ class Data(Section):
             raise ValueError(f"data.{given[0]} is not read with data.source=world; set data.source=files")
         if self.source == "files" and self.train is None:
             raise ValueError("data.train is needed with data.source=files; give data.train=FILE")
+        if self.source == "verifiers" and given:
+            raise ValueError(f"data.{given[0]} is not read with data.source=verifiers; leave it out")
+        if (self.source == "verifiers") != (self.environment is not None):
+            raise ValueError("data.environment and data.source=verifiers need each other; give both, or neither")
         return self
 
 
@@ -313,7 +328,8 @@ class Rollout(Section):
     temperature: Temperature = 1.0
     """Divides the logits, in sampling and in every log-probability of the step."""
     tools: Annotated[tuple[NonEmpty, ...], Field(min_length=1)] = ("search",)
-    """Tools that the policy may call: `search`, and functions or classes of your own (docs/extending.md)."""
+    """Tools that the policy may call: `search`, and functions or classes of your own (docs/extending.md). With
+    `data.source=verifiers`, `environment` by default: the environment's own."""
     dialect: Literal["tags", "chat"] | Extension = "tags"
     """Format of turns: Search-R1 tags, the model's own chat template and tool calls, or `package.module:name`
     (docs/extending.md)."""
@@ -843,6 +859,12 @@ GIVEN_SFT = dict(clean_steps=0, noisy_steps=0, hard_steps=0)
 """Defaults of section ``sft`` with demonstrations from files."""
 LOADED_MODEL_SFT = dict(**GIVEN_SFT, lr=1e-5)
 """Defaults of section ``sft`` with ``model.path``: made-up demonstrations are too simple for a pretrained model."""
+OF_ENVIRONMENTS: dict[str, dict] = {
+    "rollout": dict(tools=(ENVIRONMENT,)),
+    "algorithm": dict(outcome=OF_TOOLS),
+    "sft": GIVEN_SFT,
+}
+"""Defaults that come with ``data.source=verifiers``."""
 
 
 class Config(Section):
@@ -873,11 +895,31 @@ class Config(Section):
         defaults = LOADED_MODEL_SFT if model.get("path") else GIVEN_SFT if sft.get("demonstrations") else {}
         return values | {"sft": defaults | sft}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _what_an_environment_brings(cls, values):
+        data = values.get("data", {}) if isinstance(values, dict) else {}
+        source = data.source if isinstance(data, Data) else data.get("source") if isinstance(data, dict) else None
+        if source != "verifiers":
+            return values
+        for name, defaults in OF_ENVIRONMENTS.items():
+            given = values.get(name, {})
+            given = given.model_dump(exclude_unset=True) if isinstance(given, Section) else given
+            if isinstance(given, dict):
+                values = values | {name: defaults | given}
+        return values
+
     @model_validator(mode="after")
     def _check_data(self):
         if self.data.source == "files" and self.data.corpus is None and not self.search.url:
             own = "or data.corpus=contexts for the questions' own paragraphs"
             raise ValueError(f"data.corpus is needed with data.source=files; give data.corpus=FILE, {own}")
+        lacking = {"search", "visit"} & set(self.rollout.tools)
+        if self.data.source == "verifiers" and lacking and not self.search.url:
+            raise ValueError(
+                f"rollout.tools: {min(lacking)} has no passages with data.source=verifiers; give search.url, or leave "
+                "it out"
+            )
         if self.model.path is None and self.model.tokenizer == "world" and self.data.source != "world":
             raise ValueError(
                 "model.tokenizer=world knows only the made-up world; use model.tokenizer=bpe or model.path=DIR"

@@ -57,6 +57,7 @@ def sources(config: Config) -> dict[str, str]:
     }
     if config.model.path is None and config.model.tokenizer not in ("world", "bpe"):
         named["model.tokenizer"] = config.model.tokenizer
+    named["data.environment"] = _code_of(config.data.environment or "")
     if config.data.source == "files":
         sets = config.data.eval or []
         corpus = None if config.data.corpus == OWN_PARAGRAPHS else config.data.corpus
@@ -64,6 +65,13 @@ def sources(config: Config) -> dict[str, str]:
         for number, entry in enumerate([sets] if isinstance(sets, str) else sets):
             named[f"data.eval[{number}]"] = NAMED_SOURCE.fullmatch(entry)[2]
     return {key: source for key, source in named.items() if source}
+
+
+def _code_of(environment: str) -> str:
+    """The code of an environment: its file, or all of its package's."""
+    file = file_of(environment) or file_of(f"{environment.replace('-', '_')}:taskset")
+    folder, name = os.path.split(file)
+    return f"{glob.escape(folder)}/**/*.py" if name == "__init__.py" else file
 
 
 def contents(config: Config) -> dict[str, str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -48,6 +49,10 @@ from igpo_kernels.tree_attention import automatic
 SEAM = 2
 """Tokens by which the place of an answer after its wrapper may differ between answers, whose first token may begin
 before it."""
+
+
+if TYPE_CHECKING:
+    from igpo_fast.integrations.verifiers import Environment
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,9 @@ def set_up(
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     outcome = make_outcome(config.algorithm.outcome)
-    data = load_data(config)
-    tools = make_tools(config, data, search)
+    environment = _environment(config)
+    data = environment.data if environment else load_data(config)
+    tools = make_tools(config, data, search, environment.tool if environment else None)
     tags = [tag for tool in tools for name in tool.names for tag in tags_of(name)]
     words = load_tokenizer(config, data, tokenizer or weights, tags)
     dialect = make_dialect(
@@ -168,6 +174,19 @@ def set_up(
         outcome=outcome,
     )
     return Setup(config, data, words, lm, agent, scoring, tuple(filter(None, warnings)))
+
+
+def _environment(config: Config) -> Environment | None:
+    """The environment that gives questions, tools and outcomes; None where the data come from elsewhere."""
+    if config.data.source != "verifiers":
+        return None
+    try:
+        from igpo_fast.integrations.verifiers import Environment
+    except ImportError as error:
+        raise InputError(
+            f"data.source=verifiers: verifiers does not import ({reason_of(error)}); install igpo-fast[verifiers]"
+        ) from error
+    return Environment(config)
 
 
 def make_learner(config: Config, lm: PreTrainedModel, ranks: Ranks) -> Learner:
@@ -399,7 +418,8 @@ def _scoring(config: Config, dialect: Dialect, questions: Sequence[Question]) ->
         (probe,) = dialect.branches(replace(questions[0], answers=(questions[0].question,)))
         most_answer = probe.start + SEAM + config.data.max_answer_tokens
 
-    empty, _ = dialect.response((Action(next(iter(dialect.functions)), {}),), (ToolResult(),))
+    call = [Action(name, {}) for name in dialect.functions][:1]
+    empty, _ = dialect.response(call, [ToolResult() for _ in call])
     baseline = a.baseline if recipe.needs_values else "previous"
     passages = search.top_k * (search.max_passage_tokens + 4)  # blank lines between passages, with a margin
     most = len(empty) + max(passages, config.tools.max_tokens if set(dialect.functions) != {SEARCH} else 0)

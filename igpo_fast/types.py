@@ -26,6 +26,8 @@ OF_ANSWERS, OF_TOOLS = ("f1", "em"), "tools"
 """Outcomes that the answer decides, and the one that tools say; any other names a user's function."""
 REWARD = "reward"
 """The number of a function or a tool that trains."""
+ENVIRONMENT = "environment"
+"""The tool that an environment of another library is."""
 
 Basis = Literal["log_prob", "prob"]
 Answers = Literal["first", "max", "mean", "sum"]

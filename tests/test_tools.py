@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from igpo_fast import config
@@ -12,10 +13,18 @@ from igpo_fast.rollouts.tools.base import Tool, Tools
 from igpo_fast.rollouts.tools.make import make_tools
 from igpo_fast.rollouts.tools.search import NoSearch
 from igpo_fast.rollouts.tools.visit import Visit
-from igpo_fast.types import Action, Passage, Question, ToolResult
+from igpo_fast.types import Action, Passage, Question, Rollout, ToolResult, Turn, answer_with
 from tests.contracts.tool import told
 
 ASKED = Question("q", "Who?", ("Goethe",))
+
+
+def answered(question, answer):
+    """A rollout of one turn, which gives the answer, or is malformed."""
+    actions = () if answer is None else (answer_with(answer),)
+    none = np.zeros(0, np.int32)
+    turn = Turn(np.ones(1, np.int32), np.zeros(1, np.float32), "", actions, none)
+    return Rollout(question, 0, np.ones(1, np.int32), (turn,))
 
 
 def schema(name):
@@ -232,7 +241,7 @@ def test_an_object_of_ones_own_lives_as_long_as_its_rollout_and_judges_it(mine):
     async def rollout(question):
         async with tools.open(question) as opened:
             said = [(await opened.call([count]))[0].text for _ in range(2)]
-            return said, await opened.outcome("Goethe")
+            return said, await opened.outcome(answered(question, "Goethe"))
 
     async def both():
         return await asyncio.gather(rollout(ASKED), rollout(Question("r", "?", ("a", "b", "c"))))
@@ -248,7 +257,7 @@ def test_an_object_that_does_not_open_fails_each_call(mine):
     async def rollout():
         async with tools.open(Question("bad", "?", ("a",))) as opened:
             results = [await opened.call([Action("count", {})]) for _ in range(2)]
-            return [result.failure for (result,) in results], await opened.outcome(None)
+            return [result.failure for (result,) in results], await opened.outcome(answered(ASKED, None))
 
     failures, outcome = asyncio.run(rollout())
     assert failures == ["count failed: KeyError: 'bad'"] * 2 and outcome == {}

@@ -64,17 +64,28 @@ def _from_files(config: Config) -> Data:
     warnings = []
     if config.data.eval is not None:
         evaluation = _evaluation(config.data.eval, config.eval.questions, own, answered)
-        warnings += _trained_on(train, evaluation)
+        warnings += trained_on(train, evaluation)
     else:
-        held_out = min(config.eval.questions, len(train) // 2)
-        if not held_out:
-            raise InputError(f"{config.data.train}: one question cannot be split; give data.eval=FILE")
-        train, evaluation = train[:-held_out], train[-held_out:]
+        train, evaluation = hold_out(train, config.eval.questions, config.data.train, "data.eval=FILE")
     if own is not None:
         collections = {"": tuple(own.values())}
     else:
         collections = {} if config.data.corpus is None else {"": load_corpus(config.data.corpus)}
     return Data(train, evaluation, collections, tuple(warnings))
+
+
+def hold_out(
+    questions: tuple[Question, ...], most: int, where: str, remedy: str
+) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+    """Questions to train on, and the last ``most``, but at most half, to evaluate with.
+
+    Args:
+        where, remedy: for the refusal of a single question: where it is, and the setting that gives others.
+    """
+    held_out = min(most, len(questions) // 2)
+    if not held_out:
+        raise InputError(f"{where}: one question cannot be split; give {remedy}")
+    return questions[:-held_out], questions[-held_out:]
 
 
 def _evaluation(
@@ -110,8 +121,10 @@ def _evaluation(
     return tuple(question for questions in sets.values() for question in questions)
 
 
-def _trained_on(train: Sequence[Question], evaluation: Sequence[Question]) -> list[str]:
-    """A warning if some questions of the evaluation are trained on.
+def trained_on(
+    train: Sequence[Question], evaluation: Sequence[Question], key: str = "data.eval", of: str = "data.train"
+) -> list[str]:
+    """A warning if some questions of the evaluation, which ``key`` gives, are trained on, which ``of`` gives.
 
     Raises:
         InputError: all questions of a set are.
@@ -124,11 +137,11 @@ def _trained_on(train: Sequence[Question], evaluation: Sequence[Question]) -> li
         if all(both):
             whose = f" of {name}" if name else ""
             raise InputError(
-                f"data.eval: all questions{whose} are in data.train, too; give others, or leave data.eval out to hold "
-                "out some of data.train"
+                f"{key}: all questions{whose} are in {of}, too; give others, or leave {key} out to hold out some of "
+                f"{of}"
             )
     common = sum(map(sum, sets.values()))
-    return [f"data.eval: {common:,} of {len(evaluation):,} questions are in data.train, too"] if common else []
+    return [f"{key}: {common:,} of {len(evaluation):,} questions are in {of}, too"] if common else []
 
 
 def without_long(data: Data, fits: Callable[[Question], bool]) -> Data:

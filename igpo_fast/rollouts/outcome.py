@@ -63,7 +63,7 @@ class Outcome:
 
     async def _ask(self, rollout: Rollout, tools: OpenTools) -> Any:
         if self._function is None:
-            return await tools.outcome(rollout.answer)
+            return await tools.outcome(rollout)
         if self._is_asynchronous:
             return await self._function(rollout)
         found = await asyncio.to_thread(self._function, rollout)

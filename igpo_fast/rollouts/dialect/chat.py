@@ -49,6 +49,9 @@ TOOLS_SYSTEM = (
     "answer, write it as briefly as possible between <answer> and </answer>."
 )
 """In place of ``CHAT_SYSTEM`` for other tools than search alone."""
+ALONE_SYSTEM = "Answer the user's question. Write your answer as briefly as possible between <answer> and </answer>."
+"""Without tools."""
+ALONE_HINT = "No answer was found. Write your answer between <answer> and </answer>."
 CHAT_HINT = (
     "No action was found. To {}, write exactly\n{}\nand nothing after it; or write your answer between <answer> "
     "and </answer>."
@@ -110,13 +113,14 @@ class ChatDialect(Dialect):
         super().__init__(tokenizer, functions, **budgets)
         if not tokenizer.chat_template:
             raise self._refusal("has no chat template", "use rollout.dialect=tags")
-        self.tools = [map_texts(function, self.quote) for function in functions]
+        self.tools = [map_texts(function, self.quote) for function in functions] or None
         self._template = tokenizer.get_chat_template(tools=self.tools)
         if thinking is not None and "enable_thinking" not in self._template:
             raise self._refusal("its chat template has no enable_thinking", "leave rollout.thinking empty")
         self.options = {} if thinking is None else {"enable_thinking": thinking}
         if system is None:
-            system = CHAT_SYSTEM if list(self.functions) == [SEARCH] else TOOLS_SYSTEM
+            alone = TOOLS_SYSTEM if self.functions else ALONE_SYSTEM
+            system = CHAT_SYSTEM if list(self.functions) == [SEARCH] else alone
         self.system = system
         self._system = [{"role": "system", "content": system}] if system else []
         self._thought = self._opening_thought()
@@ -131,16 +135,16 @@ class ChatDialect(Dialect):
         ends = [token for token in (tokenizer.eos_token, *END_TOKENS) if token and token in known]
         roles = [token for token in NEXT_ROLES if token in known]
         self._stop = re.compile("|".join(map(re.escape, (self._end, *ends, *roles))))
-        self._example = self._placeholders()
+        self._example = self._placeholders() if functions else None
         self._text_arguments = False
-        self._writes_calls = self._shows_example()
-        self._call, self._call_end = self._written((self._example,))
+        self._writes_calls = self._example is None or self._shows_example()
+        self._call, self._call_end = self._written((self._example,)) if self._example else ("", self._end)
         spelled = (self._end, self._call_end, *ends)
         self.stop_ids = tuple(dict.fromkeys(int(self.encode(end)[0]) for end in spelled))
         self._format = format_of(self._call)
         self._readers, self._opening = self._actions()
         self._parallel = True
-        self._parallel = self._shows_two()
+        self._parallel = self._example is not None and self._shows_two()
 
     def check(self) -> None:
         """Refuse a template whose own rendering of a conversation without thinking differs from a rollout's
@@ -157,24 +161,24 @@ class ChatDialect(Dialect):
         if self.stop_ids[0] not in (self.tokenizer.eos_token_id, *self.tokenizer.get_added_vocab().values()):
             return f"its chat template ends an assistant message with {self._tail[:20]!r}, which is not one token"
         shown = self._render("")
-        for function in self.tools:
+        for function in self.tools or ():
             described = function["function"]["description"].strip()
             if described not in shown and json.dumps(described, ensure_ascii=False)[1:-1] not in shown:
                 return "its chat template does not show the tools it is given"
         example, call = self._example, self._call
         if not self._writes_calls:
             return "its chat template writes no tool calls"
-        if self.parse(self.write((example,))) != (example,):
-            return f"its chat template writes tool calls as {call!r}, which is not read here"
-        found = {"role": "tool", "name": example.tool, "content": "A title\nA text."}
-        hint, one, two = self._hint(ended=True), (example,), (example,) * (1 + self._parallel)
+        one, hint = (example,) if example else (), self._hint(ended=True)
+        said_so = (self._saying("So it is."), self._said("So it is.") + self._closing, [hint])
+        if one:
+            if self.parse(self.write(one)) != one:
+                return f"its chat template writes tool calls as {call!r}, which is not read here"
+            found = {"role": "tool", "name": example.tool, "content": "A title\nA text."}
+            two = one * (1 + self._parallel)
+            called = (self._calling(one), "".join(self._written(one)), [found])
+            called_twice = (self._calling(two), "".join(self._written(two)), [found] * len(two))
         # Each turn and its response: twice a call (the second time two, if the template can), no action, a call.
-        turns = [
-            (self._calling(one), "".join(self._written(one)), [found]),
-            (self._calling(two), "".join(self._written(two)), [found] * len(two)),
-            (self._saying("So it is."), self._said("So it is.") + self._closing, [hint]),
-            (self._calling(one), "".join(self._written(one)), [found]),
-        ]
+        turns = [called, called_twice, said_so, called] if one else [said_so, said_so]
         whole = [message for said, _, messages in turns for message in (said, *messages)]
         pieces = [self._render("Who is it?")]
         for said, written, messages in turns:
@@ -333,12 +337,15 @@ class ChatDialect(Dialect):
         return self.encode(text), unquote(text)
 
     def _hint(self, ended: bool) -> dict[str, str]:
+        cut = "" if ended else CHAT_CUT
+        if not self._example:
+            return {"role": "user", "content": cut + ALONE_HINT}
         tool, call = self._example.tool, _THOUGHT.sub("", self._call).strip()
         for key in self._example.arguments:
             call = call.replace(self._PLACEHOLDER.format(key), ECHO + key)
         verb = "search" if tool == SEARCH else f"call {tool}"
         hint = CHAT_HINT.format(verb, self.quote(call, tags=False))
-        return {"role": "user", "content": ("" if ended else CHAT_CUT) + hint}
+        return {"role": "user", "content": cut + hint}
 
     def _after_turn(self, actions: Actions, messages: Sequence[Mapping[str, Any]], ended: bool) -> str:
         """The text that the template writes for ``messages`` between a turn and the next."""

@@ -68,10 +68,24 @@ FULL = Wording(
 )
 
 
+ALONE = replace(
+    FULL,
+    system=(
+        "Answer the question. Reason inside <think> and </think>, then write your answer as briefly as possible: "
+        "<answer>your answer</answer>.\n\n"
+    ),
+    hint="\nNo answer was found. Write <answer>your answer</answer>.\n",
+)
+"""``FULL`` without functions."""
+
+
 def full_wording(functions: Mapping[str, Schema], quote: Callable[[str], str]) -> Wording:
-    """``FULL``, or the like of it for other functions than search alone, whose descriptions ``quote`` quotes."""
+    """``FULL``, or the like of it for other functions than search alone, whose descriptions ``quote`` quotes, or for
+    none."""
     if list(functions) == [SEARCH]:
         return FULL
+    if not functions:
+        return ALONE
     calls = {name: _example(function) for name, function in functions.items()}
     listed = "\n".join(f"{call}: {quote(functions[name]['function']['description'])}" for name, call in calls.items())
     system = (

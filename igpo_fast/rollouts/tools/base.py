@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from igpo_fast.errors import InputError, ToolError
-from igpo_fast.types import ANSWER, INVALID, Action, Question, ToolResult
+from igpo_fast.types import ANSWER, INVALID, Action, Question, Rollout, ToolResult
 
 OVER_LIMIT = "over_limit"
 """Counter of calls beyond the limit per rollout, which were not made."""
@@ -58,7 +58,7 @@ class Tool(ABC):
             ToolError: the call failed for good, and the run shall end.
         """
 
-    async def outcome(self, opened: Any, answer: str | None) -> Mapping[str, float]:
+    async def outcome(self, opened: Any, rollout: Rollout) -> Mapping[str, float]:
         """What the rollout earned in the tool's eyes, by name; empty if it has no opinion. ``reward`` trains with
         ``algorithm.outcome=tools``."""
         return {}
@@ -115,6 +115,10 @@ class Tools:
     def __iter__(self) -> Iterator[Tool]:
         return iter(self._tools)
 
+    def called(self, name: str) -> Tool:
+        """The tool that is called under ``name``."""
+        return self._by_name[name]
+
     @property
     def schemas(self) -> tuple[Mapping[str, Any], ...]:
         """The descriptions of all functions, in order."""
@@ -128,7 +132,7 @@ class Tools:
     @asynccontextmanager
     async def open(self, question: Question) -> AsyncIterator[OpenTools]:
         """The tools of one rollout."""
-        opened = OpenTools(self._by_name, self._calls, question)
+        opened = OpenTools(self, self._calls, question)
         try:
             yield opened
         finally:
@@ -174,7 +178,7 @@ class Tools:
 class OpenTools:
     """The tools of one rollout; each is opened before its first call."""
 
-    def __init__(self, tools: Mapping[str, Tool], calls: Mapping[str, int], question: Question):
+    def __init__(self, tools: Tools, calls: Mapping[str, int], question: Question):
         self._tools, self._calls, self._question = tools, calls, question
         self._made: Counter[Tool] = Counter()
         self._opening = asyncio.Lock()
@@ -187,7 +191,7 @@ class OpenTools:
         return await asyncio.gather(*map(self._call, actions))
 
     async def _call(self, action: Action) -> ToolResult:
-        tool = self._tools[action.tool]
+        tool = self._tools.called(action.tool)
         most = self._calls.get(tool.name, 0)
         self._made[tool] += 1
         if most and self._made[tool] > most:
@@ -201,11 +205,11 @@ class OpenTools:
                 self._opened[tool] = await tool.open(self._question)
             return self._opened[tool]
 
-    async def outcome(self, answer: str | None) -> dict[str, float]:
+    async def outcome(self, rollout: Rollout) -> dict[str, float]:
         """What the tools say that the rollout earned (``Tool.outcome``)."""
         earned: dict[str, float] = {}
-        for tool in dict.fromkeys(self._tools.values()):
-            earned |= await tool.outcome(await self._open(tool), answer)
+        for tool in self._tools:
+            earned |= await tool.outcome(await self._open(tool), rollout)
         return earned
 
     async def close(self) -> None:

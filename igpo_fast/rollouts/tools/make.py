@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from igpo_fast.config import Config, ToolLimits
@@ -13,18 +14,25 @@ from igpo_fast.rollouts.tools.python import ISOLATION, Limits, isolation, python
 from igpo_fast.rollouts.tools.search import Search, make_search
 from igpo_fast.rollouts.tools.user import UserTool
 from igpo_fast.rollouts.tools.visit import VISIT, Visit
-from igpo_fast.types import SEARCH
+from igpo_fast.types import ENVIRONMENT, SEARCH
 
 PYTHON = "python"
 SHIPPED = (SEARCH, VISIT, PYTHON)
 """Names of the tools that come with this package."""
 
 
-def make_tools(config: Config, data: Data, search: Search | None = None) -> Tools:
+def make_tools(
+    config: Config,
+    data: Data,
+    search: Search | None = None,
+    environment: Callable[[float, int], Tool] | None = None,
+) -> Tools:
     """The tools of a run.
 
     Args:
         search: the tool ``search`` in place of the configured one.
+        environment: makes the tool ``environment`` from the seconds that a call may take and the characters of its
+            result; None if the data come from no environment.
     Raises:
         InputError: a tool that does not exist or does not describe itself.
     """
@@ -46,6 +54,8 @@ def make_tools(config: Config, data: Data, search: Search | None = None) -> Tool
                     "data.corpus in its place, or leave visit out"
                 )
             made[name] = Visit(data.collections)
+        elif entry == ENVIRONMENT and environment:
+            made[name] = environment(seconds, characters)
         elif entry == PYTHON:
             made[name] = make_python(Limits(seconds=seconds, max_characters=characters))
         elif ":" in entry:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from igpo_fast.errors import masked, reason_of
 from igpo_fast.rollouts.tools.base import OVER_LIMIT, Tool
 from igpo_fast.rollouts.tools.processes import CAUSES, CallError, Handle, Processes
-from igpo_fast.types import Action, Question, ToolResult
+from igpo_fast.types import Action, Question, Rollout, ToolResult
 
 SAID = {
     "timeouts": "it took too long",
@@ -71,11 +71,11 @@ class UserTool(Tool):
             why = SAID.get(error.cause) or masked(_PLACE.sub("", str(error)))[:LONGEST]
             return ToolResult(failure=f"{action.tool} failed: {why}")
 
-    async def outcome(self, opened: Handle | CallError, answer: str | None) -> Mapping[str, float]:
+    async def outcome(self, opened: Handle | CallError, rollout: Rollout) -> Mapping[str, float]:
         """What the class's ``outcome(answer)`` returns; empty if it has none."""
         if isinstance(opened, CallError):
             return {}
-        return await self._processes.outcome(opened, answer)
+        return await self._processes.outcome(opened, rollout.answer)
 
     async def close(self, opened: Handle | CallError) -> None:
         if not isinstance(opened, CallError):
