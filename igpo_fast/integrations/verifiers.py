@@ -423,8 +423,9 @@ def _in_thread(function: Callable[..., Any]) -> Callable[..., Any]:
         def run() -> None:
             try:
                 future.set_result(context.run(function, *args, **kwargs))
-            except BaseException as error:
-                future.set_exception(error)
+            except BaseException as error:  # a SystemExit would end the run
+                alike = error if isinstance(error, Exception) else RuntimeError(repr(error))
+                future.set_exception(alike)
 
         threading.Thread(target=run, daemon=True).start()
         return await asyncio.wrap_future(future)

@@ -1,12 +1,13 @@
 """An environment of verifiers in one file: which river flows through a town? The tool looks it up, once per town."""
 
 import verifiers.v1 as vf
+from pydantic import Field
 
 RIVERS = {"Bonn": "Rhine", "Prague": "Vltava", "Rome": "Tiber", "Vienna": "Danube", "Paris": "Seine", "Turin": "Po"}
 
 
 class TownsState(vf.State):
-    asked: list[str] = []
+    asked: list[str] = Field(default_factory=list)
 
 
 class TownsToolset(vf.Toolset[vf.ToolsetConfig, TownsState]):
