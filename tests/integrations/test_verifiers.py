@@ -1,8 +1,13 @@
 """Environments of verifiers as questions, tools and outcomes of a run, and the made-up world as one of them."""
 
 import asyncio
+import contextlib
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,14 +29,17 @@ from igpo_fast.run import records
 from igpo_fast.setup import set_up
 from igpo_fast.sft import demonstration_loss, write
 from igpo_fast.train import train
-from igpo_fast.types import Action, Rollout, Turn, answer_with
+from igpo_fast.types import Action, Question, Rollout, Turn, answer_with
 from igpo_fast.update.learner import Learner
+from igpo_fast.update.rewards import f1_score
 from tests.integrations import towns
-from tests.tiny import SETTINGS, Recorder, rows
+from tests.tiny import SETTINGS, WORLD, Recorder, rows, settings
 
 HERE = Path(__file__).parent
 TOWNS = f"{HERE}/towns.py:TownsTaskset"
-WORLD = f"{HERE.parents[1]}/examples/verifiers/igpo_search_world.py:SearchWorldTaskset"
+SEARCH = f"{HERE.parents[1]}/examples/verifiers/igpo_search_world.py:SearchWorldTaskset"
+STEPS = 200
+"""Of the tiny policy's warm start."""
 NOTHING = np.zeros(0, np.int32)
 
 
@@ -257,11 +265,6 @@ def test_tasks_have_a_folder_if_they_ask_for_it_and_leave_none(faulty):
 # --- outcomes ---
 
 
-async def scored(task, trace):
-    await task.score(trace)
-    return trace
-
-
 def test_outcomes_are_what_the_tasks_rewards_say(towns_of_a_run):
     """Right and looked up: 1 + 0.5. The numbers have the rewards' and metrics' names."""
     bonn = towns_of_a_run[1].data.train[0]
@@ -275,9 +278,7 @@ def test_outcomes_are_what_the_tasks_rewards_say(towns_of_a_run):
 
 def test_a_trace_holds_the_conversation(towns_of_a_run):
     bonn = towns_of_a_run[1].data.train[0]
-    task = towns_of_a_run[1]._task_of["Bonn"]
-    made = vf.TraceTask(type="TownsTask", data=task.data)
-    trace = vf.Trace(task=made, agent=vf.AgentInfo(config=vf.AgentConfig(runtime=vf.SubprocessConfig())))
+    trace = said_to(towns_of_a_run[1]._task_of["Bonn"])
     first, second = look_up("Bonn"), look_up("Rome")
     rollout = rollout_of(
         bonn, turn("hm", response="No action."), turn("<think>…", first, second, response="both"), turn("cut"),
@@ -301,13 +302,9 @@ def test_a_trace_holds_the_conversation(towns_of_a_run):
 @pytest.mark.parametrize(
     ("asked", "reply"), [("Who?", "Rhine"), ("Write it in <answer> tags.", "<answer>Rhine</answer>")]
 )
-def test_the_reply_has_the_tags_that_the_task_asks_for(towns_of_a_run, asked, reply):
-    task = vf.Task(vf.TaskData(prompt=asked))
-    trace = vf.Trace(
-        task=vf.TraceTask(type="Task", data=task.data),
-        agent=vf.AgentInfo(config=vf.AgentConfig(runtime=vf.SubprocessConfig())),
-    )
-    question = towns_of_a_run[1].data.train[0].__class__("0", asked, ("Rhine",))
+def test_the_reply_has_the_tags_that_the_task_asks_for(asked, reply):
+    trace = said_to(vf.Task(vf.TaskData(prompt=asked)))
+    question = Question("0", asked, ("Rhine",))
     write_trace(trace, rollout_of(question, turn("x<answer>Rhine</answer>", answer_with("Rhine"))), {})
     assert trace.last_reply == reply
 
@@ -334,7 +331,9 @@ class Own(vf.SingleAgentEnv):
         ({"last": LOOP.replace("run(self, task, agents)", "finalize(self, task, traces)")}, "Own.finalize drives"),
         ({"more": "NEEDS_CONTAINER = True"}, "Task needs a container"),
         ({"more": "@vf.intercept\n    async def sly(self, request: vf.Request): pass"}, "its interceptor sly rewrites"),
-        ({"data": ', answer=["a", {"b": 1}]'}, "answer"),
+        ({"last": "class Listed(vf.TaskData):\n    answer: list\n"
+                  "Taskset.load = lambda self: [Task(Listed(prompt='?', answer=[{'b': 1}]))]"},
+         "task 0: answer: an object, not a text or a number"),
         ({"last": "Taskset.INFINITE = True"}, "it has no end; name a function that returns a part of it"),
         ({"last": "Taskset.load = lambda self: []"}, "it has no tasks"),
         ({"last": "Taskset.load = lambda self: 1 / 0"}, "its tasks do not load (division by zero)"),
@@ -352,10 +351,6 @@ class Own(vf.SingleAgentEnv):
     ],
 )  # fmt: skip
 def test_what_cannot_be_mapped_is_refused_in_one_line(faulty, given, fault):
-    if "answer" in given.get("data", ""):
-        given = {**given, "last": "class Answered(vf.TaskData):\n    answer: list\nvf_data = Answered"}
-        given["data"] = ""
-        given["last"] += "\nTaskset.load = lambda self: [Task(Answered(prompt='?', answer=['a', {'b': 1}]))] * 2"
     with pytest.raises(InputError, match=re.escape(fault)) as refused:
         faulty(**given)
     assert str(refused.value).startswith("data.environment=") and "\n" not in str(refused.value)
@@ -410,21 +405,21 @@ def policy(tmp_path_factory):
     """A tiny model that has seen calls of the tool and answers, so that it makes some."""
     folder = tmp_path_factory.mktemp("policy")
     made = of_towns(
-        *SETTINGS, "model.vocab_size=300", "rollout.max_tokens=600", "rollout.max_turn_tokens=40", "train.questions=2",
+        *SETTINGS, "model.vocab_size=400", "rollout.max_tokens=700", "rollout.max_turn_tokens=80", "train.questions=2",
         f"run.dir={folder}/run",
     )  # fmt: skip
     setup = set_up(made)
     agent = setup.agent
-    learner = Learner(setup.lm, lr=1e-2, factor=lambda step: 1.0)
+    learner = Learner(setup.lm, lr=1e-2, factor=lambda step: 1 - step / STEPS)
     shown = [
         Demonstration(q, (look_up(q.id.removeprefix("eval-")), answer_with(q.answers[0]))) for q in setup.data.train
     ]
 
     async def written():
-        return [await write(each, agent.dialect, agent.tools, 600) for each in shown]
+        return [await write(each, agent.dialect, agent.tools, 700) for each in shown]
 
     batch = asyncio.run(written())
-    for _ in range(60):
+    for _ in range(STEPS):
         learner.backward(demonstration_loss(learner, batch, 0.2))
         learner.step()
     setup.lm.save_pretrained(folder / "model")
@@ -434,7 +429,7 @@ def policy(tmp_path_factory):
 
 def run_of(policy, folder, *overrides):
     return of_towns(
-        *SETTINGS, f"model.path={policy}", "rollout.max_tokens=600", "rollout.max_turn_tokens=40", "train.questions=2",
+        *SETTINGS, f"model.path={policy}", "rollout.max_tokens=700", "rollout.max_turn_tokens=80", "train.questions=2",
         "train.steps=2", "data.environment_eval={last: true}", f"run.dir={folder}", *overrides,
     )  # fmt: skip
 
@@ -468,3 +463,94 @@ def test_a_run_with_real_vllm_trains_on_an_environment(policy, tmp_path):
     train(run_of(policy, tmp_path, "rollout.engine=vllm"), Recorder())
     check_run(tmp_path)
     assert all(row["mismatch/logp_abs_diff"] < 1e-5 for row in rows(tmp_path)[1:])
+
+
+# --- the made-up world as an environment ---
+
+
+def said_to(task, *messages):
+    """A finished trace in which the agent said these messages, as verifiers itself writes it."""
+    nodes = [vf.MessageNode(message=vf.UserMessage(content=task.data.prompt))]
+    for place, text in enumerate(messages):
+        nodes.append(vf.MessageNode(parent=place, message=vf.AssistantMessage(content=text), sampled=True))
+    agent = vf.AgentInfo(config=vf.AgentConfig(runtime=vf.SubprocessConfig()))
+    return vf.Trace(task=vf.TraceTask(type=type(task).__name__, data=task.data), agent=agent, nodes=nodes)
+
+
+@pytest.mark.parametrize(
+    ("said", "f1", "em"),
+    [
+        (["{answer}"], 1.0, 1.0),
+        (["The answer is", " {answer} ."], 1.0, 1.0),
+        (["{first}"], 2 / 3, 0.0),  # one of two words: precision 1, recall 1/2
+        (["{first} or {answer}"], 2 / 3, 0.0),  # two of four words: precision 1/2, recall 1
+        (["{answer}", "nothing"], 0.0, 0.0),
+    ],
+)
+def test_the_worlds_rewards_are_f1_and_exact_match(said, f1, em):
+    task = next(iter(Environment(of_world())._task_of.values()))
+    answer = task.data.answer
+    trace = said_to(task, *(text.format(answer=answer, first=answer.split()[0]) for text in said))
+    asyncio.run(task.score(trace))
+    assert trace.reward == pytest.approx(f1) and trace.metrics == {"em": em}
+
+
+def of_world(*overrides):
+    """The tiny runs' world, as an environment without instructions."""
+    worlds = {key.removeprefix("world."): int(n) for key, n in (w.split("=") for w in WORLD if w.startswith("world."))}
+    given = json.dumps({"instructions": None, "tools": {"worlds": worlds}})
+    world = f"data.environment_args={given}"
+    return of_towns(
+        *SETTINGS, world, "data.environment_eval={kind: eval}", "rollout.max_tokens=96", *overrides, environment=SEARCH,
+    )  # fmt: skip
+
+
+def test_rollouts_in_the_environment_are_those_of_the_world_itself(tmp_path, cache):
+    """Token for token, from the same weights: the same prompts, calls and responses."""
+    same = ("train.steps=1", "eval.every=0", "algorithm.format_penalty=0")
+    setup, warm = set_up(settings(tmp_path / "warm", cache)), tmp_path / "model"
+    setup.lm.save_pretrained(warm)
+    setup.tokenizer.save_pretrained(warm)
+    train(settings(tmp_path / "world", cache, *same, "sft.clean_steps=0", f"model.path={warm}"), Recorder())
+    train(of_world(*same, f"model.path={warm}", f"run.dir={tmp_path / 'environment'}"), Recorder())
+    made = []
+    for name in ("world", "environment"):
+        lines = (tmp_path / name / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+        made.append([records.rollout_of(json.loads(line))[0] for line in lines])
+    world, environment = made
+    assert [r.ids.tolist() for r in environment] == [r.ids.tolist() for r in world] and len(world) == 16
+    assert any(turn.found for r in world for turn in r.turns) and any(r.answer for r in world)
+    for own, other in zip(environment, world, strict=True):
+        if other.answer is not None:
+            f1 = f1_score(other.answer, other.question.answers)
+            assert own.rewards["reward"] == own.rewards["environment_f1"] == pytest.approx(f1)
+
+
+@pytest.mark.slow
+def test_the_worlds_tool_serves_verifiers_own_agents(tmp_path):
+    """As verifiers starts it: the example's module, in a process of its own, over HTTP."""
+    from mcp import Client
+
+    folder, port = Path(SEARCH.rpartition(":")[0]).parent, tmp_path / "port"
+    paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    variables = os.environ | {"PYTHONPATH": paths, "MCP_PORT_FILE": str(port)}
+    with subprocess.Popen([sys.executable, "-m", "igpo_search_world"], env=variables, cwd=HERE.parents[1]) as server:
+        try:
+            while not (port.exists() and port.read_text()):
+                assert server.poll() is None
+                time.sleep(0.1)
+            at = int(port.read_text())
+            while True:  # the port is told before the worlds are made
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", at)):
+                    break
+                assert server.poll() is None
+                time.sleep(0.1)
+
+            async def listed():
+                async with Client(f"http://127.0.0.1:{at}/mcp") as client:
+                    return (await client.list_tools()).tools
+
+            (search,) = asyncio.run(listed())
+            assert search.name == "search" and search.input_schema["required"] == ["query"]
+        finally:
+            server.kill()
