@@ -22,6 +22,10 @@ $(VENV)/.verl: $(VENV)/.installed requirements/verl.txt
 	$(BIN)/pip install --quiet --no-deps -r requirements/verl.txt
 	touch $@
 
+$(VENV)/.verifiers: $(VENV)/.installed requirements/verifiers.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/verifiers.txt
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/igpo-fast train --config configs/quickstart.yaml
 
@@ -31,7 +35,7 @@ demo-seeds: $(VENV)/.installed
 # cmake comes with the development extra.
 test slow aot: export PATH := $(abspath $(BIN)):$(PATH)
 
-test: $(VENV)/.installed $(VENV)/.vllm $(VENV)/.verl
+test: $(VENV)/.installed $(VENV)/.vllm $(VENV)/.verl $(VENV)/.verifiers
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm and not aot"
 	$(BIN)/python -m pytest -m "vllm and not slow"
 

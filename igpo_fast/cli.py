@@ -416,10 +416,12 @@ def _evaluated(target: str, file: Path | None, overrides: list[str], checkpoint:
     if not run.saved():
         raise InputError(f"{run.checkpoints}: no checkpoint yet; train for longer")
     held_out = run.config.eval.questions
-    if settings.data.source == "files" and settings.data.eval is None and settings.eval.questions > held_out:
+    data = settings.data
+    splits = {"files": data.eval is None, "verifiers": not data.environment_eval}.get(data.source, False)
+    if splits and settings.eval.questions > held_out:
         raise InputError(
             f"{target}: {settings.eval.questions} questions wanted, but this run held out {held_out} and "
-            "trained on the others; ask for fewer, or give data.eval=FILE"
+            "trained on the others; ask for fewer, or give data.eval=FILE or data.environment_eval"
         )
     for changed in run.changed_contents(settings):
         typer.echo(f"warning: {changed}", err=True)

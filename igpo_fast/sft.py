@@ -89,7 +89,7 @@ def _fingerprint(config: Config, tokenizer, data: Data) -> str:
         name: getattr(config, name).model_dump(exclude=paths.get(name)) for name in ("model", "data", "world", "sft")
     }
     # Demonstrations of the made-up world search in process, those of other questions with the run's own search.
-    url = {"url"} if config.data.source == "files" else set()
+    url = {"url"} if config.data.source != "world" else set()
     sections["search"] = config.search.model_dump(include={"top_k", "max_passage_tokens"} | url)
     rollout = config.rollout.model_dump(include={"dialect", "system", "thinking", "max_turns", "max_tokens"})
     words = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template)
@@ -108,7 +108,7 @@ def _fingerprint(config: Config, tokenizer, data: Data) -> str:
         )
     )
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=6)
-    if config.data.source == "files":  # eval.questions decides which of them are trained on
+    if config.data.source != "world":  # eval.questions decides which of them are trained on
         for question in data.train:
             digest.update(repr(question).encode(errors="surrogatepass"))
     return digest.hexdigest()

@@ -593,3 +593,16 @@ def test_real_tokenizers(path):
         assert turn.ids[-1] in dialect.stop_ids and dialect.parse(said) == (turn.action, turn.argument)
     (branch,) = dialect.branches(QUESTION)
     assert "Goethe" in dialect.decode(branch.ids[branch.start : branch.stop])
+
+
+# The other templates here, unlike those that they stand for, are written for conversations with tools.
+@pytest.mark.parametrize(("name", "family"), [("tags", "qwen2.5"), ("tags", "llama3.1"), ("chat", "qwen2.5")])
+def test_without_tools_only_answers_count_and_none_are_spoken_of(name, family):
+    dialect = make_dialect(name, tokenizer_of(family), (), **BUDGETS)
+    dialect.check()
+    prompt = dialect.decode(dialect.prompt(QUESTION))
+    hint = dialect.response((), ())[1]
+    assert "<answer>" in prompt and "Who wrote Faust?" in prompt and "<answer>" in hint
+    assert not re.search(r"tool|search|<information>", prompt + hint)
+    assert dialect.parse(TAGGED) == dialect.parse(BARE) == dialect.parse("<search>A</search>") == ()
+    assert dialect.parse(dialect.write((answer_with("Goethe"),))) == (answer_with("Goethe"),)

