@@ -131,8 +131,8 @@ def test_tools_are_asked_with_their_state_while_it_is_open():
         async def open(self, question):
             return [question.id]
 
-        async def outcome(self, opened, answer):
-            told.append((opened[0], answer))
+        async def outcome(self, opened, rollout):
+            told.append((opened[0], rollout.answer))
             return {"reward": 0.5, "steps": 3}
 
         async def close(self, opened):

@@ -1,1 +1,1 @@
-"""IGPO inside other trainers, and other libraries' environments inside IGPO; each module needs that library's package."""
+"""IGPO inside other trainers, and environments of other libraries; each module needs its library's package."""
