@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 SEARCH, ANSWER, INVALID = "search", "answer", "invalid"
+LOOKUP, CALCULATE = "lookup", "calculate"
 
 Basis = Literal["log_prob", "prob"]
 Answers = Literal["first", "max", "mean", "sum"]

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from igpo_fast.config import Config
-from igpo_fast.data.world import vocabulary
+from igpo_fast.data.worlds import WORLDS
 from igpo_fast.errors import InputError, reason_of
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def load_tokenizer(config: Config, data: Data, checkpoint: str | None = None) ->
     if config.model.path is not None:
         return _pretrained(config.model.path, "model.path")
     if config.model.tokenizer == "world":
-        return _words()
+        return _words(WORLDS[config.world.kind].vocabulary())
     if config.model.tokenizer == "bpe":
         return _bpe(config.model.vocab_size, data)
     return _pretrained(config.model.tokenizer, "model.tokenizer")
@@ -116,9 +116,9 @@ def _encode(tokenizer: Tokenizer) -> list[int] | str:
         return str(error)
 
 
-def _words() -> PreTrainedTokenizerFast:
+def _words(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
     """One token per word; words are separated by single spaces."""
-    ids = {word: id for id, word in enumerate([PAD, EOS, UNK, *vocabulary()])}
+    ids = {word: id for id, word in enumerate([PAD, EOS, UNK, *vocabulary])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return _wrap(tokenizer, unk_token=UNK)

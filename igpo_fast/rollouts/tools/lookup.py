@@ -1,0 +1,41 @@
+"""The tool ``lookup``: the cell of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from igpo_fast.data.table import Table
+from igpo_fast.errors import ToolError
+from igpo_fast.rollouts.tools.base import Tool, text_function
+from igpo_fast.types import LOOKUP, Action, Question, ToolResult
+
+LOOKUP_TOOL = text_function(
+    LOOKUP, "Look up one cell of a table.", "cell", "The name of the row, then the name of the column."
+)
+
+
+class Lookup(Tool):
+    """Reads a cell from the question's table. It counts ``calls`` and, of those, ``empty`` ones, whose cell does not
+    exist.
+
+    Args:
+        tables: tables by ``Question.corpus``.
+    """
+
+    schemas = (LOOKUP_TOOL,)
+    counted = ("calls", "empty")
+
+    def __init__(self, tables: Mapping[str, Table]):
+        super().__init__()
+        self._tables = tables
+
+    async def open(self, question: Question) -> Table:
+        if question.corpus not in self._tables:
+            raise ToolError(f"lookup: no table for collection {question.corpus!r}; give tools.table=FILE")
+        return self._tables[question.corpus]
+
+    async def call(self, opened: Table, action: Action) -> ToolResult:
+        asked = action.arguments["cell"]
+        self.counts["calls"] += 1
+        self.counts["empty"] += asked not in opened
+        return ToolResult(text=opened.cell(asked))
