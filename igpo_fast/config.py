@@ -818,24 +818,9 @@ class Config(Section):
         return values | {"rollout": {"tools": (LOOKUP, CALCULATE)} | rollout}
 
     @model_validator(mode="after")
-    def _check_tools(self):
-        world, given = self.data.source == "world", self.rollout.tools
-        if world and self.tools.table is not None:
-            raise ValueError("tools.table is not read with data.source=world; set data.source=files")
-        if not world and LOOKUP in given and self.tools.table is None:
-            raise ValueError("tools.table is needed for the tool lookup with data.source=files; give tools.table=FILE")
-        warm = world and (self.sft.clean_steps or self.sft.noisy_steps or self.sft.hard_steps)
-        if warm and self.world.kind == "tables" and not {LOOKUP, CALCULATE} <= set(given):
-            raise ValueError(
-                "rollout.tools: demonstrations of world.kind=tables call lookup and calculate; name both, or set the "
-                "steps of section sft to 0"
-            )
-        if world and self.world.kind == "knowledge" and LOOKUP in given:
-            raise ValueError("rollout.tools: lookup has no table in world.kind=knowledge; leave it out")
-        return self
-
-    @model_validator(mode="after")
     def _check_data(self):
+        if self.data.source == "world" and self.tools.table is not None:
+            raise ValueError("tools.table is not read with data.source=world; set data.source=files")
         if SEARCH in self.rollout.tools and self.data.source == "files" and not (self.data.corpus or self.search.url):
             own = "or data.corpus=contexts for the questions' own paragraphs"
             raise ValueError(f"data.corpus is needed with data.source=files; give data.corpus=FILE, {own}")

@@ -23,7 +23,7 @@ from igpo_fast.contents import contents, sources
 from igpo_fast.data.load import Data, sources_of
 from igpo_fast.data.world import CLEAN, HARD, NOISY, Demonstration, Noise
 from igpo_fast.data.worlds import WORLDS
-from igpo_fast.errors import ToolError
+from igpo_fast.errors import InputError, ToolError
 from igpo_fast.files import atomic_folder, check_manifest, check_writable, write_manifest
 from igpo_fast.model import load
 from igpo_fast.rollouts.dialect import Dialect
@@ -144,6 +144,11 @@ async def write(
     pieces = [(dialect.prompt(question), PROMPT)]
     async with tools.open(question) as opened:
         for action in demonstration.turns:
+            if action.tool not in (ANSWER, *dialect.functions):
+                raise InputError(
+                    f"warm start: demonstrations call {action.tool}, which rollout.tools lacks; add it, or set "
+                    "sft.clean_steps, sft.noisy_steps and sft.hard_steps to 0"
+                )
             pieces.append((dialect.encode(dialect.write((action,))), WRITTEN))
             if action.tool == ANSWER:
                 continue

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from igpo_fast import config
@@ -18,12 +18,13 @@ from igpo_fast.data.table import NO_COLUMN, NO_ROW, Table, load_table
 from igpo_fast.data.tables import COLUMNS, NUMBERS, TAGS, demonstrate, make_worlds, vocabulary
 from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.data.world import CLEAN, HARD, NOISY, Noise
-from igpo_fast.errors import InputError
+from igpo_fast.errors import InputError, ToolError
 from igpo_fast.rollouts.dialect import BARE, make_dialect
 from igpo_fast.rollouts.tools.base import Tools
 from igpo_fast.rollouts.tools.calculate import Calculate
 from igpo_fast.rollouts.tools.lookup import Lookup
 from igpo_fast.rollouts.tools.make import make_tools
+from igpo_fast.setup import set_up
 from igpo_fast.train import train
 from igpo_fast.types import Action, Question, answer_with
 from tests import tiny
@@ -183,15 +184,14 @@ class TestDemonstrations:
 
     def test_they_are_words_that_parse_back(self, worlds, dialect):
         unknown = dialect.tokenizer.unk_token_id
-        for w, q in all_questions({kind: worlds[kind][:3] for kind in KINDS}):
+        for w, q in all_questions({kind: worlds[kind][:1] for kind in KINDS}):
             turns = demonstrate(q, w, HARD, random.Random(q.id)).turns
             for turn in turns:
                 ids = dialect.encode(dialect.write((turn,)))
                 assert unknown not in ids and dialect.parse(dialect.decode(ids)) == (turn,)
                 assert ids[-1] in dialect.stop_ids
             assert unknown not in dialect.prompt(q)
-            for text in answers_of(real_tools(w), q, turns[:-1]):
-                assert text.isdigit() and (text in NUMBERS or turns[-2:-1] != (turns[-1],))
+            assert set(answers_of(real_tools(w), q, turns[:-1])) <= set(NUMBERS)
 
     def test_each_kind_of_noise_does_what_it_says(self, worlds):
         for w, q in all_questions({kind: worlds[kind][:3] for kind in KINDS}):
@@ -286,6 +286,7 @@ class TestCalculate:
 
     @given(st.lists(st.sampled_from(["+", "-", "*", "//", "%", "**"]), min_size=1, max_size=4), st.data())
     def test_has_pythons_order_of_operations(self, signs, data):
+        assume(signs.count("**") <= 2)  # Python has no bounds
         written = str(data.draw(st.integers(1, 9)))
         for sign in signs:
             written += f" {sign} {data.draw(st.integers(1, 3))}"
@@ -423,15 +424,21 @@ class TestRuns:
         assert given.rollout.tools == ("calculate", "lookup", "search")
         assert config.load().rollout.tools == ("search",)
 
-    @pytest.mark.parametrize(("overrides", "message"), [
-        (["world.kind=tables", "rollout.tools=[lookup]"], "demonstrations of world.kind=tables call lookup"),
-        (["rollout.tools=[search, lookup]"], "lookup has no table in world.kind=knowledge"),
-        (["tools.table=t.csv"], "tools.table is not read with data.source=world"),
-        (["data.source=files", "data.train=a", "rollout.tools=[lookup]"], "tools.table is needed"),
-    ])  # fmt: skip
-    def test_settings_that_cannot_work_are_refused(self, overrides, message):
-        with pytest.raises(InputError, match=message):
-            config.load(None, overrides)
+    def test_a_table_that_is_not_read_is_refused(self):
+        with pytest.raises(InputError, match=r"tools.table is not read with data.source=world"):
+            config.load(None, ["tools.table=t.csv"])
+
+    @pytest.mark.parametrize("overrides", [["rollout.tools=[search, lookup]"], ["rollout.tools=[lookup]"]])
+    def test_lookup_without_a_table_is_refused_before_the_run(self, overrides):
+        settings = config.load(None, [*overrides, "world.train_worlds=1", "eval.questions=4"])
+        data = load_data(settings)
+        with pytest.raises(ToolError, match=r"lookup: there is no table; give tools.table=FILE, or world.kind=tables"):
+            make_tools(settings, data).check(data.train[0])
+
+    def test_a_warm_start_whose_tool_is_missing_is_refused(self, tmp_path):
+        settings = tiny.settings(tmp_path / "run", tmp_path / "cache", "world.kind=tables", "rollout.tools=[lookup]")
+        with pytest.raises(InputError, match=r"demonstrations call calculate, which rollout.tools lacks"):
+            set_up(settings)
 
     def test_a_run_trains_on_tables(self, tmp_path):
         """Warm start, two steps, evaluation: every call is one that the tools were made for."""

@@ -29,9 +29,11 @@ class Lookup(Tool):
         super().__init__()
         self._tables = tables
 
-    async def open(self, question: Question) -> Table:
+    def check(self, question: Question) -> None:
         if question.corpus not in self._tables:
-            raise ToolError(f"lookup: no table for collection {question.corpus!r}; give tools.table=FILE")
+            raise ToolError("lookup: there is no table; give tools.table=FILE, or world.kind=tables")
+
+    async def open(self, question: Question) -> Table:
         return self._tables[question.corpus]
 
     async def call(self, opened: Table, action: Action) -> ToolResult:
