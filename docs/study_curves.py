@@ -1,7 +1,8 @@
 """Draws a study's learning curves, a panel per variant: ``python docs/study_curves.py > docs/study.svg``, and
 ``python docs/study_curves.py tables > docs/tables.svg``.
 
-Each line is a seed of bench/results/study.jsonl, or tables.jsonl; the grey line is the mean of `robust`. Sampled F1 on held-out worlds.
+Each line is a seed of bench/results/study.jsonl, or tables.jsonl; the grey line is the mean of `robust`. Sampled F1 on
+held-out worlds.
 """
 
 import json
