@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from itertools import product
 
 from igpo_fast.arithmetic import NO_QUOTIENT, NOT_ARITHMETIC, TOO_LARGE, calculate
@@ -50,11 +51,10 @@ def make_worlds(
     low, high = hops or (1 if kind == "sft" else config.min_hops, config.max_hops)
     worlds = []
     for index, facts in enumerate(facts_of(config, kind, _draw)):
-        name = f"{kind}-{index}"
-        world = World(name, facts, (), ())
-        rng = random.Random(f"{config.seed}/{name}/questions")
-        asked = tuple(_questions(world, range(low, high + 1), questions, rng))
-        worlds.append(World(name, facts, (), asked))
+        world = World(f"{kind}-{index}", facts, (), ())
+        rng = random.Random(f"{config.seed}/{world.name}/questions")
+        asked = _questions(world, range(low, high + 1), questions, rng)
+        worlds.append(replace(world, questions=tuple(asked)))
     return worlds
 
 

@@ -7,7 +7,10 @@ from igpo_fast.rollouts.tools.base import Tool, text_function
 from igpo_fast.types import CALCULATE, Action, Question, ToolResult
 
 CALCULATE_TOOL = text_function(
-    CALCULATE, "Calculate.", "expression", "Numbers, + - * / // % ** and parentheses, like (3 + 4) * 5."
+    CALCULATE,
+    "Calculate exactly with numbers, + - * / // % ** and parentheses.",
+    "expression",
+    "An expression, like: (3 + 4) * 5",
 )
 
 

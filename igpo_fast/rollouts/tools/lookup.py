@@ -10,7 +10,10 @@ from igpo_fast.rollouts.tools.base import Tool, text_function
 from igpo_fast.types import LOOKUP, Action, Question, ToolResult
 
 LOOKUP_TOOL = text_function(
-    LOOKUP, "Look up one cell of a table.", "cell", "The name of the row, then the name of the column."
+    LOOKUP,
+    "Look up one cell of a table by the name of its row, followed by the name of its column.",
+    "cell",
+    "Row and column, like: Norway population",
 )
 
 
