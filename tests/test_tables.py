@@ -341,23 +341,23 @@ COUNTRIES = 'country,capital,area in km²\nNorway,Oslo,"385,207"\nNew Zealand,We
 
 
 class TestLookup:
-    table = Table({("New Zealand", "area"): "268021", ("Norway", "area"): "385207", ("Norway", "land area"): "365268"})
+    table = Table({("New Zealand", "size"): "268021", ("Norway", "size"): "385207", ("Norway", "land size"): "365268"})
 
     @pytest.mark.parametrize(("asked", "said"), [
-        ("Norway area", "385207"), ("  norway,  AREA ", "385207"), ("new zealand area", "268021"),
-        ("norway land area", "365268"), ("new zealand land area", f"{NO_ROW} new zealand"), ("area", f"{NO_ROW} "),
-        ("france area", f"{NO_ROW} france"), ("norway", f"{NO_COLUMN} area, land area"),
-        ("", f"{NO_COLUMN} area, land area"),
-        ("area norway", f"{NO_COLUMN} area, land area"), ("norwayarea", f"{NO_COLUMN} area, land area"),
+        ("Norway size", "385207"), ("  norway,  SIZE ", "385207"), ("new zealand size", "268021"),
+        ("norway land size", "365268"), ("new zealand land size", f"{NO_ROW} new zealand"), ("size", f"{NO_ROW} "),
+        ("france size", f"{NO_ROW} france"), ("norway", f"{NO_COLUMN} size, land size"),
+        ("", f"{NO_COLUMN} size, land size"), ("size norway", f"{NO_COLUMN} size, land size"),
+        ("norwaysize", f"{NO_COLUMN} size, land size"),
     ])  # fmt: skip
     def test_says_the_cell_or_what_is_missing(self, asked, said):
         assert self.table.cell(asked) == said
         assert (asked in self.table) == said.isdigit()
 
     def test_the_tool_reads_the_table_of_the_question(self):
-        tools = Tools([Lookup({"a": self.table, "b": Table({("Norway", "area"): "1"})})])
-        calls = [Action("lookup", {"cell": cell}) for cell in ("Norway area", "Norway depth")]
-        assert answers_of(tools, Question("q", "?", ("a",), corpus="b"), calls) == ["1", f"{NO_COLUMN} area"]
+        tools = Tools([Lookup({"a": self.table, "b": Table({("Norway", "size"): "1"})})])
+        calls = [Action("lookup", {"cell": cell}) for cell in ("Norway size", "Norway depth")]
+        assert answers_of(tools, Question("q", "?", ("a",), corpus="b"), calls) == ["1", f"{NO_COLUMN} size"]
         assert answers_of(tools, Question("q", "?", ("a",), corpus="a"), calls[:1]) == ["385207"]
         assert tools.report(tools.take(), "step 1") == ({"tool/calls": 3.0, "tool/empty": 1.0}, "")
 
