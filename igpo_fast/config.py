@@ -195,7 +195,7 @@ class World(Section):
     """`knowledge`: passages that search finds; `tables`: numbers to look up and calculate with, for which
     `rollout.tools` is `[lookup, calculate]` unless given."""
     rows: Positive = 20
-    """Rows of each table of `kind=tables`; the five keys that follow are the knowledge world's."""
+    """Rows of each table of `kind=tables`; the four keys that follow are the knowledge world's."""
     persons: Positive = 40
     """Persons per world."""
     companies: Positive = 16

@@ -5,6 +5,7 @@ import hashlib
 import random
 from collections import Counter, defaultdict
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -30,6 +31,7 @@ from igpo_fast.types import Action, Question, answer_with
 from tests import tiny
 
 SETTINGS = config.World(kind="tables", sft_worlds=8)
+CONFIGS = Path(__file__).parents[1] / "configs"
 KINDS = ("eval", "train", "sft")
 
 
@@ -40,7 +42,7 @@ def worlds():
 
 @pytest.fixture(scope="module")
 def dialect():
-    settings = config.load("configs/tables.yaml", ["eval.questions=4", "world.train_worlds=1", "world.eval_worlds=1"])
+    settings = config.load(CONFIGS / "tables.yaml", ["eval.questions=4", "world.train_worlds=1", "world.eval_worlds=1"])
     data = load_data(settings)
     tokenizer = load_tokenizer(settings, data)
     tools = make_tools(settings, data)
@@ -168,7 +170,7 @@ class TestWorld:
 
     def test_the_knowledge_world_is_what_it_was(self):
         """Digests from before there was a second world: the quickstart's questions and tokens."""
-        settings = config.load("configs/quickstart.yaml")
+        settings = config.load(CONFIGS / "quickstart.yaml")
         data = load_data(settings)
         digest = lambda value: hashlib.sha256(repr(value).encode()).hexdigest()[:16]  # noqa: E731
         assert (digest(data.train), digest(data.eval)) == ("212232d25f480274", "ca665244f470e330")
