@@ -26,6 +26,7 @@ from rich.table import Table
 from igpo_fast.run.display import sparkline
 
 ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs/quickstart.yaml"
 CLI = [sys.executable, "-m", "igpo_fast"]
 START, END, WITHOUT_SEARCH = 0.15, 0.50, 0.10
 """Bars for eval F1: at most this before training, at least this after it, at most this without search."""
@@ -62,12 +63,11 @@ def curve(rows: list[dict]) -> dict:
     }
 
 
-def trained(out: Path, settings: list[str], config: str = "quickstart") -> list[dict]:
-    """Train a file of configs/ with ``settings`` into ``out``, its output beside it; returns the rows of its
-    metrics."""
-    config = ["--config", str(ROOT / f"configs/{config}.yaml"), f"run.dir={out}"]
+def trained(out: Path, settings: list[str], config: Path = QUICKSTART) -> list[dict]:
+    """Train ``config`` with ``settings`` into ``out``, its output beside it; returns the rows of its metrics."""
+    file = ["--config", str(config), f"run.dir={out}"]
     with open(out.with_name(f"{out.name}.log"), "w") as log:
-        subprocess.run([*CLI, "train", *config, *settings], check=True, stdout=log, stderr=log, env=environment())
+        subprocess.run([*CLI, "train", *file, *settings], check=True, stdout=log, stderr=log, env=environment())
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -30,7 +30,7 @@ SEEDS, ALGORITHMS = (401, 402, 403), ("igpo", "grpo")
 def run(seed: int, algorithm: str, folder: Path, files: list[str], overrides: list[str]) -> dict:
     """Train one run; returns its row."""
     settings = [*files, f"run.cache={folder / 'cache'}", f"train.seed={seed}", f"algorithm.name={algorithm}"]
-    rows = trained(folder / f"{algorithm}-{seed}", [*settings, *overrides], CONFIG.stem)
+    rows = trained(folder / f"{algorithm}-{seed}", [*settings, *overrides], CONFIG)
     steps = rows[1:]
     return {
         **about("smollm2_nq"),

@@ -1,19 +1,23 @@
-"""Draws the study's learning curves, a panel per variant: ``python docs/study_curves.py > docs/study.svg``.
+"""Draws a study's learning curves, a panel per variant: ``python docs/study_curves.py > docs/study.svg``, and
+``python docs/study_curves.py tables > docs/tables.svg``.
 
-Each line is a seed of bench/results/study.jsonl; the grey line is the mean of `robust`. Sampled F1 on held-out worlds.
+Each line is a seed of bench/results/study.jsonl, or tables.jsonl; the grey line is the mean of `robust`. Sampled F1 on
+held-out worlds.
 """
 
 import json
+import sys
 from pathlib import Path
 from statistics import fmean
 
-ROWS = Path(__file__).parents[1] / "bench/results/study.jsonl"
+RESULTS = Path(__file__).parents[1] / "bench/results"
 WIDE, HIGH, COLUMNS, GAP = 168, 110, 4, 34
 COLOURS = ("#2878b5", "#c8553d", "#4f9a59", "#8d6bb1")
 
 
-def draw() -> str:
-    rows = [row for row in map(json.loads, ROWS.read_text().splitlines()) if not row["overrides"]]
+def draw(name: str) -> str:
+    lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if not row["overrides"]]
     variants: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["seed"]):
         variants.setdefault(row["variant"], []).append(row)
@@ -41,7 +45,7 @@ def draw() -> str:
             line(usual[0]["steps"], mean, "#b9b9b4", 3)
         for row, colour in zip(variants[name], COLOURS * len(rows), strict=False):
             line(row["steps"], row["eval/f1"], colour, 1.5)
-    width = GAP + COLUMNS * (WIDE + GAP)
+    width = GAP + min(COLUMNS, len(order)) * (WIDE + GAP)
     height = GAP + -(-len(order) // COLUMNS) * (HIGH + GAP)
     size = f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
@@ -49,4 +53,4 @@ def draw() -> str:
 
 
 if __name__ == "__main__":
-    print(draw())
+    print(draw(*sys.argv[1:] or ["study"]))

@@ -189,7 +189,10 @@ def evaluate(
     from igpo_fast.rollouts.tools.search import NoSearch
     from igpo_fast.run.display import bar
     from igpo_fast.setup import set_up
+    from igpo_fast.types import SEARCH
 
+    if no_search and SEARCH not in settings.rollout.tools:
+        raise InputError(f"--no-search: {target} has no tool search; leave the option out")
     setup = set_up(settings, weights=weights, search=NoSearch() if no_search else None)
     agent = setup.eval_agent
     for warning in setup.warnings:
@@ -204,7 +207,8 @@ def evaluate(
     for name in set_names(found):
         typer.echo(f"{name:<16} {_scores(found, f'eval/{name}')}")
     failures = found.get("eval/search_failures", 0)
-    search = "no search" if no_search else f"{failures:.0f} searches failed" if failures else "with search"
+    tools = ", ".join(settings.rollout.tools)
+    search = "no search" if no_search else f"{failures:.0f} searches failed" if failures else f"with {tools}"
     typer.echo(f"eval {_scores(found, 'eval')}  ({count} questions, {search}, {weights})")
 
 

@@ -48,9 +48,12 @@ from igpo_fast.config_types import (
 )  # fmt: skip
 from igpo_fast.errors import masked
 from igpo_fast.types import (
+    CALCULATE,
     ENVIRONMENT,
+    LOOKUP,
     OF_ANSWERS,
     OF_TOOLS,
+    SEARCH,
     Accumulate,
     Aggregation,
     Answers,
@@ -163,7 +166,7 @@ class Model(Section):
 
 class Data(Section):
     source: Literal["world", "files", "verifiers"] = "world"
-    """`world` makes up a knowledge world (section `world`); `files` reads the paths below; `verifiers` takes questions,
+    """`world` makes up a world (section `world`); `files` reads the paths below; `verifiers` takes questions,
     tools and rewards from `environment` (docs/verifiers.md)."""
     train: Annotated[FilePath | list[FilePath] | None, EmptyIsNone] = None
     """Training questions: .jsonl, .json (either with .gz) or .parquet (own, verl's, TRL's or the usual QA sets'
@@ -220,6 +223,11 @@ class Data(Section):
 
 
 class World(Section):
+    kind: Literal["knowledge", "tables"] = "knowledge"
+    """`knowledge`: passages that search finds; `tables`: numbers to look up and calculate with, for which
+    `rollout.tools` is `[lookup, calculate]` unless given."""
+    rows: Positive = 20
+    """Rows of each table of `kind=tables`; the four keys that follow are the knowledge world's."""
     persons: Positive = 40
     """Persons per world."""
     companies: Positive = 16
@@ -229,9 +237,9 @@ class World(Section):
     countries: Positive = 8
     """Countries per world."""
     min_hops: Hops = 3
-    """Fewest facts per question."""
+    """Fewest facts per question; of `kind=tables`, calls of tools."""
     max_hops: Hops = 4
-    """Most facts per question."""
+    """Most facts per question; of `kind=tables`, calls of tools."""
     seed: Seed = 7
     """Seed of the worlds: the same seed gives the same worlds."""
     sft_worlds: Positive = 300
@@ -328,7 +336,8 @@ class Rollout(Section):
     temperature: Temperature = 1.0
     """Divides the logits, in sampling and in every log-probability of the step."""
     tools: Annotated[tuple[NonEmpty, ...], Field(min_length=1)] = ("search",)
-    """Tools that the policy may call: `search`, and functions or classes of your own (docs/extending.md). With
+    """Tools that the policy may call: `search`, `visit` (a whole passage), `python` (a program), `lookup` (a cell of a
+    table), `calculate` (exact arithmetic), and functions or classes of your own (docs/extending.md). With
     `data.source=verifiers`, `environment` by default: the environment's own."""
     dialect: Literal["tags", "chat"] | Extension = "tags"
     """Format of turns: Search-R1 tags, the model's own chat template and tool calls, or `package.module:name`
@@ -406,7 +415,11 @@ class Rollout(Section):
 
 
 class Tools(Section):
-    """Limits of the tools of `rollout.tools`. Searches have section `search`, too."""
+    """Limits of the tools of `rollout.tools`, and what they read. Searches have section `search`, too."""
+
+    table: Annotated[FilePath | None, EmptyIsNone] = None
+    """Table for `lookup` with `data.source=files`: .csv with a line of column names, or the formats of `data.corpus`.
+    The first column names the rows."""
 
     calls: Count = 0
     """Most calls of a tool per rollout; further ones get a text that says so. 0 sets no limit."""
@@ -909,9 +922,20 @@ class Config(Section):
                 values = values | {name: defaults | given}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tools_of_tables(cls, values):
+        world, rollout = (values.get(key, {}) for key in ("world", "rollout")) if isinstance(values, dict) else ({}, {})
+        world, rollout = (s.model_dump(exclude_unset=True) if isinstance(s, Section) else s for s in (world, rollout))
+        if not (isinstance(world, dict) and isinstance(rollout, dict) and world.get("kind") == "tables"):
+            return values
+        return values | {"rollout": {"tools": (LOOKUP, CALCULATE)} | rollout}
+
     @model_validator(mode="after")
     def _check_data(self):
-        if self.data.source == "files" and self.data.corpus is None and not self.search.url:
+        if self.data.source == "world" and self.tools.table is not None:
+            raise ValueError("tools.table is not read with data.source=world; set data.source=files")
+        if SEARCH in self.rollout.tools and self.data.source == "files" and not (self.data.corpus or self.search.url):
             own = "or data.corpus=contexts for the questions' own paragraphs"
             raise ValueError(f"data.corpus is needed with data.source=files; give data.corpus=FILE, {own}")
         lacking = {"search", "visit"} & set(self.rollout.tools)

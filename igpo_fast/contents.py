@@ -61,7 +61,7 @@ def sources(config: Config) -> dict[str, str]:
     if config.data.source == "files":
         sets = config.data.eval or []
         corpus = None if config.data.corpus == OWN_PARAGRAPHS else config.data.corpus
-        named |= {"data.train": config.data.train, "data.corpus": corpus}
+        named |= {"data.train": config.data.train, "data.corpus": corpus, "tools.table": config.tools.table}
         for number, entry in enumerate([sets] if isinstance(sets, str) else sets):
             named[f"data.eval[{number}]"] = NAMED_SOURCE.fullmatch(entry)[2]
     return {key: source for key, source in named.items() if source}

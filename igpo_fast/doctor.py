@@ -191,7 +191,9 @@ def _configured(config: Config, ranks: int) -> Iterator[Check]:
         return
     data, lm = setup.data, setup.lm
     passages = sum(map(len, data.collections.values()))
-    yield Check("data", f"{len(data.train):,} train, {len(data.eval):,} eval questions, {passages:,} passages")
+    cells = sum(map(len, data.tables.values()))
+    read = f"{passages:,} passages" + f", {cells:,} cells of tables" * bool(cells)
+    yield Check("data", f"{len(data.train):,} train, {len(data.eval):,} eval questions, {read}")
     if not config.model.path:
         yield from _memory(config, lm.config.vocab_size, ranks)
     size = sum(parameter.numel() for parameter in lm.parameters())

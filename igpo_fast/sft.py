@@ -22,14 +22,16 @@ from transformers import PreTrainedModel
 from igpo_fast import __version__
 from igpo_fast.config import Config
 from igpo_fast.contents import contents, sources
-from igpo_fast.data.load import Data
-from igpo_fast.data.world import CLEAN, HARD, NOISY, Demonstration, Noise, World, demonstrate, make_worlds
+from igpo_fast.data.load import Data, sources_of
+from igpo_fast.data.world import CLEAN, HARD, NOISY, Demonstration, Noise
+from igpo_fast.data.worlds import WORLDS
 from igpo_fast.demonstrations import NONE_GIVEN, PROMPT, RESPONSE, WRITTEN, Demonstrations, joined
 from igpo_fast.errors import InputError, ToolError
 from igpo_fast.files import atomic_folder, check_manifest, check_writable, write_manifest
 from igpo_fast.model import load
 from igpo_fast.rollouts.dialect import Dialect
 from igpo_fast.rollouts.tools.base import Tools
+from igpo_fast.rollouts.tools.make import make_tools
 from igpo_fast.rollouts.tools.search import Bm25Search
 from igpo_fast.types import ANSWER, Question, answer_with, search_for
 from igpo_fast.update.learner import Learner
@@ -91,7 +93,8 @@ def _fingerprint(config: Config, tokenizer, data: Data) -> str:
     # Demonstrations of the made-up world search in process, those of other questions with the run's own search.
     url = {"url"} if config.data.source != "world" else set()
     sections["search"] = config.search.model_dump(include={"top_k", "max_passage_tokens"} | url)
-    rollout = config.rollout.model_dump(include={"dialect", "system", "thinking", "max_turns", "max_tokens"})
+    sections["tools"] = config.tools.model_dump(include={"calls", "limits", "max_characters", "max_tokens"})
+    rollout = config.rollout.model_dump(include={"tools", "dialect", "system", "thinking", "max_turns", "max_tokens"})
     words = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template)
     others = ("data.eval", "algorithm.")
     held = {k: v for k, v in (sources(config) | contents(config)).items() if not k.startswith(others)}
@@ -158,6 +161,11 @@ async def write(
     pieces = [(dialect.prompt(question), PROMPT)]
     async with tools.open(question) as opened:
         for action in demonstration.turns:
+            if action.tool not in (ANSWER, *dialect.functions):
+                raise InputError(
+                    f"warm start: demonstrations call {action.tool}, which rollout.tools lacks; add it, or set "
+                    "sft.clean_steps, sft.noisy_steps and sft.hard_steps to 0"
+                )
             pieces.append((dialect.encode(dialect.write((action,))), WRITTEN))
             if action.tool == ANSWER:
                 continue
@@ -175,9 +183,14 @@ def _batches(config: Config, dialect: Dialect, data: Data, tools: Tools) -> Iter
     """One batch of written demonstrations per step."""
     rng = random.Random(f"{config.train.seed}/sft")
     if config.data.source == "world":
-        worlds = make_worlds(config.world, "sft")
-        tools = Tools([Bm25Search({world.name: world.passages for world in worlds}, config.search.top_k)])
-        draw = lambda noise: _from_world(rng.choice(worlds), noise, rng, config.rollout.max_turns)  # noqa: E731
+        kind, most = WORLDS[config.world.kind], config.rollout.max_turns
+        worlds = kind.make_worlds(config.world, "sft")
+        known = Data((), (), **sources_of(config, worlds))
+        tools = make_tools(config, known, Bm25Search(known.collections, config.search.top_k))
+
+        def draw(noise: Noise) -> Demonstration:
+            world = rng.choice(worlds)
+            return kind.demonstrate(rng.choice(world.questions), world, noise, rng, max_turns=most)
     else:
         answered = [question for question in data.train if question.answers]
         if not answered:
@@ -207,10 +220,6 @@ def _given(config: Config, given: Demonstrations) -> Iterator[list]:
             order += rng.sample(given.written, len(given.written))
         batch, order = order[: config.sft.batch_size], order[config.sft.batch_size :]
         yield batch
-
-
-def _from_world(world: World, noise: Noise, rng: random.Random, max_turns: int) -> Demonstration:
-    return demonstrate(rng.choice(world.questions), world, noise, rng, max_turns=max_turns)
 
 
 def _from_steps(questions: Sequence[Question], noise: Noise, rng: random.Random) -> Demonstration:

@@ -28,6 +28,7 @@ REWARD = "reward"
 """The number of a function or a tool that trains."""
 ENVIRONMENT = "environment"
 """The tool that an environment of another library is."""
+LOOKUP, CALCULATE = "lookup", "calculate"
 
 Basis = Literal["log_prob", "prob"]
 Answers = Literal["first", "max", "mean", "sum"]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from igpo_fast.config import Config
 from igpo_fast.contents import NAMED_SOURCE, OWN_PARAGRAPHS
 from igpo_fast.data.passages import load_corpus
 from igpo_fast.data.questions import load_questions
 from igpo_fast.data.rows import stem_of
-from igpo_fast.data.world import make_worlds
+from igpo_fast.data.table import Table, load_table
+from igpo_fast.data.world import World
+from igpo_fast.data.worlds import WORLDS
 from igpo_fast.errors import InputError
 from igpo_fast.types import Passage, Question
 
@@ -27,6 +29,8 @@ class Data:
     """Collections by the names in ``Question.corpus``: one per world; from files one without a name, or none."""
     warnings: tuple[str, ...] = ()
     """Notes for the user, one line each."""
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    """Tables by the names of collections, for the tool ``lookup``."""
 
 
 def load_data(config: Config) -> Data:
@@ -39,6 +43,7 @@ def load_data(config: Config) -> Data:
 
 
 def _from_world(config: Config) -> Data:
+    make_worlds = WORLDS[config.world.kind].make_worlds
     train = make_worlds(config.world, "train")
     wanted = config.eval.questions
     evaluation = make_worlds(config.world, "eval", questions=-(-wanted // config.world.eval_worlds))
@@ -48,13 +53,22 @@ def _from_world(config: Config) -> Data:
     if len(shuffled) < wanted:
         raise InputError(
             f"eval.questions: {wanted} wanted, the worlds have {len(shuffled)}; raise world.eval_worlds or "
-            "world.persons, or lower eval.questions"
+            "world.persons (of tables: world.rows), or lower eval.questions"
         )
     return Data(
         train=tuple(question for world in train for question in world.questions),
         eval=tuple(shuffled[:wanted]),
-        collections={world.name: world.passages for world in [*train, *evaluation]},
+        **sources_of(config, [*train, *evaluation]),
     )
+
+
+def sources_of(config: Config, worlds: Sequence[World]) -> dict[str, Mapping]:
+    """What the tools read of some worlds, as fields of ``Data``."""
+    tables = config.world.kind == "tables"
+    return {
+        "collections": {} if tables else {world.name: world.passages for world in worlds},
+        "tables": {world.name: Table(world.objects) for world in worlds} if tables else {},
+    }
 
 
 def _from_files(config: Config) -> Data:
@@ -71,7 +85,8 @@ def _from_files(config: Config) -> Data:
         collections = {"": tuple(own.values())}
     else:
         collections = {} if config.data.corpus is None else {"": load_corpus(config.data.corpus)}
-    return Data(train, evaluation, collections, tuple(warnings))
+    tables = {} if config.tools.table is None else {"": load_table(config.tools.table)}
+    return Data(train, evaluation, collections, tuple(warnings), tables)
 
 
 def hold_out(

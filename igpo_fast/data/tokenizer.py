@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from igpo_fast.config import Config
-from igpo_fast.data.world import vocabulary
+from igpo_fast.data.worlds import WORLDS
 from igpo_fast.errors import InputError, reason_of
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def load_tokenizer(
     if config.model.path is not None:
         return _pretrained(config.model.path, "model.path")
     if config.model.tokenizer == "world":
-        return _words(tags)
+        return _words((*WORLDS[config.world.kind].vocabulary(), *tags))
     if config.model.tokenizer == "bpe":
         return _bpe(config.model.vocab_size, data)
     return _pretrained(config.model.tokenizer, "model.tokenizer")
@@ -119,9 +119,9 @@ def _encode(tokenizer: Tokenizer) -> list[int] | str:
         return str(error)
 
 
-def _words(tags: Sequence[str]) -> PreTrainedTokenizerFast:
+def _words(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
     """One token per word; words are separated by single spaces."""
-    words = dict.fromkeys([PAD, EOS, UNK, *vocabulary(), *tags])
+    words = dict.fromkeys([PAD, EOS, UNK, *vocabulary])
     ids = {word: id for id, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

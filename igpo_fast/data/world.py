@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, count
@@ -93,7 +93,7 @@ def make_worlds(
     """
     low, high = hops or (1 if kind == "sft" else config.min_hops, config.max_hops)
     worlds = []
-    for index, facts in enumerate(_facts(config, kind)):
+    for index, facts in enumerate(facts_of(config, kind, _draw)):
         name = f"{kind}-{index}"
         passages = tuple(
             Passage(f"{name}/{number}", subject, f"{relation} {object} .")
@@ -105,13 +105,15 @@ def make_worlds(
     return worlds
 
 
-def _facts(config: WorldConfig, kind: Kind) -> list[tuple[Fact, ...]]:
-    """The facts of every world of a kind."""
+def facts_of(
+    config: WorldConfig, kind: Kind, draw: Callable[[WorldConfig, random.Random], tuple[Fact, ...]]
+) -> list[tuple[Fact, ...]]:
+    """The facts of every world of a kind, drawn by ``draw``; no fact of an earlier kind is among them."""
     earlier = _KINDS[: _KINDS.index(kind)]
-    taken = {fact for other in earlier for facts in _facts(config, other) for fact in facts}
+    taken = {fact for other in earlier for facts in facts_of(config, other, draw) for fact in facts}
     worlds = []
     for index in range(getattr(config, f"{kind}_worlds")):
-        attempts = (_draw(config, random.Random(f"{config.seed}/{kind}-{index}/{attempt}")) for attempt in count())
+        attempts = (draw(config, random.Random(f"{config.seed}/{kind}-{index}/{attempt}")) for attempt in count())
         worlds.append(next(facts for facts in attempts if taken.isdisjoint(facts)))
     return worlds
 
@@ -124,11 +126,7 @@ def _draw(config: WorldConfig, rng: random.Random) -> tuple[Fact, ...]:
         "city": config.cities,
         "country": config.countries,
     }
-    total = sum(sizes.values())
-    if total > len(_NAMES):
-        raise InputError(f"world: {total} entities, but there are {len(_NAMES)} names; lower world.persons")
-    # Never both `a b` and `b a`: search ignores the order of words.
-    names = iter([" ".join(rng.sample(pair, 2)) for pair in rng.sample(_NAMES, total)])
+    names = iter(draw_names(sum(sizes.values()), rng, "persons"))
     entities = {type: [next(names) for _ in range(size)] for type, size in sizes.items()}
     return tuple(
         (subject, relation, object)
@@ -136,6 +134,17 @@ def _draw(config: WorldConfig, rng: random.Random) -> tuple[Fact, ...]:
         for subject, object in _deal(entities[source], entities[target], rng)
         if subject != object
     )
+
+
+def draw_names(count: int, rng: random.Random, key: str) -> list[str]:
+    """Names of two words; never both `a b` and `b a`, because search ignores the order of words.
+
+    Args:
+        key: the key of ``world`` that is too large if there are fewer names than that.
+    """
+    if count > len(_NAMES):
+        raise InputError(f"world: {count} entities, but there are {len(_NAMES)} names; lower world.{key}")
+    return [" ".join(rng.sample(pair, 2)) for pair in rng.sample(_NAMES, count)]
 
 
 def _deal(subjects: list[str], objects: list[str], rng: random.Random) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from igpo_fast.config import Config, load
 from igpo_fast.errors import InputError, masked
 from igpo_fast.jsonl import finite
 from igpo_fast.run.display import evaluated, sparkline
+from igpo_fast.types import SEARCH
 
 SPAN = 5
 """Steps over which first and last training numbers are averaged, because they are noisy; half of a short run."""
@@ -69,7 +70,8 @@ def _commands(folder: Path, config: Config, program: str) -> Iterable[str]:
     if any(masked(url) != url for url in servers):
         yield f"tail {run}/metrics.jsonl  # to go on, repeat the command: config.yaml keeps no credentials"
         return
-    yield f"{program} eval {run} --no-search  # the same policy, search finds nothing"
+    if SEARCH in config.rollout.tools:
+        yield f"{program} eval {run} --no-search  # the same policy, search finds nothing"
     if config.train.lr_schedule == "constant":  # else the learning rate depends on the number of steps
         yield f"{program} train --config {run}/config.yaml train.steps={2 * config.train.steps}  # go on"
     if config.data.source == "world" and _can_run(REAL_QUESTIONS):

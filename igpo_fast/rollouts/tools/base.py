@@ -21,6 +21,16 @@ CAUSES = (
 """Counters of the causes of failed attempts."""
 
 
+def text_function(name: str, description: str, parameter: str, meaning: str) -> Mapping[str, Any]:
+    """The schema of a function whose only argument is a text, so that the tags dialect writes it as it is."""
+    parameters = {
+        "type": "object",
+        "properties": {parameter: {"type": "string", "description": meaning}},
+        "required": [parameter],
+    }
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
 class Tool(ABC):
     """Something that a policy can call, under one name or several. Every rollout opens it for itself."""
 

@@ -9,15 +9,17 @@ from igpo_fast.config import Config, ToolLimits
 from igpo_fast.data.load import Data
 from igpo_fast.errors import InputError
 from igpo_fast.rollouts.tools.base import Tool, Tools
+from igpo_fast.rollouts.tools.calculate import Calculate
+from igpo_fast.rollouts.tools.lookup import Lookup
 from igpo_fast.rollouts.tools.processes import Processes
 from igpo_fast.rollouts.tools.python import ISOLATION, Limits, isolation, python_processes
 from igpo_fast.rollouts.tools.search import Search, make_search
 from igpo_fast.rollouts.tools.user import UserTool
 from igpo_fast.rollouts.tools.visit import VISIT, Visit
-from igpo_fast.types import ENVIRONMENT, SEARCH
+from igpo_fast.types import CALCULATE, ENVIRONMENT, LOOKUP, SEARCH
 
 PYTHON = "python"
-SHIPPED = (SEARCH, VISIT, PYTHON)
+SHIPPED = (SEARCH, VISIT, PYTHON, LOOKUP, CALCULATE)
 """Names of the tools that come with this package."""
 
 
@@ -54,6 +56,10 @@ def make_tools(
                     "data.corpus in its place, or leave visit out"
                 )
             made[name] = Visit(data.collections)
+        elif entry == LOOKUP:
+            made[name] = Lookup(data.tables)
+        elif entry == CALCULATE:
+            made[name] = Calculate()
         elif entry == ENVIRONMENT and environment:
             made[name] = environment(seconds, characters)
         elif entry == PYTHON:

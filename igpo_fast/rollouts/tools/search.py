@@ -20,24 +20,14 @@ from igpo_fast.data.load import Data
 from igpo_fast.data.passages import title_and_text
 from igpo_fast.endpoint import Endpoint, Failed
 from igpo_fast.errors import ToolError, masked
-from igpo_fast.rollouts.tools.base import Tool, causes
+from igpo_fast.rollouts.tools.base import Tool, causes, text_function
 from igpo_fast.types import SEARCH, Action, Passage, Question, ToolResult
 
 EXAMPLE = "http://127.0.0.1:8000/retrieve"
 
-
-SEARCH_TOOL = {
-    "type": "function",
-    "function": {
-        "name": SEARCH,
-        "description": "Search a collection of passages; returns the best ones.",
-        "parameters": {
-            "type": "object",
-            "properties": {"query": {"type": "string", "description": "What to look for."}},
-            "required": ["query"],
-        },
-    },
-}
+SEARCH_TOOL = text_function(
+    SEARCH, "Search a collection of passages; returns the best ones.", "query", "What to look for."
+)
 FOUND = ("calls", "passages", "empty")
 """Counters of every search: calls, passages found, calls that found none."""
 COUNTS = (
