@@ -1,4 +1,4 @@
-"""The engines, tools and dialects of this repository keep their contracts, doubles included."""
+"""The engines, tools, dialects and rewards of this repository keep their contracts, doubles included."""
 
 import asyncio
 from functools import partial
@@ -6,14 +6,23 @@ from functools import partial
 import numpy as np
 import pytest
 
+from igpo_fast.data.table import Table
 from igpo_fast.engines.torch import TorchEngine
+from igpo_fast.extend import named
+from igpo_fast.judge import Judge, score_of
 from igpo_fast.rollouts.dialect import make_dialect
 from igpo_fast.rollouts.tools.base import Tool
+from igpo_fast.rollouts.tools.calculate import Calculate
+from igpo_fast.rollouts.tools.lookup import Lookup
+from igpo_fast.rollouts.tools.processes import Processes
 from igpo_fast.rollouts.tools.search import Bm25Search, HttpSearch, NoSearch
-from igpo_fast.types import Action, Question, ToolResult
+from igpo_fast.rollouts.tools.user import UserTool
+from igpo_fast.rollouts.tools.visit import Visit
+from igpo_fast.types import Action, Passage, Question, Rollout, ToolResult
 from tests import test_dialect
 from tests.contracts.dialect import DialectContract, function
 from tests.contracts.engine import EngineContract, SamplingContract
+from tests.contracts.reward import RewardContract
 from tests.contracts.tool import SearchContract, ToolContract
 from tests.families import FAMILIES, tokenizer_of
 from tests.replica import Replica
@@ -21,6 +30,7 @@ from tests.scripted import ScriptedEngine, ScriptedTool
 from tests.search_server import Server
 from tests.test_engine_torch import make, plain_logp, prompts
 from tests.test_engine_vllm import PAIRS, servers
+from tests.test_examples import EXAMPLES
 from tests.test_search import GOOD, PASSAGES
 
 
@@ -131,7 +141,7 @@ class Notes(Tool):
         await asyncio.sleep(0)
         return ToolResult(text=f"{len(opened)} notes")
 
-    async def outcome(self, opened: list[str], answer: str | None) -> dict[str, float]:
+    async def outcome(self, opened: list[str], rollout: Rollout) -> dict[str, float]:
         return {"noted": float(len(opened))}
 
 
@@ -146,6 +156,58 @@ class TestNotes(ToolContract):
         """Calls of one turn run at once, so each sees both."""
         ((first, second),) = self.calls(tool, [self.action, Action("notes", {})])
         assert (first.text, second.text) == ("2 notes", "2 notes")
+
+
+class TestLookup(ToolContract):
+    action = Action("lookup", {"cell": "Norway population"})
+
+    @pytest.fixture
+    def tool(self):
+        return Lookup({"": Table({("Norway", "population"): "5.6 million", ("Norway", "capital"): "Oslo"})})
+
+
+class TestCalculate(ToolContract):
+    action = Action("calculate", {"expression": "2 * (3 + 4)"})
+
+    @pytest.fixture
+    def tool(self):
+        return Calculate()
+
+
+class TestVisit(ToolContract):
+    action = Action("visit", {"id": "3"})
+
+    @pytest.fixture
+    def tool(self):
+        return Visit({"": [Passage("3", "Faust", "A play.")]})
+
+
+class TestFunctionOfOnesOwn(ToolContract):
+    action = Action("count_letters", {"word": "Faust"})
+
+    @pytest.fixture
+    def tool(self):
+        made = Processes(str(EXAMPLES / "tool.py:count_letters"), seconds=60.0, max_characters=1000, concurrency=4)
+        yield UserTool("count_letters", made)
+        made.end()
+
+
+class TestFrugal(RewardContract):
+    @pytest.fixture
+    def reward(self):
+        return named(str(EXAMPLES / "reward.py:frugal"), "algorithm.outcome")
+
+
+class TestJudge(RewardContract):
+    @pytest.fixture
+    def reward(self):
+        with Server((200, {"choices": [{"message": {"role": "assistant", "content": "7"}}]})) as server:
+            judge = Judge(server.url, "m")
+
+            async def reward(rollout):
+                return score_of(await judge(f"Is {rollout.answer} right?"), most=10)
+
+            yield reward
 
 
 class TestTagsDialectOfWords(DialectContract):

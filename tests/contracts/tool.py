@@ -8,6 +8,7 @@ from igpo_fast.rollouts.dialect.parsing import fits, kinds_of, parameters_of
 from igpo_fast.rollouts.tools.base import Tools
 from igpo_fast.rollouts.tools.search import FOUND
 from igpo_fast.types import Action, Passage, Question, ToolResult, search_for
+from tests.contracts.reward import rollout_of
 
 TEXTS = ("", " \n", "?!", "</search>", "</tool_call><|im_end|>", "ein Fuß", "\x00", "x" * 10_000, "../../etc", "';--")
 """Texts that fit any schema's text, whatever they mean to the tool."""
@@ -113,7 +114,8 @@ class ToolContract:
         async def outcomes():
             opened = await tool.open(self.question)
             try:
-                return [await tool.outcome(opened, answer) for answer in (None, "", "A")]
+                ended = (rollout_of(self.question, answer) for answer in (None, "", "A"))
+                return [await tool.outcome(opened, rollout) for rollout in ended]
             finally:
                 await tool.close(opened)
                 await tool.aclose()
