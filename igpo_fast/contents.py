@@ -52,11 +52,16 @@ def sources(config: Config) -> dict[str, str]:
     named: dict[str, str | None] = {
         "model.path": config.model.path,
         "algorithm.outcome": file_of(config.algorithm.outcome),
+        "algorithm.gain": file_of(config.algorithm.gain),
+        "rollout.dialect": file_of(config.rollout.dialect),
+        "rollout.engine": file_of(config.rollout.engine),
         "sft.demonstrations": config.sft.demonstrations,
         "rollout.system_file": config.rollout.system_file,
     }
     if config.model.path is None and config.model.tokenizer not in ("world", "bpe"):
         named["model.tokenizer"] = config.model.tokenizer
+    for tool in config.rollout.tools:
+        named[f"rollout.tools: {tool}"] = file_of(tool)
     named["data.environment"] = _code_of(config.data.environment or "")
     if config.data.source == "files":
         sets = config.data.eval or []

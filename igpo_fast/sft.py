@@ -96,7 +96,7 @@ def _fingerprint(config: Config, tokenizer, data: Data) -> str:
     sections["tools"] = config.tools.model_dump(include={"calls", "limits", "max_characters", "max_tokens"})
     rollout = config.rollout.model_dump(include={"tools", "dialect", "system", "thinking", "max_turns", "max_tokens"})
     words = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template)
-    others = ("data.eval", "algorithm.")
+    others = ("data.eval", "algorithm.", "rollout.engine")
     held = {k: v for k, v in (sources(config) | contents(config)).items() if not k.startswith(others)}
     text = repr(
         (

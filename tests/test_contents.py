@@ -125,3 +125,20 @@ def test_a_table_of_parquet_files_is_its_files_by_name(folder):
     assert contents(settings)["data.train"] == before
     (table / "day=1" / "c.parquet").write_text("other")
     assert contents(settings)["data.train"] != before
+
+
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ("rollout.tools=[search, {}:f]", "rollout.tools: {}:f"), ("rollout.dialect={}:f", "rollout.dialect"),
+        ("rollout.engine={}:f", "rollout.engine"), ("algorithm.gain={}:f", "algorithm.gain"),
+        ("algorithm.outcome={}:f", "algorithm.outcome"),
+    ],
+)  # fmt: skip
+def test_code_of_ones_own_is_known_by_its_content(tmp_path, setting, key):
+    own = tmp_path / "own.py"
+    own.write_text("def f(): pass\n")
+    settings, key = config.load(None, [setting.format(own)]), key.format(own)
+    assert contents(settings) == {key: digest("def f(): pass\n")}
+    own.write_text("def f(): return 1\n")
+    assert contents(settings) == {key: digest("def f(): return 1\n")}

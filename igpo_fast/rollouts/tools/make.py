@@ -65,7 +65,11 @@ def make_tools(
         elif entry == PYTHON:
             made[name] = make_python(Limits(seconds=seconds, max_characters=characters))
         elif ":" in entry:
-            made[name] = UserTool(name, Processes(entry, seconds=seconds, max_characters=characters))
+            try:
+                processes = Processes(entry, seconds=seconds, max_characters=characters)
+            except InputError as error:
+                raise InputError(f"rollout.tools: {error}") from None
+            made[name] = UserTool(name, processes)
         else:
             raise InputError(
                 f"rollout.tools: there is no tool {entry!r}; give {', '.join(SHIPPED)}, or package.module:function for "
