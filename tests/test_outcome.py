@@ -71,7 +71,6 @@ def test_what_counts_as_a_verdict(given, numbers):
         {"reward": 1, "a/b": 1},
         {"reward": 1, "f1": 1}, {"reward": 1, "ig_x": 1}, {"reward": 1, "turns": 2}, {"reward": 1, "": 2},
     ],
-    ids=repr,
 )  # fmt: skip
 def test_what_does_not_ends_the_run_and_names_function_and_question(given):
     with pytest.raises(RunError, match=r"^algorithm.outcome=own.py:f: it .* question 'q0', rollout \d; correct it$"):

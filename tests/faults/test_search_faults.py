@@ -14,8 +14,7 @@ import pytest
 from igpo_fast import config
 from igpo_fast.data.world import make_worlds
 from igpo_fast.errors import ToolError
-from igpo_fast.rollouts.tools.base import COUNTS
-from igpo_fast.rollouts.tools.search import Bm25Search
+from igpo_fast.rollouts.tools.search import COUNTS, Bm25Search
 from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.train import train
 from igpo_fast.types import Passage

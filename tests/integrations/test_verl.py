@@ -31,8 +31,10 @@ from igpo_fast.data.load import Data
 from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.errors import InputError
 from igpo_fast.integrations.verl import Gains, igpo_advantages, padded
+from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.tools.search import SEARCH_TOOL
 from igpo_fast.score import Scorer, read_records
-from igpo_fast.transcripts import WRITERS
+from igpo_fast.transcripts import make_writer
 from igpo_fast.types import Group
 from igpo_fast.update.advantages import Recipe, credit_rollouts
 from tests.parity import naive
@@ -259,7 +261,9 @@ def written(folder):
 def laid_out(records, words, left=True):
     """The trajectories as verl has them; prompts padded on the left as in its agent loop, or on the right as a padded
     nested tensor. Also the turns' ends."""
-    pieces = [WRITERS["tags"](words).write(record, apart=True, last=True) for record in records]
+    budgets = dict(max_passage_tokens=128, max_answer_tokens=64, max_answers=4)
+    writer = make_writer(make_dialect("tags", words, (SEARCH_TOOL,), **budgets))
+    pieces = [writer.write(record, apart=True, last=True) for record in records]
     width = max(len(prompt) for prompt, _ in pieces) + 2
     lengths = [sum(len(part) for turn in turns for part in turn) for _, turns in pieces]
     n, most = len(pieces), max(lengths) + 3
