@@ -31,6 +31,7 @@ from igpo_fast.config_types import (
     NonEmpty,
     NonNegative,
     Norm,
+    OneIsAList,
     Outcome,
     Pause,
     PlainText,
@@ -335,7 +336,7 @@ class Rollout(Section):
     """Tokens per rollout, prompt and responses included."""
     temperature: Temperature = 1.0
     """Divides the logits, in sampling and in every log-probability of the step."""
-    tools: Annotated[tuple[NonEmpty, ...], Field(min_length=1)] = ("search",)
+    tools: Annotated[tuple[NonEmpty, ...], OneIsAList, Field(min_length=1)] = ("search",)
     """Tools that the policy may call: `search`, `visit` (a whole passage), `python` (a program), `lookup` (a cell of a
     table), `calculate` (exact arithmetic), and functions or classes of your own (docs/extending.md). With
     `data.source=verifiers`, `environment` by default: the environment's own."""

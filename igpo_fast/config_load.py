@@ -119,6 +119,10 @@ def _explain(error: ValidationError, file: str, overridden: Set[str], schema: ty
         where = "command line" if theirs else file
     else:
         where = f"{file} with overrides" if overridden else file
+    if path[:2] == ("tools", "limits") and len(path) > 2:
+        name = ".".join(path)
+        if unknown:
+            return InputError(f"{where}: unknown limit {name}; the limits are calls, seconds and max_characters")
     if unknown:
         return InputError(f"{where}: unknown key {reprlib.repr(name)[1:-1]}; {_nearest(path, schema)}")
     message = first["msg"].removeprefix("Value error, ")

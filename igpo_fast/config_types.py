@@ -95,4 +95,5 @@ Extension = Annotated[str, AfterValidator(_extension)]
 Device = Annotated[str, AfterValidator(_device)]
 Outcome = Annotated[str, AfterValidator(_outcome)]
 EvalMetric = Annotated[PlainText, AfterValidator(_eval_metric)]
+OneIsAList = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 EmptyIsNone = BeforeValidator(lambda value: None if value == "" else value)

@@ -11,7 +11,7 @@ from igpo_fast.errors import InputError
 from igpo_fast.ranks import Ranks
 from igpo_fast.rollouts.batch import rollout_groups
 from igpo_fast.rollouts.rollout import Agent
-from igpo_fast.types import Evaluation, Group, Question, Rollout
+from igpo_fast.types import SEARCH, Evaluation, Group, Question, Rollout
 from igpo_fast.update.rewards import exact_match, f1_score, rewards_of
 
 EVAL_STEP = -1
@@ -49,7 +49,7 @@ def evaluate(
     shares = [groups for groups, _ in told]
     rollouts = tuple(shares[i % ranks.size][i // ranks.size].rollouts[0] for i in range(len(questions)))
     calls = sum((counts for _, counts in told), Counter())
-    counts, _ = ranks.together(lambda: agent.tools.report(calls, "evaluation"))[0]
+    ranks.together(lambda: agent.tools.report(calls, "evaluation"))
     sets: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
         sets.setdefault(rollout.question.dataset, []).append(rollout)
@@ -61,8 +61,8 @@ def evaluate(
         metrics[f"eval/{key}"] = float(average)
     if len(means) > 1:
         metrics |= {f"eval/{name}/{key}": value for name, mean in means.items() for key, value in mean.items()}
-    if "tool/failures" in counts:
-        metrics["eval/search_failures"] = counts["tool/failures"]
+    if any(tool.name == SEARCH and "failures" in tool.counted for tool in agent.tools):
+        metrics["eval/search_failures"] = float(calls[f"{SEARCH}/failures"])
     return Evaluation(metrics, rollouts)
 
 

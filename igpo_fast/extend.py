@@ -7,13 +7,14 @@ import importlib.util
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from functools import cache, reduce
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from igpo_fast.errors import InputError, reason_of
+from igpo_fast.errors import InputError, RunError, reason_of
 
 _SPEC = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*|.+\.py):(?P<name>[^\W\d]\w*(\.[^\W\d]\w*)*)")
 
@@ -53,6 +54,25 @@ def named(spec: str, key: str) -> Callable[..., Any]:
         raise InputError(f"{where}: {module} has no {name}; define it there, or correct the name") from None
     if not callable(thing):
         raise InputError(f"{where}: {name} is {type(thing).__name__}, not a function or class; name one")
+    return thing
+
+
+def made(spec: str, key: str, *arguments: Any, **options: Any) -> Any:
+    """What the function or class that ``spec`` names makes of the arguments.
+
+    Raises:
+        InputError: ``named``'s, or it raises or makes nothing.
+    """
+    try:
+        thing = named(spec, key)(*arguments, **options)
+    except RunError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        why = f"{type(error).__name__}: {reason_of(error)}, {place.filename}:{place.lineno}"
+        raise InputError(f"{key}={spec}: it raised {why}; correct it") from error
+    if thing is None:
+        raise InputError(f"{key}={spec}: it returned None; return what it makes")
     return thing
 
 

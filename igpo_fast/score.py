@@ -29,12 +29,12 @@ from igpo_fast.errors import InputError
 from igpo_fast.files import atomic
 from igpo_fast.jsonl import finite
 from igpo_fast.model import device_of, load
-from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.dialect import make_dialect, tags_of
 from igpo_fast.rollouts.tools.search import SEARCH_TOOL
 from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.trajectories import Record, read_records
 from igpo_fast.transcripts import NOTHING, check_known, check_sampled, make_writer, unknown_id
-from igpo_fast.types import Answers, Baseline, Basis, Rollout, ToolResult, Turn, search_for
+from igpo_fast.types import SEARCH, Answers, Baseline, Basis, Rollout, ToolResult, Turn, search_for
 from igpo_fast.update.gains import information_gain, values_of
 from igpo_fast.update.packs import means_of
 from igpo_fast.update.policy import Policy
@@ -160,7 +160,11 @@ class Scorer:
         if not 0 < temperature < math.inf:
             raise InputError(f"--temperature {temperature}: give a positive number")
         self.policy = Policy(lm, temperature, LossSettings())
-        self.writer = make_writer(make_dialect(dialect, tokenizer, (SEARCH_TOOL,), wrapper=wrapper, **BUDGETS))
+        # A made-up world's tokenizer knows the tags of its own tools alone; others' calls are words to it.
+        unknown = tokenizer.unk_token_id
+        knows = unknown is None or unknown not in tokenizer(tags_of(SEARCH)[1], add_special_tokens=False).input_ids
+        functions = (SEARCH_TOOL,) if dialect == "chat" or knows else ()
+        self.writer = make_writer(make_dialect(dialect, tokenizer, functions, wrapper=wrapper, **BUDGETS))
         self._unknown = unknown_id(tokenizer)
         self.basis, self.answers, self.token_budget, self.baseline = basis, answers, token_budget, baseline
         written, count = self.writer.dialect, 0 if baseline == "masked" else 1 if answers == "first" else None

@@ -21,7 +21,7 @@ from igpo_fast.engines import vllm
 from igpo_fast.engines.base import Engine, Sampling
 from igpo_fast.engines.torch import TorchEngine
 from igpo_fast.errors import InputError, reason_of
-from igpo_fast.extend import named
+from igpo_fast.extend import made
 from igpo_fast.liger import has_liger, use_liger
 from igpo_fast.ranks import Ranks
 from igpo_fast.rollouts.dialect import Dialect, make_dialect, tags_of
@@ -321,7 +321,7 @@ def _make_engine(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedToken
     if uses_deepspeed(config, ranks) and config.distributed.zero_stage == 3:
         lm = copy.deepcopy(lm)  # the learner's will hold a part of each weight only
     if engine != "torch":
-        return named(engine, "rollout.engine")(config, lm, tokenizer)
+        return made(engine, "rollout.engine", config, lm, tokenizer)
     slots, tokens = config.rollout.concurrency, config.rollout.max_tokens
     return TorchEngine(lm, decode=tokenizer.decode, max_slots=slots, max_tokens=tokens)
 

@@ -181,6 +181,9 @@ async def write(
 
 def _batches(config: Config, dialect: Dialect, data: Data, tools: Tools) -> Iterator[list]:
     """One batch of written demonstrations per step."""
+    settings = config.sft
+    if not (settings.clean_steps or settings.noisy_steps or settings.hard_steps):
+        return
     rng = random.Random(f"{config.train.seed}/sft")
     if config.data.source == "world":
         kind, most = WORLDS[config.world.kind], config.rollout.max_turns
@@ -196,7 +199,6 @@ def _batches(config: Config, dialect: Dialect, data: Data, tools: Tools) -> Iter
         if not answered:
             raise InputError("sft: no question has an answer to demonstrate; set its steps to 0")
         draw = lambda noise: _from_steps(answered, noise, rng)  # noqa: E731
-    settings = config.sft
     phases = ((settings.clean_steps, CLEAN), (settings.noisy_steps, NOISY), (settings.hard_steps, HARD))
 
     async def written(noise: Noise) -> list:

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from igpo_fast.errors import InputError
-from igpo_fast.extend import file_of, is_spec, named
+from igpo_fast.extend import file_of, is_spec, made, named
 
 CODE = """
 from __future__ import annotations
@@ -92,3 +92,29 @@ def test_a_file_that_failed_can_be_corrected(here):
 def test_what_has_no_source_file_has_no_name():
     assert file_of("no.such:thing") == file_of("f1") == ""
     assert not is_spec("f1") and not is_spec("a b:c") and is_spec("C:\\own\\judge.py:f")
+
+
+FACTORIES = """
+from igpo_fast.errors import InputError
+
+def works(a, *, b): return a + b
+def raises(): raise KeyError("boom")
+def forgets(): pass
+def refuses(): raise InputError("no such model; give another")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("raises", r"^rollout\.engine=own\.py:raises: it raised KeyError: 'boom', .*own\.py:5; correct it$"),
+        ("forgets", r"^rollout\.engine=own\.py:forgets: it returned None; return what it makes$"),
+        ("refuses", "^no such model; give another$"),
+        ("works", r"^rollout\.engine=own\.py:works: it raised TypeError: works\(\) missing"),
+    ],
+)
+def test_what_makes_nothing_is_named(here, name, fault):
+    (here / "own.py").write_text(FACTORIES)
+    with pytest.raises(InputError, match=fault):
+        made(f"own.py:{name}", "rollout.engine")
+    assert made("own.py:works", "rollout.engine", 1, b=2) == 3

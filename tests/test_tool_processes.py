@@ -495,6 +495,7 @@ FAULTS = {
         'def bare(a: int):\n  "Do."',
         "no description for the argument 'a'; give bare a docstring whose Args",
     ),
+    "tool:loose": ('def loose(*words):\n  "Do."', "tool:loose: loose takes *args or **kwargs, which no schema"),
     "tool:Empty": ("class Empty: pass", "tool:Empty: the class has no public method beside open, close, outcome"),
     "tool:Needs": (
         'class Needs:\n  def __init__(self, a): pass\n  def f(self):\n    "Do."',

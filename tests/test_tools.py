@@ -9,6 +9,7 @@ import pytest
 from igpo_fast import config
 from igpo_fast.data.load import Data
 from igpo_fast.errors import InputError, ToolError
+from igpo_fast.rollouts.dialect.parsing import fits
 from igpo_fast.rollouts.tools.base import Tool, Tools
 from igpo_fast.rollouts.tools.make import make_tools
 from igpo_fast.rollouts.tools.search import NoSearch
@@ -16,6 +17,7 @@ from igpo_fast.rollouts.tools.visit import Visit
 from igpo_fast.types import Action, Passage, Question, Rollout, ToolResult, Turn, answer_with
 from tests.contracts.tool import told
 
+NOTHING = np.zeros(0, np.int32)
 ASKED = Question("q", "Who?", ("Goethe",))
 
 
@@ -257,10 +259,27 @@ def test_an_object_that_does_not_open_fails_each_call(mine):
     async def rollout():
         async with tools.open(Question("bad", "?", ("a",))) as opened:
             results = [await opened.call([Action("count", {})]) for _ in range(2)]
-            return [result.failure for (result,) in results], await opened.outcome(answered(ASKED, None))
+            with pytest.raises(ToolError, match=r"^Counter: its open\(\) failed \(KeyError: 'bad'.*\); correct it$"):
+                await opened.outcome(Rollout(ASKED, 0, NOTHING, ()))
+            return [result.failure for (result,) in results]
 
-    failures, outcome = asyncio.run(rollout())
-    assert failures == ["count failed: KeyError: 'bad'"] * 2 and outcome == {}
+    assert asyncio.run(rollout()) == ["count failed: KeyError: 'bad'"] * 2
+
+
+def test_one_tool_judges_a_rollout():
+    class Judge(Echo):
+        async def outcome(self, opened, rollout):
+            return {"reward": 1.0, self.name: 2.0}
+
+    async def judged(*tools):
+        async with Tools(tools).open(ASKED) as opened:
+            return await opened.outcome(Rollout(ASKED, 0, NOTHING, ()))
+
+    assert asyncio.run(judged(Judge("a"), Echo("b"))) == {"reward": 1.0, "a": 2.0}
+    with pytest.raises(
+        ToolError, match=r"^rollout\.tools: b and a tool before it both judge 'reward'; let one of them"
+    ):
+        asyncio.run(judged(Judge("a"), Judge("b")))
 
 
 @pytest.mark.parametrize(
@@ -282,4 +301,30 @@ def test_limits_by_name_come_before_those_of_all(mine):
     add, count = Action("add", {"a": 1, "b": 1}), Action("count", {})
     said = run(tools, [add], [add], [count], [count], [count])
     no_more = "No more calls of {}: the limit per rollout is {}.".format
-    assert [texts[0] for texts in said] == ["2", no_more("add", 1), "2", "3", no_more("Counter", 2)]
+    assert [texts[0] for texts in said] == ["2", no_more("add", 1), "2", "3", no_more("count", 2)]
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        (
+            "{search: {cals: 3}}",
+            "command line: unknown limit tools.limits.search.cals; the limits are calls, seconds and",
+        ),
+        ("{search: {calls: -1}}", "command line: tools.limits.search.calls: "),
+        ("{search: 3}", "command line: tools.limits.search: "),
+    ],
+)
+def test_limits_that_are_none(given, fault):
+    with pytest.raises(InputError) as caught:
+        config.load(None, [f"tools.limits={given}"])
+    assert str(caught.value).startswith(fault)
+
+
+def test_one_tool_needs_no_list():
+    assert config.load(None, ["rollout.tools=visit"]).rollout.tools == ("visit",)
+
+
+def test_a_value_is_one_of_those_that_the_schema_names():
+    colour = {"type": "string", "enum": ["red", "blue"]}
+    assert fits("red", colour) and not fits("green", colour)

@@ -47,11 +47,16 @@ class Outcome:
             found = await self._ask(rollout, tools)
         except RunError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._fault(rollout, f"raised {type(error).__name__}: {reason_of(error)}") from error
         if found is None:
             return {}
         numbers = found if isinstance(found, Mapping) else {REWARD: found}
+        if self._function is None and not numbers:
+            raise RunError(
+                f"algorithm.outcome={self._kind}: none of the run's tools judges rollouts; give one a method outcome, "
+                "or algorithm.outcome another value"
+            )
         if REWARD not in numbers:
             raise self._fault(rollout, f'returned {reprlib.repr(found)}, without "{REWARD}"')
         for name, number in numbers.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from igpo_fast.extend import named
+from igpo_fast.extend import made
 from igpo_fast.rollouts.dialect.base import Dialect
 from igpo_fast.rollouts.dialect.chat import CHAT_SYSTEM, TODAY, ChatDialect
 from igpo_fast.rollouts.dialect.encoding import unquote
@@ -44,7 +44,7 @@ def make_dialect(
         InputError: the tokenizer cannot serve the dialect.
     """
     if name not in ("tags", "chat"):
-        return named(name, "rollout.dialect")(tokenizer, functions, system=system, wrapper=wrapper, **budgets)
+        return made(name, "rollout.dialect", tokenizer, functions, system=system, wrapper=wrapper, **budgets)
     if name == "tags":
         return TagsDialect(tokenizer, functions, system=system, wrapper=wrapper, **budgets)
     return ChatDialect(tokenizer, functions, system=system, thinking=thinking, wrapper=wrapper, **budgets)

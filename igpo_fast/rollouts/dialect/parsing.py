@@ -145,8 +145,10 @@ def kinds_of(schema: Schema) -> tuple[str, ...]:
 
 
 def fits(value: Any, schema: Schema) -> bool:
-    """Whether a JSON value has a type that its schema allows."""
+    """Whether a JSON value has a type, and is one of the values, that its schema allows."""
     kinds = kinds_of(schema)
+    if "enum" in schema and value not in schema["enum"]:
+        return False
     if value is None or not kinds:
         return not kinds or "null" in kinds
     if isinstance(value, bool) and "boolean" not in kinds:

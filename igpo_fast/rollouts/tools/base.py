@@ -206,7 +206,7 @@ class OpenTools:
         self._made[tool] += 1
         if most and self._made[tool] > most:
             tool.counts.update(("calls", "failures", OVER_LIMIT))
-            return ToolResult(failure=f"No more calls of {tool.name}: the limit per rollout is {most}.")
+            return ToolResult(failure=f"No more calls of {action.tool}: the limit per rollout is {most}.")
         return await tool.call(await self._open(tool), action)
 
     async def _open(self, tool: Tool) -> Any:
@@ -216,10 +216,20 @@ class OpenTools:
             return self._opened[tool]
 
     async def outcome(self, rollout: Rollout) -> dict[str, float]:
-        """What the tools say that the rollout earned (``Tool.outcome``)."""
+        """What the tools say that the rollout earned (``Tool.outcome``).
+
+        Raises:
+            ToolError: two tools give a number of one name.
+        """
         earned: dict[str, float] = {}
         for tool in self._tools:
-            earned |= await tool.outcome(await self._open(tool), rollout)
+            own = await tool.outcome(await self._open(tool), rollout)
+            if twice := sorted(earned.keys() & own.keys()):
+                raise ToolError(
+                    f"rollout.tools: {tool.name} and a tool before it both judge {twice[0]!r}; let one of them, or "
+                    "name the numbers apart"
+                )
+            earned |= own
         return earned
 
     async def close(self) -> None:

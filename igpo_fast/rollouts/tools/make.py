@@ -72,8 +72,8 @@ def make_tools(
             made[name] = UserTool(name, processes)
         else:
             raise InputError(
-                f"rollout.tools: there is no tool {entry!r}; give {', '.join(SHIPPED)}, or package.module:function for "
-                "one of your own"
+                f"rollout.tools: there is no tool {entry!r}; give {', '.join(SHIPPED)}, or package.module:function or "
+                "path/to/file.py:function for one of your own"
             )
     if unknown := sorted(limits.limits.keys() - made.keys()):
         raise InputError(f"tools.limits: no tool is named {unknown[0]!r}; the run's are {', '.join(made)}")

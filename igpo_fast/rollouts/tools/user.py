@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 
-from igpo_fast.errors import masked, reason_of
+from igpo_fast.errors import ToolError, masked, reason_of
 from igpo_fast.rollouts.tools.base import OVER_LIMIT, Tool
 from igpo_fast.rollouts.tools.processes import CAUSES, CallError, Handle, Processes
 from igpo_fast.types import Action, Question, Rollout, ToolResult
@@ -72,10 +72,20 @@ class UserTool(Tool):
             return ToolResult(failure=f"{action.tool} failed: {why}")
 
     async def outcome(self, opened: Handle | CallError, rollout: Rollout) -> Mapping[str, float]:
-        """What the class's ``outcome(answer)`` returns; empty if it has none."""
+        """What the class's ``outcome(answer)`` returns; empty if it has none.
+
+        Raises:
+            ToolError: it failed, or the object was never opened.
+        """
         if isinstance(opened, CallError):
-            return {}
-        return await self._processes.outcome(opened, rollout.answer)
+            raise self._fault("open", opened)
+        try:
+            return await self._processes.outcome(opened, rollout.answer)
+        except CallError as error:
+            raise self._fault("outcome", error) from None
+
+    def _fault(self, method: str, error: CallError) -> ToolError:
+        return ToolError(f"{self.name}: its {method}() failed ({SAID.get(error.cause) or error}); correct it")
 
     async def close(self, opened: Handle | CallError) -> None:
         if not isinstance(opened, CallError):

@@ -149,6 +149,9 @@ def describe(target: str, entry: Callable, settings: Mapping[str, Any]) -> dict[
         raise Unusable(f"{target}: the class has no public method beside {', '.join(OWN)}; define one")
     schemas = []
     for name, function in functions.items():
+        loose = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        if any(parameter.kind in loose for parameter in inspect.signature(function).parameters.values()):
+            raise Unusable(f"{target}: {name} takes *args or **kwargs, which no schema describes; name its arguments")
         try:
             schema = get_json_schema(function)
         except Exception as error:
