@@ -18,7 +18,8 @@ from igpo_fast.config import load
 from igpo_fast.data.load import load_data
 from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.rollouts.dialect import make_dialect
-from igpo_fast.rollouts.tools.search import make_search
+from igpo_fast.rollouts.tools.base import Tools
+from igpo_fast.rollouts.tools.search import SEARCH_TOOL, make_search
 from igpo_fast.run.records import record_of
 from igpo_fast.sft import NOISY, WRITTEN, _from_steps, write
 from igpo_fast.types import Group, Question, Rollout, Turn
@@ -72,20 +73,20 @@ def musique_trees(request):
     config = load(ROOT / "configs" / "musique.yaml", files)
     data = load_data(config)
     dialect = make_dialect(
-        config.rollout.dialect, load_tokenizer(config, data), system=config.rollout.system,
+        config.rollout.dialect, load_tokenizer(config, data), (SEARCH_TOOL,), system=config.rollout.system,
         max_passage_tokens=config.search.max_passage_tokens, max_answer_tokens=config.data.max_answer_tokens,
         max_answers=config.data.max_answers,
     )  # fmt: skip
     if request.param != "scripted":
         return sampled(request.param, dialect)
-    tool = make_search(config, data)
+    tools = Tools([make_search(config, data)])
     rng = random.Random(0)
     trees = []
     for question in data.train[:64]:
         rollouts = []
         for index in range(4):
             demonstration = _from_steps([question], NOISY, rng)
-            ids, writer = asyncio.run(write(demonstration, dialect, tool, config.rollout.max_tokens))
+            ids, writer = asyncio.run(write(demonstration, dialect, tools, config.rollout.max_tokens))
             ends = np.flatnonzero((writer[:-1] != WRITTEN) & (writer[1:] == WRITTEN)) + 1
             rollouts.append(RolloutTokens(index, ids, np.where(writer == WRITTEN, 0, -1), ends))
         trees.append(Tree(rollouts, dialect.branches(question)))

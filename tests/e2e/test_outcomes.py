@@ -133,18 +133,18 @@ def test_faults_end_the_run_in_one_line(run, function, told):
 
 
 def test_tools_without_an_opinion_are_refused(run):
-    with pytest.raises(RunError, match=r'algorithm.outcome=tools: a tool returned \{\}, without "reward"'):
+    with pytest.raises(RunError, match=r"^algorithm\.outcome=tools: none of the run's tools judges rollouts"):
         run("tools")
 
 
 def test_a_judge_that_goes_down_costs_no_finished_step(run, tmp_path, monkeypatch):
     asked = []
 
-    async def outcome(self, opened, answer):
-        asked.append(answer)
+    async def outcome(self, opened, rollout):
+        asked.append(rollout)
         if len(asked) > 8 + 16 + 8 + 3:  # evaluation, step 1, evaluation, a part of step 2
             raise ToolError("judge: no answer; is it running?")
-        return {"reward": len(answer or "") / 8}
+        return {"reward": len(rollout.answer or "") / 8}
 
     monkeypatch.setattr(Bm25Search, "outcome", outcome)
     options = ("train.checkpoint_every=20",)
@@ -154,8 +154,8 @@ def test_a_judge_that_goes_down_costs_no_finished_step(run, tmp_path, monkeypatc
     asked.clear()
     asked.extend([None] * -1000)
 
-    async def well(self, opened, answer):
-        return {"reward": len(answer or "") / 8}
+    async def well(self, opened, rollout):
+        return {"reward": len(rollout.answer or "") / 8}
 
     monkeypatch.setattr(Bm25Search, "outcome", well)
     folder = run("tools", *options)

@@ -287,7 +287,10 @@ def test_a_warm_start_never_learns_from_a_failure(tmp_path, corpus_of_questions)
     ]  # fmt: skip
     found = {"result": [[{"document": {"id": "p", "contents": "A\nb"}, "score": 1.0}]]}
     # The first request is the look at the server before anything begins.
-    with Server((200, found), (404, {})) as server, pytest.raises(ToolError, match=r"^warm start: a search"):
+    with (
+        Server((200, found), (404, {})) as server,
+        pytest.raises(ToolError, match=r"^warm start: a call of search failed"),
+    ):
         train(config.load(None, [*overrides, f"search.url={server.url}"]), Recorder())
     assert not list((tmp_path / "cache").glob("*"))
 

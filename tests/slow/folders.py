@@ -17,6 +17,7 @@ from igpo_fast.data.tokenizer import load_tokenizer
 from igpo_fast.errors import RunError
 from igpo_fast.files import write_manifest
 from igpo_fast.rollouts.dialect import make_dialect
+from igpo_fast.rollouts.tools.search import SEARCH_TOOL
 from igpo_fast.run.checkpoint import open_run, rewind
 from igpo_fast.train import train
 from tests.families import tokenizer_of
@@ -212,7 +213,12 @@ def tokenizers(folder: Path) -> Case:
         _damaged_copy(random, good, bad, ("tokenizer", "chat_template", "special"))
         words = load_tokenizer(settings, Data((), (), {}))
         dialect = make_dialect(
-            random.choice(["tags", "chat"]), words, max_passage_tokens=32, max_answer_tokens=8, max_answers=2
+            random.choice(["tags", "chat"]),
+            words,
+            (SEARCH_TOOL,),
+            max_passage_tokens=32,
+            max_answer_tokens=8,
+            max_answers=2,
         )
         dialect.check()
         words.save_pretrained(folder / "saved")
