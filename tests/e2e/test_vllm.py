@@ -24,6 +24,7 @@ from igpo_fast.model import build, load
 from igpo_fast.rollouts.batch import rollout_groups
 from igpo_fast.rollouts.dialect import make_dialect
 from igpo_fast.rollouts.rollout import Agent, Limits
+from igpo_fast.rollouts.tools.base import Tools
 from igpo_fast.rollouts.tools.search import SEARCH_TOOL, NoSearch
 from igpo_fast.setup import Setup, set_up
 from igpo_fast.train import train
@@ -186,7 +187,7 @@ def test_the_chat_dialect_gives_the_same_rollouts_on_both_engines(setup, family)
     engines[1].load_weights(lm.state_dict().items())
     limits, sampling = Limits(3, 12, 2048), Sampling(0.0)
     ours, theirs = (
-        rollout_groups(Agent(engine, NoSearch(), dialect, limits, sampling, 0, 4), setup.data.train[:4], 1, 1)
+        rollout_groups(Agent(engine, Tools([NoSearch()]), dialect, limits, sampling, 0, 4), setup.data.train[:4], 1, 1)
         for engine in engines
     )
     assert [len(group.rollouts[0].turns) for group in theirs] == [3] * 4
