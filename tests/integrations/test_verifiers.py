@@ -406,7 +406,8 @@ def policy(tmp_path_factory):
     """A tiny model that has seen calls of the tool and answers, so that it makes some."""
     folder = tmp_path_factory.mktemp("policy")
     made = of_towns(
-        *SETTINGS, "model.vocab_size=400", "rollout.max_tokens=700", "rollout.max_turn_tokens=80", "train.questions=2",
+        *SETTINGS, "model.hidden_size=64", "model.heads=2",  # vLLM on a CPU wants heads of 32
+        "model.vocab_size=400", "rollout.max_tokens=700", "rollout.max_turn_tokens=80", "train.questions=2",
         f"run.dir={folder}/run",
     )  # fmt: skip
     setup = set_up(made)
