@@ -31,8 +31,9 @@ from igpo_fast.files import atomic_folder, check_manifest, check_writable, write
 from igpo_fast.model import load
 from igpo_fast.rollouts.dialect import Dialect
 from igpo_fast.rollouts.tools.base import Tools
-from igpo_fast.rollouts.tools.make import make_tools
+from igpo_fast.rollouts.tools.lookup import Lookup
 from igpo_fast.rollouts.tools.search import Bm25Search
+from igpo_fast.rollouts.tools.visit import Visit
 from igpo_fast.types import ANSWER, Question, answer_with, search_for
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.policy import SupervisedInputs
@@ -189,7 +190,8 @@ def _batches(config: Config, dialect: Dialect, data: Data, tools: Tools) -> Iter
         kind, most = WORLDS[config.world.kind], config.rollout.max_turns
         worlds = kind.make_worlds(config.world, "sft")
         known = Data((), (), **sources_of(config, worlds))
-        tools = make_tools(config, known, Bm25Search(known.collections, config.search.top_k))
+        search = Bm25Search(known.collections, config.search.top_k)
+        tools = tools.with_others(search, Visit(known.collections), Lookup(known.tables))
 
         def draw(noise: Noise) -> Demonstration:
             world = rng.choice(worlds)

@@ -37,11 +37,8 @@ def tokenizer(kind):
     return made
 
 
-@pytest.fixture(scope="module", params=["world", "bpe"])
-def saved(request, tmp_path_factory):
-    """A random Qwen2 with weights large enough to make attention sharp, and its tokenizer, in a folder."""
-    folder = tmp_path_factory.mktemp(request.param)
-    words = tokenizer(request.param)
+def sharp_model(words):
+    """A random Qwen2 for a tokenizer, with weights large enough to make attention sharp."""
     lm = model.build(
         len(words), hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=48, max_tokens=512,
         tie_embeddings=True, seed=0,
@@ -50,6 +47,15 @@ def saved(request, tmp_path_factory):
         for parameter in lm.parameters():
             if parameter.ndim == 2:
                 parameter *= 6
+    return lm
+
+
+@pytest.fixture(scope="module", params=["world", "bpe"])
+def saved(request, tmp_path_factory):
+    """A sharp model and its tokenizer, in a folder."""
+    folder = tmp_path_factory.mktemp(request.param)
+    words = tokenizer(request.param)
+    lm = sharp_model(words)
     lm.save_pretrained(folder)
     words.save_pretrained(folder)
     return request.param, folder

@@ -20,7 +20,7 @@ from igpo_fast.errors import InputError, StorageError
 from igpo_fast.model import build
 from igpo_fast.rollouts.dialect import make_dialect
 from igpo_fast.rollouts.tools.base import Tools
-from igpo_fast.rollouts.tools.search import SEARCH_TOOL, Bm25Search
+from igpo_fast.rollouts.tools.search import SEARCH_TOOL, Bm25Search, NoSearch
 from igpo_fast.types import Question, answer_with, search_for
 from igpo_fast.update.learner import Learner
 from tests.parity import naive
@@ -29,6 +29,9 @@ SMALL = [
     "world.sft_worlds=2", "world.train_worlds=1", "world.eval_worlds=1", "eval.questions=4", "sft.batch_size=3",
     "sft.clean_steps=2", "sft.noisy_steps=1", "sft.hard_steps=1", "train.questions=4", "rollout.max_tokens=160",
 ]  # fmt: skip
+
+SEARCHING = Tools([NoSearch()])
+"""What a made-up world replaces by a search of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +100,7 @@ def test_training_lowers_the_loss_and_repeats(world):
     runs = []
     for _ in range(2):
         lm, losses = small_model(tokenizer), []
-        sft.train(config, lm, dialect, data, None, lambda done, total, loss, losses=losses: losses.append(loss))
+        sft.train(config, lm, dialect, data, SEARCHING, lambda done, total, loss, losses=losses: losses.append(loss))
         runs.append((losses, lm.model.embed_tokens.weight.detach().clone()))
     (first, weight), (second, again) = runs
     assert first == second and torch.equal(weight, again)
@@ -112,7 +115,7 @@ def test_a_warm_start_is_kept_for_the_same_settings_only(world, tmp_path):
         settings = load(None, [*SMALL, f"run.cache={tmp_path}", *overrides])
         count = len(trained)
         lm = sft.warm_start(
-            settings, small_model(tokenizer), tokenizer, dialect, data, None, lambda *a: trained.append(a)
+            settings, small_model(tokenizer), tokenizer, dialect, data, SEARCHING, lambda *a: trained.append(a)
         )
         return lm, len(trained) - count
 

@@ -129,6 +129,13 @@ def test_calls_beyond_the_limit_are_not_made():
     assert run(tools, [say("a")]) == [["a x 2"]]  # another rollout has calls of its own
 
 
+def test_namesakes_are_replaced_and_limits_stay():
+    kept, replaced, other = Echo("a"), Echo("b"), Echo("b")
+    tools = Tools([kept, replaced], {"b": 1}).with_others(other, Echo("c"))
+    assert list(tools) == [kept, other]
+    assert run(tools, [say("b")], [say("b")])[1] == ["No more calls of b: the limit per rollout is 1."]
+
+
 def test_names_are_taken_once():
     for names in (["a", "a"], ["answer"], ["invalid"]):
         with pytest.raises(InputError, match=r"^rollout\.tools: the name '\w+' is taken"):

@@ -38,6 +38,7 @@ from igpo_fast.transcripts import make_writer
 from igpo_fast.types import Group
 from igpo_fast.update.advantages import Recipe, credit_rollouts
 from tests.parity import naive
+from tests.test_score import sharp_model
 
 BARE = dict(ig_center=False, ig_min_std=0.0, outcome_min_std=0.0, min_var=0.0)
 """Statistics without floors, gains without their mean."""
@@ -213,16 +214,9 @@ def policy():
 
 
 def random_policy():
-    """A random Qwen2 with weights large enough to make attention sharp, and the made-up world's tokenizer."""
+    """A sharp model and the made-up world's tokenizer."""
     words = load_tokenizer(config.load(), Data((), (), {}))
-    lm = model.build(
-        len(words), hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=48, max_tokens=512,
-        tie_embeddings=True, seed=0,
-    )  # fmt: skip
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            if parameter.ndim == 2:
-                parameter *= 6
+    lm = sharp_model(words)
     lm.set_attn_implementation("sdpa")
     return lm, words
 

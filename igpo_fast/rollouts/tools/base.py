@@ -125,6 +125,11 @@ class Tools:
     def __iter__(self) -> Iterator[Tool]:
         return iter(self._tools)
 
+    def with_others(self, *others: Tool) -> Tools:
+        """These tools, each with a namesake among ``others`` replaced by it."""
+        named = {tool.name: tool for tool in others}
+        return Tools([named.get(tool.name, tool) for tool in self._tools], self._calls)
+
     def called(self, name: str) -> Tool:
         """The tool that is called under ``name``."""
         return self._by_name[name]
