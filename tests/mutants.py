@@ -102,6 +102,7 @@ LOSS_GPU = "kernels/triton/test_policy_loss.py"
 STRIDED_GPU = f"{LOSS_GPU}::test_strided_inputs"
 TURNS_GPU = "kernels/triton/test_turn_advantages_triton.py"
 ATTENTION_GPU = "kernels/triton/test_tree_attention_triton.py"
+INSPECT = "kernels/triton/test_inspect.py"
 GAPS = "test_mutant_gaps.py"
 AUTOGRAD = "kernels/test_autograd.py"
 HEADS = "kernels/test_huggingface_head.py"
@@ -420,6 +421,23 @@ MUTANTS = [
         ("Triton: a strided upstream read as contiguous",
          "return x if x.stride(2) == 1 and all(x.stride()) else", "return x if True else",
          f"{ATTENTION_GPU}::test_strided_inputs_and_upstream"),
+    ),
+    *faults(f"{KERNELS}/assembly.py",
+        ("the gate takes any jump back for a loop", "for header in after[block] & above[block]:",
+         "for header in {b for b in after[block] if b <= block}:",
+         f"{INSPECT}::test_jumps_back_that_make_no_loop"),
+        ("the gate overlooks waits behind the end", "_reached(before, block,", "_reached([set()] * count, block,",
+         f"{INSPECT}::test_loops_by_hand"),
+        ("the gate counts the loop that masks", "(min if multiplying else max)", "max",
+         f"{INSPECT}::test_loops_by_hand"),
+        ("the gate counts wide local memory as narrow", "dialect.widths.get(match[1], 4)", "4",
+         f"{INSPECT}::test_local_memory_in_any_loop_is_told_apart"),
+    ),
+    *faults(f"{KERNELS}/inspect.py",
+        ("the gate lets loops spill", "if facts.looped and not variant.may_spill", "if False",
+         f"{INSPECT}::test_what_holds_is_kept_and_not_compiled_again"),
+        ("the gate forgets other releases of Triton", "{**_table(), triton.__version__: kept}",
+         "{triton.__version__: kept}", f"{INSPECT}::test_what_holds_is_kept_and_not_compiled_again"),
     ),
     *faults(f"{KERNELS}/backend.py",
         ("Triton: launched on the current device", "with torch.cuda.device_of(first):", "if True:",

@@ -2,18 +2,20 @@
 
     python -m igpo_kernels.inspect [--op policy_loss] [--arch sm_90] [--jobs 2] [--new] [--write]
 
-One line per variant: registers, spilled bytes, shared memory, whether it can be built ahead of time, and its faults.
-The last line is ``N variants, M hold``; the exit code is 0 only if all do. A variant holds if
+One line per variant: registers, bytes of local memory outside loops and in them, instructions of the hot loop and of
+the longest one (see `assembly`), shared memory, whether it can be built ahead of time, and its faults. The last line is
+``N variants, M hold``; the exit code is 0 only if all do. A variant holds if
 
-- ptxas reports 0 spill stores and loads (gfx942: .vgpr_spill_count 0; head sizes over 128 may spill) and no
-  serialized wgmma,
+- no loop touches local memory, and what is outside loops moves at most LOCAL_BYTES (head sizes over 128 may spill),
+- ptxas reports no serialized wgmma,
 - its shared memory is within the chip's limit for one block,
 - with a dot of bf16 or fp16: sm_90's PTX has wgmma, sm_100's tcgen05, gfx942's assembly mfma,
 - with a dot of fp32: no TF32,
 - declared ahead-of-time: it asks for no scratch memory, which only the JIT launcher hands out.
 
-``holds.json`` keeps what the compiler said of the variants that hold, by a key of all that the compiler reads (`key`).
-``--new`` compiles only variants that it lacks; ``--write`` adds what was compiled to it and drops what no longer ships.
+``holds.json`` keeps what the compiler said of the variants that hold, for each release of Triton, by a key of all that
+the compiler reads (`key`). ``--new`` compiles only variants that it lacks; ``--write`` adds what was compiled and drops
+what no longer ships, of the release that runs.
 
 Needs a process without TRITON_INTERPRET.
 """
@@ -43,11 +45,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
+from igpo_kernels import assembly
 from igpo_kernels.aot.library import settle
 from igpo_kernels.triton_variants import Config, Variant
 
 HOLDS = Path(__file__).with_name("holds.json")
-"""Facts of the variants that hold, by key."""
+"""Facts of the variants that hold, by release of Triton and key."""
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -56,6 +59,9 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+LOCAL_BYTES = 512
+"""Most bytes of local memory that a thread may move once a program: with 256 threads 128 KiB, about twice what a
+program of attention reads and writes of its own tile."""
 TENSOR_COLUMNS = 512
 """Tensor memory of a Blackwell multiprocessor."""
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
@@ -64,11 +70,15 @@ MARKS = ("mma.sync", "wgmma", "tcgen05", "mfma", "tf32", "xf32")
 
 @dataclass(frozen=True)
 class Facts:
-    """What the compiler said of a program. Bytes, except registers a thread and columns of tensor memory; ``marks`` are
-    those of MARKS in its assembly, and ``serialized`` if ptxas said so."""
+    """What the compiler made of a program. Bytes, except registers a thread, columns of tensor memory and, of loops,
+    instructions; ``local``, ``looped`` and loops as in `assembly.Profile`. ``marks`` are those of MARKS in its
+    assembly, and ``serialized`` if ptxas said so."""
 
     registers: int
-    spilled: int
+    local: int
+    looped: int
+    hot_loop: int
+    outer_loop: int
     shared: int
     scratch: int
     tensor_columns: int
@@ -77,13 +87,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Report:
-    """What the gate says of a variant, which holds if ``faults`` is empty. In bytes; registers are per thread."""
+    """What the gate says of a variant, which holds if ``faults`` is empty; without facts it did not compile."""
 
     name: tuple[str, ...]
-    registers: int = 0
-    spilled: int = 0
-    shared: int = 0
+    facts: Facts | None = None
     ahead_of_time: bool = False
+    work: str = ""
+    """Instructions of the hot loop for a unit of work (`Variant.work`)."""
     faults: tuple[str, ...] = ()
 
 
@@ -114,16 +124,21 @@ def options_of(variant: Variant) -> dict:
 
 def key(variant: Variant) -> str:
     """A hash of all that decides `Facts`: the source of the kernel and of what it calls, constants, types, options,
-    target, the releases of Triton and ptxas, and `measure`. Variants of one key are one program.
+    target, the releases of Triton and ptxas, and the code that measures. Variants of one key are one program.
 
     A key holds on every machine: of Triton's build it has the release only, for wheels differ by Python version.
     """
     settle()
     parts = (
         triton.__version__, _target_key(variant.arch), source_of(variant).hash(), sorted(options_of(variant).items()),
-        sorted(get_cache_invalidating_env_vars().items()), getsource(measure), MARKS,
+        sorted(get_cache_invalidating_env_vars().items()), _measuring(),
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+@functools.cache
+def _measuring() -> str:
+    return "".join(map(getsource, (compile_variant, measure, assembly))) + repr(MARKS)
 
 
 @functools.cache
@@ -153,16 +168,16 @@ def measure(variant: Variant) -> Facts:
     nvidia = variant.arch.startswith("sm_")
     code = kernel.asm["ptx" if nvidia else "amdgcn"]
     if nvidia:
-        spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log)))
         registers = max(map(int, re.findall(r"Used (\d+) registers", log)))
+        profile = assembly.profile(assembly.disassemble(kernel.asm["cubin"]), assembly.NVIDIA)
     else:
-        spilled = 4 * max(map(int, re.findall(r"\.vgpr_spill_count:\s*(\d+)", code)))
         registers = max(map(int, re.findall(r"\.vgpr_count:\s*(\d+)", code)))
+        profile = assembly.profile(code, assembly.AMD)
     metadata = kernel.metadata._asdict()  # scratch and tensor memory: not of every backend
     marks = [mark for mark in MARKS if mark in code] + ["serialized"] * ("serialized" in log)
     return Facts(
-        registers, spilled, metadata["shared"], metadata.get("global_scratch_size", 0), metadata.get("tmem_size") or 0,
-        tuple(marks),
+        registers, **asdict(profile), shared=metadata["shared"], scratch=metadata.get("global_scratch_size", 0),
+        tensor_columns=metadata.get("tmem_size") or 0, marks=tuple(marks),
     )  # fmt: skip
 
 
@@ -172,8 +187,10 @@ def report(variant: Variant, facts: Facts | str) -> Report:
     if isinstance(facts, str):
         return Report(name, faults=(f"does not compile: {facts}",))
     faults = []
-    if facts.spilled and not variant.may_spill:
-        faults.append(f"spills {facts.spilled} bytes")
+    if facts.looped and not variant.may_spill:
+        faults.append(f"spills {facts.looped} bytes in loops")
+    if facts.local > LOCAL_BYTES and not variant.may_spill:
+        faults.append(f"spills {facts.local} bytes once a program > {LOCAL_BYTES}")
     if "serialized" in facts.marks:
         faults.append("wgmma serialized")
     if facts.shared > SHARED_BYTES[variant.arch]:
@@ -187,7 +204,8 @@ def report(variant: Variant, facts: Facts | str) -> Report:
     if variant.ahead_of_time and facts.scratch:
         faults.append(f"{facts.scratch} bytes of scratch: not ahead of time")
     ahead = variant.ahead_of_time and not facts.scratch
-    return Report(name, facts.registers, facts.spilled, facts.shared, ahead, tuple(faults))
+    units, of = variant.work
+    return Report(name, facts, ahead, of and f"{facts.hot_loop / units:.0f} / {of}", tuple(faults))
 
 
 def try_measure(variant: Variant) -> Facts | str:
@@ -224,30 +242,48 @@ def check_all(keys: Mapping[int, str], jobs: int = 1, known: Mapping[str, Facts]
 
 
 def read_holds() -> dict[str, Facts]:
-    """Facts by key; none where there is no file."""
-    table = json.loads(HOLDS.read_text()) if HOLDS.exists() else {}
+    """Facts by key, of this release of Triton; none where there is no file."""
+    table = _table().get(triton.__version__, {})
     return {key: Facts(**{**facts, "marks": tuple(facts["marks"])}) for key, facts in table.items()}
 
 
 def write_holds(known: Mapping[str, Facts], checked: Sequence[tuple]) -> None:
-    """Write what is ``known`` and what was checked (see `check_all`), without what has a fault or ships no more."""
+    """Write what is ``known`` and what was checked (see `check_all`), without what has a fault or ships no more; what
+    was written under other releases of Triton stays."""
     failing = {key for key, _, report in checked if report.faults}
     facts = {**known, **{key: facts for key, facts, _ in checked}}
     keys = dict.fromkeys(key(variant) for variant in shipped())
-    rows = [f'"{k}": {json.dumps(asdict(facts[k]))}' for k in keys if k in facts and k not in failing]
-    HOLDS.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    kept = {k: asdict(facts[k]) for k in keys if k in facts and k not in failing}
+    table = dict(sorted({**_table(), triton.__version__: kept}.items()))
+    releases = (
+        f"{json.dumps(release)}: {{\n"
+        + ",\n".join(f"{json.dumps(k)}: {json.dumps(row)}" for k, row in rows.items())
+        + "\n}"
+        for release, rows in table.items()
+    )
+    HOLDS.write_text("{\n" + ",\n".join(releases) + "\n}\n")
+
+
+def _table() -> dict[str, dict]:
+    return json.loads(HOLDS.read_text()) if HOLDS.exists() else {}
+
+
+HEADS = (
+    "op", "kernel", "arch", "dtype", "class", "regs", "local", "looped", "loop", "outer", "work", "shared", "AOT",
+    "holds",
+)  # fmt: skip
 
 
 def lines(reports: list[Report]) -> Iterable[str]:
     """The table."""
-    heads = ("op", "kernel", "arch", "dtype", "class", "regs", "spill", "shared", "AOT", "holds")
-    cells = [
-        (*r.name, str(r.registers), str(r.spilled), str(r.shared), "yes" if r.ahead_of_time else "no",
-         "; ".join(r.faults) or "yes")
-        for r in reports
-    ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    for row in (heads, *cells):
+    cells = []
+    for r in reports:
+        f = r.facts
+        counts = (f.registers, f.local, f.looped, f.hot_loop, f.outer_loop, r.work, f.shared) if f else ("-",) * 7
+        ahead = "yes" if r.ahead_of_time else "no"
+        cells.append((*r.name, *(str(count) or "-" for count in counts), ahead, "; ".join(r.faults) or "yes"))
+    widths = [max(map(len, column)) for column in zip(HEADS, *cells, strict=True)]
+    for row in (HEADS, *cells):
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 

@@ -65,7 +65,10 @@ class Variant:
     has_dot: bool = False
     ahead_of_time: bool = True
     may_spill: bool = False
-    """Whether spilled bytes are allowed: they are then listed, and no fault."""
+    """Whether any local memory is allowed: it is then listed, and no fault."""
+    work: tuple[float, str] = (1, "")
+    """What an iteration of the hot loop does, as a number of units that `inspect` counts its instructions for:
+    ``(2, "64 keys")``; no unit where configurations are not compared."""
 
 
 @dataclass(frozen=True)

@@ -190,8 +190,17 @@ def variants() -> Iterator[Variant]:
                         yield Variant(
                             "tree_attention", kernel, arch, dtype, f"{size}/{head_dim}/{features}", fn, signature,
                             constexprs, config.num_warps, config.num_stages, has_dot=part != "deltas",
-                            may_spill=head_dim > 128,
+                            may_spill=head_dim > 128, work=work(part, config),
                         )  # fmt: skip
+
+
+def work(part: str, config: Config) -> tuple[float, str]:
+    """`Variant.work` of an iteration: cells a thread, in units of those of 64 keys by a tile of 128 rows (backward_kv:
+    of 4096 cells) with 256 threads."""
+    if part == "deltas":
+        return 1, ""
+    cells, unit = (4096, "4096 cells") if part == "backward_kv" else (128 * 64, "64 keys")
+    return config["BLOCK_M"] * config["BLOCK_N"] / cells * 8 / config.num_warps, unit
 
 
 def typed(fn, config: Config, dtype: str, head_dim: int, features: str) -> tuple[dict, dict]:

@@ -20,6 +20,16 @@ def normalise(x_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def accumulate(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x, least = tl.load(x_ptr + at), tl.load(y_ptr + at)
+    for i in range(n):
+        x = x * tl.load(y_ptr + i * BLOCK + at) + least
+        least = tl.minimum(least, tl.max(x, 0))
+    tl.store(x_ptr + at, x + least)
+
+
+@triton.jit
 def multiply(a_ptr, b_ptr, c_ptr, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
     rows, inner, columns = tl.arange(0, M)[:, None], tl.arange(0, K), tl.arange(0, N)[None, :]
     acc = tl.zeros([M, N], tl.float32)
@@ -53,9 +63,17 @@ def wide(arch, block):
     return Variant("test", "normalise", arch, "fp32", "any", normalise, {"x_ptr": "*fp32:16"}, {"BLOCK": block}, 1)
 
 
+def looped(arch, block):
+    signature = {"x_ptr": "*fp32:16", "y_ptr": "*fp32:16", "n": "i32"}
+    return Variant("test", "accumulate", arch, "fp32", "any", accumulate, signature, {"BLOCK": block}, 1)
+
+
 CASES = {
     **{f"holds {arch}": wide(arch, 1024) for arch in TARGETS},
     **{f"spills {arch}": wide(arch, 16384 if arch != "gfx942" else 32768) for arch in TARGETS},
+    **{f"holds loop {arch}": looped(arch, 1024) for arch in ("sm_90", "gfx942")},
+    "spills in a loop sm_90": looped("sm_90", 8192),
+    "spills in a loop gfx942": looped("gfx942", 16384),
     **{f"holds product {arch}": product(arch, "bf16", (128, 128, 64)) for arch in TARGETS},
     "holds ieee": product("sm_80", "fp32", (32, 32, 16)),
     "tf32": product("sm_80", "fp32", (32, 32, 16), "tf32"),
