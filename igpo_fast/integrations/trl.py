@@ -273,9 +273,8 @@ class IGPOTrainer(GRPOTrainer):
 
     def _logp(self, hidden: torch.Tensor, plan: TreePlan, part: slice, entropy: bool = False):
         head = lm_head(self._packed)
-        row, label = (plan.tensor(name, hidden.device)[part] for name in ("row", "label"))
         return linear_logprob(
-            hidden, head.weight, label, row, head.bias, temperature=self.temperature, softcap=head.softcap,
+            hidden, head.weight, plan.pairs(part), bias=head.bias, temperature=self.temperature, softcap=head.softcap,
             entropy=entropy,
         )  # fmt: skip
 

@@ -154,8 +154,7 @@ class Policy(torch.nn.Module):
 
     def _logp(self, hidden: torch.Tensor, plan: TreePlan, part: slice, **more):
         weight, options = self._head()
-        row, label = (plan.tensor(name, hidden.device)[part] for name in ("row", "label"))
-        return linear_logprob(hidden, weight, label, row, **options, **more)
+        return linear_logprob(hidden, weight, plan.pairs(part), **options, **more)
 
     def _loss(self, hidden: torch.Tensor, plan: TreePlan, inputs: LossInputs):
         """Loss, metric sums, and the decision pairs' log-probabilities without gradient."""
@@ -178,8 +177,7 @@ class Policy(torch.nn.Module):
             )  # fmt: skip
             return loss, sums, logp.detach()
         weight, options = self._head()
-        row, label = (plan.tensor(name, device)[part] for name in ("row", "label"))
-        loss, sums = linear_policy_loss(hidden, weight, label, row, settings=settings, **on, **options)
+        loss, sums = linear_policy_loss(hidden, weight, plan.pairs(part), None, settings=settings, **on, **options)
         return loss, sums, sums.pop("logp")
 
 

@@ -5,6 +5,7 @@ Usable from any trainer; needs torch and numpy only.
 
 from igpo_kernels.linear_logprob import linear_logprob
 from igpo_kernels.linear_policy_loss import linear_policy_loss
+from igpo_kernels.pairs import Pairs
 from igpo_kernels.plan import (
     ANSWER,
     DECISION,
@@ -30,6 +31,7 @@ __all__ = [
     "Fork",
     "LossSettings",
     "Normaliser",
+    "Pairs",
     "RolloutTokens",
     "Tree",
     "TreePlan",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -28,3 +29,12 @@ def number(op: str, name: str, x: Any) -> float:
         gradient = ", with gradient" if isinstance(x, torch.Tensor) and x.requires_grad else ""
         raise ValueError(f"{op}: got {name} {what}{gradient}; give a plain number")
     return float(x)
+
+
+def whole_numbers(owner: str, name: str, x: Any, least: int) -> np.ndarray:
+    """``x``, an array or a list, as int64 [n]; ValueError unless all are whole numbers of at least ``least``."""
+    x = np.asarray(x)
+    if x.ndim != 1 or (len(x) and (x.dtype.kind not in "iu" or int(x.min()) < least)):
+        what = f"{x.dtype} {list(x.shape)}" + (f" from {x.min()}" if x.ndim == 1 and x.dtype.kind in "iuf" else "")
+        raise ValueError(f"{owner}: {name} are {what}; give one row of whole numbers of at least {least}")
+    return x.astype(np.int64)

@@ -13,13 +13,17 @@ a token that two rollouts share is two pairs, and rows repeat.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from igpo_kernels.cache import Cached
+from igpo_kernels.checks import whole_numbers
+from igpo_kernels.pairs import Pairs
 
 DECISION, ANSWER, FORK = 0, 1, 2
 """Values of ``TreePlan.kind``."""
@@ -78,7 +82,7 @@ class Tree:
 
 
 @dataclass(frozen=True, eq=False)
-class TreePlan:
+class TreePlan(Cached):
     """One pack. All arrays are int64; N packed tokens, M pairs: decision pairs first (by tree, rollout, token), then
     answer pairs (by rollout, turn, answer, token), then those of forks (by tree, rollout, fork, token).
 
@@ -113,20 +117,7 @@ class TreePlan:
     token: np.ndarray
     """A decision token's index in its rollout; another token's index in what is scored: [M]."""
     cache: dict = field(default_factory=dict, init=False, repr=False)
-    """Device copies and attention schedules, made once and shared by layers and passes. They belong to these arrays:
-    ``dataclasses.replace`` and pickle give a plan with an empty cache."""
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "cache": {}}
-
-    def cached(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """``cache[key]``, made by ``make`` the first time.
-
-        Values made under inference mode can be used in training, and torch.compile does not trace ``make``.
-        """
-        if key not in self.cache:
-            _fill(self.cache, key, make)
-        return self.cache[key]
+    """Device copies, grouped pairs and attention schedules, shared by layers and passes."""
 
     @property
     def n_tokens(self) -> int:
@@ -147,15 +138,14 @@ class TreePlan:
         depth = self.position_ids - self.position_ids[self.tree_start]
         return bool((depth == np.arange(self.n_tokens) - self.tree_start).all())
 
+    def pairs(self, part: slice = slice(None)) -> Pairs:
+        """Labels and rows of the pairs ``part``, grouped once for the LM head's ops, which take them in place of
+        ``labels``."""
+        return self.cached(("pairs", *part.indices(self.n_pairs)), lambda: Pairs(self.label[part], self.row[part]))
+
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """A field as a tensor on ``device``, copied once."""
         return self.cached((name, str(device)), lambda: torch.tensor(getattr(self, name), device=device))
-
-
-@torch.compiler.disable
-def _fill(cache: dict, key: tuple, make: Callable[[], Any]) -> None:
-    with torch.inference_mode(False):
-        cache[key] = make()
 
 
 def pack(trees: Sequence[Tree]) -> TreePlan:
@@ -274,29 +264,20 @@ def _paths(sequences: Sequence[np.ndarray]):
     yield from zip(order, [0, *shared], [*shared, -1], strict=True)
 
 
-def _whole_numbers(owner: str, name: str, x: Any, least: int) -> np.ndarray:
-    """``x``, an array or a list, as int64 [n]; ValueError unless all are whole numbers of at least ``least``."""
-    x = np.asarray(x)
-    if x.ndim != 1 or (len(x) and (x.dtype.kind not in "iu" or int(x.min()) < least)):
-        what = f"{x.dtype} {list(x.shape)}" + (f" from {x.min()}" if x.ndim == 1 and x.dtype.kind in "iuf" else "")
-        raise ValueError(f"{owner}: {name} are {what}; give one row of whole numbers of at least {least}")
-    return x.astype(np.int64)
-
-
 def _checked(tree: Tree) -> Tree:
     """The tree with arrays in place of lists."""
     rollouts = [
         RolloutTokens(
             r.index,
-            _whole_numbers(f"rollout {r.index}", "ids", r.ids, 0),
-            _whole_numbers(f"rollout {r.index}", "turns", r.turn, -1),
-            _whole_numbers(f"rollout {r.index}", "boundaries", r.boundaries, 0),
-            [replace(f, ids=_whole_numbers(f"a fork of rollout {r.index}", "ids", f.ids, 0)) for f in r.forks],
+            whole_numbers(f"rollout {r.index}", "ids", r.ids, 0),
+            whole_numbers(f"rollout {r.index}", "turns", r.turn, -1),
+            whole_numbers(f"rollout {r.index}", "boundaries", r.boundaries, 0),
+            [replace(f, ids=whole_numbers(f"a fork of rollout {r.index}", "ids", f.ids, 0)) for f in r.forks],
         )
         for r in tree.rollouts
     ]
     branches = [
-        Branch(_whole_numbers(f"branch {number}", "ids", branch.ids, 0), branch.start, branch.stop)
+        Branch(whole_numbers(f"branch {number}", "ids", branch.ids, 0), branch.start, branch.stop)
         for number, branch in enumerate(tree.branches)
     ]
     return Tree(rollouts, branches)

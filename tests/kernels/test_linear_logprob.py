@@ -10,6 +10,8 @@ from igpo_kernels import linear_logprob, workspace
 from igpo_kernels.linear_logprob import torch_path
 from tests.allocations import peak_bytes
 
+NAMES = ("logp", "entropy", "logsumexp", "dhidden", "dweight", "dbias")
+
 
 def make(n, h, v, m, seed=0, bias=True, shift=0.0):
     g = torch.Generator().manual_seed(seed)
@@ -23,17 +25,17 @@ def run(case, dtype, backend, **options):
     hidden, weight, bias, rows, labels, g_logp, g_entropy = case
     leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias) if x is not None]
     b = leaves[2] if bias is not None else None
-    logp, entropy = linear_logprob(leaves[0], leaves[1], labels, rows, bias=b, entropy=True, backend=backend, **options)
-    loss = (logp * g_logp).sum() + (entropy * g_entropy).sum()
-    return [logp.detach(), entropy.detach(), *torch.autograd.grad(loss, leaves)]
+    options = dict(bias=b, entropy=True, logsumexp=True, backend=backend, **options)
+    logp, entropy, logsumexp = linear_logprob(leaves[0], leaves[1], labels, rows, **options)
+    loss = (logp * g_logp).sum() + (entropy * g_entropy).sum() + (logsumexp * g_logp.roll(1)).sum()
+    return [logp.detach(), entropy.detach(), logsumexp.detach(), *torch.autograd.grad(loss, leaves)]
 
 
 def check(case, dtype=torch.float32, **options):
     exact = run(case, torch.float64, "reference", **options)
     ours, plain = run(case, dtype, "torch", **options), run(case, dtype, "reference", **options)
-    names = ("logp", "entropy", "dhidden", "dweight", "dbias")
-    upstream = float(case[-2].abs().sum() + case[-1].abs().sum())  # what gradients sum, and may cancel to nothing
-    for name, e, o, p in zip(names, exact, ours, plain, strict=False):
+    upstream = float(2 * case[-2].abs().sum() + case[-1].abs().sum())  # what gradients sum, and may cancel to nothing
+    for name, e, o, p in zip(NAMES, exact, ours, plain, strict=False):
         rounding = 2e-6 * (1 + e.abs().max()) + 3e-7 * upstream
         assert (o.double() - e).abs().max() <= 2 * (p.double() - e).abs().max() + rounding, name
 
@@ -65,6 +67,27 @@ def test_large_logits_do_not_overflow():
 
 def test_bfloat16_errs_no_more_than_plain_torch():
     check(make(30, 32, 100, 64, bias=False), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_z_loss(backend):
+    check_z_loss(backend)
+
+
+def check_z_loss(backend, device="cpu"):
+    """``logp + 0.1 logsumexp ** 2`` and its gradients are those of full logits in float64."""
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(n, 8, generator=g).to(device).requires_grad_() for n in (5, 20))
+    rows, labels = torch.tensor([0, 3, 3, 4], device=device), torch.tensor([1, 2, 2, 19], device=device)
+    z = (hidden.double() @ weight.double().T / 0.7)[rows]
+    want = (z.log_softmax(1).gather(1, labels[:, None])[:, 0] + 0.1 * z.logsumexp(1).square()).sum()
+    options = dict(temperature=0.7, logsumexp=True, backend=backend)
+    logp, logsumexp = linear_logprob(hidden, weight, labels, rows, **options)
+    got = (logp + 0.1 * logsumexp.square()).sum()
+    for ours, exact in ((got, want), (logsumexp.sum(), z.logsumexp(1).sum())):
+        torch.testing.assert_close(ours, exact.float())
+        ours, exact = (torch.autograd.grad(x, (hidden, weight), retain_graph=True) for x in (ours, exact))
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
 
 
 def test_repeated_rows_accumulate():
@@ -154,7 +177,7 @@ def check_barred(backend, barred, device="cpu"):
     case[4] = left.nonzero()[labels, 0]
     want = run((case[0], case[1][left], case[2][left], case[3], labels, *case[5:]), torch.float64, "reference")
     got = run(case, torch.float32, backend)
-    for name, g, w in zip(("logp", "entropy", "dhidden", "dweight", "dbias"), got, want, strict=True):
+    for name, g, w in zip(NAMES, got, want, strict=True):
         if name in ("dweight", "dbias"):
             assert not g[barred].any(), name
             g = g[left]

@@ -15,8 +15,12 @@ def logits(hidden, weight, rows, bias, temperature, softcap):
     return z / temperature
 
 
-def linear_logprob(hidden, weight, labels, rows, bias, temperature, softcap, entropy):
-    log_p = logits(hidden, weight, rows, bias, temperature, softcap).log_softmax(-1)
-    logp = log_p.gather(1, labels[:, None])[:, 0]
+def linear_logprob(hidden, weight, pairs, bias, temperature, softcap, entropy, logsumexp, shard):
+    if shard.group is not None:
+        raise ValueError("linear_logprob: backend='reference' takes no group; gather the weight, or leave backend out")
+    z = logits(hidden, weight, pairs.rows, bias, temperature, softcap)
+    log_p = z.log_softmax(-1)
+    logp = log_p.gather(1, pairs.labels[:, None])[:, 0]
     # p log p is 0 where p is 0: -inf times 0 would be NaN.
-    return (logp, -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)) if entropy else logp
+    h = -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1) if entropy else None
+    return logp, h, z.logsumexp(-1) if logsumexp else None

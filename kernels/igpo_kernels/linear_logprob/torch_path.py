@@ -18,67 +18,80 @@ from igpo_kernels.workspace import workspace_bytes
 VOCAB_BLOCK = 2048
 BLOCK_LOGITS = 2048 * VOCAB_BLOCK
 """Most logits of a block: 16 MiB in float32; larger blocks would only fit the caches worse."""
-PAIR_BYTES = 80
+PAIR_BYTES = 160
 """Bytes per pair of indices and statistics, its row's included."""
 MOST_FALL = -1e30
 """Stands for -inf (the maximum before the first block, a barred token), whose product with 0 would be NaN."""
 
 
-def linear_logprob(hidden, weight, labels, rows, bias, temperature, softcap, entropy):
-    logp, h = _LinearLogprob.apply(hidden, weight, bias, labels, rows, temperature, softcap, entropy)
-    return (logp, h) if entropy else logp
+def linear_logprob(hidden, weight, pairs, bias, temperature, softcap, entropy, logsumexp, shard):
+    return _LinearLogprob.apply(hidden, weight, bias, pairs, temperature, softcap, entropy, logsumexp, shard)
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, rows, temperature, softcap, entropy):
-        distinct, pair_row = torch.unique(rows, return_inverse=True)
+    def forward(ctx, hidden, weight, bias, pairs, temperature, softcap, entropy, logsumexp, shard):
+        pairs = pairs.on_host()
+        of = pairs.on(hidden.device)
+        distinct, pair_row = of.distinct, of.row_of_pair
         compute = torch.promote_types(hidden.dtype, torch.float32)
-        blocks = Blocks(hidden, weight, len(labels), len(distinct), compute, logits=1 + entropy, states=1)
+        blocks = Blocks(hidden, weight, len(pairs), len(distinct), compute, logits=1 + entropy, states=1)
         statistics = Statistics(len(distinct), hidden.device, compute)
-        target = statistics.top.new_empty(len(labels))
+        target = statistics.top.new_zeros(len(pairs))
         for r in blocks.rows:
             x = blocks.states(hidden, distinct[r])
-            for c in blocks.columns:
+            chunk = pairs.chunk(r, blocks.columns, hidden.device, shard.first)
+            for c, part, cell in chunk.panels:
                 w = blocks.upcast(weight[c])
                 z = block_logits(x, w, _part(bias, c), temperature, softcap, blocks.logits(r, c))
-                pairs = _pairs(pair_row, labels, r, c)
-                target[pairs] = z[pair_row[pairs] - r.start, labels[pairs] - c.start]
+                target[chunk.pairs[part]] = z[cell]
                 statistics.add(z, r, entropy, barred=bias is not None)
         top, log_mass, row_entropy = statistics.finish()
-        ctx.save_for_backward(hidden, weight, bias, labels, distinct, pair_row, top, log_mass, row_entropy)
-        ctx.temperature, ctx.softcap, ctx.entropy = temperature, softcap, entropy
-        return target - top[pair_row] - log_mass[pair_row], row_entropy[pair_row]
+        target, top, log_mass, row_entropy = shard.whole(target, top, log_mass, row_entropy if entropy else None)
+        ctx.save_for_backward(hidden, weight, bias, top, log_mass, row_entropy)
+        ctx.pairs, ctx.of, ctx.first_label = pairs, of, shard.first
+        ctx.temperature, ctx.softcap = temperature, softcap
+        ctx.set_materialize_grads(False)
+        logp = target - top[pair_row] - log_mass[pair_row]
+        h = row_entropy[pair_row] if entropy else None
+        return logp, h, (top + log_mass)[pair_row] if logsumexp else None
 
     @staticmethod
     @first_order("linear_logprob")
-    def backward(ctx, d_logp, d_entropy):
-        hidden, weight, bias, labels, distinct, pair_row, top, log_mass, row_entropy = ctx.saved_tensors
+    def backward(ctx, d_logp, d_entropy, d_logsumexp):
+        hidden, weight, bias, top, log_mass, row_entropy = ctx.saved_tensors
+        if d_logp is None and d_entropy is None and d_logsumexp is None:
+            return (None,) * 9
+        pairs, distinct, pair_row = ctx.pairs, ctx.of.distinct, ctx.of.row_of_pair
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         compute = top.dtype
         blocks = Blocks(
-            hidden, weight, len(labels), len(distinct), compute,
-            logits=1 + ctx.entropy + (ctx.softcap > 0), states=1 + of_hidden,
+            hidden, weight, len(pairs), len(distinct), compute,
+            logits=1 + (d_entropy is not None) + (ctx.softcap > 0), states=1 + of_hidden,
         )  # fmt: skip
-        # d logp_m / dz = onehot - p, d entropy / dz = -p * (log p + entropy), each summed over the pairs of a row.
-        d_logp = d_logp.to(compute)
-        row_d_logp = torch.zeros_like(top).index_add_(0, pair_row, d_logp)
-        row_d_entropy = torch.zeros_like(top).index_add_(0, pair_row, d_entropy.to(compute))
+        # d logp_m / dz = onehot - p, d entropy_m / dz = -p * (log p + entropy), d logsumexp_m / dz = p, each summed
+        # over the pairs of a row.
+        by_row = lambda d: torch.zeros_like(top).index_add_(0, pair_row, d.to(compute))  # noqa: E731
+        d_logp = None if d_logp is None else d_logp.to(compute)
+        row_d_logp = torch.zeros_like(top) if d_logp is None else by_row(d_logp)
+        if d_logsumexp is not None:
+            row_d_logp -= by_row(d_logsumexp)
+        row_d_entropy = None if d_entropy is None else by_row(d_entropy)
         d_hidden = torch.zeros_like(hidden) if of_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=compute, device=weight.device) if of_weight else None
         d_bias = torch.zeros(len(weight), dtype=compute, device=weight.device) if of_bias else None
         for r in blocks.rows:
             x = blocks.states(hidden, distinct[r])
             dx = blocks.states_gradient(r) if of_hidden else None
-            for c in blocks.columns:
+            chunk = pairs.chunk(r, blocks.columns, hidden.device, ctx.first_label)
+            for c, part, cell in chunk.panels:
                 w = blocks.upcast(weight[c])
                 z = block_logits(x, w, _part(bias, c), ctx.temperature, ctx.softcap, blocks.logits(r, c))
                 slope = slope_of(z, ctx.temperature, ctx.softcap)
-                entropy = (row_entropy[r], row_d_entropy[r]) if ctx.entropy else None
+                entropy = None if d_entropy is None else (row_entropy[r], row_d_entropy[r])
                 dz = softmax_gradient_(z, top[r], log_mass[r], row_d_logp[r], entropy)
-                pairs = _pairs(pair_row, labels, r, c)
-                at = (pair_row[pairs] - r.start, labels[pairs] - c.start)
-                dz.index_put_(at, d_logp[pairs], accumulate=True)
+                if d_logp is not None:
+                    dz.index_put_(cell, d_logp[chunk.pairs[part]], accumulate=True)
                 if ctx.softcap or slope != 1:
                     dz *= slope
                 del slope
@@ -92,7 +105,7 @@ class _LinearLogprob(torch.autograd.Function):
                 d_hidden.index_copy_(0, distinct[r], dx.to(hidden.dtype))
         d_weight = d_weight.to(weight.dtype) if of_weight else None
         d_bias = d_bias.to(bias.dtype) if of_bias else None
-        return d_hidden, d_weight, d_bias, None, None, None, None, None
+        return d_hidden, d_weight, d_bias, *[None] * 6
 
 
 class Statistics:
@@ -202,12 +215,6 @@ def softmax_gradient_(z, top, log_mass, d_logp, entropy):
     log_p = below.sub_(log_mass[:, None]).clamp_(min=MOST_FALL)
     pull = (log_p + h[:, None]).mul_(d_entropy[:, None]).add_(d_logp[:, None])
     return log_p.exp_().mul_(pull.neg_())
-
-
-def _pairs(pair_row, labels, r: slice, c: slice) -> torch.Tensor:
-    """Indices of the pairs whose row and label fall into a block."""
-    inside = (pair_row >= r.start) & (pair_row < r.stop) & (labels >= c.start) & (labels < c.stop)
-    return inside.nonzero()[:, 0]
 
 
 def _part(bias, c: slice):

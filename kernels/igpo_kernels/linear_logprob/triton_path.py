@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from igpo_kernels.autograd import first_order
 from igpo_kernels.linear_logprob import triton_kernels as kernels
+from igpo_kernels.pairs import Cells
 from igpo_kernels.products import product
 from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Config, Tunable, Variant, arch_of, config_for, configs
 from igpo_kernels.workspace import workspace_bytes
@@ -33,21 +34,24 @@ PAIR_BYTES = 160
 """Bytes per pair of indices and statistics, its row's and cell's included."""
 
 
-def linear_logprob(hidden, weight, labels, rows, bias, temperature, softcap, entropy):
+def linear_logprob(hidden, weight, pairs, bias, temperature, softcap, entropy, logsumexp, shard):
     if hidden.dtype not in DTYPE_NAMES or weight.dtype != hidden.dtype:
         raise ValueError(
             f"linear_logprob: the triton backend takes hidden and weight of one dtype, "
             f"{', '.join(DTYPE_NAMES.values())}; got {hidden.dtype} and {weight.dtype}; "
             "convert them or pass backend='torch'"
         )
-    logp, h = _LinearLogprob.apply(hidden, weight, bias, labels, rows, temperature, softcap, entropy)
-    return (logp, h) if entropy else logp
+    cells = pairs.grouped(Cells, shard.vocab)
+    return _LinearLogprob.apply(hidden, weight, bias, cells, temperature, softcap, entropy, logsumexp, shard)
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, rows, temperature, softcap, entropy):
-        cells = Cells.of(rows, labels, len(weight))
+    def forward(ctx, hidden, weight, bias, cells, temperature, softcap, entropy, logsumexp, shard):
+        read = cells
+        if shard.group is not None:  # others' labels stay outside 0 .. len(weight) - 1, where no gradient is written
+            cells = replace(cells, label=cells.label - shard.first)
+            read = replace(cells, label=cells.label.clamp(0, len(weight) - 1))
         n_rows = len(cells.distinct)
         head = Head.of(hidden, weight, bias, temperature, softcap, n_rows)
         new = lambda n: torch.empty(n, dtype=torch.float32, device=hidden.device)  # noqa: E731
@@ -65,24 +69,33 @@ class _LinearLogprob(torch.autograd.Function):
             statistics += () if entropy else (None,)
             head.tile_statistics(x, *statistics)
             head.combine(*statistics, top, log_mass, row_entropy, part)
-            head.cell_logits(x, cells, logit, first)
+            head.cell_logits(x, read, logit, first)
+        if shard.group is not None:
+            logit = logit.masked_fill(read.label != cells.label, 0)
+        logit, top, log_mass, row_entropy = shard.whole(logit, top, log_mass, row_entropy)
         # Products of tiles and of labels round differently: 1e-6 above zero is zero.
-        cell_logp = (logit - top[cells.row] - log_mass[cells.row]).clamp_(max=0)
+        cell_logp = (logit - cells.spread(top, cells.row) - cells.spread(log_mass, cells.row)).clamp_(max=0)
         ctx.save_for_backward(hidden, weight, bias, logit, top, log_mass, row_entropy)
         ctx.cells, ctx.temperature, ctx.softcap = cells, temperature, softcap
         ctx.set_materialize_grads(False)
-        return cell_logp[cells.of_pair], row_entropy[cells.row[cells.of_pair]] if entropy else None
+        return (
+            cells.spread(cell_logp, cells.of_pair),
+            row_entropy[cells.row_of_pair] if entropy else None,
+            cells.spread(top + log_mass, cells.row_of_pair) if logsumexp else None,
+        )
 
     @staticmethod
     @first_order("linear_logprob")
-    def backward(ctx, d_logp, d_entropy):
+    def backward(ctx, d_logp, d_entropy, d_logsumexp):
         hidden, weight, bias, logit, top, log_mass, row_entropy = ctx.saved_tensors
         cells = ctx.cells
-        if d_logp is None and d_entropy is None:
-            return (None,) * 8
+        if d_logp is None and d_entropy is None and d_logsumexp is None:
+            return (None,) * 9
         d_logp = torch.zeros_like(cells.of_pair, dtype=torch.float32) if d_logp is None else d_logp
-        row_d_logp, cell_d_logp = cells.by_row(d_logp), cells.by_cell(d_logp)
-        row_d_entropy = None if d_entropy is None else cells.by_row(d_entropy)
+        row_d_logp, cell_d_logp = cells.sums_by_row(d_logp), cells.sums_by_cell(d_logp)
+        if d_logsumexp is not None:  # its gradient is p, that of logp onehot - p
+            row_d_logp = row_d_logp - cells.sums_by_row(d_logsumexp)
+        row_d_entropy = None if d_entropy is None else cells.sums_by_row(d_entropy)
         row_entropy = None if d_entropy is None else row_entropy
         n_rows, (vocab, size) = len(cells.distinct), weight.shape
         head = Head.of(hidden, weight, bias, ctx.temperature, ctx.softcap, n_rows)
@@ -126,48 +139,7 @@ class _LinearLogprob(torch.autograd.Function):
                 d_hidden[cells.distinct[part]] = dx.to(hidden.dtype)
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         d_bias = None if d_bias is None else d_bias.to(bias.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None, None, None
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Pairs grouped by row and by cell: a cell is a distinct (row, label); both are in ascending order."""
-
-    distinct: torch.Tensor
-    """Row of hidden [U]."""
-    row: torch.Tensor
-    """Index into ``distinct`` of each cell [C]."""
-    label: torch.Tensor
-    """[C]"""
-    of_pair: torch.Tensor
-    """Cell of each pair [M]."""
-    order: torch.Tensor
-    """Pairs sorted by (row, label) [M]."""
-    pairs_in_row: torch.Tensor
-    pairs_in_cell: torch.Tensor
-
-    @classmethod
-    def of(cls, rows: torch.Tensor, labels: torch.Tensor, vocab: int) -> Cells:
-        key, order = torch.sort(rows * vocab + labels, stable=True)
-        cell, of_sorted, pairs_in_cell = torch.unique_consecutive(key, return_inverse=True, return_counts=True)
-        distinct, pairs_in_row = torch.unique_consecutive(key // vocab, return_counts=True)
-        of_pair = torch.empty_like(order)
-        of_pair[order] = of_sorted
-        row = torch.searchsorted(distinct, cell // vocab)
-        return cls(distinct, row, cell % vocab, of_pair, order, pairs_in_row, pairs_in_cell)
-
-    def by_row(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums [U] of ``values`` [M], float32, in the order of the sorted pairs."""
-        return segment_sums(values[self.order].float(), self.pairs_in_row)
-
-    def by_cell(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums [C] of ``values`` [M], likewise."""
-        return segment_sums(values[self.order].float(), self.pairs_in_cell)
-
-
-def segment_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    # index_add_ would add by atomics.
-    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True) if len(values) else values
+        return d_hidden, d_weight, d_bias, *[None] * 6
 
 
 def budget_of(cells: Cells) -> int:

@@ -8,6 +8,7 @@ from igpo_kernels.autograd import no_autocast
 from igpo_kernels.backend import choose, lazy
 from igpo_kernels.linear_logprob import head_arguments
 from igpo_kernels.linear_policy_loss import reference, torch_path
+from igpo_kernels.pairs import Pairs
 from igpo_kernels.policy_loss import check_inputs
 from igpo_kernels.policy_loss.settings import LossSettings
 
@@ -21,7 +22,7 @@ IMPLEMENTATIONS = {
 def linear_policy_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    labels: torch.Tensor,
+    labels: torch.Tensor | Pairs,
     rows: torch.Tensor | None,
     old_logp: torch.Tensor | None,
     advantages: torch.Tensor,
@@ -60,16 +61,16 @@ def linear_policy_loss(
             f"linear_policy_loss: {name}={getattr(settings, name)!r} needs the whole {whole} first; "
             "use linear_logprob and policy_loss"
         )
-    labels, rows, temperature, softcap = head_arguments(
+    pairs, temperature, softcap = head_arguments(
         "linear_policy_loss", hidden, weight, labels, rows, temperature, softcap, bias
     )
     pair_inputs = dict(
         old_logp=old_logp, advantages=advantages, weights=weights, clip_scale=clip_scale, engine_logp=engine_logp,
         ref_logp=ref_logp,
     )  # fmt: skip
-    check_inputs("linear_policy_loss", labels.shape, settings, pair_inputs, exempt=("entropy",))
+    check_inputs("linear_policy_loss", pairs.labels.shape, settings, pair_inputs, exempt=("entropy",))
     if not torch.is_grad_enabled():  # an autograd.Function is not told
         hidden, weight, bias = (None if x is None else x.detach() for x in (hidden, weight, bias))
     run = choose("linear_policy_loss", backend, hidden.device, IMPLEMENTATIONS, (hidden.dtype, weight.dtype))
     with no_autocast(hidden.device):
-        return run(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap)
+        return run(hidden, weight, bias, pairs, pair_inputs, settings, temperature, softcap)

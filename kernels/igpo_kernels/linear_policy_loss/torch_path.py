@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
 from igpo_kernels.autograd import first_order
 from igpo_kernels.linear_logprob.torch_path import Statistics, block_logits, slope_of, softmax_gradient_
+from igpo_kernels.pairs import Chunk
 from igpo_kernels.policy_loss.gradients import hand_out
 from igpo_kernels.policy_loss.reference import METRICS, policy_loss
 from igpo_kernels.policy_loss.settings import LossSettings
@@ -27,31 +27,31 @@ PANEL = 1024
 """Columns per panel: with a chunk's hundred rows they fit a core's own cache."""
 TEMPORARIES = 4
 """Temporaries of a panel's size beside a chunk's logits."""
-PAIR_BYTES, CHUNK_PAIR_BYTES = 32, 320
+PAIR_BYTES, CHUNK_PAIR_BYTES = 112, 320
 """Bytes per pair: its place in the order of rows and its row's; and, while its chunk is in work, its loss."""
 
 
-def linear_policy_loss(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap):
+def linear_policy_loss(hidden, weight, bias, pairs, pair_inputs, settings, temperature, softcap):
     loss, logp, *sums = _LinearPolicyLoss.apply(
-        hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap
+        hidden, weight, bias, pairs, pair_inputs, settings, temperature, softcap
     )
     return loss, {**dict(zip(METRICS, sums, strict=True)), "logp": logp}
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap):
+    def forward(ctx, hidden, weight, bias, pairs, pair_inputs, settings, temperature, softcap):
         compute, differentiate = torch.promote_types(hidden.dtype, torch.float32), any(ctx.needs_input_grad)
         gradients = Gradients(hidden, weight, bias, compute, ctx.needs_input_grad)
-        distinct, pair_row = torch.unique(rows, return_inverse=True)
-        pair_row, order = pair_row.sort(stable=True)
-        height, panel = chunk_shape(hidden, weight, len(labels), len(distinct), compute)
+        pairs = pairs.on_host()
+        count = len(pairs.on(hidden.device).distinct)
+        height, panel = chunk_shape(hidden, weight, len(pairs), count, compute)
         keep_logits = bool(softcap or settings.entropy)
         head = Head(weight, bias, temperature, softcap, height, panel, compute, keep_logits)
-        loss, logp = hidden.new_zeros((), dtype=compute), hidden.new_empty(len(labels), dtype=compute)
+        loss, logp = hidden.new_zeros((), dtype=compute), hidden.new_empty(len(pairs), dtype=compute)
         sums = {name: torch.zeros_like(loss) for name in METRICS}
-        for start in range(0, len(distinct), height):
-            chunk = sort_pairs(distinct[start : start + height], start, pair_row, order, labels, head.columns)
+        for start in range(0, count, height):
+            chunk = pairs.chunk(slice(start, min(start + height, count)), head.columns, hidden.device)
             swept = first_sweep(head, hidden, chunk)
             inputs = {name: value if value is None else value[chunk.pairs] for name, value in pair_inputs.items()}
             part, metrics, logp[chunk.pairs], slopes = chunk_loss(swept, chunk.row, inputs, settings, differentiate)
@@ -72,7 +72,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if d_loss.device.type != "cpu" or d_loss != 1:  # 1 is the usual case, and a pass over the weight's gradient
             for gradient in filter(lambda g: g is not None, gradients):
                 gradient *= d_loss
-        return *gradients, *[None] * 6
+        return *gradients, *[None] * 5
 
 
 class Gradients:
@@ -118,34 +118,6 @@ class Head:
 
     def panel_weight(self, c: slice) -> torch.Tensor:
         return self.weight[c] if self._upcast is None else self._upcast[: c.stop - c.start].copy_(self.weight[c])
-
-
-class Chunk(NamedTuple):
-    """Some distinct rows and their m pairs, in the order of their labels."""
-
-    rows: torch.Tensor
-    """Rows of hidden [U]."""
-    pairs: torch.Tensor
-    """Places of the pairs in the inputs [m]."""
-    row: torch.Tensor
-    """Each pair's row in the chunk [m]."""
-    label: torch.Tensor
-    panels: list[tuple[slice, slice, tuple[torch.Tensor, torch.Tensor]]]
-    """Each panel's columns, its pairs, and their (row, column in the panel)."""
-
-
-def sort_pairs(rows: torch.Tensor, start: int, pair_row, order, labels, columns: list[slice]) -> Chunk:
-    """The chunk of the distinct ``rows``, the first of which is number ``start``; ``order`` sorts pairs by row, and
-    ``pair_row`` is the row of each in that order."""
-    edges = torch.tensor([start, start + len(rows)], device=rows.device)
-    low, high = torch.searchsorted(pair_row, edges).tolist()
-    by_label = labels[order[low:high]].argsort(stable=True)
-    pairs, row = order[low:high][by_label], pair_row[low:high][by_label] - start
-    label = labels[pairs]
-    edges = torch.tensor([*(c.start for c in columns), columns[-1].stop], device=rows.device)
-    parts = [slice(a, b) for a, b in pairwise(torch.searchsorted(label, edges).tolist())]
-    cells = [(row[part], label[part] - c.start) for part, c in zip(parts, columns, strict=True)]
-    return Chunk(rows, pairs, row, label, list(zip(columns, parts, cells, strict=True)))
 
 
 class Swept(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 
 from igpo_kernels.autograd import first_order
 from igpo_kernels.linear_policy_loss.triton_kernels import row_loss_kernel
+from igpo_kernels.pairs import GivenPairs, Rows
 from igpo_kernels.policy_loss.gradients import hand_out
 from igpo_kernels.policy_loss.reference import METRICS
 from igpo_kernels.policy_loss.settings import LossSettings
@@ -28,32 +29,26 @@ PAIR_BYTES = 72
 8."""
 
 
-def linear_policy_loss(hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap):
+def linear_policy_loss(hidden, weight, bias, pairs, pair_inputs, settings, temperature, softcap):
     if hidden.dtype not in DTYPE_NAMES or weight.dtype != hidden.dtype:
         raise ValueError(
             f"linear_policy_loss: the triton backend takes hidden and weight of one dtype, "
             f"{', '.join(DTYPE_NAMES.values())}; got {hidden.dtype} and {weight.dtype}; "
             "convert them or pass backend='torch'"
         )
-    loss, logp, sums = _LinearPolicyLoss.apply(
-        hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap
-    )
+    rows = pairs.grouped(Rows, len(weight))
+    loss, logp, sums = _LinearPolicyLoss.apply(hidden, weight, bias, rows, pair_inputs, settings, temperature, softcap)
     return loss, {**dict(zip(METRICS, sums.unbind(), strict=True)), "logp": logp}
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, rows, pair_inputs, settings, temperature, softcap):
+    def forward(ctx, hidden, weight, bias, rows, pair_inputs, settings, temperature, softcap):
         arch, dtype = arch_of(hidden.device), hidden.dtype
         config = config_for("linear_policy_loss", arch, "any", DTYPE_NAMES[dtype])
         inputs = {name: None if x is None else x.detach().contiguous() for name, x in pair_inputs.items()}
         bias = None if bias is None else bias.detach().contiguous()
-        labels, (vocab, size) = labels.contiguous(), weight.shape
-        key, order = (rows * vocab + labels).sort(stable=True)
-        distinct, pairs_of_row = torch.unique_consecutive(key // vocab, return_counts=True)
-        offsets = torch.nn.functional.pad(pairs_of_row.cumsum(0), (1, 0))
-        count = len(distinct)
-        del key, pairs_of_row
+        labels, (vocab, size), count = rows.labels.contiguous(), weight.shape, len(rows.distinct)
         new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=hidden.device)  # noqa: E731
         logp, d_logp, partials = new(len(labels)), new(len(labels)), new(SUMS.value, count)
         d_hidden, d_weight, d_bias = (
@@ -70,13 +65,13 @@ class _LinearPolicyLoss(torch.autograd.Function):
         d_states = None if d_hidden is None else new(height, size)
         floor, cap = importance_bounds(settings) if settings.importance == "token" else (None, None)
         for first in range(0, count, height):
-            at = distinct[first : first + height]
+            at = rows.distinct[first : first + height]
             x = torch.index_select(hidden, 0, at, out=states[: len(at)])
             z = logits[: len(at)]
             d_z = z.view(dtype)[:, :vocab]
             product(x, weight.T, z[:, :vocab])
             row_loss_kernel[(len(at),)](
-                z, d_z if differentiate else None, bias, labels, order, offsets,
+                z, d_z if differentiate else None, bias, labels, rows.order, rows.offsets,
                 inputs["old_logp"], inputs["advantages"], inputs["weights"], inputs["clip_scale"],
                 inputs["engine_logp"], inputs["ref_logp"], scale, logp, d_logp, partials, first, count, vocab,
                 z.stride(0), d_z.stride(0),
@@ -104,7 +99,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
     def backward(ctx, d_loss, *_):
         gradients = hand_out(ctx, "linear_policy_loss")
         factor = d_loss if ctx.scale is None else d_loss / ctx.scale
-        return *(None if g is None else scale_(g, factor) for g in gradients), *[None] * 6
+        return *(None if g is None else scale_(g, factor) for g in gradients), *[None] * 5
 
 
 def chunk_rows(count: int, pairs: int, vocab: int, hidden: torch.Tensor) -> int:
@@ -183,8 +178,8 @@ def _workload(device: torch.device, dtype: str):
     # A small hidden size, so that the products, which no configuration changes, take little of the time.
     n, hidden, vocab = 1536, 64, 151_936
     x, weight = (torch.randn(rows, hidden, device=device, dtype=DTYPES[dtype]) for rows in (n, vocab))
-    rows, labels = torch.arange(n, device=device), torch.randint(0, vocab, (n,), device=device)
+    pairs = GivenPairs(torch.randint(0, vocab, (n,), device=device), None)
     one = torch.ones(n, device=device)
     inputs = dict(advantages=one, weights=one, old_logp=None, clip_scale=None, engine_logp=None, ref_logp=None)
     x.requires_grad_()
-    return lambda: linear_policy_loss(x, weight, None, labels, rows, inputs, LossSettings(), 1.0, 0.0)
+    return lambda: linear_policy_loss(x, weight, None, pairs, inputs, LossSettings(), 1.0, 0.0)

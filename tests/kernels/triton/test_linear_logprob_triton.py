@@ -31,10 +31,18 @@ from hypothesis import strategies as st
 from igpo_kernels import linear_logprob, workspace
 from igpo_kernels.linear_logprob import triton_kernels, triton_path
 from igpo_kernels.workspace import GPU_BYTES
-from tests.kernels.test_linear_logprob import beyond_results, check_barred, check_int32, check_saved_weight, make, run
+from tests.kernels.test_linear_logprob import (
+    NAMES,
+    beyond_results,
+    check_barred,
+    check_int32,
+    check_saved_weight,
+    check_z_loss,
+    make,
+    run,
+)
 from tests.kernels.triton.conftest import Poison
 
-NAMES = ("logp", "entropy", "dhidden", "dweight", "dbias")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("bf16_dots")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -54,7 +62,7 @@ def check(case, dtype=torch.float32, **options):
     # A label's logit and its row's are summed apart: they agree to a rounding of the largest logit.
     temperature = options.get("temperature", 1.0)
     logit = (case[0] @ case[1].T).abs().max() / temperature
-    upstream = float(case[-2].abs().sum() + case[-1].abs().sum())
+    upstream = float(2 * case[-2].abs().sum() + case[-1].abs().sum())
     # So do onehot and p, which a product then multiplies: with one word in the vocabulary they must cancel.
     times = {"dhidden": float(case[1].abs().max() / temperature), "dweight": float(case[0].abs().max() / temperature)}
     for name, e, o, p in zip(NAMES, exact, ours, plain, strict=False):
@@ -180,6 +188,10 @@ def test_barred_tokens(barred):
 
 def test_int32_indices():
     check_int32("triton", DEVICE)
+
+
+def test_z_loss():
+    check_z_loss("triton", DEVICE)
 
 
 def test_the_backward_takes_the_saved_weight():

@@ -1,0 +1,63 @@
+"""A vocabulary split over processes: each has the statistics of its shard, all get those of the whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This process's part of the vocabulary: entries ``first .. first + size - 1`` of ``vocab``."""
+
+    size: int
+    first: int = 0
+    vocab: int = 0
+    group: ProcessGroup | None = None
+    """None: the shard is the whole vocabulary."""
+
+    @classmethod
+    def of(cls, group: ProcessGroup | None, size: int) -> Shard:
+        """The shard of a process whose weight has ``size`` entries, as many as every rank's."""
+        if group is None:
+            return cls(size, 0, size)
+        if (rank := dist.get_rank(group)) < 0:
+            raise ValueError("linear_logprob: this process is not in the group; call it on the group's ranks alone")
+        return cls(size, rank * size, dist.get_world_size(group) * size, group)
+
+    def owned(self, labels: torch.Tensor) -> torch.Tensor:
+        """Which of the ``labels`` are entries of this shard."""
+        return (labels >= self.first) & (labels < self.first + self.size)
+
+    def whole(
+        self, logit: torch.Tensor, top: torch.Tensor, log_mass: torch.Tensor, entropy: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Statistics over the whole vocabulary from those over each shard, in one all-gather.
+
+        With ``w_r`` the probability that falls into shard r and ``H_r`` the entropy within it, entropies of disjoint
+        shards mix as ``H = sum_r w_r (H_r - log w_r)``. The ranks are added in order: all have the same bits.
+
+        Args:
+            logit: [C], 0 for labels of other shards. top, log_mass, entropy: [U].
+        """
+        if self.group is None:
+            return logit, top, log_mass, entropy
+        mine = [x for x in (logit, top, log_mass, entropy) if x is not None]
+        packed = torch.cat(mine)
+        every = packed.new_empty(self.vocab // self.size, len(packed))
+        dist.all_gather_into_tensor(every.view(-1), packed, group=self.group)
+        logits, tops, log_masses, *entropies = every.split([len(x) for x in mine], dim=1)
+        top = tops.amax(0)
+        # A shard without mass, all barred by the bias, has -inf here; so has a row without any, whose top is -inf.
+        log_share = tops - top.clamp(min=torch.finfo(top.dtype).min) + log_masses
+        log_mass = log_share.logsumexp(0)
+        if entropy is not None:
+            log_w = log_share - log_mass
+            entropy = torch.where(log_w > -torch.inf, log_w.exp() * (entropies[0] - log_w), 0.0).sum(0)
+        return logits.sum(0), top, log_mass, entropy
