@@ -120,8 +120,11 @@ def test_a_masked_token_has_no_gradient_even_where_its_ratio_overflows():
         assert grad == pytest.approx([1.0, 0.0])
 
 
-def plain_loss(logp, old, engine, advantages, weights, scale, turn, rollout, ratio, importance, mode, bounds, clip):
-    """The clipped loss pair by pair, from its formula."""
+def plain_loss(
+    logp, old, engine, ref, advantages, weights, scale, turn, rollout, ratio, importance, mode, bounds, clip, surrogate,
+    kl,
+):  # fmt: skip
+    """The loss pair by pair, from its formula; k3 is multiplied by the ratio."""
     (floor, cap), (low, high) = bounds, clip
     counted = [i for i in range(len(logp)) if weights[i] != 0]
     own = {"token": range(len(logp)), "turn": list(zip(rollout, turn, strict=True))}
@@ -133,40 +136,56 @@ def plain_loss(logp, old, engine, advantages, weights, scale, turn, rollout, rat
         correction[i] = min(max(w, floor), cap) if mode == "truncate" else w * (floor <= w <= cap)
     total = 0.0
     for i in counted:
-        mates = [j for j in alike(i, ratio) if correction[j]]
-        if correction[i]:
-            r = torch.exp(sum(logp[j] - old[j] for j in mates) / len(mates))
-            bound = min(max(float(r.detach()), 1 - low * float(scale[i])), 1 + high * float(scale[i]))
-            free, clipped = -r * advantages[i], -bound * advantages[i]
-            total = total + weights[i] * correction[i] * (free if free >= clipped else clipped)
+        mates, a = [j for j in alike(i, ratio) if correction[j] or ratio == "token"], float(advantages[i])
+        r = torch.exp(sum((logp[j] - old[j] for j in mates), torch.zeros(())) / max(1, len(mates)))
+        value = float(r.detach())
+        bound = min(max(value, 1 - low * float(scale[i])), 1 + high * float(scale[i]))
+        factor, t = correction[i], 1.0 if a > 0 else 1.05
+        if surrogate == "clip":
+            each = -r * a if -value * a >= -bound * a else -bound * a
+        elif surrogate == "cispo":
+            each = -bound * a * logp[i]
+        elif surrogate == "sapo":
+            each = -4 / t / (1 + torch.exp(-t * (r - 1))) * a
+        else:
+            w = math.exp(sum(float(logp[j].detach() - old[j]) for j in mates))
+            w *= math.prod(correction[j] for j in mates) if importance == "token" else factor
+            (k, rate), factor = (2.0, 3.0) if a >= 0 else (3.0, 2.0), factor != 0
+            each = -(w**k) * math.exp(rate * (1 - w)) * a * logp[i]
+            r = torch.exp(logp[i] - old[i])
+        total = total + weights[i] * kl * r * (torch.exp(ref[i] - logp[i]) - (ref[i] - logp[i]) - 1)
+        total = total + weights[i] * factor * each if factor else total
     return total
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=90, deadline=None)
 @given(
     seed=st.integers(0, 9999), ratio=st.sampled_from(["token", "turn", "sequence"]),
     importance=st.sampled_from(["none", "token", "sequence", "geometric"]), mode=st.sampled_from(["truncate", "mask"]),
     floor=st.sampled_from([0.0, 0.9]), cap=st.sampled_from([1.1, 1e3]), scaled=st.booleans(),
+    surrogate=st.sampled_from(["clip", "cispo", "sapo", "vespo"]), kl=st.sampled_from([0.0, 0.3]),
 )  # fmt: skip
-def test_the_definition_is_its_formula(seed, ratio, importance, mode, floor, cap, scaled):
+def test_the_definition_is_its_formula(seed, ratio, importance, mode, floor, cap, scaled, surrogate, kl):
     g = torch.Generator().manual_seed(seed)
-    m, clip = 12, (0.05, 0.08)
+    m, clip, ratio = 12, (0.05, 0.08), "turn" if surrogate == "vespo" and ratio == "token" else ratio
     randn = lambda scale: scale * torch.randn(m, generator=g, dtype=torch.float64)  # noqa: E731
     rollout, turn = (torch.randint(0, n, (m,), generator=g) for n in (3, 2))
     old, advantages, weights = randn(1) - 2, randn(1), randn(1).abs() * (torch.rand(m, generator=g) > 0.2)
-    logp, engine = (old + randn(0.1)).requires_grad_(), old + randn(0.1)
+    logp, engine, ref = (old + randn(0.1)).requires_grad_(), old + randn(0.1), old + randn(0.5)
     scale = 1 + 0.5 * torch.rand(m, generator=g, dtype=torch.float64) if scaled else torch.ones(m)
     chosen = LossSettings(
-        *clip, ratio=ratio, importance=importance, importance_mode=mode, importance_floor=floor, importance_cap=cap
-    )
+        *clip, kl=kl, unbiased_kl=True, surrogate=surrogate, ratio=ratio, importance=importance, importance_mode=mode,
+        importance_floor=floor, importance_cap=cap,
+    )  # fmt: skip
     loss, _ = policy_loss(
-        logp, old, advantages, weights, chosen, clip_scale=scale if scaled else None, engine_logp=engine,
+        logp, old, advantages, weights, chosen, clip_scale=scale if scaled else None, engine_logp=engine, ref_logp=ref,
         segment=2 * rollout + turn if ratio == "turn" else rollout, sequence=rollout,
     )  # fmt: skip
     numbers = (x.tolist() for x in (turn, rollout))
     plain = plain_loss(
-        logp, old, engine, advantages, weights, scale, *numbers, ratio, importance, mode, (floor, cap), clip
-    )
+        logp, old, engine, ref, advantages, weights, scale, *numbers, ratio, importance, mode, (floor, cap), clip,
+        surrogate, kl,
+    )  # fmt: skip
     plain = plain + 0 * logp.sum()
     assert float(loss.detach()) == pytest.approx(float(plain.detach()), abs=1e-12)
     if bool(weights.any()):
@@ -185,6 +204,81 @@ def exactly(logp, old, advantages, weights, settings_, backend, **more):
     more = {name: t(x) for name, x in more.items()}
     loss, metrics = policy_loss(leaf, t(old), t(advantages), t(weights), settings_, backend=backend, **more)
     return float(loss.detach()), torch.autograd.grad(loss, leaf)[0].tolist(), metrics
+
+
+@EITHER
+def test_cispo_by_hand(backend):
+    # Ratios 1.5, .5, 1.5 with A = 1, -1, -1 weigh 1.2, .8, 1.2; the last is bounded, but not against its advantage.
+    logp, old = [-1.0, -2.0, -0.5], [-1 - math.log(1.5), -2 - math.log(0.5), -0.5 - math.log(1.5)]
+    chosen = LossSettings(surrogate="cispo")
+    loss, gradient, metrics = exactly(logp, old, [1.0, -1.0, -1.0], [1.0] * 3, chosen, backend)
+    assert loss == pytest.approx(1.2 - 1.6 - 0.6, abs=1e-6)
+    assert gradient == pytest.approx([-1.2, 0.8, 1.2], abs=1e-6)
+    assert float(metrics["clipped"]) == 2
+
+
+@EITHER
+def test_cispo_of_a_rollout_weighs_each_token_by_the_rollouts_ratio_by_hand(backend):
+    # sqrt(1.1 * 1.21) = 1.1537 is bounded by 1.15; advantages differ, and each token keeps its own.
+    chosen = LossSettings(surrogate="cispo", clip_high=0.15, ratio="sequence")
+    logp, old = [-1.0, -2.0], [-1 - math.log(1.1), -2 - math.log(1.21)]
+    loss, gradient, _ = exactly(logp, old, [1.0, -2.0], [1.0] * 2, chosen, backend, segment=[0, 0])
+    assert gradient == pytest.approx([-1.15, 2.3], abs=1e-6) and loss == pytest.approx(1.15 - 4.6, abs=1e-6)
+
+
+@EITHER
+def test_sapo_by_hand(backend):
+    # Ratios 1, 2 and .5: sigmoids of 0, 1 and 1.05 * -.5.
+    logp, old = [-1.0] * 3, [-1.0, -1 - math.log(2), -1 - math.log(0.5)]
+    loss, gradient, metrics = exactly(logp, old, [1.0, 1.0, -1.0], [1.0] * 3, LossSettings(surrogate="sapo"), backend)
+    assert loss == pytest.approx(-2 - 2.9242343145 + 1.4159394555, abs=2e-6)
+    assert gradient == pytest.approx([-1.0, -1.5728954659, 0.4670699372], abs=1e-6)
+    assert float(metrics["clipped"]) == 0
+    chosen = LossSettings(surrogate="sapo", sapo_temperature_pos=2.0)
+    assert exactly(logp[:1], old[:1], [1.0], [1.0], chosen, backend)[:2] == (pytest.approx(-1.0), pytest.approx([-1.0]))
+
+
+@EITHER
+def test_vespo_by_hand(backend):
+    # Ratios 1.2 and 1.25 make w = 1.5 and phi = w^2 e^(3 - 3w); the other rollout's w is .5 and phi w^3 e^(2 - 2w).
+    chosen = LossSettings(surrogate="vespo", ratio="sequence")
+    logp = [-1.0, -2.0, -3.0]
+    old = [-1 - math.log(1.2), -2 - math.log(1.25), -3 - math.log(0.5)]
+    run = lambda chosen, **more: exactly(  # noqa: E731
+        logp, old, [1.0, 1.0, -1.0], [1.0] * 3, chosen, backend, segment=[0, 0, 1], **more
+    )
+    loss, gradient, metrics = run(chosen)
+    assert loss == pytest.approx(3 * 0.5020428603 - 3 * 0.3397852286, abs=2e-6)
+    assert gradient == pytest.approx([-0.5020428603, -0.5020428603, 0.3397852286], abs=1e-6)
+    assert float(metrics["clipped"]) == 0 and float(metrics["ratio"]) == pytest.approx(3.5)
+    # A weight of 2 against the engine, of a token or of the rollout: w = 3 and phi = 9 e^-6; no factor beside it.
+    for level, gaps in (("token", [math.log(2), 0, 0]), ("sequence", [math.log(4), -math.log(2), 0])):
+        weighed = LossSettings(surrogate="vespo", ratio="sequence", importance=level)
+        more = dict(engine_logp=[x - gap for x, gap in zip(old, gaps, strict=True)], sequence=[0, 0, 1])
+        assert run(weighed, **more)[1] == pytest.approx([-0.0223087696, -0.0223087696, 0.3397852286], abs=1e-6)
+
+
+@EITHER
+@pytest.mark.parametrize("log_ratios", [[30.0, -19.0], [-30.0, 21.0, 1.0]])
+def test_vespo_bounds_what_it_adds_up_by_hand(log_ratios, backend):
+    # Each log ratio is bounded by 20: both sums are 1.
+    phi = math.exp(2) * math.exp(3 - 3 * math.e)
+    chosen = LossSettings(surrogate="vespo", ratio="sequence")
+    n = len(log_ratios)
+    old = [-1 - x for x in log_ratios]
+    _, gradient, _ = exactly([-1.0] * n, old, [1.0] * n, [1.0] * n, chosen, backend, segment=[0] * n)
+    assert gradient == pytest.approx([-phi] * n, rel=1e-5)
+
+
+@EITHER
+def test_k3_times_the_ratio_by_hand(backend):
+    # Ratio 1.5, d = ln 2: 1.5 (1 - ln 2); its slope in logp is 1.5 (1 - ln 2) + 1.5 (1 - 2).
+    more = dict(ref_logp=[-1 + math.log(2)])
+    chosen = LossSettings(kl=0.1, unbiased_kl=True)
+    loss, gradient, metrics = exactly([-1.0], [-1 - math.log(1.5)], [0.0], [1.0], chosen, backend, **more)
+    assert loss == pytest.approx(0.0460279229, abs=1e-7)
+    assert gradient == pytest.approx([0.0460279229 - 0.15], abs=1e-7)
+    assert float(metrics["kl"]) == pytest.approx(0.460279229, abs=1e-6)
 
 
 SCALE = 1.1637384883  # of a normalised gain of 1.2247 with adaptive clipping of 0.3
@@ -314,6 +408,11 @@ def test_more_than_one_dimension_is_refused():
     (dict(importance_mode="drop"), "importance_mode is 'drop'; choose one of truncate, mask"),
     (dict(dual_clip=0.5), "dual_clip must exceed 1, got 0.5"),
     (dict(importance_cap=0.0), "importance_cap must exceed 0, got 0.0"),
+    (dict(surrogate="ppo"), "surrogate is 'ppo'; choose one of clip, cispo, sapo, vespo"),
+    (dict(surrogate="vespo"), "surrogate=vespo weighs whole turns or rollouts; set ratio=turn or sequence"),
+    (dict(surrogate="sapo", dual_clip=3.0), "dual_clip bounds surrogate=clip, not sapo; leave it None"),
+    (dict(sapo_temperature_neg=0.0), "sapo_temperature_neg must exceed 0, got 0.0"),
+    (dict(vespo_lambda_pos=-1.0), "vespo_lambda_pos must exceed 0, got -1.0"),
     (dict(clip_low=-1), "clip_low must be at least 0, got -1"),
     (dict(kl=math.nan), "kl must be at least 0, got nan"),
 ])  # fmt: skip
@@ -390,9 +489,13 @@ def fused(case, settings_, dtype, backend, old, ref, temperature=1.0, softcap=0.
     kl=st.sampled_from([0.0, 0.3]), entropy=st.sampled_from([0.0, 0.2]), old=st.booleans(),
     dual=st.sampled_from([None, 1.5]), softcap=st.sampled_from([0.0, 2.0]),
     importance=st.sampled_from(["none", "token"]), scaled=st.booleans(),
+    surrogate=st.sampled_from(["clip", "clip", "cispo", "sapo"]), unbiased=st.booleans(),
 )  # fmt: skip
-def test_fused_equals_its_definition(case, kl, entropy, old, dual, softcap, importance, scaled):
-    settings_ = LossSettings(kl=kl, entropy=entropy, dual_clip=dual, importance=importance, importance_floor=0.5)
+def test_fused_equals_its_definition(case, kl, entropy, old, dual, softcap, importance, scaled, surrogate, unbiased):
+    settings_ = LossSettings(
+        kl=kl, entropy=entropy, dual_clip=dual if surrogate == "clip" else None, importance=importance,
+        importance_floor=0.5, surrogate=surrogate, unbiased_kl=unbiased,
+    )  # fmt: skip
     run = lambda dtype, backend: fused(  # noqa: E731
         case, settings_, dtype, backend, old, kl > 0, 1.3, softcap, scaled=scaled
     )

@@ -78,6 +78,8 @@ def row_loss_kernel(
     inverse_temperature, softcap, low, high, dual_clip, kl, bonus,
     CAPPED: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr,
     importance_floor=None, importance_cap=None, MASKED: tl.constexpr = False,
+    shape_pos=None, shape_neg=None, rate_pos=None, rate_neg=None,
+    SURROGATE: tl.constexpr = "clip", UNBIASED_KL: tl.constexpr = False,
 ):  # fmt: skip
     """Row ``first + program``: logp and d_logp of its pairs, partial sums [SUMS, columns], the gradient of its logits.
 
@@ -116,6 +118,7 @@ def row_loss_kernel(
         d_logp, terms = pair_terms(
             logp, log_ratio, gap, correction, advantage, weight, ref_logp,
             tl.zeros_like(logp) + entropy, lowest, highest, dual_clip, kl, bonus,
+            log_ratio if UNBIASED_KL else None, None, shape_pos, shape_neg, rate_pos, rate_neg, SURROGATE,
         )  # fmt: skip
         d_logp *= scale
         tl.store(d_logp_ptr + at, d_logp, mask=mask)

@@ -15,9 +15,9 @@ from igpo_kernels.linear_policy_loss.triton_kernels import row_loss_kernel
 from igpo_kernels.pairs import GivenPairs, Rows
 from igpo_kernels.policy_loss.gradients import hand_out
 from igpo_kernels.policy_loss.reference import METRICS
-from igpo_kernels.policy_loss.settings import LossSettings
+from igpo_kernels.policy_loss.settings import SURROGATES, LossSettings
 from igpo_kernels.policy_loss.triton_kernels import SUMS
-from igpo_kernels.policy_loss.triton_path import bounds, finish, importance_bounds, scale_
+from igpo_kernels.policy_loss.triton_path import bounds, finish, importance_bounds, scale_, surrogate_arguments
 from igpo_kernels.products import product
 from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Tunable, Variant, arch_of, config_for, configs
 from igpo_kernels.workspace import workspace_bytes
@@ -77,7 +77,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 z.stride(0), d_z.stride(0),
                 float(1 / temperature), float(softcap), *bounds(settings), settings.dual_clip, float(settings.kl),
                 float(settings.entropy), CAPPED=softcap > 0, importance_floor=floor, importance_cap=cap,
-                MASKED=settings.importance_mode == "mask", **config.launch(),
+                MASKED=settings.importance_mode == "mask", **surrogate_arguments(settings),
+                UNBIASED_KL=settings.unbiased_kl, **config.launch(),
             )  # fmt: skip
             if d_weight is not None:
                 product(d_z.T, x, d_weight, accumulate=first > 0)
@@ -138,9 +139,12 @@ FEATURES = {
     # Masked weights, and a vocabulary that 16 does not divide.
     "ragged": ("d_logits_ptr", "old_ptr", "engine_ptr", "importance_cap"),
     "banded": ("d_logits_ptr", "old_ptr", "engine_ptr", "importance_floor", "importance_cap"),
+    "cispo": ("d_logits_ptr", "old_ptr"),
+    "sapo": ("d_logits_ptr", "old_ptr", "rate_pos", "rate_neg"),
+    "unbiased-kl": ("d_logits_ptr", "old_ptr", "ref_ptr"),
     "values": ("old_ptr",),
 }
-OPTIONAL = {name for names in FEATURES.values() for name in names} | {"scale_ptr"}
+OPTIONAL = {name for names in FEATURES.values() for name in names} | {"scale_ptr", "shape_pos", "shape_neg"}
 INTEGERS = {
     "label_ptr": "*i64:16", "order_ptr": "*i64:16", "offset_ptr": "*i64:16", "first": "i32", "columns": "i32",
     "n_vocab": "i32:16", "logits_stride": "i32:16", "d_logits_stride": "i32:16",
@@ -151,7 +155,11 @@ def variants() -> Iterator[Variant]:
     """Every shipped configuration, with the sets of optional inputs that trainers use."""
     for arch, shape_class, dtype, config in configs("linear_policy_loss"):
         for features, given in FEATURES.items():
-            constexprs = {"CAPPED": features == "full", "MASKED": features in ("ragged", "banded"), **config.constants}
+            constexprs = {
+                "CAPPED": features == "full", "MASKED": features in ("ragged", "banded"),
+                "SURROGATE": features if features in SURROGATES else "clip", "UNBIASED_KL": features == "unbiased-kl",
+                **config.constants,
+            }  # fmt: skip
             signature = {}
             for name in row_loss_kernel.arg_names:
                 if name in OPTIONAL and name not in given and not (name == "scale_ptr" and dtype == "fp16"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SURROGATES = ("clip", "cispo", "sapo", "vespo")
 RATIOS = ("token", "turn", "sequence")
 IMPORTANCE = ("none", "token", "sequence", "geometric")
 IMPORTANCE_MODES = ("truncate", "mask")
@@ -14,7 +15,7 @@ class LossSettings:
     """``loss = sum_m weights_m * (surrogate_m + kl * k3_m - entropy * H_m)``.
 
     Raises:
-        ValueError: a value out of range, or a name that is not one of the choices.
+        ValueError: a value out of range, a name that is not one of the choices, or choices that exclude each other.
 
     >>> LossSettings(clip_high=0.28).clip_low
     0.2
@@ -30,6 +31,15 @@ class LossSettings:
     """Coefficient of k3 to the reference, ``exp(ref - logp) - (ref - logp) - 1``."""
     entropy: float = 0.0
     """Coefficient of the entropy bonus."""
+    surrogate: str = "clip"
+    """What becomes of the ratio r. ``clip``: PPO's ``max(-r A, -clip(r) A)``. ``cispo`` (MiniMax-M1, arXiv 2506.13585):
+    ``-clip(r) A logp``, the clipped ratio without gradient, so that every token has one; the paper, TRL and Liger bound
+    it from above only, ``clip_low=1``. ``sapo`` (arXiv 2511.20347): ``-4 / t sigmoid(t (r - 1)) A``, a gate in place of
+    the clip. ``vespo`` (arXiv 2602.10693): ``-phi A logp`` with ``phi = w^k exp(lambda (1 - w))`` without gradient, w
+    the product of the ratios of the turn or rollout that ``ratio`` names and of its importance weights."""
+    unbiased_kl: bool = False
+    """Multiply k3 by the ratio, with its gradient: tokens were sampled by the old policy, and the KL is of the present
+    one (DeepSeek-V3.2, arXiv 2512.02556; TRL's ``use_bias_correction_kl``). With ``vespo`` it is the token's ratio."""
     ratio: str = "token"
     """``token``, ``turn`` or ``sequence``: what shares one ratio, ``exp(mean(logp - old_logp))``; of a turn it is
     A2TGPO's and AT2PO's, of a rollout GSPO's. Its gradient reaches all tokens of the segment alike, even where their
@@ -43,6 +53,14 @@ class LossSettings:
     importance_cap: float = 2.0
     importance_floor: float = 0.0
     """The lower bound; 0 is none."""
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    """``sapo``'s t where the advantage is above 0, and elsewhere."""
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    """``vespo``'s k and lambda where the advantage is at least 0, and below."""
 
     @property
     def needs_segment(self) -> bool:
@@ -55,7 +73,7 @@ class LossSettings:
         return self.importance in ("sequence", "geometric")
 
     def __post_init__(self):
-        chosen = {"ratio": RATIOS, "importance": IMPORTANCE, "importance_mode": IMPORTANCE_MODES}
+        chosen = dict(surrogate=SURROGATES, ratio=RATIOS, importance=IMPORTANCE, importance_mode=IMPORTANCE_MODES)
         for name, choices in chosen.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"LossSettings: {name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
@@ -64,8 +82,16 @@ class LossSettings:
                 raise ValueError(f"LossSettings: {name} must be at least 0, got {getattr(self, name)}")
         if not self.clip_high >= -self.clip_low:
             raise ValueError(f"LossSettings: clip_high must be at least -clip_low, got {self.clip_high}")
+        positive = ("sapo_temperature_pos", "sapo_temperature_neg", "vespo_lambda_pos", "vespo_lambda_neg")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"LossSettings: {name} must exceed 0, got {getattr(self, name)}")
+        if self.surrogate == "vespo" and self.ratio == "token":
+            raise ValueError("LossSettings: surrogate=vespo weighs whole turns or rollouts; set ratio=turn or sequence")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"LossSettings: dual_clip must exceed 1, got {self.dual_clip}")
+        if self.dual_clip is not None and self.surrogate != "clip":
+            raise ValueError(f"LossSettings: dual_clip bounds surrogate=clip, not {self.surrogate}; leave it None")
         if not self.importance_cap > 0:
             raise ValueError(f"LossSettings: importance_cap must exceed 0, got {self.importance_cap}")
         if not 0 <= self.importance_floor <= self.importance_cap:

@@ -6,9 +6,13 @@ Every value is float32. Selections are written so that NaN stays NaN: comparison
 import triton
 import triton.language as tl
 
+from igpo_kernels.policy_loss.reference import LOG_RATIO, LOG_WEIGHT
+
 SUMS = tl.constexpr(9)
 """loss, policy, tokens, clipped, ratio, ratio_max, kl, mismatch, entropy: the order of the rows of partial sums."""
 RATIO_MAX = tl.constexpr(5)
+LOWEST_LOG_WEIGHT, HIGHEST_LOG_WEIGHT = (tl.constexpr(bound) for bound in LOG_WEIGHT)
+LARGEST_LOG_RATIO = tl.constexpr(LOG_RATIO)
 
 
 @triton.jit
@@ -31,16 +35,47 @@ def load(pointer, at, mask):
 
 
 @triton.jit
-def surrogate_of(ratio, advantage, low, high, dual_clip):
-    """The clipped surrogate, and its derivative in the log ratio."""
+def bounded(x, low, high):
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def surrogate_of(
+    logp, log_ratio, ratio, advantage, low, high, dual_clip, shape_pos, shape_neg, rate_pos, rate_neg,
+    SURROGATE: tl.constexpr,
+):  # fmt: skip
+    """The surrogate loss, its derivative in the log ratio (in logp where the ratio has no gradient), and whether the
+    clip range decided.
+
+    shape: vespo's k. rate: vespo's lambda, sapo's temperature.
+    """
     free = tl.where((advantage == 0) & (ratio == float("inf")), 0.0, -ratio * advantage)
-    clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
-    bound = -clipped * advantage
-    surrogate = tl.where(bound > free, bound, free)
-    if dual_clip is not None:
-        bound = -dual_clip * advantage
-        surrogate = tl.where((advantage < 0) & (surrogate > bound), bound, surrogate)
-    return surrogate, tl.where((surrogate > free) | (surrogate < free), 0.0, free)
+    if SURROGATE == "clip":
+        bound = -bounded(ratio, low, high) * advantage
+        surrogate = tl.where(bound > free, bound, free)
+        if dual_clip is not None:
+            bound = -dual_clip * advantage
+            surrogate = tl.where((advantage < 0) & (surrogate > bound), bound, surrogate)
+        slope = tl.where((surrogate > free) | (surrogate < free), 0.0, free)
+        clipped = surrogate > -ratio * advantage
+    elif SURROGATE == "cispo":
+        slope = -bounded(ratio, low, high) * advantage
+        surrogate = slope * logp
+        clipped = slope > free
+    elif SURROGATE == "sapo":
+        rate = tl.where(advantage > 0, rate_pos, rate_neg)
+        x = rate * (ratio - 1)
+        e = tl.exp(-tl.abs(x))
+        surrogate = -4 / rate * tl.where(x >= 0, 1.0, e) / (1 + e) * advantage
+        slope = tl.where(e == 0, 0.0, 4 * e / ((1 + e) * (1 + e)) * free)
+        clipped = ratio < 0
+    else:
+        rate = tl.where(advantage >= 0, rate_pos, rate_neg)
+        shape = tl.where(advantage >= 0, shape_pos, shape_neg)
+        slope = -tl.exp(rate + shape * log_ratio - rate * ratio) * advantage
+        surrogate = slope * logp
+        clipped = ratio < 0
+    return surrogate, slope, clipped
 
 
 @triton.jit
@@ -57,6 +92,12 @@ def importance_weight(gap, floor, cap, MASKED: tl.constexpr):
     if floor is not None:
         bounded = tl.where(weight < floor, 0.0 if MASKED else floor, bounded)
     return bounded
+
+
+@triton.jit
+def log_weight(x):
+    """A log weight of vespo's, in its bounds."""
+    return bounded(x, LOWEST_LOG_WEIGHT, HIGHEST_LOG_WEIGHT)
 
 
 @triton.jit
@@ -79,24 +120,43 @@ def correction_of(
 
 
 @triton.jit
-def pair_terms(logp, log_ratio, gap, correction, advantage, weight, ref_logp, entropy, low, high, dual_clip, kl, bonus):
+def pair_terms(
+    logp, log_ratio, gap, correction, advantage, weight, ref_logp, entropy, low, high, dual_clip, kl, bonus,
+    kl_log_ratio=None, shared=None, shape_pos=None, shape_neg=None, rate_pos=None, rate_neg=None,
+    SURROGATE: tl.constexpr = "clip",
+):  # fmt: skip
     """The gradient in logp, and the pair's terms in each of the sums. A pair of weight 0 adds nothing.
 
-    ref_logp, entropy and dual_clip may be None.
+    ref_logp, entropy and dual_clip may be None. kl_log_ratio: of the ratio that multiplies k3, None is 1. shared: the
+    gradient by way of a ratio that a segment's pairs share; None is the pair's own.
     """
     ratio = tl.exp(log_ratio)
-    surrogate, slope = surrogate_of(ratio, advantage, low, high, dual_clip)
+    surrogate, slope, clipped = surrogate_of(
+        logp, log_ratio, ratio, advantage, low, high, dual_clip, shape_pos, shape_neg, rate_pos, rate_neg, SURROGATE
+    )
     factor = weight * correction  # 0 where importance drops the pair, even if its ratio overflows
     policy = tl.where(factor == 0, 0.0, factor * surrogate)
     loss = policy
-    d_logp = tl.where(factor == 0, 0.0, factor * slope)
+    if shared is None:
+        d_logp = tl.where(factor == 0, 0.0, factor * slope)
+    elif SURROGATE == "cispo":
+        d_logp = shared + tl.where(factor == 0, 0.0, factor * slope)
+    else:
+        d_logp = shared
     k3 = tl.zeros_like(logp)
     if ref_logp is not None:
         distance = ref_logp - logp
         growth = tl.exp(distance)
         k3 = growth - distance - 1
+        slope = 1 - growth
+        if kl_log_ratio is not None:
+            kl_ratio = tl.exp(kl_log_ratio)
+            k3 *= kl_ratio
+            slope *= kl_ratio
+            if shared is None:
+                slope += k3
         loss += weight * kl * k3
-        d_logp += weight * kl * (1 - growth)
+        d_logp += weight * kl * slope
     if entropy is not None:
         loss -= weight * bonus * entropy
     else:
@@ -105,7 +165,7 @@ def pair_terms(logp, log_ratio, gap, correction, advantage, weight, ref_logp, en
     d_logp = tl.where(active, d_logp, 0.0)
     loss = tl.where(active, loss, 0.0)
     policy = tl.where(active, policy, 0.0)
-    clipped = active & (surrogate > -ratio * advantage)
+    clipped = active & clipped
     ratio = tl.where(active, ratio, 0.0)
     k3 = tl.where(active, k3, 0.0)
     mismatch = tl.where(active, tl.abs(gap), 0.0)
@@ -141,17 +201,33 @@ def store_partials(partial_ptr, column, columns, total):
 def tile_terms(
     logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, ref_ptr, entropy_ptr,
     segment_ptr, ratio_ptr, slope_ptr, sequence_ptr, gap_ptr, d_logp_ptr,
-    at, mask, low, high, dual_clip, kl, bonus, floor, cap, TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr,
+    at, mask, low, high, dual_clip, kl, bonus, floor, cap, shape_pos, shape_neg, rate_pos, rate_neg,
+    TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr, SURROGATE: tl.constexpr, UNBIASED_KL: tl.constexpr,
 ):  # fmt: skip
     """Load a tile of pairs, store its gradient, return its terms."""
     logp = load(logp_ptr, at, mask)
     old = load(old_ptr, at, mask) if old_ptr is not None else logp
     gap = old - load(engine_ptr, at, mask) if engine_ptr is not None else tl.zeros_like(logp)
     log_ratio = logp - old
+    kl_log_ratio = log_ratio
     correction = correction_of(gap, sequence_ptr, gap_ptr, at, mask, floor, cap, TOKEN_IMPORTANCE, MASKED)
     segment = load_number(segment_ptr, at, mask) if segment_ptr is not None else None
     if ratio_ptr is not None:
         log_ratio = load(ratio_ptr, segment, mask)
+    shared = None
+    if slope_ptr is not None and d_logp_ptr is not None:
+        # Every pair moves the whole segment's ratio: its gradient is the segment's mean slope.
+        shared = load(slope_ptr, segment, mask)
+        if MASKED:
+            shared = tl.where(correction == 0, 0.0, shared)
+    if SURROGATE == "vespo":
+        # Importance weights are factors of the segment's weight; those of its tokens are in it.
+        if gap_ptr is not None:
+            log_ratio += log_weight(tl.log(correction))
+        log_ratio = log_weight(log_ratio)
+        correction = tl.where((correction == 0) & MASKED, 0.0, 1.0)
+    else:
+        kl_log_ratio = log_ratio
     weight = load(weight_ptr, at, mask)
     advantage = load(advantage_ptr, at, mask)
     if clip_scale_ptr is not None:
@@ -159,17 +235,10 @@ def tile_terms(
     ref_logp = load(ref_ptr, at, mask) if ref_ptr is not None else None
     entropy = load(entropy_ptr, at, mask) if entropy_ptr is not None else None
     d_logp, terms = pair_terms(
-        logp, log_ratio, gap, correction, advantage, weight, ref_logp, entropy, low, high, dual_clip, kl, bonus
-    )
+        logp, log_ratio, gap, correction, advantage, weight, ref_logp, entropy, low, high, dual_clip, kl, bonus,
+        kl_log_ratio if UNBIASED_KL else None, shared, shape_pos, shape_neg, rate_pos, rate_neg, SURROGATE,
+    )  # fmt: skip
     if d_logp_ptr is not None:
-        if slope_ptr is not None:
-            # Every pair moves the whole segment's ratio: its gradient is the segment's mean slope.
-            d_logp = load(slope_ptr, segment, mask)
-            if MASKED:
-                d_logp = tl.where(correction == 0, 0.0, d_logp)
-            if ref_logp is not None:
-                d_logp += weight * kl * (1 - tl.exp(ref_logp - logp))
-            d_logp = tl.where(weight != 0, d_logp, 0.0)
         tl.store(d_logp_ptr + at, d_logp.to(d_logp_ptr.dtype.element_ty), mask=mask)
     return terms
 
@@ -178,8 +247,9 @@ def tile_terms(
 def policy_loss_kernel(
     logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, ref_ptr, entropy_ptr,
     segment_ptr, ratio_ptr, slope_ptr, sequence_ptr, gap_ptr, d_logp_ptr, partial_ptr,
-    n: tl.int64, low, high, dual_clip, kl, bonus, floor, cap,
-    TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    n: tl.int64, low, high, dual_clip, kl, bonus, floor, cap, shape_pos, shape_neg, rate_pos, rate_neg,
+    TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr, SURROGATE: tl.constexpr, UNBIASED_KL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One pass over n pairs: d_logp [n], and partial sums [SUMS, programs]."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -191,7 +261,8 @@ def policy_loss_kernel(
         terms = tile_terms(
             logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, ref_ptr, entropy_ptr,
             segment_ptr, ratio_ptr, slope_ptr, sequence_ptr, gap_ptr, d_logp_ptr,
-            at, None, low, high, dual_clip, kl, bonus, floor, cap, TOKEN_IMPORTANCE, MASKED,
+            at, None, low, high, dual_clip, kl, bonus, floor, cap, shape_pos, shape_neg, rate_pos, rate_neg,
+            TOKEN_IMPORTANCE, MASKED, SURROGATE, UNBIASED_KL,
         )  # fmt: skip
         total = combine(total, terms)
     if program == full % programs:
@@ -199,7 +270,8 @@ def policy_loss_kernel(
         terms = tile_terms(
             logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, ref_ptr, entropy_ptr,
             segment_ptr, ratio_ptr, slope_ptr, sequence_ptr, gap_ptr, d_logp_ptr,
-            at, at < n, low, high, dual_clip, kl, bonus, floor, cap, TOKEN_IMPORTANCE, MASKED,
+            at, at < n, low, high, dual_clip, kl, bonus, floor, cap, shape_pos, shape_neg, rate_pos, rate_neg,
+            TOKEN_IMPORTANCE, MASKED, SURROGATE, UNBIASED_KL,
         )  # fmt: skip
         total = combine(total, terms)
     store_partials(partial_ptr, program, programs, total)
@@ -259,43 +331,62 @@ def policy_loss_gap_kernel(
 
 @triton.jit
 def policy_loss_segment_kernel(
-    logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, sequence_ptr, gap_ptr,
-    order_ptr, offset_ptr, ratio_ptr, slope_ptr, low, high, dual_clip, floor, cap,
-    TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, ref_ptr, sequence_ptr, gap_ptr,
+    order_ptr, offset_ptr, ratio_ptr, slope_ptr, low, high, dual_clip, kl, floor, cap,
+    shape_pos, shape_neg, rate_pos, rate_neg,
+    TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr, SURROGATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Per segment: mean log ratio and mean slope; its pairs are order[offset[s] : offset[s + 1]].
+    """Per segment: mean log ratio (vespo: the sum) and mean slope; its pairs are order[offset[s] : offset[s + 1]].
 
-    Pairs of weight 0 are left out, and so are pairs that importance masks.
+    Pairs of weight 0 are left out, and so are pairs that importance masks. slope_ptr None: nothing's gradient goes by
+    way of the segment's ratio. ref_ptr None: nor does the KL's.
     """
     s = tl.program_id(0)
     begin, end = tl.load(offset_ptr + s), tl.load(offset_ptr + s + 1)
     counts, log_ratios = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        pair, kept, logp, old, _, _ = segment_pairs(
+        pair, kept, logp, old, _, correction = segment_pairs(
             logp_ptr, old_ptr, weight_ptr, engine_ptr, sequence_ptr, gap_ptr, order_ptr, at, at < end, floor, cap,
             TOKEN_IMPORTANCE, MASKED,
         )  # fmt: skip
         counts += kept.to(tl.float32)
-        log_ratios += tl.where(kept, logp - old, 0.0)
+        log_ratio = logp - old
+        if SURROGATE == "vespo":
+            log_ratio = bounded(log_ratio, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+            if TOKEN_IMPORTANCE:
+                log_ratio += log_weight(tl.log(correction))
+        log_ratios += tl.where(kept, log_ratio, 0.0)
     count = tl.maximum(tl.sum(counts, 0), 1.0)
-    log_ratio = tl.sum(log_ratios, 0) / count
+    log_ratio = tl.sum(log_ratios, 0)
+    if SURROGATE != "vespo":
+        log_ratio /= count
     tl.store(ratio_ptr + s, log_ratio)
-    ratio = tl.zeros([BLOCK], tl.float32) + tl.exp(log_ratio)
-    slopes = tl.zeros([BLOCK], tl.float32)
-    for start in range(begin, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        pair, kept, _, _, weight, correction = segment_pairs(
-            logp_ptr, old_ptr, weight_ptr, engine_ptr, sequence_ptr, gap_ptr, order_ptr, at, at < end, floor, cap,
-            TOKEN_IMPORTANCE, MASKED,
-        )  # fmt: skip
-        advantage, lowest, highest = load(advantage_ptr, pair, kept), low, high
-        if clip_scale_ptr is not None:
-            lowest, highest, advantage = scaled_range(load(clip_scale_ptr, pair, kept), low, high, advantage)
-        _, slope = surrogate_of(ratio, advantage, lowest, highest, dual_clip)
-        factor = weight * correction
-        slopes += tl.where(factor != 0, factor * slope, 0.0)
-    tl.store(slope_ptr + s, tl.sum(slopes, 0) / count)
+    if slope_ptr is not None:
+        ratio = tl.zeros([BLOCK], tl.float32) + tl.exp(log_ratio)
+        slopes = tl.zeros([BLOCK], tl.float32)
+        for start in range(begin, end, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            mask = at < end
+            pair, kept, logp, _, weight, correction = segment_pairs(
+                logp_ptr, old_ptr, weight_ptr, engine_ptr, sequence_ptr, gap_ptr, order_ptr, at, mask, floor, cap,
+                TOKEN_IMPORTANCE, MASKED,
+            )  # fmt: skip
+            if SURROGATE != "cispo":
+                advantage, lowest, highest = load(advantage_ptr, pair, kept), low, high
+                if clip_scale_ptr is not None:
+                    lowest, highest, advantage = scaled_range(load(clip_scale_ptr, pair, kept), low, high, advantage)
+                _, slope, _ = surrogate_of(
+                    logp, log_ratio, ratio, advantage, lowest, highest, dual_clip, shape_pos, shape_neg, rate_pos,
+                    rate_neg, SURROGATE,
+                )  # fmt: skip
+                factor = weight * correction
+                slopes += tl.where(factor != 0, factor * slope, 0.0)
+            if ref_ptr is not None:
+                distance = load(ref_ptr, pair, weight != 0) - logp
+                slope = weight * kl * ratio * (tl.exp(distance) - distance - 1)
+                slopes += tl.where(weight != 0, slope, 0.0)
+        tl.store(slope_ptr + s, tl.sum(slopes, 0) / count)
 
 
 @triton.jit

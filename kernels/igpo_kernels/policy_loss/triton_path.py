@@ -17,7 +17,7 @@ import triton
 from igpo_kernels.autograd import first_order
 from igpo_kernels.policy_loss.gradients import hand_out
 from igpo_kernels.policy_loss.reference import METRICS, segment_count
-from igpo_kernels.policy_loss.settings import LossSettings
+from igpo_kernels.policy_loss.settings import SURROGATES, LossSettings
 from igpo_kernels.policy_loss.triton_kernels import (
     SUMS,
     policy_loss_finish_kernel,
@@ -60,7 +60,8 @@ class _PolicyLoss(torch.autograd.Function):
             logp, given["old"], given["advantage"], given["weight"], given["clip_scale"], given["engine"], given["ref"],
             entropy, given["segment"], ratio, slope, given["sequence"], gap, d_logp, partials, len(logp),
             *bounds(settings), settings.dual_clip, float(settings.kl), float(settings.entropy),
-            *importance_bounds(settings), **importance_flags(settings), BLOCK=config["BLOCK"], **config.options(),
+            *importance_bounds(settings), **importance_flags(settings), **surrogate_arguments(settings),
+            UNBIASED_KL=settings.unbiased_kl, BLOCK=config["BLOCK"], **config.options(),
         )  # fmt: skip
         loss, sums = finish(partials, arch)
         ctx.save_for_backward(given["weight"] if ctx.needs_input_grad[1] else None)
@@ -102,6 +103,18 @@ def importance_flags(settings: LossSettings) -> dict[str, bool]:
     return {"TOKEN_IMPORTANCE": settings.importance == "token", "MASKED": settings.importance_mode == "mask"}
 
 
+def surrogate_arguments(settings: LossSettings) -> dict[str, float | str | None]:
+    """What the kernels need beside the clip range; None what the surrogate has not."""
+    shape, rate = (None, None), (None, None)
+    if settings.surrogate == "vespo":
+        shape = (float(settings.vespo_k_pos), float(settings.vespo_k_neg))
+        rate = (float(settings.vespo_lambda_pos), float(settings.vespo_lambda_neg))
+    elif settings.surrogate == "sapo":
+        rate = (float(settings.sapo_temperature_pos), float(settings.sapo_temperature_neg))
+    names = ("shape_pos", "shape_neg", "rate_pos", "rate_neg")
+    return {"SURROGATE": settings.surrogate, **dict(zip(names, shape + rate, strict=True))}
+
+
 def finish(partials: torch.Tensor, arch: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss and the metrics [8] from partial sums [9, columns]."""
     sums = partials.new_empty(SUMS.value)
@@ -124,15 +137,18 @@ def gaps_of_sequences(logp, given, settings, arch):
 
 
 def segment_statistics(logp, given, gap, settings, arch):
-    """Mean log ratio and mean slope of each segment; None where the settings need none."""
+    """Mean log ratio (vespo: the sum) and mean slope of each segment; None where the settings need none."""
     if given["segment"] is None or not len(logp):
         return None, None
     order, offsets = by_segment("segment", given["segment"])
     ratio, slope = (logp.new_empty(len(offsets) - 1, dtype=torch.float32) for _ in range(2))
+    ref = given["ref"] if settings.unbiased_kl else None
+    if settings.surrogate == "vespo" or (settings.surrogate == "cispo" and ref is None):
+        slope = None  # no gradient goes by way of the segment's ratio
     policy_loss_segment_kernel[(len(ratio),)](
-        logp, given["old"], given["advantage"], given["weight"], given["clip_scale"], given["engine"],
+        logp, given["old"], given["advantage"], given["weight"], given["clip_scale"], given["engine"], ref,
         given["sequence"], gap, order, offsets, ratio, slope, *bounds(settings), settings.dual_clip,
-        *importance_bounds(settings), **importance_flags(settings),
+        float(settings.kl), *importance_bounds(settings), **importance_flags(settings), **surrogate_arguments(settings),
         **config_for("policy_loss_segment", arch, "any", "fp32").launch(),
     )  # fmt: skip
     return ratio, slope
@@ -155,6 +171,12 @@ FEATURES = {
     "banded": ("old_ptr", "engine_ptr", "floor"),
     "sequence": ("old_ptr", "engine_ptr", "entropy_ptr", "sequence_ptr", "gap_ptr"),
     "segment": ("old_ptr", "engine_ptr", "entropy_ptr", "segment_ptr", "ratio_ptr", "slope_ptr"),
+    "cispo": ("old_ptr",),
+    "sapo": ("old_ptr", "rate_pos", "rate_neg"),
+    "vespo": (
+        "old_ptr", "engine_ptr", "segment_ptr", "ratio_ptr", "shape_pos", "shape_neg", "rate_pos", "rate_neg",
+    ),
+    "unbiased-kl": ("old_ptr", "ref_ptr"),
     "segment-full": (
         "old_ptr", "engine_ptr", "ref_ptr", "entropy_ptr", "dual_clip", "clip_scale_ptr", "floor", "segment_ptr",
         "ratio_ptr", "slope_ptr", "sequence_ptr", "gap_ptr",
@@ -173,7 +195,7 @@ def variants() -> Iterator[Variant]:
         yield from _variants("policy_loss", policy_loss_kernel, features)
     for features in ("sequence", "segment-full"):
         yield from _variants("policy_loss_gap", policy_loss_gap_kernel, features)
-    for features in ("segment", "segment-full"):
+    for features in ("segment", "segment-full", "vespo"):
         yield from _variants("policy_loss_segment", policy_loss_segment_kernel, features)
     yield from _variants("policy_loss_finish", policy_loss_finish_kernel, "ratio")
     yield from _variants("policy_loss_scale", policy_loss_scale_kernel, "ratio")
@@ -182,9 +204,11 @@ def variants() -> Iterator[Variant]:
 def _variants(kernel: str, fn, features: str) -> Iterator[Variant]:
     for arch, shape_class, dtype, config in configs(kernel):
         flags = {
-            "TOKEN_IMPORTANCE": features in ("full", "masked", "banded"),
+            "TOKEN_IMPORTANCE": features in ("full", "masked", "banded", "vespo"),
             "MASKED": features in ("masked", "banded", "segment-full"),
             "MEAN": features == "segment-full",
+            "SURROGATE": features if features in SURROGATES else "clip",
+            "UNBIASED_KL": features in ("unbiased-kl", "segment-full"),
         }
         constexprs = {k: v for k, v in {**flags, **config.constants}.items() if k in fn.arg_names}
         signature = {}

@@ -21,6 +21,9 @@ TOKEN = LossSettings(kl=0.1, importance="token", importance_cap=1.3)
 MASK = LossSettings(entropy=0.1, importance="token", importance_mode="mask", importance_cap=1.3)
 BAND = LossSettings(importance="token", importance_cap=1.3, importance_floor=0.7)
 
+CISPO = LossSettings(surrogate="cispo", kl=0.2, unbiased_kl=True, importance="token")
+SAPO = LossSettings(surrogate="sapo", sapo_temperature_neg=2.0, entropy=0.1)
+
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
@@ -100,6 +103,11 @@ def test_ragged_shapes(case, full, softcap, temperature, without, device):
     check(
         make(*case), FULL if full else LossSettings(), device, softcap=softcap, temperature=temperature, without=without
     )
+
+
+@pytest.mark.parametrize("setting", [CISPO, SAPO], ids=["cispo", "sapo"])
+def test_other_surrogates(setting, device):
+    check(make(7, 5, 40, 12), setting, device)
 
 
 def test_rows_with_many_pairs_and_shared_labels(device):

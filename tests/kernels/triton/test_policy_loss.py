@@ -39,7 +39,20 @@ SETTINGS = {
     "turn and token band": LossSettings(
         ratio="turn", importance="token", importance_mode="mask", importance_cap=1.2, importance_floor=0.8
     ),
-}
+    "unbiased kl": LossSettings(kl=0.3, unbiased_kl=True, dual_clip=1.5),
+    "cispo": LossSettings(surrogate="cispo", kl=0.2, entropy=0.1, importance="token"),
+    "cispo, masked turns, unbiased kl": LossSettings(
+        surrogate="cispo", ratio="turn", clip_low=0.05, kl=0.3, unbiased_kl=True, importance="token",
+        importance_mode="mask", importance_cap=1.2, importance_floor=0.8,
+    ),
+    "sapo": LossSettings(surrogate="sapo", sapo_temperature_pos=2.0, kl=0.2, unbiased_kl=True),
+    "sapo of rollouts": LossSettings(surrogate="sapo", ratio="sequence", kl=0.2, unbiased_kl=True),
+    "vespo": LossSettings(surrogate="vespo", ratio="sequence", kl=0.2, unbiased_kl=True, importance="token"),
+    "vespo of turns, masked rollouts": LossSettings(
+        surrogate="vespo", ratio="turn", vespo_k_neg=1.0, importance="sequence", importance_mode="mask",
+        importance_cap=1.5, importance_floor=0.6,
+    ),
+}  # fmt: skip
 
 
 def make(m, seed=0, sequences=5):
@@ -94,10 +107,15 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(triton_path, "config_for", lambda kernel, *_: Config(table[kernel], 1, 1))
 
 
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_equals_its_definition(name, device):
+    check(make(150), SETTINGS[name], device)
+
+
 @pytest.mark.parametrize("m", [1, 63, 64, 65, 192, 500])
-def test_every_setting_equals_its_definition(setting, m, device):
-    check(make(m), setting, device)
+@pytest.mark.parametrize("name", ["plain", "everything", "turn and sequence mask"])
+def test_lengths_around_a_tile(name, m, device):
+    check(make(m), SETTINGS[name], device)
 
 
 @pytest.mark.parametrize("m", [1024, 5000])
@@ -210,6 +228,16 @@ def test_a_clipped_ratio_may_overflow(backend, device):
     out = run(case, LossSettings(dual_clip=3.0), backend, torch.float32, device)
     assert float(out["loss"]) == pytest.approx(-1.2 + 0 + 3) and not out["d_logp"].any()
     assert out["ratio"].isinf()
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("surrogate, loss, slopes", [("sapo", -4 + 4 / 1.05, [0, 0]), ("cispo", 0, [-1.2, 1.2])])
+def test_a_bounded_ratio_may_overflow(surrogate, loss, slopes, backend, device):
+    pairs = dict(logp=[0.0] * 2, old_logp=[-1e4] * 2, advantages=[1.0, -1.0], weights=[1.0] * 2)
+    case = {k: torch.tensor(x, dtype=torch.float64) for k, x in pairs.items()}
+    out = run(case, LossSettings(surrogate=surrogate), backend, torch.float32, device)
+    assert float(out["loss"]) == pytest.approx(loss, abs=1e-6)
+    assert out["d_logp"].tolist() == pytest.approx([1.7 * x for x in slopes])
 
 
 def test_a_ratio_of_no_advantage_may_overflow(device):
