@@ -77,8 +77,9 @@ class Tunable:
     them.
 
     ``space`` maps every constant of the table, num_warps and num_stages included, to the values to try; values of the
-    names in ``a_processor`` are counts per multiprocessor. ``workload`` makes inputs on a device and returns the call
-    to time, which looks its configuration up as always.
+    names in ``a_processor`` are counts per multiprocessor. ``workload`` makes inputs on a device (the same after the
+    same seed) and returns the call to time, which looks its configuration up as always and returns what the kernel
+    decides, a tensor or several.
     """
 
     kernel: str

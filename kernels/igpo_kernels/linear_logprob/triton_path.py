@@ -9,6 +9,7 @@ bitwise.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -382,25 +383,36 @@ def tunables() -> Iterator[Tunable]:
                 yield Tunable(f"linear_logprob_{kernel}", size, dtype, space, make)
 
 
+def _tuned_head(device: torch.device, size: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Hidden states and a weight whose logits are about 1."""
+    scale = TUNED_HIDDEN**-0.25
+    return [torch.randn(n, TUNED_HIDDEN, device=device, dtype=dtype) * scale for n in (TUNED_ROWS[size], TUNED_VOCAB)]
+
+
 def _forward_workload(device: torch.device, size: str, dtype: torch.dtype):
-    x, weight = (torch.randn(n, TUNED_HIDDEN, device=device, dtype=dtype) for n in (TUNED_ROWS[size], TUNED_VOCAB))
+    x, weight = _tuned_head(device, size, dtype)
 
     def run():
         head = Head.of(x, weight, None, 1.0, 0.0, len(x))
         tiles = triton.cdiv(len(weight), head.forward["BLOCK_VOCAB"])
-        top, mass = torch.empty((2, tiles, len(x)), device=device)
-        head.tile_statistics(x, top, mass, None)
+        tile_top, tile_mass = torch.empty((2, tiles, len(x)), device=device)
+        head.tile_statistics(x, tile_top, tile_mass, None)
+        top, log_mass = torch.empty((2, len(x)), device=device)
+        head.combine(tile_top, tile_mass, None, top, log_mass, None, slice(0, len(x)))
+        return top + log_mass  # whatever the tiles, this is the same
 
     return run
 
 
 def _backward_workload(device: torch.device, size: str, dtype: torch.dtype):
-    x, weight = (torch.randn(n, TUNED_HIDDEN, device=device, dtype=dtype) for n in (TUNED_ROWS[size], TUNED_VOCAB))
+    x, weight = _tuned_head(device, size, dtype)
     dz = torch.empty((len(x), len(weight)), device=device, dtype=dtype)
-    top, log_mass, d_logp = torch.randn((3, len(x)), device=device)
+    top, d_logp = torch.randn((2, len(x)), device=device)
+    log_mass = math.log(len(weight)) - top
 
     def run():
         head = Head.of(x, weight, None, 1.0, 0.0, len(x))
         head.tile_gradients(x, slice(0, len(weight)), dz, (top, log_mass, None, d_logp, None))
+        return dz
 
     return run

@@ -190,4 +190,9 @@ def _workload(device: torch.device, dtype: str):
     one = torch.ones(n, device=device)
     inputs = dict(advantages=one, weights=one, old_logp=None, clip_scale=None, engine_logp=None, ref_logp=None)
     x.requires_grad_()
-    return lambda: linear_policy_loss(x, weight, None, pairs, inputs, LossSettings(), 1.0, 0.0)
+
+    def run():
+        loss = linear_policy_loss(x, weight, None, pairs, inputs, LossSettings(), 1.0, 0.0)[0]
+        return loss.detach(), *torch.autograd.grad(loss, x)
+
+    return run

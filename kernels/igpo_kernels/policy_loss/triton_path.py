@@ -240,11 +240,16 @@ def _workload(device: torch.device):
     logp, old, advantages, weights = (torch.rand(n, device=device) for _ in range(4))
     absent = dict.fromkeys(("clip_scale", "engine_logp", "ref_logp", "entropy", "segment", "sequence"))
     logp.requires_grad_()
-    return lambda: policy_loss(
-        logp, old_logp=old, advantages=advantages, weights=weights, settings=LossSettings(), **absent
-    )
+
+    def run():
+        given = dict(old_logp=old, advantages=advantages, weights=weights, settings=LossSettings(), **absent)
+        loss = policy_loss(logp, **given)[0]
+        return loss.detach(), *torch.autograd.grad(loss, logp)
+
+    return run
 
 
 def _scaling(device: torch.device, dtype: str):
-    gradient, factor = torch.rand(16 << 20, device=device, dtype=DTYPES[dtype]), torch.full((), 0.5, device=device)
+    # Times -1: many calls in place leave neither zeros nor infinities.
+    gradient, factor = torch.rand(16 << 20, device=device, dtype=DTYPES[dtype]), torch.full((), -1.0, device=device)
     return lambda: scale_(gradient, factor)
