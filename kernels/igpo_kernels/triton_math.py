@@ -5,10 +5,45 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""Exponentials are taken to base 2, as GPUs have them: exp(x) = 2^(x log2 e), the factor folded into one before it."""
+LN_2 = tl.constexpr(0.6931471805599453)
+BARRED = tl.constexpr(-1e30)
+"""A logit that stands for -inf: its probability is 0, and 0 times its logarithm is 0 and no NaN."""
+FLOOR = tl.constexpr(-1e15)
+"""Least logit to subtract from others: so that where all are barred, none is its own maximum."""
+
+
+@triton.jit
+def above_barred(x):
+    """``x``, or BARRED if that is higher. NaN stays NaN."""
+    return tl.where(x < BARRED, BARRED, x)
+
 
 @triton.jit
 def soft_capped(x, softcap, CAPPED: tl.constexpr):
     """``softcap * tanh(x / softcap)``, from one exponential that may overflow to inf without harm."""
     if CAPPED:
-        x = softcap * (1 - 2 / (1 + tl.exp(x * (2 / softcap))))
+        x = softcap * (1 - 2 / (1 + tl.exp2(x * (2 * LOG2_E / softcap))))
     return x
+
+
+@triton.jit
+def base_of(top):
+    """A logit ``top`` (after the temperature) to base 2, and what its rounding left."""
+    base = top * LOG2_E
+    return base, tl.fma(top, LOG2_E, -base)
+
+
+@triton.jit
+def gradients_of(z, scale, base, push, pull, softcap, CAPPED: tl.constexpr):
+    """``2^f (push + f pull) slope``, f = z scale - base: the gradient of raw logits from soft-capped ones ``z``.
+
+    That is ``p (a + b log p)``; a and b, the temperature and what p lacks are in ``push`` and ``pull`` (None: b = 0).
+    """
+    fall = tl.fma(z, scale, -base)
+    dz = tl.exp2(fall) * (push if pull is None else tl.fma(fall, pull, push))
+    if CAPPED:
+        t = z * (1 / softcap)
+        dz *= 1 - t * t
+    return dz

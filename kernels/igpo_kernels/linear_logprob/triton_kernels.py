@@ -9,7 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from igpo_kernels.triton_math import soft_capped
+from igpo_kernels.triton_math import (
+    BARRED,
+    FLOOR,
+    LN_2,
+    LOG2_E,
+    above_barred,
+    base_of,
+    gradients_of,
+    soft_capped,
+)
 
 LENGTHS = ("n_rows", "first_row", "n_vocab", "first_vocab", "n_cells", "n_tiles")
 """Arguments without specialisation, so that a kernel compiles once for all batches. A model's own sizes (n_hidden,
@@ -72,24 +81,19 @@ def tile_products(
 
 
 @triton.jit
-def scaled(z, bias_ptr, columns, n_vocab, inverse_temperature, softcap, CAPPED: tl.constexpr):
-    """Raw logits to the softmax's input."""
+def logits_of(products, bias_ptr, columns, n_vocab, softcap, CAPPED: tl.constexpr):
+    """Products of a tile to logits, before the temperature. A bias bars the columns beyond the vocabulary, too."""
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + columns, mask=columns < n_vocab, other=0.0).to(tl.float32)[None, :]
-    return soft_capped(z, softcap, CAPPED) * inverse_temperature
+        bias = tl.load(bias_ptr + columns, mask=columns < n_vocab, other=BARRED).to(tl.float32)
+        products += above_barred(bias)[None, :]
+    return soft_capped(products, softcap, CAPPED)
 
 
 @triton.jit
-def finite(top):
-    """A base to subtract: 0 where every logit so far is -inf (barred), because -inf - -inf is NaN."""
-    return tl.where(top == float("-inf"), 0.0, top)
-
-
-@triton.jit
-def mass_and_moment(z, top):
-    fall = z - finite(top)[:, None]
-    e = tl.exp(fall)
-    return tl.sum(e, axis=1), tl.sum(e * tl.maximum(fall, -1e30), axis=1)  # 0 * -inf would be NaN
+def mass_and_moment(z, scale, base):
+    fall = tl.fma(z, scale, -base[:, None])
+    e = tl.exp2(fall)
+    return tl.sum(e, axis=1), tl.sum(e * fall, axis=1)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -101,6 +105,7 @@ def tile_statistics(
 ):  # fmt: skip
     """Largest logit, mass and moment (if ``moment_ptr``) of every row in every vocabulary tile: [vocab tiles, U]."""
     row_tiles, vocab_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_vocab, BLOCK_VOCAB)
+    scale = inverse_temperature * LOG2_E
     for index in tl.range(tl.program_id(0), row_tiles * vocab_tiles, tl.num_programs(0), flatten=FLATTEN):
         row_tile, vocab_tile = tile_of(index, row_tiles, vocab_tiles, GROUP_ROWS)
         first_row, first_vocab = row_tile * BLOCK_ROWS, vocab_tile * BLOCK_VOCAB
@@ -109,20 +114,25 @@ def tile_statistics(
             BLOCK_ROWS, BLOCK_VOCAB, BLOCK_HIDDEN, TMA,
         )  # fmt: skip
         columns = first_vocab + tl.arange(0, BLOCK_VOCAB // 2)
-        left = scaled(left, bias_ptr, columns, n_vocab, inverse_temperature, softcap, CAPPED)
-        left = tl.where((columns < n_vocab)[None, :], left, float("-inf"))
-        columns += BLOCK_VOCAB // 2
-        right = scaled(right, bias_ptr, columns, n_vocab, inverse_temperature, softcap, CAPPED)
-        right = tl.where((columns < n_vocab)[None, :], right, float("-inf"))
-        top = tl.maximum(tl.max(left, axis=1), tl.max(right, axis=1))
-        left_mass, left_moment = mass_and_moment(left, top)
-        right_mass, right_moment = mass_and_moment(right, top)
+        left = logits_of(left, bias_ptr, columns, n_vocab, softcap, CAPPED)
+        right = logits_of(right, bias_ptr, columns + BLOCK_VOCAB // 2, n_vocab, softcap, CAPPED)
+        if CAPPED or bias_ptr is None:
+            if first_vocab + BLOCK_VOCAB > n_vocab:  # a branch: whole tiles, all but the last, need no mask
+                left = tl.where((columns < n_vocab)[None, :], left, BARRED)
+                right = tl.where((columns + BLOCK_VOCAB // 2 < n_vocab)[None, :], right, BARRED)
+        top = tl.maximum(tl.maximum(tl.max(left, axis=1), tl.max(right, axis=1)), FLOOR) * inverse_temperature
+        base, rest = base_of(top)
+        left_mass, left_moment = mass_and_moment(left, scale, base)
+        right_mass, right_moment = mass_and_moment(right, scale, base)
+        mass, moment = left_mass + right_mass, left_moment + right_moment
+        # Relative to base; relative to top each is exp2(-rest) times as large.
+        lift = tl.exp2(-rest)
         rows = first_row + tl.arange(0, BLOCK_ROWS)
         at = vocab_tile.to(tl.int64) * n_rows + rows
         tl.store(top_ptr + at, top, mask=rows < n_rows)
-        tl.store(mass_ptr + at, left_mass + right_mass, mask=rows < n_rows)
+        tl.store(mass_ptr + at, mass * lift, mask=rows < n_rows)
         if moment_ptr is not None:
-            tl.store(moment_ptr + at, left_moment + right_moment, mask=rows < n_rows)
+            tl.store(moment_ptr + at, (moment - rest * mass) * (lift * LN_2), mask=rows < n_rows)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -132,26 +142,24 @@ def combine_tiles(
 ):  # fmt: skip
     """Combine the tiles' statistics into each row's largest logit, log mass and entropy [U], in a fixed order."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    top = tl.full((BLOCK_ROWS,), float("-inf"), dtype=tl.float32)
+    top = tl.full((BLOCK_ROWS,), BARRED, dtype=tl.float32)
     mass = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
     moment = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
     for start in range(0, n_tiles, BLOCK_TILES):
         tiles = start + tl.arange(0, BLOCK_TILES)
         at = tiles.to(tl.int64)[:, None] * n_rows + tl.minimum(rows, n_rows - 1)[None, :]
         inside = (tiles < n_tiles)[:, None]
-        tile_top = tl.load(tile_top_ptr + at, mask=inside, other=float("-inf"))
+        tile_top = tl.load(tile_top_ptr + at, mask=inside, other=BARRED)
         tile_mass = tl.load(tile_mass_ptr + at, mask=inside, other=0.0)
         new_top = tl.maximum(top, tl.max(tile_top, axis=0))
-        # Before the first tile, where there is none, and in a barred one, -inf times a mass of 0 would be NaN.
-        base = finite(new_top)
-        fall, tile_fall = tl.maximum(top - base, -1e30), tl.maximum(tile_top - base[None, :], -1e30)
+        fall, tile_fall = top - new_top, tile_top - new_top[None, :]
         if entropy_ptr is not None:
             tile_moment = tl.load(tile_moment_ptr + at, mask=inside, other=0.0)
             moment = (moment + fall * mass) * tl.exp(fall)
             moment += tl.sum((tile_moment + tile_fall * tile_mass) * tl.exp(tile_fall), axis=0)
         mass = mass * tl.exp(fall) + tl.sum(tile_mass * tl.exp(tile_fall), axis=0)
         top = new_top
-    log_mass = tl.log(mass)
+    log_mass = tl.log(tl.where(mass == 0, float("nan"), mass))  # 0: every token of the row is barred
     tl.store(top_ptr + rows, top, mask=rows < n_rows)
     tl.store(log_mass_ptr + rows, log_mass, mask=rows < n_rows)
     if entropy_ptr is not None:
@@ -182,21 +190,6 @@ def cell_logits(
     tl.store(logit_ptr + cells, soft_capped(z, softcap, CAPPED) * inverse_temperature, mask=mine)
 
 
-@triton.jit
-def logit_gradient(z, top, log_mass, entropy, d_logp, d_entropy, cell_d_logp, inverse_temperature, softcap,
-                   CAPPED: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
-    """Gradient of the raw logit: ``(cell_d_logp - p (d_logp + d_entropy (log p + entropy))) * slope``."""
-    log_p = z - top - log_mass
-    pull = d_logp
-    if ENTROPY:
-        pull = (d_logp + d_entropy * entropy) + d_entropy * tl.maximum(log_p, -1e30)  # p = 0 times -inf would be NaN
-    dz = (cell_d_logp - tl.exp(log_p) * pull) * inverse_temperature
-    if CAPPED:
-        t = z * (1 / (inverse_temperature * softcap))
-        dz *= 1 - t * t
-    return dz
-
-
 @triton.jit(do_not_specialize=LENGTHS)
 def tile_gradients(
     x, weight, bias_ptr, dz, top_ptr, log_mass_ptr, entropy_ptr, d_logp_ptr, d_entropy_ptr,
@@ -206,6 +199,7 @@ def tile_gradients(
 ):  # fmt: skip
     """Gradient of the raw logits of a vocabulary chunk, from recomputed logits, as if no label lay in it."""
     row_tiles, vocab_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_vocab, BLOCK_VOCAB)
+    scale = inverse_temperature * LOG2_E
     for index in tl.range(tl.program_id(0), row_tiles * vocab_tiles, tl.num_programs(0), flatten=FLATTEN):
         row_tile, vocab_tile = tile_of(index, row_tiles, vocab_tiles, GROUP_ROWS)
         first_row, first_vocab = row_tile * BLOCK_ROWS, vocab_tile * BLOCK_VOCAB
@@ -215,25 +209,26 @@ def tile_gradients(
         )  # fmt: skip
         rows = first_row + tl.arange(0, BLOCK_ROWS)
         inside = rows < n_rows
-        top = tl.load(top_ptr + rows, mask=inside, other=0.0)[:, None]
-        log_mass = tl.load(log_mass_ptr + rows, mask=inside, other=0.0)[:, None]
-        d_logp = tl.load(d_logp_ptr + rows, mask=inside, other=0.0)[:, None]
-        ENTROPY: tl.constexpr = d_entropy_ptr is not None
-        entropy, d_entropy = 0.0, 0.0
-        if ENTROPY:
-            entropy = tl.load(entropy_ptr + rows, mask=inside, other=0.0)[:, None]
-            d_entropy = tl.load(d_entropy_ptr + rows, mask=inside, other=0.0)[:, None]
+        base, rest = base_of(tl.load(top_ptr + rows, mask=inside, other=0.0))
+        log_mass = tl.load(log_mass_ptr + rows, mask=inside, other=0.0)
+        d_logp = tl.load(d_logp_ptr + rows, mask=inside, other=0.0)
+        # p = exp2(z scale - base) share
+        share = tl.exp2(tl.fma(log_mass, -LOG2_E, -rest))
+        slope = -share * inverse_temperature
+        if d_entropy_ptr is not None:
+            entropy = tl.load(entropy_ptr + rows, mask=inside, other=0.0)
+            d_entropy = tl.load(d_entropy_ptr + rows, mask=inside, other=0.0)
+            d_logp += d_entropy * (entropy - log_mass - rest * LN_2)
+            pull = (slope * d_entropy * LN_2)[:, None]
+        else:
+            pull = None
+        base, push = base[:, None], (slope * d_logp)[:, None]
         columns = first_vocab + tl.arange(0, BLOCK_VOCAB // 2)
-        left = scaled(left, bias_ptr, columns, n_vocab, inverse_temperature, softcap, CAPPED)
-        left = logit_gradient(
-            left, top, log_mass, entropy, d_logp, d_entropy, 0.0, inverse_temperature, softcap, CAPPED, ENTROPY
-        )
+        left = logits_of(left, bias_ptr, columns, n_vocab, softcap, CAPPED)
+        left = gradients_of(left, scale, base, push, pull, softcap, CAPPED)
         store_tile(dz, dz_stride, first_row, n_rows, first_vocab, left, TMA)
-        columns += BLOCK_VOCAB // 2
-        right = scaled(right, bias_ptr, columns, n_vocab, inverse_temperature, softcap, CAPPED)
-        right = logit_gradient(
-            right, top, log_mass, entropy, d_logp, d_entropy, 0.0, inverse_temperature, softcap, CAPPED, ENTROPY
-        )
+        right = logits_of(right, bias_ptr, columns + BLOCK_VOCAB // 2, n_vocab, softcap, CAPPED)
+        right = gradients_of(right, scale, base, push, pull, softcap, CAPPED)
         store_tile(dz, dz_stride, first_row, n_rows, first_vocab + BLOCK_VOCAB // 2, right, TMA)
 
 
@@ -253,13 +248,14 @@ def cell_gradients(
     cell_d_logp = tl.load(cell_d_logp_ptr + cells, mask=mine, other=0.0)
     top = tl.load(top_ptr + row, mask=mine, other=0.0)
     log_mass = tl.load(log_mass_ptr + row, mask=mine, other=0.0)
-    d_logp = tl.load(d_logp_ptr + row, mask=mine, other=0.0)
-    ENTROPY: tl.constexpr = d_entropy_ptr is not None
-    entropy, d_entropy = 0.0, 0.0
-    if ENTROPY:
+    pull = tl.load(d_logp_ptr + row, mask=mine, other=0.0)
+    log_p = z - top - log_mass
+    if d_entropy_ptr is not None:
         entropy = tl.load(entropy_ptr + row, mask=mine, other=0.0)
         d_entropy = tl.load(d_entropy_ptr + row, mask=mine, other=0.0)
-    dz = logit_gradient(
-        z, top, log_mass, entropy, d_logp, d_entropy, cell_d_logp, inverse_temperature, softcap, CAPPED, ENTROPY
-    )
+        pull += d_entropy * (entropy + above_barred(log_p))  # of a barred label 0 times -inf would be NaN
+    dz = (cell_d_logp - tl.exp(log_p) * pull) * inverse_temperature
+    if CAPPED:
+        t = z / (inverse_temperature * softcap)
+        dz *= 1 - t * t
     tl.store(dz_ptr + row * dz_stride + label, dz.to(dz_ptr.dtype.element_ty), mask=mine)

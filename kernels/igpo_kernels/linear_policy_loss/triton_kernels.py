@@ -16,57 +16,69 @@ from igpo_kernels.policy_loss.triton_kernels import (
     scaled_range,
     store_partials,
 )
-
-LOWEST = tl.constexpr(-1e30)
-"""Stands for -inf where a factor may be 0."""
+from igpo_kernels.triton_math import BARRED, FLOOR, LN_2, LOG2_E, above_barred, base_of, gradients_of, soft_capped
 
 
 @triton.jit
-def above_lowest(x):
-    return tl.where(x < LOWEST, LOWEST, x)
-
-
-@triton.jit
-def logit_and_slope(raw, softcap, inverse_temperature, CAPPED: tl.constexpr):
-    """Raw logits to the softmax's input, and its derivative in them."""
-    if CAPPED:
-        t = 1 - 2 / (1 + tl.exp(raw * (2 / softcap)))
-        return t * softcap * inverse_temperature, (1 - t * t) * inverse_temperature
-    else:
-        return raw * inverse_temperature, tl.zeros_like(raw) + inverse_temperature
-
-
-@triton.jit
-def logits_at(row_ptr, bias_ptr, at, mask, softcap, inverse_temperature, CAPPED: tl.constexpr):
+def logits_at(row_ptr, bias_ptr, at, mask, softcap, CAPPED: tl.constexpr):
+    """Logits before the temperature."""
     raw = load(row_ptr, at, mask)
     if bias_ptr is not None:
         raw += load(bias_ptr, at, mask)
-    return logit_and_slope(raw, softcap, inverse_temperature, CAPPED)
+    return soft_capped(raw, softcap, CAPPED)
+
+
+@triton.jit
+def finite_logits_at(row_ptr, bias_ptr, at, mask, softcap, CAPPED: tl.constexpr):
+    """The same, barred tokens' and those beyond ``mask`` (None: all are inside) as BARRED."""
+    z = logits_at(row_ptr, bias_ptr, at, mask, softcap, CAPPED)
+    if bias_ptr is not None:
+        z = above_barred(z)
+    return z if mask is None else tl.where(mask, z, BARRED)
+
+
+@triton.jit
+def with_tile(state, row_ptr, bias_ptr, start, n_vocab, scale, softcap, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+              WHOLE: tl.constexpr):  # fmt: skip
+    """Add a tile to each lane's largest logit, and to its mass and moment (to base 2) relative to it.
+
+    A thread has 8 logits, of one lane, so that a tile rescales a thread's sums once.
+    """
+    tops, masses, moments = state
+    LANES: tl.constexpr = BLOCK // 8
+    lanes = tl.arange(0, LANES)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    at = start + tl.arange(0, 2)[:, None, None] * (BLOCK // 2) + lanes
+    z = finite_logits_at(row_ptr, bias_ptr, at, None if WHOLE else at < n_vocab, softcap, CAPPED)
+    higher = tl.maximum(tops, tl.max(tl.max(z, 2), 0))
+    base = higher * scale
+    fall = tops * scale - base
+    decay = tl.exp2(fall)
+    falls = tl.fma(z, scale, -base[None, :, None])
+    e = tl.exp2(falls)
+    moments = (moments + fall * masses) * decay + tl.sum(tl.sum(e * falls, 2), 0)
+    masses = masses * decay + tl.sum(tl.sum(e, 2), 0)
+    return higher, masses, moments
 
 
 @triton.jit
 def softmax_of(row_ptr, bias_ptr, n_vocab, softcap, inverse_temperature, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
     """Largest logit, log of the mass below it, entropy. The first two stay separate: their sum would lose digits."""
-    tops = tl.full([BLOCK], float("-inf"), tl.float32)
-    masses, moments = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n_vocab, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        mask = at < n_vocab
-        z, _ = logits_at(row_ptr, bias_ptr, at, mask, softcap, inverse_temperature, CAPPED)
-        z = tl.where(mask, z, float("-inf"))
-        higher = tl.maximum(tops, z)
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        fall, depth = above_lowest(tops - base), above_lowest(z - base)
-        e, decay = tl.exp(depth), tl.exp(fall)
-        moments = (moments + fall * masses) * decay + e * depth
-        masses = masses * decay + e
-        tops = higher
-    top = tl.max(tops, 0)
-    fall = above_lowest(tops - top)
-    decay = tl.exp(fall)
+    scale = inverse_temperature * LOG2_E
+    zeros = tl.zeros([BLOCK // 8], tl.float32)
+    state = zeros + FLOOR, zeros, zeros
+    whole = n_vocab // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        state = with_tile(state, row_ptr, bias_ptr, start, n_vocab, scale, softcap, CAPPED, BLOCK, True)
+    if whole < n_vocab:
+        state = with_tile(state, row_ptr, bias_ptr, whole, n_vocab, scale, softcap, CAPPED, BLOCK, False)
+    tops, masses, moments = state
+    top = tl.max(tops, 0) * inverse_temperature
+    base, rest = base_of(top)
+    fall = tops * scale - base - rest
+    decay = tl.exp2(fall)
     mass = tl.sum(masses * decay, 0)
-    moment = tl.sum((moments + fall * masses) * decay, 0)
-    log_mass = tl.log(mass)
+    moment = tl.sum((moments + fall * masses) * decay, 0) * LN_2
+    log_mass = tl.log(tl.where(mass == 0, float("nan"), mass))  # 0: every token is barred
     return top, log_mass, log_mass - moment / mass
 
 
@@ -100,8 +112,8 @@ def row_loss_kernel(
         mask = at < end
         pair = tl.load(order_ptr + at, mask=mask, other=0)
         label = tl.load(label_ptr + pair, mask=mask, other=0)
-        z, _ = logits_at(row_ptr, bias_ptr, label, mask, softcap, inverse_temperature, CAPPED)
-        logp = z - top - log_mass
+        z = logits_at(row_ptr, bias_ptr, label, mask, softcap, CAPPED)
+        logp = z * inverse_temperature - top - log_mass
         tl.store(logp_ptr + pair, logp, mask=mask)
         logp = tl.where(mask, logp, 0.0)
         old = load(old_ptr, pair, mask) if old_ptr is not None else logp
@@ -129,14 +141,24 @@ def row_loss_kernel(
     if d_logits_ptr is not None:
         d_row_ptr = d_logits_ptr + program * d_logits_stride
         tl.debug_barrier()
-        for start in range(0, n_vocab, BLOCK):
+        scale = inverse_temperature * LOG2_E
+        base, rest = base_of(top)
+        share = -inverse_temperature * tl.exp2(tl.fma(log_mass, -LOG2_E, -rest))
+        push = share * (logp_slope + entropy_slope * (entropy - log_mass - rest * LN_2))
+        pull = share * entropy_slope * LN_2
+        whole = n_vocab // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            mask = at < n_vocab
-            z, slope = logits_at(row_ptr, bias_ptr, at, mask, softcap, inverse_temperature, CAPPED)
-            log_p = above_lowest(z - top - log_mass)
-            d_z = -tl.exp(log_p) * (logp_slope + entropy_slope * (log_p + entropy)) * slope
+            z = finite_logits_at(row_ptr, bias_ptr, at, None, softcap, CAPPED)
+            d_z = gradients_of(z, scale, base, push, pull, softcap, CAPPED)
             tl.debug_barrier()
-            tl.store(d_row_ptr + at, d_z.to(d_logits_ptr.dtype.element_ty), mask=mask)
+            tl.store(d_row_ptr + at, d_z.to(d_logits_ptr.dtype.element_ty))
+        if whole < n_vocab:
+            at = whole + tl.arange(0, BLOCK)
+            z = finite_logits_at(row_ptr, bias_ptr, at, at < n_vocab, softcap, CAPPED)
+            d_z = gradients_of(z, scale, base, push, pull, softcap, CAPPED)
+            tl.debug_barrier()
+            tl.store(d_row_ptr + at, d_z.to(d_logits_ptr.dtype.element_ty), mask=at < n_vocab)
         tl.debug_barrier()
         add_labels(
             d_row_ptr, label_ptr, order_ptr, logp_ptr, d_logp_ptr, begin, end, logp_slope, entropy_slope,
@@ -182,6 +204,6 @@ def add_labels(
         if CAPPED:
             t = (logp + log_sum) / (softcap * inverse_temperature)
             slope = (1 - t * t) * inverse_temperature
-        logp = above_lowest(logp)
+        logp = above_barred(logp)
         d_z = (onehot - tl.exp(logp) * (logp_slope + entropy_slope * (logp + entropy))) * slope
         tl.store(d_row_ptr + label, d_z.to(d_row_ptr.dtype.element_ty), mask=mask & ends)
