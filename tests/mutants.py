@@ -67,6 +67,7 @@ SOFTCAP = "kernels/test_tree_attention.py::test_softcapped"
 BLOCKS = "kernels/test_linear_logprob.py::test_blocks_of_any_width_give_the_same"
 PAIRS = "kernels/test_pairs.py"
 GROUPED = f"{PAIRS}::test_groups_are_those_by_hand"
+SHARDS = "ranks/test_shards.py::test_a_vocabulary_split_over_two_processes"
 REPEATED = "kernels/test_linear_logprob.py::test_repeated_rows_accumulate"
 FORKS = "kernels/test_forks.py::test_a_fork_by_hand"
 COST = "test_balance.py::test_the_cost_is_that_of_the_packed_tree"
@@ -173,7 +174,11 @@ MUTANTS = [
          "if False:\n            return self.host.on", f"{PAIRS}::test_known_pairs_are_neither_sorted_nor_waited_for"),
         ("the last label may be beyond the vocabulary", "int(x.max(initial=-1))) >= stop",
          "int(x.max(initial=-1))) > stop", f"{PAIRS}::test_pairs_that_do_not_fit_are_refused"),
-        ("Triton: pairs of a row averaged", '.float(), "sum", offsets', '.float(), "mean", offsets',
+        ("Triton: upstream gradients where they lie", "values.to(torch.float32, copy=True)", "values.float()",
+         f"{LOGPROB_GPU}::test_what_is_launched_is_what_the_gate_compiles"),
+        ("Triton: labels where they lie", "labels.clone(memory_format=torch.contiguous_format)", "labels",
+         f"{LOGPROB_GPU}::test_what_is_launched_is_what_the_gate_compiles"),
+        ("Triton: pairs of a row averaged", '(ordered, "sum", offsets', '(ordered, "mean", offsets',
          f"{LOGPROB_GPU}::test_repeated_rows_and_cells_accumulate"),
     ),
     *faults(f"{KERNELS}/tree_attention/torch_path.py",
@@ -228,7 +233,15 @@ MUTANTS = [
     *faults(f"{KERNELS}/tree_attention/__init__.py",
         ("a given scale is ignored", "d**-0.5 if scale is None else scale", "d**-0.5", SCALE),
     ),
+    *faults(f"{KERNELS}/linear_logprob/shards.py",
+        ("every shard is the first", "rank * size, dist", "0 * size, dist", SHARDS),
+        ("entropies of shards are not mixed", "(entropies[0] - log_w)", "entropies[0]", SHARDS),
+        ("an empty shard's entropy is NaN", "torch.where(log_w > -torch.inf, ", "torch.where(log_w < 1, ", SHARDS),
+        ("mass of the last shard only", "log_mass = log_share.logsumexp(0)", "log_mass = log_share[-1]", SHARDS),
+    ),
     *faults(f"{KERNELS}/linear_logprob/torch_path.py",
+        ("gradients at another shard's labels", "ctx.first_label = pairs, of, shard.first",
+         "ctx.first_label = pairs, of, 0", SHARDS),
         ("repeated row assigned, not added", "zeros_like(top).index_add_(0, pair_row, d.to(",
          "zeros_like(top).index_copy_(0, pair_row, d.to(", REPEATED),
         ("repeated label assigned, not added", "d_logp[chunk.pairs[part]], accumulate=True",
@@ -341,8 +354,10 @@ MUTANTS = [
     *faults(f"{KERNELS}/linear_logprob/triton_path.py",
         ("Triton: labels have no gradient of their own",
          "head.cell_gradients(dz_rows, cells, logit, cell_d_logp, row_values, first, c)", "pass", CHUNKS),
-        ("Triton: sign of the log-sum-exp's gradient", "row_d_logp - cells.sums_by_row(d_logsumexp)",
-         "row_d_logp + cells.sums_by_row(d_logsumexp)", f"{LOGPROB_GPU}::test_z_loss"),
+        ("Triton: another shard's label has a logit", "logit.masked_fill(read.label != cells.label, 0)", "logit",
+         SHARDS),
+        ("Triton: sign of the log-sum-exp's gradient", "row_d_logp - cells.sums_by_row(cells.ordered(",
+         "row_d_logp + cells.sums_by_row(cells.ordered(", f"{LOGPROB_GPU}::test_z_loss"),
         ("Triton: the weight's gradient is the last row block's", "d_weight[c], accumulate=True)",
          "d_weight[c])", f"{LOGPROB_GPU}::test_row_blocks_add_up_in_float32"),
         ("Triton: the weight's gradient summed in its dtype", "weight.dtype if one_block else torch.float32",

@@ -163,6 +163,7 @@ class Rows:
     @classmethod
     def in_order(cls, labels: torch.Tensor) -> Rows:
         """Of pairs whose rows are 0 .. M - 1."""
+        labels = labels.clone(memory_format=torch.contiguous_format)  # kernels read them from an aligned address
         ramp = torch.arange(len(labels) + 1, device=labels.device)
         return Rows(labels, ramp[:-1], ramp[:-1], ramp[:-1], ramp, True)
 
@@ -198,26 +199,30 @@ class Cells(Rows):
     @classmethod
     def in_order(cls, labels: torch.Tensor) -> Cells:
         rows = Rows.in_order(labels)
-        return cls(**vars(rows), row=rows.rows, label=labels, of_pair=rows.rows, row_of_pair=rows.rows,
+        return cls(**vars(rows), row=rows.rows, label=rows.labels, of_pair=rows.rows, row_of_pair=rows.rows,
                    cell_offsets=rows.offsets)  # fmt: skip
 
     def spread(self, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """``values[index]``, for one of ``row``, ``of_pair`` and ``row_of_pair``."""
         return values if self.one_to_one else values[index]
 
-    def sums_by_row(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums [U] of ``values`` [M], float32, in the order of the sorted pairs."""
-        return self._sums(values, self.offsets)
+    def ordered(self, values: torch.Tensor) -> torch.Tensor:
+        """``values`` [M] in the order of the sorted pairs: float32, at an address of their own, as kernels need it."""
+        return values.to(torch.float32, copy=True) if self.one_to_one else values[self.order].float()
 
-    def sums_by_cell(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums [C] of ``values`` [M], likewise."""
-        return self._sums(values, self.cell_offsets)
+    def sums_by_row(self, ordered: torch.Tensor) -> torch.Tensor:
+        """Sums [U] over the pairs of each row, of values that are ``ordered``."""
+        return self._sums(ordered, self.offsets)
 
-    def _sums(self, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        if self.one_to_one or not len(values):
-            return values.float().contiguous()
+    def sums_by_cell(self, ordered: torch.Tensor) -> torch.Tensor:
+        """Sums [C] over the pairs of each cell, of values that are ``ordered``."""
+        return self._sums(ordered, self.cell_offsets)
+
+    def _sums(self, ordered: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        if self.one_to_one or not len(ordered):
+            return ordered
         # index_add_ would add by atomics.
-        return torch.segment_reduce(values[self.order].float(), "sum", offsets=offsets, unsafe=True)
+        return torch.segment_reduce(ordered, "sum", offsets=offsets, unsafe=True)
 
 
 def offsets_of(lengths: torch.Tensor) -> torch.Tensor:

@@ -93,10 +93,11 @@ class _LinearLogprob(torch.autograd.Function):
         if d_logp is None and d_entropy is None and d_logsumexp is None:
             return (None,) * 9
         d_logp = torch.zeros_like(cells.of_pair, dtype=torch.float32) if d_logp is None else d_logp
+        d_logp = cells.ordered(d_logp)
         row_d_logp, cell_d_logp = cells.sums_by_row(d_logp), cells.sums_by_cell(d_logp)
         if d_logsumexp is not None:  # its gradient is p, that of logp onehot - p
-            row_d_logp = row_d_logp - cells.sums_by_row(d_logsumexp)
-        row_d_entropy = None if d_entropy is None else cells.sums_by_row(d_entropy)
+            row_d_logp = row_d_logp - cells.sums_by_row(cells.ordered(d_logsumexp))
+        row_d_entropy = None if d_entropy is None else cells.sums_by_row(cells.ordered(d_entropy))
         row_entropy = None if d_entropy is None else row_entropy
         n_rows, (vocab, size) = len(cells.distinct), weight.shape
         head = Head.of(hidden, weight, bias, ctx.temperature, ctx.softcap, n_rows)

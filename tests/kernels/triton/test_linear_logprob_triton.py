@@ -133,7 +133,7 @@ def test_repeated_rows_and_cells_accumulate():
 def test_strided_upstream_and_inputs():
     hidden, weight = torch.randn(8, 12, device=DEVICE).T, torch.randn(16, 37, device=DEVICE).T[:, ::2]
     hidden.requires_grad_(), weight.requires_grad_()
-    labels, upstream = torch.arange(12, device=DEVICE), torch.randn(12, 2, device=DEVICE)[:, 0]
+    labels, upstream = torch.arange(24, device=DEVICE)[::2], torch.randn(12, 2, device=DEVICE)[:, 0]
     got, want = (
         torch.autograd.grad(linear_logprob(hidden, weight, labels, backend=b), (hidden, weight), upstream)
         for b in ("triton", "reference")
@@ -146,12 +146,13 @@ def test_what_is_launched_is_what_the_gate_compiles(monkeypatch):
     wide, weight, biases = (torch.randn(n, device=DEVICE) for n in ((60, 29), (300, 20), 301))
     leaves = [wide[:50, 3:23], weight, biases[1:]]
     assert not any(triton_path.aligned(x) for x in leaves[:2]) and leaves[2].data_ptr() % 16
-    labels = torch.randint(0, 300, (50,), device=DEVICE)
+    labels, upstream = torch.randint(0, 300, (51,), device=DEVICE)[1:], torch.randn(51, device=DEVICE)[1:]
+    assert labels.data_ptr() % 16 and upstream.data_ptr() % 16
 
     def gradients(backend):
         x = [leaf.detach().requires_grad_() for leaf in leaves]
-        logp, entropy = linear_logprob(*x[:2], labels, bias=x[2], entropy=True, backend=backend)
-        return torch.autograd.grad(logp.sum() + entropy.sum(), x)
+        out = linear_logprob(*x[:2], labels, bias=x[2], entropy=True, logsumexp=True, backend=backend)
+        return torch.autograd.grad(out, x, [upstream] * 3)
 
     launched = set()
     for table, fn in triton_path.KERNELS.items():
