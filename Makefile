@@ -7,7 +7,7 @@ INSTALL := $(BIN)/pip install --quiet --no-compile
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-seeds test test-newest fuzz slow gate lint docs mutants bare aot gpu clean
+.PHONY: demo demo-seeds test test-newest fuzz slow gate lint docs mutants bare aot gpu gpu-dry clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -92,10 +92,14 @@ aot: $(VENV)/.installed
 	cmake --build build/aot && ctest --test-dir build/aot --output-on-failure
 	$(BIN)/python -m pytest -m aot
 
-# On a machine with a GPU, under its own Python: tests, benches and tuning; results in OUT. WHEELS: folder of missing packages.
+# On a machine with a GPU, under its own Python: tests, benches and tuning in stages of under ten minutes, one with STAGE=quick;
+# results in OUT. WHEELS: folder of missing packages. gpu-dry: the same without a GPU, up to the first launches.
 OUT ?= build/gpu
 gpu:
-	$(PYTHON) bench/gpu.py --out "$(OUT)" $(if $(WHEELS),--wheels "$(WHEELS)")
+	$(PYTHON) bench/gpu.py $(STAGE) --out "$(OUT)" $(if $(WHEELS),--wheels "$(WHEELS)")
+
+gpu-dry:
+	$(PYTHON) bench/gpu.py $(STAGE) --dry --out build/gpu-dry
 
 clean:
 	rm -rf $(VENV) .venv-newest build dist *.egg-info

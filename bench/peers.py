@@ -5,6 +5,7 @@ Peers that cannot run here are noted in ``left_out``, which the run prints once.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
@@ -14,6 +15,8 @@ import torch
 from bench.timing import DEVICE
 
 left_out: dict[str, str] = {}
+COMPILED = 8192 * 128_256
+"""Logits of the one large shape that torch.compile is timed on: it compiles anew for each, for some twenty seconds."""
 LOGIT_BYTES = 20
 """Bytes per logit of plain torch at its peak: bf16 logits and gradient, float32 copies of both, log-softmax."""
 
@@ -43,6 +46,23 @@ def logits_fit(pairs: int, vocab: int) -> bool:
     return False
 
 
+def compiled(pairs: int, vocab: int) -> bool:
+    """Whether torch.compile is timed on a shape; on a CPU it always is."""
+    if DEVICE == "cpu" or pairs * vocab == COMPILED:
+        return True
+    left_out[f"torch_compile at {pairs} x {vocab}"] = "it is timed at 8192 x 128256 alone"
+    return False
+
+
+def linear_cross_entropy() -> Callable[..., torch.Tensor] | None:
+    """torch's own cross-entropy from the LM head in chunks, with the options that torch chooses; it came with 2.13."""
+    op = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    if op is None:
+        left_out["linear_cross_entropy"] = f"torch {torch.__version__} has none"
+        return None
+    return functools.partial(op, options=torch.nn.LinearCrossEntropyOptions())
+
+
 def logprobs(pairs: int, vocab: int) -> dict[str, Callable[..., torch.Tensor]]:
     """Implementations that import and fit.
 
@@ -51,7 +71,13 @@ def logprobs(pairs: int, vocab: int) -> dict[str, Callable[..., torch.Tensor]]:
     """
     found = {}
     if logits_fit(pairs, vocab):
-        found |= {"torch": plain, "torch_compile": torch.compile(plain, dynamic=False)}
+        found["torch"] = plain
+        if compiled(pairs, vocab):
+            found["torch_compile"] = torch.compile(plain, dynamic=False)
+    if chunked := linear_cross_entropy():
+        found["linear_cross_entropy"] = lambda h, w, ids: -chunked(h, w, ids, reduction="none")
+    if quack := imported("quack", "quack.linear_cross_entropy"):
+        found["quack"] = lambda h, w, ids: -quack.linear_cross_entropy_func(h, w, None, ids, reduction="none")
     if liger := imported("liger", "liger_kernel.ops.fused_linear_cross_entropy"):
         apply = liger.LigerFusedLinearCrossEntropyFunction.apply
         found["liger"] = lambda h, w, ids: -apply(h, w, ids, None, None, -100, 0.0, 0.0, "none")[0]

@@ -3,7 +3,9 @@
     sdpa_flash, sdpa_cudnn   packs of one sequence, or of several as long: a batch
     varlen, flash_attn       packs whose trees are single sequences
     sdpa_mask        a dense mask: SDPA's efficient backend, on a CPU its flash backend
-    flex             FlexAttention with the plan's mask_mod; on a CPU forward alone
+    sdpa_fa3, sdpa_fa4   the same packs as sdpa_flash, through torch's registry of newer kernels
+    flex, flex_flash FlexAttention with the plan's mask_mod, by its Triton kernel and by FlashAttention 4; on a CPU
+                     forward alone
     trunk_only       ours on the trunks alone: the cost that training has anyway
 
 Peers without grouped queries get keys and values of every query head, expanded before the clock runs; summing their
@@ -12,6 +14,7 @@ gradients over the group is not timed either.
 TFLOP/s count visible (query, key) pairs, whatever a side visits: 4 Hq D per pair forward, 2.5 times that backward.
 """
 
+import functools
 import inspect
 from itertools import product
 from typing import NamedTuple
@@ -25,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from bench.peers import imported, left_out
 from bench.timing import DEVICE
 from igpo_kernels import Branch, RolloutTokens, Tree, pack, tree_attention
-from igpo_kernels.tree_attention.blocks import visible_area
+from igpo_kernels.tree_attention.blocks import block_lists, visible_area
 from igpo_kernels.tree_attention.reference import visible
 
 # trunk tokens, turns, answer tokens, rollouts per group, groups
@@ -46,6 +49,11 @@ FULL = {
     "group-2k-8x16-g16": (2048, 8, 16, 16, 1),
 }
 LONG = {"trunk-256k": (262_144, 0, 0, 1, 1)}
+ROUNDS = {"trunk-256k": 3}
+"""Rounds where a call takes seconds."""
+FLEX_ON = ("trunk-32k", "comb-8k-16x24")
+"""Shapes for FlexAttention, which compiles anew for each, for half a minute."""
+FLEX_BLOCK = 128
 
 
 class Heads(NamedTuple):
@@ -75,6 +83,10 @@ def pytest_generate_tests(metafunc):
         full = metafunc.config.getoption("--full") and DEVICE == "cuda"
         shapes, heads = ({**FULL, **LONG}, {**HEADS, **OTHERS}) if full else (SHAPES, HEADS)
         pairs = [*product(shapes, HEADS), *product(OTHERS_ON, OTHERS if full else ())]
+        if metafunc.function is test_flex and full:
+            pairs = [*product(FLEX_ON, HEADS)]
+        if metafunc.function is test_newer_flash:
+            pairs = [pair for pair in pairs if pair[0].startswith("trunk")][: 2 if full else 1]
         values = [(shapes[shape], heads[name]) for shape, name in pairs]
         metafunc.parametrize(("shape", "heads"), values, ids=["-".join(pair) for pair in pairs])
 
@@ -102,20 +114,20 @@ def heads_first(x, batch=1):
     return x.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def peers(plan, heads, mask, direction):
+def by_sdpa(backend, batch=1, **options):
+    def run(q, k, v):
+        with sdpa_kernel(backend):
+            out = sdpa(*(heads_first(x, batch) for x in (q, k, v)), **options)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return run
+
+
+def peers(plan, heads, mask):
     """Implementations of the same output, ``(q, k, v) -> out`` of [N, heads, D], and the names of those that need keys
     and values of every query head."""
     starts = np.append(np.unique(plan.tree_start), plan.n_tokens)
     lengths, window = np.diff(starts), heads.window
-
-    def by_sdpa(backend, batch=1, **options):
-        def run(q, k, v):
-            with sdpa_kernel(backend):
-                out = sdpa(*(heads_first(x, batch) for x in (q, k, v)), **options)
-            return out.transpose(1, 2).flatten(0, 1)
-
-        return run
-
     found, wide = {}, set()
     if plan.is_sequences and len(set(lengths)) == 1 and not heads.softcap and window is None:
         causal = dict(batch=len(lengths), is_causal=True, enable_gqa=True)
@@ -141,10 +153,6 @@ def peers(plan, heads, mask, direction):
         backend = SDPBackend.EFFICIENT_ATTENTION if DEVICE == "cuda" else SDPBackend.FLASH_ATTENTION
         found["sdpa_mask"] = by_sdpa(backend, attn_mask=mask)
         wide.add("sdpa_mask")
-    if DEVICE == "cuda" or direction == "forward":
-        found["flex"] = by_flex(plan, heads)
-    else:
-        left_out["flex backward"] = "needs a GPU"
     return found, wide
 
 
@@ -158,23 +166,47 @@ def varlen_options(varlen_attn, back):
     return ({"is_causal": True, **grouped} if back < 0 else None), bool(grouped)
 
 
-def by_flex(plan, heads):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def block_mask(plan, window, device):
+    """FlexAttention's BlockMask from our block lists: no [N, N] mask is made for it."""
+    from torch.nn.attention.flex_attention import BlockMask
 
-    end, position = plan.tensor("subtree_end", DEVICE), plan.tensor("position_ids", DEVICE)
-    n, cap, window = plan.n_tokens, heads.softcap, heads.window
+    end, position = plan.tensor("subtree_end", device), plan.tensor("position_ids", device)
 
     def sees(b, h, q, k):
         seen = (k <= q) & (q < end[k])
         return seen if window is None else seen & (position[q] - position[k] < window)
 
-    def capped(score, b, h, q, k):
-        return cap * torch.tanh(score / cap)
+    lists, rows = block_lists(plan, window, FLEX_BLOCK, FLEX_BLOCK), -(-plan.n_tokens // FLEX_BLOCK)
+    kinds = []
+    for masked in (True, False):
+        columns = [lists.columns(row, masked) for row in range(rows)]
+        indices = torch.zeros(1, 1, rows, rows, dtype=torch.int32)
+        for row, found in enumerate(columns):
+            indices[0, 0, row, : len(found)] = torch.tensor(found, dtype=torch.int32)
+        counts = torch.tensor([[list(map(len, columns))]], dtype=torch.int32)
+        kinds += [counts.to(device), indices.to(device)]
+    return BlockMask.from_kv_blocks(*kinds, FLEX_BLOCK, sees, (plan.n_tokens, plan.n_tokens))
 
-    seen = create_block_mask(sees, None, None, n, n, device=DEVICE)
+
+def by_flex(plan, heads, kernel=None):
+    """FlexAttention, compiled at its first call; ``kernel``: its BACKEND option."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    cap = heads.softcap
+    capped = (lambda score, b, h, q, k: cap * torch.tanh(score / cap)) if cap else None
     compiled = torch.compile(flex_attention, dynamic=False)
-    options = dict(block_mask=seen, score_mod=capped if cap else None, enable_gqa=True)
-    return lambda q, k, v: compiled(*map(heads_first, (q, k, v)), **options)[0].transpose(0, 1)
+
+    @functools.cache
+    def seen():
+        return block_mask(plan, heads.window, DEVICE)
+
+    def run(q, k, v):
+        options = dict(block_mask=seen(), score_mod=capped, enable_gqa=True)
+        if kernel:
+            options["kernel_options"] = {"BACKEND": kernel}
+        return compiled(*map(heads_first, (q, k, v)), **options)[0].transpose(0, 1)
+
+    return run
 
 
 def tensors(plan, heads):
@@ -184,41 +216,44 @@ def tensors(plan, heads):
     return [torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes]
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_attention(shape, heads, direction, compare):
-    plan, trunk = plan_of(*shape), plan_of(shape[0], 0, 0, *shape[3:])
-    mask = visible(plan, heads.window, DEVICE)[None, None] if plan.n_tokens <= DENSE else None
+def forward(way, inputs):
+    return lambda: way(*inputs)
+
+
+def backward(way, inputs, group=1):
+    """Gradients of ``way``'s output by itself; those of expanded keys and values are summed over ``group`` query heads
+    in the first call, whose result is compared, and not in the others, which are timed."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = None
+
+    def run():
+        nonlocal out
+        first, out = out is None, way(*leaves) if out is None else out
+        d_q, *d_kv = torch.autograd.grad(out, leaves, inputs[0], retain_graph=True)
+        if group == 1:
+            return d_q, *d_kv
+        return (d_q, *(x.unflatten(1, (-1, group)).float().sum(2) for x in d_kv)) if first else None
+
+    return run
+
+
+def run_sides(compare, direction, shape, heads, plan, ways, wide=(), rounds=20):
+    """Time ``ways`` beside ours, and beside ours on the trunks alone where there are answers."""
+    trunk = plan_of(shape[0], 0, 0, *shape[3:])
     q, k, v = tensors(plan, heads)
-    group = heads.queries // heads.keys
     options = {"softcap": heads.softcap, "window": heads.window}
-
-    def forward(way, inputs, wide=False):
-        return lambda: way(*inputs)
-
-    def backward(way, inputs, wide=False):
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        out = None
-
-        def run():
-            nonlocal out
-            first, out = out is None, way(*leaves) if out is None else out
-            d_q, *d_kv = torch.autograd.grad(out, leaves, inputs[0], retain_graph=True)
-            if not wide:
-                return d_q, *d_kv
-            # The first call's result is compared, the others are timed.
-            return (d_q, *(x.unflatten(1, (-1, group)).float().sum(2) for x in d_kv)) if first else None
-
-        return run
-
     of = forward if direction == "forward" else backward
     sides = {"ours": of(lambda q, k, v: tree_attention(q, k, v, plan, **options), (q, k, v))}
     if shape[1]:
         trunk_only = of(lambda q, k, v: tree_attention(q, k, v, trunk, **options), tensors(trunk, heads))
         sides["trunk_only"] = lambda: (trunk_only(), None)[1]  # another result, so it is not compared
-    ways, wide = peers(plan, heads, mask, direction)
+    group = heads.queries // heads.keys
     for name, way in ways.items():
-        inputs = (q, *(x.repeat_interleave(group, 1) for x in (k, v))) if name in wide else (q, k, v)
-        sides[name] = of(way, inputs, name in wide)
+        if name not in wide:
+            sides[name] = of(way, (q, k, v))
+            continue
+        expanded = (q, *(x.repeat_interleave(group, 1) for x in (k, v)))
+        sides[name] = forward(way, expanded) if direction == "forward" else backward(way, expanded, group)
     area = visible_area(plan, heads.window)
     names = ("trunk", "turns", "answer", "group", "groups")
     compare(
@@ -229,7 +264,50 @@ def test_attention(shape, heads, direction, compare):
             "visible_share_added": round(area / visible_area(trunk, heads.window) - 1, 4),
         },
         sides,
-        rounds=20 if DEVICE == "cuda" else 5,
+        rounds=rounds if DEVICE == "cuda" else 5,
         flops=(4 if direction == "forward" else 10) * heads.queries * heads.size * area,
         agree=AGREE,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_attention(shape, heads, direction, compare):
+    plan = plan_of(*shape)
+    mask = visible(plan, heads.window, DEVICE)[None, None] if plan.n_tokens <= DENSE else None
+    rounds = next((ROUNDS[name] for name in ROUNDS if LONG[name] == shape), 20)
+    run_sides(compare, direction, shape, heads, plan, *peers(plan, heads, mask), rounds)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_flex(shape, heads, direction, compare):
+    if DEVICE == "cpu" and direction == "backward":
+        pytest.skip("FlexAttention's backward needs a GPU")
+    plan = plan_of(*shape)
+    ways = {"flex": by_flex(plan, heads)}
+    if imported("flex_flash", "flash_attn.cute"):
+        ways["flex_flash"] = by_flex(plan, heads, "FLASH")
+    run_sides(compare, direction, shape, heads, plan, ways)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("version", ["FA3", "FA4"])
+def test_newer_flash(shape, heads, version, direction, compare):
+    """FlashAttention 3 and 4 where torch's registry finds them; while active they are SDPA's flash backend."""
+    from torch.nn import attention
+
+    name = f"sdpa_{version.lower()}"
+    if DEVICE == "cpu":
+        left_out[name] = "needs a GPU"
+        pytest.skip(left_out[name])
+    try:
+        attention.activate_flash_attention_impl(version)
+    except Exception as error:  # absent, or not of this torch
+        left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        pytest.skip(left_out[name])
+    try:
+        plan = plan_of(*shape)
+        causal = dict(batch=shape[-1], is_causal=True, enable_gqa=True)
+        ways = {name: by_sdpa(SDPBackend.FLASH_ATTENTION, **causal)}
+        run_sides(compare, direction, shape, heads, plan, ways)
+    finally:
+        attention.restore_flash_attention_impl()
