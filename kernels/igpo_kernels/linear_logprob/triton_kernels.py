@@ -116,10 +116,9 @@ def tile_statistics(
         columns = first_vocab + tl.arange(0, BLOCK_VOCAB // 2)
         left = logits_of(left, bias_ptr, columns, n_vocab, softcap, CAPPED)
         right = logits_of(right, bias_ptr, columns + BLOCK_VOCAB // 2, n_vocab, softcap, CAPPED)
-        if CAPPED or bias_ptr is None:
-            if first_vocab + BLOCK_VOCAB > n_vocab:  # a branch: whole tiles, all but the last, need no mask
-                left = tl.where((columns < n_vocab)[None, :], left, BARRED)
-                right = tl.where((columns + BLOCK_VOCAB // 2 < n_vocab)[None, :], right, BARRED)
+        if (CAPPED or bias_ptr is None) and first_vocab + BLOCK_VOCAB > n_vocab:  # only in the last tile
+            left = tl.where((columns < n_vocab)[None, :], left, BARRED)
+            right = tl.where((columns + BLOCK_VOCAB // 2 < n_vocab)[None, :], right, BARRED)
         top = tl.maximum(tl.maximum(tl.max(left, axis=1), tl.max(right, axis=1)), FLOOR) * inverse_temperature
         base, rest = base_of(top)
         left_mass, left_moment = mass_and_moment(left, scale, base)

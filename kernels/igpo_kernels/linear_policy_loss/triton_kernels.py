@@ -158,7 +158,7 @@ def row_loss_kernel(
             tl.store(d_row_ptr + at, d_z.to(d_logits_ptr.dtype.element_ty), mask=at < n_vocab)
         tl.debug_barrier()
         add_labels(
-            d_row_ptr, label_ptr, order_ptr, logp_ptr, d_logp_ptr, begin, end, logp_slope, entropy_slope,
+            d_row_ptr, label_ptr, order_ptr, logp_ptr, d_logp_ptr, offset_ptr + row, logp_slope, entropy_slope,
             top + log_mass, entropy, softcap, inverse_temperature, CAPPED, PAIRS,
         )  # fmt: skip
 
@@ -177,13 +177,14 @@ def label_of(label_ptr, order_ptr, at, mask):
 
 @triton.jit
 def add_labels(
-    d_row_ptr, label_ptr, order_ptr, logp_ptr, d_logp_ptr, begin, end, logp_slope, entropy_slope,
+    d_row_ptr, label_ptr, order_ptr, logp_ptr, d_logp_ptr, offset_ptr, logp_slope, entropy_slope,
     log_sum, entropy, softcap, inverse_temperature, CAPPED: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Overwrite the gradient at each label, with the one-hots of all its pairs; the last of these pairs writes.
 
     The row's pairs are in the order of their labels.
     """
+    begin, end = tl.load(offset_ptr), tl.load(offset_ptr + 1)  # again: kept since the first pass they might spill
     lanes = tl.arange(0, PAIRS)
     unfinished = 0.0
     for start in range(begin, end, PAIRS):
