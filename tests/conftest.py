@@ -3,6 +3,7 @@ defect), with the same examples in every run but ``make fuzz``'s; one warm start
 
 import os
 import signal
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
@@ -12,6 +13,26 @@ from hypothesis import settings
 # The interpreter is chosen when a function is decorated, Triton's own library included: before anything imports triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def mend_interpreter():
+    """Triton 3.6's interpreter converts arrays of one element to an index, which NumPy 2.4 refuses; 3.7's does not."""
+    from triton.runtime import interpreter
+
+    plain = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+try:
+    if version("triton").startswith("3.6."):
+        mend_interpreter()
+except PackageNotFoundError:  # no Triton: its tests are skipped
+    pass
 
 # A shell that starts the suite in the background has it ignore SIGINT, and so would every process that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
