@@ -16,7 +16,7 @@ from igpo_fast import adapter
 from igpo_fast.config import CRITICS, Config
 from igpo_fast.errors import InputError
 from igpo_fast.pretrained import read_config
-from igpo_kernels.workspace import CPU_BYTES, GPU_BYTES
+from igpo_kernels.workspace import workspace_bytes
 
 FFN = ("intermediate_size", "ffn_dim", "n_inner")
 """Names of the feed-forward width in configurations; without one it is four times the hidden size."""
@@ -242,7 +242,8 @@ def _pack(config: Config, lm: PretrainedConfig, size: int, gpu: bool) -> Iterabl
     yield Part("activations of a pack", kept, ("packs",))
     if config.algorithm.name in CRITICS:  # hidden states of decision tokens, and three float32 copies in backward
         yield Part("critic", token * hidden + 3 * 4 * config.train.token_budget * hidden, ("packs",))
-    yield Part("LM head", 2 * token * hidden + (GPU_BYTES if gpu else CPU_BYTES), ("packs",))
+    workspace = workspace_bytes(torch.device("cuda" if gpu else "cpu"))
+    yield Part("LM head", 2 * token * hidden + workspace, ("packs",))
 
 
 def _step(shape: Shape, stage: int, n: int, gpu: bool, offload: bool) -> Part:

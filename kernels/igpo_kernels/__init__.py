@@ -22,6 +22,7 @@ from igpo_kernels.plan import (
 from igpo_kernels.policy_loss import LossSettings, policy_loss
 from igpo_kernels.tree_attention import tree_attention
 from igpo_kernels.turn_advantages import Normaliser, turn_advantages
+from igpo_kernels.workspace import set_workspace
 
 __all__ = [
     "ANSWER",
@@ -40,6 +41,7 @@ __all__ = [
     "pack",
     "pack_within",
     "policy_loss",
+    "set_workspace",
     "tree_attention",
     "tree_size",
     "turn_advantages",

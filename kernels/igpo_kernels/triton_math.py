@@ -29,10 +29,10 @@ def soft_capped(x, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def base_of(top):
-    """A logit ``top`` (after the temperature) to base 2, and what its rounding left."""
-    base = top * LOG2_E
-    return base, tl.fma(top, LOG2_E, -base)
+def base_of(top, scale):
+    """``top * scale`` as two numbers, the second what rounding left of the first."""
+    base = top * scale
+    return base, tl.fma(top, scale, -base)
 
 
 @triton.jit

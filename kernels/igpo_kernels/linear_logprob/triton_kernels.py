@@ -116,20 +116,19 @@ def tile_statistics(
         columns = first_vocab + tl.arange(0, BLOCK_VOCAB // 2)
         left = logits_of(left, bias_ptr, columns, n_vocab, softcap, CAPPED)
         right = logits_of(right, bias_ptr, columns + BLOCK_VOCAB // 2, n_vocab, softcap, CAPPED)
-        if CAPPED or bias_ptr is None:
-            if first_vocab + BLOCK_VOCAB > n_vocab:  # a branch: whole tiles, all but the last, need no mask
-                left = tl.where((columns < n_vocab)[None, :], left, BARRED)
-                right = tl.where((columns + BLOCK_VOCAB // 2 < n_vocab)[None, :], right, BARRED)
-        top = tl.maximum(tl.maximum(tl.max(left, axis=1), tl.max(right, axis=1)), FLOOR) * inverse_temperature
-        base, rest = base_of(top)
+        if (CAPPED or bias_ptr is None) and first_vocab + BLOCK_VOCAB > n_vocab:  # only in the last tile
+            left = tl.where((columns < n_vocab)[None, :], left, BARRED)
+            right = tl.where((columns + BLOCK_VOCAB // 2 < n_vocab)[None, :], right, BARRED)
+        top = tl.maximum(tl.maximum(tl.max(left, axis=1), tl.max(right, axis=1)), FLOOR)
+        base, rest = base_of(top, scale)
         left_mass, left_moment = mass_and_moment(left, scale, base)
         right_mass, right_moment = mass_and_moment(right, scale, base)
         mass, moment = left_mass + right_mass, left_moment + right_moment
-        # Relative to base; relative to top each is exp2(-rest) times as large.
-        lift = tl.exp2(-rest)
+        # Relative to base; relative to top each is exp2(-rest) times as large, of barred tiles 0 times anything finite.
+        lift = tl.exp2(tl.minimum(-rest, 100.0))
         rows = first_row + tl.arange(0, BLOCK_ROWS)
         at = vocab_tile.to(tl.int64) * n_rows + rows
-        tl.store(top_ptr + at, top, mask=rows < n_rows)
+        tl.store(top_ptr + at, top * inverse_temperature, mask=rows < n_rows)
         tl.store(mass_ptr + at, mass * lift, mask=rows < n_rows)
         if moment_ptr is not None:
             tl.store(moment_ptr + at, (moment - rest * mass) * (lift * LN_2), mask=rows < n_rows)
@@ -209,7 +208,7 @@ def tile_gradients(
         )  # fmt: skip
         rows = first_row + tl.arange(0, BLOCK_ROWS)
         inside = rows < n_rows
-        base, rest = base_of(tl.load(top_ptr + rows, mask=inside, other=0.0))
+        base, rest = base_of(tl.load(top_ptr + rows, mask=inside, other=0.0), LOG2_E)
         log_mass = tl.load(log_mass_ptr + rows, mask=inside, other=0.0)
         d_logp = tl.load(d_logp_ptr + rows, mask=inside, other=0.0)
         # p = exp2(z scale - base) share

@@ -103,15 +103,15 @@ class _LinearLogprob(torch.autograd.Function):
         head = Head.of(hidden, weight, bias, ctx.temperature, ctx.softcap, n_rows)
         height, width = head.backward_chunks(hidden, n_rows, vocab, budget_of(cells))
         one_block = height >= n_rows
-        d_hidden, d_weight, d_bias = (
-            torch.zeros(x.shape, dtype=dtype, device=x.device) if needed else None
-            for x, dtype, needed in zip(
-                (hidden, weight, bias),
-                (hidden.dtype, weight.dtype if one_block else torch.float32, torch.float32),
-                ctx.needs_input_grad,
-                strict=False,
-            )
-        )
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        new = functools.partial(torch.zeros, device=hidden.device)
+        d_hidden = new(hidden.shape, dtype=hidden.dtype) if needs_hidden else None
+        d_bias = new(vocab, dtype=torch.float32) if needs_bias else None
+        d_weight = None
+        if needs_weight:  # the first block of rows, if there is one, writes all of it
+            make = torch.empty if n_rows else torch.zeros
+            dtype = weight.dtype if one_block else torch.float32
+            d_weight = make(weight.shape, dtype=dtype, device=weight.device)
         stride = triton.cdiv(width, head.backward["BLOCK_VOCAB"]) * head.backward["BLOCK_VOCAB"]
         packed = buffer_of(hidden, height) if packed_bytes(hidden, n_rows) else None
         dx_buffer = torch.empty((height, size), dtype=torch.float32, device=hidden.device)
@@ -131,10 +131,8 @@ class _LinearLogprob(torch.autograd.Function):
                 dz = dz_rows[:, : c.stop - c.start]
                 if d_hidden is not None:
                     product(dz, head.weight[c, :size], dx, accumulate=start > 0)
-                if d_weight is not None and one_block:
-                    torch.mm(dz.T, x[:, :size], out=d_weight[c])
-                elif d_weight is not None:
-                    product(dz.T, x[:, :size], d_weight[c], accumulate=True)
+                if d_weight is not None:
+                    product(dz.T, x[:, :size], d_weight[c], accumulate=first > 0)
                 if d_bias is not None:
                     d_bias[c] += dz.sum(0, dtype=torch.float32)
             if d_hidden is not None:

@@ -38,43 +38,53 @@ def finite_logits_at(row_ptr, bias_ptr, at, mask, softcap, CAPPED: tl.constexpr)
 
 
 @triton.jit
-def with_tile(state, row_ptr, bias_ptr, start, n_vocab, scale, softcap, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
-              WHOLE: tl.constexpr):  # fmt: skip
-    """Add a tile to each lane's largest logit, and to its mass and moment (to base 2) relative to it.
+def mass_and_moment(z, top, scale):
+    """Per lane, to base 2, relative to the logit ``top``."""
+    fall = (z - top[:, None]) * scale
+    e = tl.exp2(fall)
+    return tl.sum(e, 1), tl.sum(e * fall, 1)
 
-    A thread has 8 logits, of one lane, so that a tile rescales a thread's sums once.
+
+@triton.jit
+def with_tile(
+    tops, masses, moments, row_ptr, bias_ptr, start, n_vocab, scale, softcap,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Add a tile to each lane's largest logit, and to its mass and moment relative to it.
+
+    A lane has 4 logits of either half of the tile, which one thread holds: a tile rescales its sums once, not 8 times.
     """
-    tops, masses, moments = state
-    LANES: tl.constexpr = BLOCK // 8
-    lanes = tl.arange(0, LANES)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    at = start + tl.arange(0, 2)[:, None, None] * (BLOCK // 2) + lanes
-    z = finite_logits_at(row_ptr, bias_ptr, at, None if WHOLE else at < n_vocab, softcap, CAPPED)
-    higher = tl.maximum(tops, tl.max(tl.max(z, 2), 0))
-    base = higher * scale
-    fall = tops * scale - base
+    at = start + 4 * tl.arange(0, BLOCK // 8)[:, None] + tl.arange(0, 4)[None, :]
+    left = finite_logits_at(row_ptr, bias_ptr, at, None if WHOLE else at < n_vocab, softcap, CAPPED)
+    at += BLOCK // 2
+    right = finite_logits_at(row_ptr, bias_ptr, at, None if WHOLE else at < n_vocab, softcap, CAPPED)
+    higher = tl.maximum(tops, tl.maximum(tl.max(left, 1), tl.max(right, 1)))
+    left_mass, left_moment = mass_and_moment(left, higher, scale)
+    right_mass, right_moment = mass_and_moment(right, higher, scale)
+    fall = (tops - higher) * scale
     decay = tl.exp2(fall)
-    falls = tl.fma(z, scale, -base[None, :, None])
-    e = tl.exp2(falls)
-    moments = (moments + fall * masses) * decay + tl.sum(tl.sum(e * falls, 2), 0)
-    masses = masses * decay + tl.sum(tl.sum(e, 2), 0)
-    return higher, masses, moments
+    moments = (moments + fall * masses) * decay + (left_moment + right_moment)
+    return higher, masses * decay + (left_mass + right_mass), moments
 
 
 @triton.jit
 def softmax_of(row_ptr, bias_ptr, n_vocab, softcap, inverse_temperature, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest logit, log of the mass below it, entropy. The first two stay separate: their sum would lose digits."""
+    """Largest logit (before the temperature), log of the mass below it, entropy. The first two stay separate: their sum
+    would lose digits."""
     scale = inverse_temperature * LOG2_E
-    zeros = tl.zeros([BLOCK // 8], tl.float32)
-    state = zeros + FLOOR, zeros, zeros
+    tops = tl.full([BLOCK // 8], FLOOR, tl.float32)
+    masses, moments = tl.zeros([BLOCK // 8], tl.float32), tl.zeros([BLOCK // 8], tl.float32)
     whole = n_vocab // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        state = with_tile(state, row_ptr, bias_ptr, start, n_vocab, scale, softcap, CAPPED, BLOCK, True)
+        tops, masses, moments = with_tile(
+            tops, masses, moments, row_ptr, bias_ptr, start, n_vocab, scale, softcap, CAPPED, BLOCK, True
+        )
     if whole < n_vocab:
-        state = with_tile(state, row_ptr, bias_ptr, whole, n_vocab, scale, softcap, CAPPED, BLOCK, False)
-    tops, masses, moments = state
-    top = tl.max(tops, 0) * inverse_temperature
-    base, rest = base_of(top)
-    fall = tops * scale - base - rest
+        tops, masses, moments = with_tile(
+            tops, masses, moments, row_ptr, bias_ptr, whole, n_vocab, scale, softcap, CAPPED, BLOCK, False
+        )
+    top = tl.max(tops, 0)
+    fall = (tops - top) * scale
     decay = tl.exp2(fall)
     mass = tl.sum(masses * decay, 0)
     moment = tl.sum((moments + fall * masses) * decay, 0) * LN_2
@@ -113,7 +123,7 @@ def row_loss_kernel(
         pair = tl.load(order_ptr + at, mask=mask, other=0)
         label = tl.load(label_ptr + pair, mask=mask, other=0)
         z = logits_at(row_ptr, bias_ptr, label, mask, softcap, CAPPED)
-        logp = z * inverse_temperature - top - log_mass
+        logp = (z - top) * inverse_temperature - log_mass
         tl.store(logp_ptr + pair, logp, mask=mask)
         logp = tl.where(mask, logp, 0.0)
         old = load(old_ptr, pair, mask) if old_ptr is not None else logp
@@ -142,7 +152,7 @@ def row_loss_kernel(
         d_row_ptr = d_logits_ptr + program * d_logits_stride
         tl.debug_barrier()
         scale = inverse_temperature * LOG2_E
-        base, rest = base_of(top)
+        base, rest = base_of(top, scale)
         share = -inverse_temperature * tl.exp2(tl.fma(log_mass, -LOG2_E, -rest))
         push = share * (logp_slope + entropy_slope * (entropy - log_mass - rest * LN_2))
         pull = share * entropy_slope * LN_2
@@ -161,8 +171,8 @@ def row_loss_kernel(
             tl.store(d_row_ptr + at, d_z.to(d_logits_ptr.dtype.element_ty), mask=at < n_vocab)
         tl.debug_barrier()
         add_labels(
-            d_row_ptr, label_ptr, order_ptr, logp_ptr, d_logp_ptr, begin, end, logp_slope, entropy_slope,
-            top + log_mass, entropy, softcap, inverse_temperature, CAPPED, PAIRS,
+            d_row_ptr, label_ptr, order_ptr, logp_ptr, d_logp_ptr, offset_ptr + row, logp_slope, entropy_slope,
+            top * inverse_temperature + log_mass, entropy, softcap, inverse_temperature, CAPPED, PAIRS,
         )  # fmt: skip
 
 
@@ -180,13 +190,14 @@ def label_of(label_ptr, order_ptr, at, mask):
 
 @triton.jit
 def add_labels(
-    d_row_ptr, label_ptr, order_ptr, logp_ptr, d_logp_ptr, begin, end, logp_slope, entropy_slope,
+    d_row_ptr, label_ptr, order_ptr, logp_ptr, d_logp_ptr, offset_ptr, logp_slope, entropy_slope,
     log_sum, entropy, softcap, inverse_temperature, CAPPED: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Overwrite the gradient at each label, with the one-hots of all its pairs; the last of these pairs writes.
 
     The row's pairs are in the order of their labels.
     """
+    begin, end = tl.load(offset_ptr), tl.load(offset_ptr + 1)  # again: kept since the first pass they might spill
     lanes = tl.arange(0, PAIRS)
     unfinished = 0.0
     for start in range(begin, end, PAIRS):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from igpo_kernels.autograd import first_order
+from igpo_kernels.linear_logprob.triton_path import programs_of
 from igpo_kernels.linear_policy_loss.triton_kernels import row_loss_kernel
 from igpo_kernels.pairs import GivenPairs, Rows
 from igpo_kernels.policy_loss.gradients import hand_out
@@ -24,6 +25,10 @@ from igpo_kernels.workspace import workspace_bytes
 
 ALIGN = 16
 """Alignment of rows of logits, in elements."""
+TILE_ROWS, TILE_COLUMNS = 128, 256
+"""Of a product, per multiprocessor and wave: what cuBLAS takes for large ones."""
+FLOPS_PER_BYTE = 180
+"""Of dense half precision, per byte of memory bandwidth: about 165 on an A100, 185 on an H200, 220 on a B200."""
 PAIR_BYTES = 72
 """Bytes of workspace per pair beside the logits: its place, row and offset 24, its row's partial sums 36, slope 4, and
 8."""
@@ -51,15 +56,16 @@ class _LinearPolicyLoss(torch.autograd.Function):
         labels, (vocab, size), count = rows.labels.contiguous(), weight.shape, len(rows.distinct)
         new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=hidden.device)  # noqa: E731
         logp, d_logp, partials = new(len(labels)), new(len(labels)), new(SUMS.value, count)
-        d_hidden, d_weight, d_bias = (
-            torch.zeros_like(x, dtype=like) if needed else None
-            for x, like, needed in zip(
-                (hidden, weight, bias), (dtype, torch.float32, torch.float32), ctx.needs_input_grad, strict=False
-            )
-        )
+        height = chunk_rows(count, len(labels), vocab, hidden, programs_of(hidden.device))
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        d_weight = None
+        if needs_weight:  # the first chunk, if there is one, writes all of it; several add up
+            make = torch.empty_like if count else torch.zeros_like
+            d_weight = make(weight, dtype=torch.float32 if count > height else dtype)
         differentiate = any(ctx.needs_input_grad)
         scale = range_of_half(inputs, settings) if dtype == torch.float16 else None
-        height = chunk_rows(count, len(labels), vocab, hidden)
         logits = new(height, -(-vocab // ALIGN) * ALIGN)
         states = torch.empty((height, size), dtype=dtype, device=hidden.device)
         d_states = None if d_hidden is None else new(height, size)
@@ -103,16 +109,32 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return *(None if g is None else scale_(g, factor) for g in gradients), *[None] * 5
 
 
-def chunk_rows(count: int, pairs: int, vocab: int, hidden: torch.Tensor) -> int:
-    """Rows per chunk, so that their logits, hidden states and gradients fit the workspace; chunks have equal height.
+def chunk_rows(count: int, pairs: int, vocab: int, hidden: torch.Tensor, processors: int) -> int:
+    """Rows per chunk, so that their logits, hidden states and gradients fit the workspace: all, or what costs
+    least (`cost`) among multiples of TILE_ROWS and equal chunks.
 
     Half of the workspace is left for them, however many pairs there are.
     """
     row_bytes = 4 * (-(-vocab // ALIGN) * ALIGN) + hidden.shape[1] * (hidden.element_size() + 4)
     workspace = workspace_bytes(hidden.device)
     most = max(1, max(workspace // 2, workspace - PAIR_BYTES * pairs - 4 * vocab) // row_bytes)
-    chunks = -(-count // most)
-    return -(-count // chunks) if chunks else 1
+    if count <= most:
+        return max(1, count)
+    equal = -(-count // -(-count // most))
+    heights = [*range(TILE_ROWS, most + 1, TILE_ROWS), equal]
+    return min(heights, key=lambda height: cost(height, count, hidden.shape[1], processors))
+
+
+def cost(height: int, count: int, size: int, processors: int) -> int:
+    """What ``count`` rows in chunks of ``height`` cost by the README's model, beyond what no height changes.
+
+    In FLOPs per vocabulary entry: those of the whole waves of tiles of dhidden's product, and as many as would take the
+    time of reading and writing the weight's gradient.
+    """
+    more, rest = divmod(count - 1, height)  # chunks after the first, and rows of the last, less one
+    waves = lambda rows: -(-(-(-rows // TILE_ROWS) * -(-size // TILE_COLUMNS)) // processors)  # noqa: E731
+    all_waves = more * waves(height) + waves(rest + 1)
+    return all_waves * processors * 2 * TILE_ROWS * TILE_COLUMNS + more * 8 * size * FLOPS_PER_BYTE
 
 
 def range_of_half(inputs: dict, settings) -> torch.Tensor:

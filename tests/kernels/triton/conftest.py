@@ -38,6 +38,23 @@ def bf16_dots():
         yield
 
 
+@pytest.fixture(scope="module")
+def fused():
+    """The interpreter's ``tl.fma`` rounds twice; a GPU's rounds once, and kernels count on it."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def fma(self, x, y, z):
+        wide = (handle.data.astype("float64") for handle in (x, y, z))
+        return TensorHandle((next(wide) * next(wide) + next(wide)).astype(z.data.dtype), z.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_fma", fma)
+        yield
+
+
 @pytest.fixture
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"

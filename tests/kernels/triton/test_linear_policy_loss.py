@@ -10,7 +10,7 @@ from tests.allocations import peak_bytes
 from tests.kernels import magnitudes
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "fused")
 
 from igpo_kernels.linear_policy_loss import triton_path  # noqa: E402
 from igpo_kernels.policy_loss import triton_path as loss_path  # noqa: E402
@@ -159,6 +159,34 @@ def test_large_logits_do_not_overflow(device):
     check(make(5, 4, 70, 9, scale=1000.0), LossSettings(entropy=0.2), device, without=("old_logp", "ref_logp"))
 
 
+def test_large_logits_keep_their_digits(device):
+    # Logits of about -3000 that float32 holds exactly: what rounds is what the kernel does with them.
+    leaves, ids, pairs = make(5, 16, 70, 9)
+    leaves["hidden"][:], leaves["weight"][:] = 1, (leaves["weight"] * 8).round() / 8
+    leaves["hidden"][:, 0], leaves["weight"][:, 0] = 1000, -3
+    case, without = (leaves, ids, pairs), ("bias", "old_logp", "ref_logp")
+    setting = LossSettings(entropy=0.2)
+    exact = run(case, setting, "reference", torch.float64, without=without)
+    ours = run(case, setting, "triton", torch.float32, device, without=without)
+    for name in ("logp", "entropy", "d_hidden", "d_weight"):
+        e = exact[name]
+        assert (ours[name] - e).abs().max() <= 3e-6 * (1 + e.abs().max()), name
+
+
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
+def test_extreme_temperatures(temperature, device):
+    check(
+        make(5, 8, 70, 9), LossSettings(entropy=0.2), device, temperature=temperature, without=("old_logp", "ref_logp")
+    )
+
+
+def test_a_row_without_any_token_is_nan(device):
+    leaves, ids, pairs = make(3, 4, 40, 6)
+    leaves["bias"][:] = -torch.inf
+    out = run((leaves, ids, pairs), LossSettings(), "triton", torch.float32, device, without=("old_logp",))
+    assert out["logp"].isnan().all() and out["loss"].isnan()
+
+
 def test_a_token_barred_by_its_bias_leaves_no_nan(device):
     # -inf is what -1e4 comes to; the definition's entropy makes 0 * -inf of it.
     (leaves, ids, pairs), barred = make(6, 4, 70, 9), {}
@@ -274,7 +302,24 @@ def test_gradients_are_handed_out_once(device):
 
 def test_many_pairs_leave_half_of_the_workspace_to_logits():
     hidden = torch.empty(1, 2048, dtype=torch.bfloat16, device="meta")
-    assert triton_path.chunk_rows(1 << 30, 1 << 30, 151_936, hidden) == (1 << 29) // (4 * 151_936 + 6 * 2048)
+    most = (1 << 29) // (4 * 151_936 + 6 * 2048)
+    assert triton_path.chunk_rows(most, 1 << 30, 151_936, hidden, 132) == most
+    assert triton_path.chunk_rows(most + 1, 1 << 30, 151_936, hidden, 132) < most
+
+
+@pytest.mark.parametrize("most, count, height", [
+    # 16 tiles in each row of tiles, 132 a wave: 8 rows of tiles are one wave, 9 to 16 two. Up to 12 rows, a second wave
+    # costs more than the traffic of the weight's gradient that taller chunks save; 13 are about even, 16 save both.
+    (1300, 13_000, 1024), (2100, 20_480, 2048), (1000, 900, 900), (100, 250, 84),
+    # Two chunks of one wave each, rather than one of two waves and the rest.
+    (1698, 1700, 896),
+])  # fmt: skip
+def test_chunks_fill_waves(most, count, height, monkeypatch):
+    vocab, size, pairs = 151_936, 4096, 0
+    row_bytes = 4 * vocab + 6 * size
+    monkeypatch.setattr(triton_path, "workspace_bytes", lambda device: most * row_bytes + 4 * vocab)
+    hidden = torch.empty(1, size, dtype=torch.bfloat16, device="meta")
+    assert triton_path.chunk_rows(count, pairs, vocab, hidden, 132) == height
 
 
 @pytest.mark.parametrize("hidden, weight", [("float64", "float64"), ("float32", "bfloat16")])
