@@ -28,11 +28,11 @@ class Shard:
     @classmethod
     def of(cls, group: ProcessGroup | None, size: int) -> Shard:
         """The shard of a process whose weight has ``size`` entries, as many as every rank's."""
-        if group is None:
+        if group is None or group.size() == 1:
             return cls(size, 0, size)
         if (rank := dist.get_rank(group)) < 0:
             raise ValueError("linear_logprob: this process is not in the group; call it on the group's ranks alone")
-        return cls(size, rank * size, dist.get_world_size(group) * size, group)
+        return cls(size, rank * size, group.size() * size, group)
 
     def owned(self, labels: torch.Tensor) -> torch.Tensor:
         """Which of the ``labels`` are entries of this shard."""
