@@ -8,6 +8,7 @@ from itertools import product
 import torch
 import torch.distributed as dist
 
+import tests.conftest  # noqa: F401 (Triton's interpreter, as tests have it)
 from igpo_kernels import Pairs, linear_logprob
 from igpo_kernels.compat import linear_cross_entropy
 
