@@ -26,23 +26,23 @@ def linear_cross_entropy(
     Args:
         hidden: [..., H]. weight: [V, H]. labels: int64 [...], -100 where a token has none.
         reduction: ``none``, ``mean`` or ``sum`` (case is ignored) of the log-probabilities; entropies come per token.
-        dist_process_group: None, or a group of one process.
+        dist_process_group: the processes that the vocabulary is split over, as ``group`` of ``linear_logprob``: weight
+            is this rank's shard, and the gradient of ``hidden`` this rank's part, as verl's.
     Returns:
         log-probabilities [tokens], flat as verl's (a scalar unless ``none``), and entropy [tokens]; both
         differentiable. The log-probability of label -100 is 0, without gradient, and not counted in the mean.
     Raises:
-        ValueError: a vocabulary split over processes, or an unknown reduction.
+        ValueError: an unknown reduction, and what ``linear_logprob`` raises.
     """
     reduction = reduction.lower()
-    if dist_process_group is not None and getattr(dist_process_group, "size", lambda: None)() != 1:
-        raise ValueError("linear_cross_entropy: a vocabulary split over processes is not supported; gather the weight")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"linear_cross_entropy: reduction={reduction!r}; choose none, mean or sum")
     labels = labels.flatten()
     kept = labels != IGNORED
     logp, entropy = linear_logprob(
-        hidden.flatten(0, -2), weight, labels.where(kept, 0), temperature=temperature, entropy=True
-    )
+        hidden.flatten(0, -2), weight, labels.where(kept, 0), temperature=temperature, entropy=True,
+        group=dist_process_group,
+    )  # fmt: skip
     return (logp.where(kept, 0.0) if reduction == "none" else getattr(logp[kept], reduction)()), entropy
 
 

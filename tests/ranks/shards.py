@@ -8,7 +8,9 @@ from itertools import product
 import torch
 import torch.distributed as dist
 
+import tests.conftest  # noqa: F401 (Triton's interpreter, as tests have it)
 from igpo_kernels import Pairs, linear_logprob
+from igpo_kernels.compat import linear_cross_entropy
 
 RANKS, VOCAB, SIZE, ROWS = 2, 70, 16, 9
 OPTIONS = ({}, {"temperature": 0.7, "softcap": 3.0}, {"shift": -200.0}, {"barred": slice(0, 35)})
@@ -59,6 +61,15 @@ def check(rank: int, backend: str, known: bool, options: dict) -> None:
     assert torch.equal(*every), "the ranks' log-probabilities differ"
 
 
+def check_verls(rank: int) -> None:
+    hidden, weight, _, _, labels, _ = case()
+    log_p = (hidden[: len(labels)].double() @ weight.double().T / 0.7).log_softmax(1)
+    shard = weight.view(RANKS, -1, SIZE)[rank]
+    logp, entropy = linear_cross_entropy(hidden[: len(labels)], shard, labels, 0.7, "none", dist.group.WORLD)
+    torch.testing.assert_close(logp, log_p.gather(1, labels[:, None])[:, 0].float())
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(1).float())
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -67,6 +78,7 @@ def main() -> None:
             check(rank, backend, known, options)
         except Exception as error:
             raise AssertionError(f"rank {rank}: {backend}, known={known}, {options}") from error
+    check_verls(rank)
     try:
         linear_logprob(torch.zeros(3, 8), torch.zeros(5, 8), torch.tensor([10, 0, 1]), group=dist.group.WORLD)
     except ValueError as error:

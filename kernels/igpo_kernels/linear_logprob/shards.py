@@ -11,6 +11,9 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+LEAST = -1e12
+"""No logit is lower: a shard whose largest is has no mass, every token of it being barred by the bias."""
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -25,11 +28,11 @@ class Shard:
     @classmethod
     def of(cls, group: ProcessGroup | None, size: int) -> Shard:
         """The shard of a process whose weight has ``size`` entries, as many as every rank's."""
-        if group is None:
+        if group is None or group.size() == 1:
             return cls(size, 0, size)
         if (rank := dist.get_rank(group)) < 0:
             raise ValueError("linear_logprob: this process is not in the group; call it on the group's ranks alone")
-        return cls(size, rank * size, dist.get_world_size(group) * size, group)
+        return cls(size, rank * size, group.size() * size, group)
 
     def owned(self, labels: torch.Tensor) -> torch.Tensor:
         """Which of the ``labels`` are entries of this shard."""
@@ -54,10 +57,10 @@ class Shard:
         dist.all_gather_into_tensor(every.view(-1), packed, group=self.group)
         logits, tops, log_masses, *entropies = every.split([len(x) for x in mine], dim=1)
         top = tops.amax(0)
-        # A shard without mass, all barred by the bias, has -inf here; so has a row without any, whose top is -inf.
-        log_share = tops - top.clamp(min=torch.finfo(top.dtype).min) + log_masses
-        log_mass = log_share.logsumexp(0)
+        barred = tops < LEAST
+        log_share = torch.where(barred, -torch.inf, tops - top + log_masses)
+        log_mass = log_share.logsumexp(0).masked_fill(barred.all(0), torch.nan)
         if entropy is not None:
             log_w = log_share - log_mass
-            entropy = torch.where(log_w > -torch.inf, log_w.exp() * (entropies[0] - log_w), 0.0).sum(0)
+            entropy = torch.where(barred, 0.0, log_w.exp() * (entropies[0] - log_w)).sum(0)
         return logits.sum(0), top, log_mass, entropy
