@@ -45,7 +45,7 @@ GRACE = 10
 SLACK = 5
 """How many times longer a step may take in a dry run, on two cores instead of sixteen."""
 HUNG = 60
-"""Seconds after which a test counts as hung."""
+"""Seconds after which a test counts as hung; longer where one compiles for other compilers, or runs for minutes."""
 FILES = ("stages.jsonl", "tests.jsonl", "rows.jsonl", "tune.jsonl", "tables.json", "log.txt")
 SHOWN = 8
 """Failures that a step prints."""
@@ -83,15 +83,16 @@ def stages(out: Path, aot: Path | None = None, dry: bool = False) -> dict[str, l
     cores = os.cpu_count() or 1
     workers = max(2, min(12, cores - 4))  # the rest compile
 
-    def pytest(step: str, *arguments: str) -> list[str]:
+    def pytest(step: str, *arguments: str, hung: int = HUNG) -> list[str]:
         return [
             "pytest", "-p", "no:cacheprovider", "-p", "bench.journal", *(["-p", "bench.pretend"] if dry else ()),
             "--journal", file["tests.jsonl"], "--step", step, "-rf", "--tb=short",
-            "-o", f"faulthandler_timeout={HUNG}", "-o", "faulthandler_exit_on_timeout=true", *arguments,
+            "-o", f"faulthandler_timeout={hung * (SLACK if dry else 1)}", "-o", "faulthandler_exit_on_timeout=true",
+            *arguments,
         ]  # fmt: skip
 
-    def bench(name: str, seconds: int, *arguments: str) -> Step:
-        return Step(name, seconds, pytest(name, *arguments, "--full", "--results", file["rows.jsonl"]))
+    def bench(name: str, seconds: int, *arguments: str, hung: int = HUNG) -> Step:
+        return Step(name, seconds, pytest(name, *arguments, "--full", "--results", file["rows.jsonl"], hung=hung))
 
     def facts(*arguments: str) -> Step:
         library = ["--aot", str(aot)] if aot else []
@@ -121,7 +122,7 @@ def stages(out: Path, aot: Path | None = None, dry: bool = False) -> dict[str, l
             facts(),
             bench("attention", 160, f"{attention}::test_attention", "-k", first),
             bench("attention, narrow tables", 140, f"{attention}::test_attention", "-k", first, "--table", "narrow"),
-            bench("flex", 200, f"{attention}::test_flex", f"{attention}::test_newer_flash"),
+            bench("flex", 200, f"{attention}::test_flex", f"{attention}::test_newer_flash", hung=120),
         ],
         "tune": [
             facts(),
@@ -132,9 +133,9 @@ def stages(out: Path, aot: Path | None = None, dry: bool = False) -> dict[str, l
         ],
         "rest": [
             facts(),
-            bench("rest of attention", 500, f"{attention}::test_attention", "-k", f"not ({first})"),
+            bench("rest of attention", 500, f"{attention}::test_attention", "-k", f"not ({first})", hung=180),
         ],
-        "scoring": [facts(), bench("scoring", 160, "bench/test_scoring.py")],
+        "scoring": [facts(), bench("scoring", 160, "bench/test_scoring.py", hung=120)],
     }  # fmt: skip
 
 
@@ -244,7 +245,9 @@ def figures(out: Path, done: int) -> Iterator[str]:
     from bench.comparison import line
 
     for row in list(lines(out / "rows.jsonl"))[done:]:
-        if "ours" in row:
+        if "left_out" in row:
+            yield from (f"  left out: {peer} ({why[:120]})" for peer, why in row["left_out"].items())
+        elif "ours" in row:
             yield f"  {line(row)} {json.dumps(row['shape'])}"
         elif "ms" in row:
             yield f"  {row['bench']}: " + ", ".join(f"{row[u]} {u}" for u in ("TB/s", "TFLOP/s") if u in row)

@@ -82,7 +82,9 @@ def pytest_generate_tests(metafunc):
     if "shape" in metafunc.fixturenames:
         full = metafunc.config.getoption("--full") and DEVICE == "cuda"
         shapes, heads = ({**FULL, **LONG}, {**HEADS, **OTHERS}) if full else (SHAPES, HEADS)
-        pairs = [*product(shapes, HEADS), *product(OTHERS_ON, OTHERS if full else ())]
+        pairs = [*product(SHAPES, HEADS)]
+        if full:  # what takes longest comes last
+            pairs = [*product(FULL, HEADS), *product(OTHERS_ON, OTHERS), *product(LONG, HEADS)]
         if metafunc.function is test_flex and full:
             pairs = [*product(FLEX_ON, HEADS)]
         if metafunc.function is test_newer_flash:

@@ -1,5 +1,7 @@
-"""Rows of the benches, the script for a GPU machine, and that neither needs what such a machine lacks."""
+"""Rows of the benches, the stages for a GPU machine, and that neither needs what such a machine lacks."""
 
+import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -9,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import comparison, gpu
+from bench import comparison, gpu, journal
 from bench.comparison import Comparison, figures, line
 from bench.timing import timed
 
@@ -101,50 +103,149 @@ def test_figures():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refuses only without a GPU")
 def test_the_gpu_script_refuses_in_one_line(tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == "bench/gpu.py: no CUDA device is visible; run it on a machine with one\n"
-    assert not (tmp_path / "out").exists()
+    said = "bench/gpu.py: no CUDA device is visible; run it on a machine with one, or with --dry\n"
+    assert capsys.readouterr().err == said and not (tmp_path / "out").exists()
 
 
-def test_every_kernel_that_can_be_tuned_is_tuned(tmp_path):
+@pytest.mark.parametrize("dry", [False, True])
+def test_stages_fit_one_command_each(dry, tmp_path):
+    stages = gpu.stages(tmp_path, tmp_path / "library.so", dry)
+    assert list(stages) == ["quick", "attention", "tune", "rest", "scoring"], "most valuable first"
+    assert gpu.STAGE_SECONDS <= 540 and len(gpu.FILES) <= 6
+    for stage, steps in stages.items():
+        assert sum(step.seconds for step in steps) <= gpu.STAGE_SECONDS, stage
+        assert steps[0].name == "facts" and str(tmp_path / "library.so") in steps[0].command
+    steps = [step for found in stages.values() for step in found[1:]]
+    assert len(steps) == len({step.name for step in steps}), "the journal knows steps by name"
+    assert all(step.seconds > 2 * gpu.GRACE for step in steps)
+    by_name = {step.name: step.command for step in steps}
+    assert [part for part in by_name["head"] if part.startswith("bench/")] == [
+        "bench/test_loss.py", "bench/test_logprob.py", "bench/test_advantages.py",
+    ]  # fmt: skip
+    assert all(("bench.pretend" in step.command) == dry for step in steps if step.command[0] == "pytest")
+    named = {part for step in steps for part in step.command if Path(part).parent == tmp_path}
+    assert {Path(part).name for part in named} <= set(gpu.FILES), "nothing else is written"
+
+
+def test_what_the_tuner_is_asked_for_is_shortlisted(tmp_path):
     tune = pytest.importorskip("igpo_kernels.tune")
-    module, *options = gpu.commands(tmp_path)["tune"]
-    tuned = {tunable.kernel for _, tunable in tune.wanted(tune.parsed(options))}
-    assert module == tune.__name__ and tuned == {tunable.kernel for *_, tunable in tune.tunables()}
+    module, *options = gpu.stages(tmp_path)["tune"][1].command
+    known = {tunable.kernel for _, tunable in tune.wanted(tune.parsed(options))}
+    assert module == tune.__name__ and {row["kernel"] for row in tune.shortlist()} <= known
+    command = gpu.stages(tmp_path)["attention"][2].command
+    table = command[command.index("--table") + 1]
+    assert {row["kernel"] for row in tune.shortlist() if row.get("name") == table} == {
+        f"tree_attention_{part}" for part in ("forward", "backward_q", "backward_kv")
+    }
 
 
-def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
-    (tmp_path / "stage.py").write_text(
-        "import os, sys, time\nprint(os.environ.get('TRITON_INTERPRET'), flush=True)\n"
-        "time.sleep(60 if sys.argv[1] == 'hang' else 0)\nsys.exit(int(sys.argv[1] == 'fail'))\n"
+def step(name, command, seconds=60, **rest):
+    return gpu.Step(name, seconds, command, **rest)
+
+
+@pytest.fixture
+def staged(tmp_path, monkeypatch, capsys):
+    """``staged(steps, *arguments)`` runs them as one stage; returns the exit code and what was said."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "GRACE", 1)
+
+    def run(steps, *arguments):
+        monkeypatch.setattr(gpu, "stages", lambda *_: {"only": steps})
+        return gpu.main(["--out", str(tmp_path / "out"), *arguments]), capsys.readouterr().out
+
+    return run
+
+
+def test_a_step_that_fails_or_hangs_does_not_stop_the_next(tmp_path, monkeypatch, staged):
+    (tmp_path / "part.py").write_text(
+        "import os, signal, sys, time\nprint(os.environ.get('TRITON_INTERPRET'), flush=True)\n"
+        "sys.argv[1] == 'deaf' and signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "time.sleep(600 if sys.argv[1] in ('hang', 'deaf') else 0)\nsys.exit(int(sys.argv[1] == 'fail'))\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    stages = {"tests": "fail", "bench": "hang", "tune": "succeed"}
-    monkeypatch.setattr(gpu, "commands", lambda out: {stage: ["stage", how] for stage, how in stages.items()})
-    monkeypatch.setitem(gpu.LIMITS, "bench", 1)
-    assert gpu.main(["--out", str(tmp_path / "out")]) == 1
-    said = capsys.readouterr().out
-    assert "tests: exit code 1 in " in said and "bench: stopped after 1 s in " in said and "tune: ok in " in said
-    assert said.endswith("failed: tests, bench\n")
-    assert (tmp_path / "out/tune.log").read_text() == "None\n"  # not in the interpreter
-    assert gpu.main(["tune", "--out", str(tmp_path / "only")]) == 0
-    assert [path.name for path in (tmp_path / "only").iterdir()] == ["tune.log"]
+    parts = [step(how, ["part", how], 3 if how in ("hang", "deaf") else 60) for how in ("fail", "hang", "deaf", "well")]
+    code, said = staged([*parts, step("absent", ["part", "fail"], tool="no-such-tool --tool x")])
+    assert code == 1 and said.endswith("failed: only/fail, only/hang, only/deaf\n")
+    assert "only/fail: exit code 1" in said and "only/well: ok" in said
+    assert said.count("stopped after 2 s") == 4 and "left out: no-such-tool is not there" in said  # table and lines
+    rows = [json.loads(row) for row in (tmp_path / "out/stages.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == ["fail", "hang", "deaf", "well", "absent"]
+    assert (tmp_path / "out/log.txt").read_text().count("None\n") == 4, "not in the interpreter"
 
 
-def test_wheels_are_unpacked_for_the_run(tmp_path, monkeypatch):
+def test_what_a_stopped_step_has_started_is_gone(tmp_path):
+    code = "import signal, subprocess; signal.signal(2, signal.SIG_IGN)\n"
+    code += "child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True); child.wait()"
+    with (tmp_path / "log").open("w") as log:
+        assert gpu.watched([sys.executable, "-c", code], 2, log, dict(os.environ)) is None
+    child = Path("/proc", (tmp_path / "log").read_text().strip())
+    assert not child.exists() or child.joinpath("stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+TESTS = """
+import os, signal
+import pytest
+
+@pytest.mark.parametrize("i", range(4))
+def test_a(i):
+    if i == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert i != 2, "two"
+"""
+
+
+def test_a_step_goes_on_behind_the_test_that_killed_it(tmp_path, staged):
+    (tmp_path / "test_some.py").write_text(TESTS)
+    journal = tmp_path / "out/tests.jsonl"
+    command = ["pytest", "-p", "no:cacheprovider", "-p", "bench.journal", "--journal", str(journal), "--step", "some"]
+    code, said = staged([step("some", [*command, "--rootdir", str(tmp_path), str(tmp_path / "test_some.py")])])
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert [(row["test"][-2], row["outcome"]) for row in rows if "test" in row] == [
+        ("0", "begun"), ("0", "passed"), ("1", "begun"),
+        ("2", "begun"), ("2", "failed"), ("3", "begun"), ("3", "passed"),
+    ]  # fmt: skip
+    assert code == 1 and "2 passed, 1 failed, 1 without an end" in said
+    assert "begun and not ended: test_some.py::test_a[1]" in said and "AssertionError: two" in said
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
+    (tmp_path / "tests.jsonl").write_text('{"step": "s", "test": "a", "outcome": "begun"}\n{"step": "s", "te')
+    assert journal.begun(tmp_path / "tests.jsonl", "s") == {"a"} and journal.begun(tmp_path / "no", "s") == set()
+    assert gpu.progress("s", tmp_path) == (1, False)
+
+
+def test_wheels_are_unpacked_for_the_run(tmp_path, staged):
     with zipfile.ZipFile(tmp_path / "carried-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("carried.py", "print('carried')")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "commands", lambda out: {"tests": ["carried"]})
-    assert gpu.main(["--out", str(tmp_path / "out"), "--wheels", str(tmp_path)]) == 0
-    assert (tmp_path / "out/tests.log").read_text() == "carried\n"
+    assert staged([step("some", ["carried"])], "--wheels", str(tmp_path))[0] == 0
+    assert (tmp_path / "out/log.txt").read_text().endswith("carried\n")
 
 
-def test_a_gpu_image_can_collect_its_tests_and_benches():
-    missing = ["pydantic", "bm25s", "datasets", "tensorboard"]
+def pretended(*arguments):
+    """pytest on the pretended GPU, without what a GPU's image lacks."""
+    missing = ["pydantic", "bm25s", "datasets"]
     code = f"import sys\nfor name in {missing}: sys.modules[name] = None\nimport pytest\n"
-    code += "sys.exit(pytest.main(['--collect-only', '-qq', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
-    folders = ["tests/kernels", "tests/parity", "bench"]
-    run = subprocess.run([sys.executable, "-c", code, *folders], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-2000:]
-    assert all(f"{folder}/" in run.stdout for folder in folders)
+    code += "sys.exit(pytest.main(['-p', 'no:cacheprovider', '-p', 'bench.pretend', *sys.argv[1:]]))"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    return run.stdout
+
+
+def test_a_gpu_image_can_collect_what_the_stages_name():
+    found = pretended("--collect-only", "--full", "tests/kernels/triton", "tests/parity", "bench").split("\n")
+    assert {line.split("/")[0] for line in found if "::" in line} == {"tests", "bench"}
+    for name in gpu.CHECKED:
+        assert f"tests/kernels/triton/{name}" in found
+    for shape in gpu.FIRST:
+        assert f"bench/test_attention.py::test_attention[{shape}-qwen2.5-7b-backward]" in found
+    assert sum("::test_flex[" in line for line in found) == 2 * 2
+    for name in ("test_inspect", "test_tune", "test_traps", "pipelined", "unspecialised", "ahead_of_time"):
+        assert any(name in line for line in found) and any(name in part for part in gpu.HOST)
+
+
+def test_a_dry_run_ends_at_the_first_launch():
+    said = pretended("-rs", "--full", "bench/test_advantages.py", "-k", "on_the_device")
+    assert "launches turn_advantages_kernel" in said and "1 skipped" in said

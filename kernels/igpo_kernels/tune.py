@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 
@@ -168,7 +169,7 @@ class Tuner:
             self.write(candidate=candidate, begun=True)
             row, before = {}, entries[tunable.dtype]
             try:
-                row = self.compiled.pop(json.dumps(candidate)).result() if not committed and self.pool else {}
+                row = self.said(json.dumps(candidate))
                 faulthandler.dump_traceback_later(CANDIDATE_SECONDS, exit=True)
                 entries[tunable.dtype] = entry
                 run, found = results(tunable, self.device)
@@ -189,10 +190,7 @@ class Tuner:
                 sys.exit(LOST)
             return row.get("ms", math.inf)
 
-        def ahead(new: Iterable[dict]) -> None:
-            if self.pool:
-                self.compile(op, name, new)
-
+        ahead = functools.partial(self.compile, op, name)
         best, after, before = tune(tunable, self.arch, attempt, first, search, seconds, ahead)
         if after < before:
             place = self.won.setdefault(name[0], {}).setdefault(name[1], {}).setdefault(name[2], {})
@@ -202,9 +200,23 @@ class Tuner:
 
     def compile(self, op: str, name: Sequence[str], entries: Iterable[dict]) -> None:
         """Begin to compile entries in other processes, each once."""
-        for entry in entries:
-            if (key := json.dumps([*name, entry])) not in self.compiled and key not in self.begun:
+        for entry in entries if self.pool else ():
+            if (key := json.dumps([*name, entry])) in self.compiled or key in self.begun:
+                continue
+            try:
                 self.compiled[key] = self.pool.submit(compile_ahead, op, *name, entry)
+            except BrokenProcessPool as error:  # a compiler that crashed took the pool with it
+                print(f"igpo_kernels.tune: nothing is compiled ahead any more: {error}", file=sys.stderr)
+                self.pool = None
+                return
+
+    def said(self, key: str) -> dict:
+        """What the compiler and the gate said of a candidate, once it is compiled; without a word of theirs it is
+        compiled where it is launched."""
+        try:
+            return self.compiled.pop(key).result(CANDIDATE_SECONDS) if key in self.compiled else {}
+        except Exception as error:  # the launch will tell
+            return {"ahead": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 
 def replace(path: Path, text: str) -> None:
