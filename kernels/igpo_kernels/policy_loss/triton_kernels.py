@@ -331,15 +331,15 @@ def policy_loss_gap_kernel(
 
 @triton.jit
 def policy_loss_segment_kernel(
-    logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, ref_ptr, sequence_ptr, gap_ptr,
-    order_ptr, offset_ptr, ratio_ptr, slope_ptr, low, high, dual_clip, kl, floor, cap,
+    logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, kl_ref_ptr, sequence_ptr,
+    gap_ptr, order_ptr, offset_ptr, ratio_ptr, slope_ptr, low, high, dual_clip, kl, floor, cap,
     shape_pos, shape_neg, rate_pos, rate_neg,
     TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr, SURROGATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Per segment: mean log ratio (vespo: the sum) and mean slope; its pairs are order[offset[s] : offset[s + 1]].
 
     Pairs of weight 0 are left out, and so are pairs that importance masks. slope_ptr None: nothing's gradient goes by
-    way of the segment's ratio. ref_ptr None: nor does the KL's.
+    way of the segment's ratio. kl_ref_ptr None: nor does the KL's.
     """
     s = tl.program_id(0)
     begin, end = tl.load(offset_ptr + s), tl.load(offset_ptr + s + 1)
@@ -382,8 +382,8 @@ def policy_loss_segment_kernel(
                 )  # fmt: skip
                 factor = weight * correction
                 slopes += tl.where(factor != 0, factor * slope, 0.0)
-            if ref_ptr is not None:
-                distance = load(ref_ptr, pair, weight != 0) - logp
+            if kl_ref_ptr is not None:
+                distance = load(kl_ref_ptr, pair, weight != 0) - logp
                 slope = weight * kl * ratio * (tl.exp(distance) - distance - 1)
                 slopes += tl.where(weight != 0, slope, 0.0)
         tl.store(slope_ptr + s, tl.sum(slopes, 0) / count)

@@ -177,6 +177,7 @@ FEATURES = {
         "old_ptr", "engine_ptr", "segment_ptr", "ratio_ptr", "shape_pos", "shape_neg", "rate_pos", "rate_neg",
     ),
     "unbiased-kl": ("old_ptr", "ref_ptr"),
+    "segment-kl": ("old_ptr", "ref_ptr", "kl_ref_ptr", "segment_ptr", "ratio_ptr", "slope_ptr"),
     "segment-full": (
         "old_ptr", "engine_ptr", "ref_ptr", "entropy_ptr", "dual_clip", "clip_scale_ptr", "floor", "segment_ptr",
         "ratio_ptr", "slope_ptr", "sequence_ptr", "gap_ptr",
@@ -195,7 +196,7 @@ def variants() -> Iterator[Variant]:
         yield from _variants("policy_loss", policy_loss_kernel, features)
     for features in ("sequence", "segment-full"):
         yield from _variants("policy_loss_gap", policy_loss_gap_kernel, features)
-    for features in ("segment", "segment-full", "vespo"):
+    for features in ("segment", "segment-full", "segment-kl", "vespo"):
         yield from _variants("policy_loss_segment", policy_loss_segment_kernel, features)
     yield from _variants("policy_loss_finish", policy_loss_finish_kernel, "ratio")
     yield from _variants("policy_loss_scale", policy_loss_scale_kernel, "ratio")
@@ -208,7 +209,7 @@ def _variants(kernel: str, fn, features: str) -> Iterator[Variant]:
             "MASKED": features in ("masked", "banded", "segment-full"),
             "MEAN": features == "segment-full",
             "SURROGATE": features if features in SURROGATES else "clip",
-            "UNBIASED_KL": features in ("unbiased-kl", "segment-full"),
+            "UNBIASED_KL": features in ("unbiased-kl", "segment-kl"),
         }
         constexprs = {k: v for k, v in {**flags, **config.constants}.items() if k in fn.arg_names}
         signature = {}
