@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
+import torch.distributed as dist
 
 from igpo_kernels.linear_logprob import linear_logprob
 from igpo_kernels.linear_policy_loss import linear_policy_loss
+from igpo_kernels.policy_loss import policy_loss
+from igpo_kernels.policy_loss.reference import LOG_WEIGHT
 from igpo_kernels.policy_loss.settings import LossSettings
 
 IGNORED = -100
 """The label of tokens that verl leaves out."""
-LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
+LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
 
 
 def linear_cross_entropy(
@@ -61,28 +67,50 @@ def fused_linear_grpo(
     epsilon_high: float = 0.2,
     delta: float | None = None,
     loss_type: str = "grpo",
+    importance_sampling_level: str = "token",
     max_completion_length: int | None = None,
     temperature: float = 1.0,
+    use_bias_correction_kl: bool = False,
+    vllm_is_ratio: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | float | None = None,
+    entropy_coef: float = 0.0,
+    softcap: float | None = 0.0,
+    backend: str = "auto",
+    **shape: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The fused LM head and GRPO loss of TRL and Liger; unlike theirs, advantages may differ by token.
 
     Args:
         hidden: [B, T, H], the states that predict ``ids`` [B, T]. weight: [V, H]. mask: [B, T], 1 where trained; a
             fraction weighs its token's loss, as in TRL.
-        advantages: [B], one per sequence, or [B, T], one per token.
+        advantages: [B] or [B, 1], one per sequence, or [B, T], one per token.
         old_logp, ref_logp: [B, T]; without old_logp the ratio is 1, without ref_logp ``beta`` must be 0.
-        beta: coefficient of the k3 KL.
+        beta: coefficient of the k3 KL, which ``use_bias_correction_kl`` multiplies by the ratio.
+        epsilon_high: for ``cispo`` the bound of the ratio itself, else of the ratio less 1.
         delta: TRL's and Liger's upper bound of the unclipped ratio, ``-min(min(r, delta) A, clip(r) A)``; at least
             ``1 - epsilon_low``. (verl's dual clip is ``LossSettings.dual_clip``: it bounds negative advantages alone.)
-        loss_type: ``grpo`` means over each sequence's tokens, then over sequences; ``bnpo`` and ``dapo`` over all
-            tokens; ``dr_grpo`` sums, divided by B * max_completion_length (default T).
+        loss_type: ``grpo`` and ``sapo`` mean over a sequence's tokens, then over sequences; ``bnpo`` over all tokens;
+            ``dapo``, ``cispo`` and ``vespo`` divide by ``num_items_in_batch``; ``dr_grpo`` sums, divided by
+            B * max_completion_length (default T); ``luspo`` sums over tokens, a mean over sequences.
+        importance_sampling_level: ``token``, or ``sequence``: GSPO's ratio, without which ``luspo`` is not its paper's.
+        vllm_is_ratio: [B], [B, 1] or [B, T], weights of the surrogate, bounded by the caller.
+        num_items_in_batch: trained tokens of the whole update, over all processes and micro-batches; None is those of
+            this call over all processes, which then all have to call.
+        entropy_coef: coefficient of an entropy bonus, aggregated as the loss is.
+        softcap, backend: as in ``linear_policy_loss``.
+        shape: ``sapo_temperature_pos`` and ``_neg``, ``vespo_k_pos``, ``vespo_lambda_pos``, ``vespo_k_neg`` and
+            ``vespo_lambda_neg``, as in ``LossSettings``.
     Returns:
         The loss, and means over the tokens whose mask is not 0: ``kl``, ``clip_ratio``, ``entropy``, ``ratio``.
     Raises:
-        ValueError: shapes or options that do not fit; nothing is broadcast.
+        ValueError: shapes or options that do not fit; nothing else is broadcast.
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"fused_linear_grpo: loss_type={loss_type!r}; choose one of {', '.join(LOSS_TYPES)}")
+    if importance_sampling_level not in ("token", "sequence"):
+        raise ValueError(
+            f"fused_linear_grpo: importance_sampling_level={importance_sampling_level!r}; choose token or sequence"
+        )
     if ids.ndim != 2:
         raise ValueError(f"fused_linear_grpo: ids {tuple(ids.shape)}; give [B, T]")
     batch, length = ids.shape
@@ -94,35 +122,127 @@ def fused_linear_grpo(
     for name, x in (("mask", mask), ("old_logp", old_logp), ("ref_logp", ref_logp)):
         if x is not None and x.shape != ids.shape:
             raise ValueError(f"fused_linear_grpo: {name} {tuple(x.shape)}; give [{batch}, {length}] as of ids")
-    if advantages.shape not in ((batch,), (batch, length)):
-        raise ValueError(
-            f"fused_linear_grpo: advantages {tuple(advantages.shape)}; give [{batch}] or [{batch}, {length}]"
-        )
-    per_token = advantages if advantages.ndim == 2 else advantages[:, None].expand(batch, length)
+    per_token = _by_token("advantages", advantages, ids)
     trained, share = mask != 0, mask.float()
-    if loss_type == "grpo":
-        weights = share / (batch * share.sum(1, keepdim=True).clamp(min=1))
-    elif loss_type == "dr_grpo":
-        weights = share / max(1, batch * (max_completion_length or length))
-    else:
-        weights = share / share.sum().clamp(min=1)
     pick = lambda x: None if x is None else x[trained].to(torch.promote_types(x.dtype, torch.float32))  # noqa: E731
-    loss, sums = linear_policy_loss(
-        hidden.flatten(0, 1), weight, ids[trained], trained.flatten().nonzero()[:, 0], pick(old_logp),
-        pick(per_token), pick(weights),
-        _settings(epsilon_low, epsilon_high, delta, beta),
-        bias=bias, temperature=temperature, ref_logp=pick(ref_logp),
+    weights = pick(_token_weights(share, loss_type, max_completion_length, num_items_in_batch))
+    settings = _settings(
+        loss_type, importance_sampling_level, epsilon_low, epsilon_high, delta, kl=beta, entropy=entropy_coef,
+        unbiased_kl=use_bias_correction_kl, **shape,
     )  # fmt: skip
+    gap = None  # log of vllm_is_ratio, which vespo adds up
+    if vllm_is_ratio is not None:
+        ratio = _by_token("vllm_is_ratio", vllm_is_ratio, ids)
+        if loss_type == "vespo":
+            settings = replace(settings, importance="token", importance_cap=math.inf)
+            gap = ratio.log().clamp(*LOG_WEIGHT)
+            if vllm_is_ratio.shape != ids.shape:  # the sequence's, once
+                gap = gap / trained.sum(1, keepdim=True).clamp(min=1)
+        else:  # a surrogate grows with its advantage
+            per_token = per_token * ratio
+    rows, old, inputs = trained.flatten().nonzero()[:, 0], pick(old_logp), dict(ref_logp=pick(ref_logp))
+    head = dict(bias=bias, temperature=temperature, softcap=softcap, backend=backend)
+    if settings.needs_segment:
+        logp, entropy = linear_logprob(hidden.flatten(0, 1), weight, ids[trained], rows, entropy=True, **head)
+        if gap is not None:
+            inputs["engine_logp"] = (logp.detach() if old is None else old) - pick(gap)
+        loss, sums = policy_loss(
+            logp, old, pick(per_token), weights, settings, segment=rows // length,
+            entropy=entropy if entropy_coef else entropy.detach(), backend=backend, **inputs,
+        )  # fmt: skip
+    else:
+        loss, sums = linear_policy_loss(
+            hidden.flatten(0, 1), weight, ids[trained], rows, old, pick(per_token), weights, settings, **head, **inputs
+        )
     tokens = sums["tokens"].clamp(min=1)
     names = {"kl": "kl", "clip_ratio": "clipped", "entropy": "entropy", "ratio": "ratio"}
     return loss, {name: sums[key] / tokens for name, key in names.items()}
 
 
-def _settings(low: float, high: float, delta: float | None, beta: float) -> LossSettings:
-    """Express the ratio's bound ``delta`` as clips: where A > 0 it lowers the upper clip; where A < 0 it is a dual
-    clip, which acts above the upper clip only."""
+class LigerFusedLinearGRPOLoss(torch.nn.Module):
+    """Liger's module of the same name, by ``fused_linear_grpo``: the arguments, defaults and results are Liger's.
+
+    Args:
+        beta, loss_type, options: ``fused_linear_grpo``'s, by Liger's names.
+        use_ref_model: whether the KL needs a reference; without one it is 0.
+        compiled, chunk_size: without effect; chunks follow the workspace.
+    """
+
+    def __init__(
+        self, beta: float = 0.04, compiled: bool = True, use_ref_model: bool = True, chunk_size: int = 1, *,
+        loss_type: str = "dapo", **options,
+    ):  # fmt: skip
+        super().__init__()
+        self.beta, self.use_ref_model = beta, use_ref_model
+        self.options = dict(loss_type=loss_type, **options)
+
+    def forward(
+        self, _input, lin_weight, selected_token_ids, attention_mask, advantages, bias=None, ref_per_token_logps=None,
+        old_per_token_logps=None, ref_input=None, ref_weight=None, ref_bias=None, vllm_is_ratio=None,
+        num_items_in_batch=None,
+    ):  # fmt: skip
+        """Return the loss, and as Liger does a tuple: the mean KL unless beta is 0, and the share of clipped tokens."""
+        ref = ref_per_token_logps if self.use_ref_model and self.beta else None
+        if ref is None and self.use_ref_model and self.beta:
+            if ref_input is None:
+                raise ValueError(
+                    "LigerFusedLinearGRPOLoss: beta needs a reference; give ref_per_token_logps or ref_input"
+                )
+            with torch.no_grad():
+                options = {name: self.options[name] for name in ("temperature", "softcap") if name in self.options}
+                ref = linear_logprob(
+                    ref_input.flatten(0, 1), ref_weight, selected_token_ids.flatten(), bias=ref_bias, **options
+                ).view(selected_token_ids.shape)
+        loss, means = fused_linear_grpo(
+            _input, lin_weight, selected_token_ids, attention_mask, advantages, old_per_token_logps, ref, bias=bias,
+            beta=0.0 if ref is None else self.beta, vllm_is_ratio=vllm_is_ratio, num_items_in_batch=num_items_in_batch,
+            **self.options,
+        )  # fmt: skip
+        return loss, (means["kl"], means["clip_ratio"]) if self.beta else (means["clip_ratio"],)
+
+
+def _by_token(name: str, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Expand one number per sequence to its tokens."""
+    batch, length = ids.shape
+    if x.shape not in ((batch,), (batch, 1), (batch, length)):
+        raise ValueError(f"fused_linear_grpo: {name} {tuple(x.shape)}; give [{batch}] or [{batch}, {length}]")
+    return (x if x.ndim == 2 else x[:, None]).expand(batch, length)
+
+
+def _token_weights(share: torch.Tensor, loss_type: str, longest: int | None, items) -> torch.Tensor:
+    """The weight of each token in the loss."""
+    batch, length = share.shape
+    if loss_type in ("grpo", "sapo"):
+        return share / (batch * share.sum(1, keepdim=True).clamp(min=1))
+    if loss_type == "luspo":
+        return share / max(1, batch)
+    if loss_type == "dr_grpo":
+        return share / max(1, batch * (longest or length))
+    if loss_type == "bnpo":
+        return share / share.sum().clamp(min=1)
+    # Gradients are averaged over processes, so each divides by its part.
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if items is None:
+        items = share.sum()
+        if processes > 1:
+            dist.all_reduce(items)
+    items = torch.as_tensor(items, dtype=share.dtype, device=share.device) / processes
+    return share / items.clamp(min=1)
+
+
+def _settings(loss_type, level, low, high, delta, **more) -> LossSettings:
+    """Settings of TRL's names.
+
+    The ratio's bound ``delta`` is expressed as clips: where A > 0 it lowers the upper clip; where A < 0 it is a dual
+    clip, which acts above the upper clip only.
+    """
+    more["ratio"] = "sequence" if loss_type == "vespo" else level
+    if loss_type == "cispo":
+        return LossSettings(clip_low=1.0, clip_high=high - 1, surrogate="cispo", **more)
+    if loss_type in ("sapo", "vespo"):
+        return LossSettings(surrogate=loss_type, **more)
     if delta is None:
-        return LossSettings(clip_low=low, clip_high=high, kl=beta)
+        return LossSettings(clip_low=low, clip_high=high, **more)
     if not delta >= 1 - low:
         raise ValueError(f"fused_linear_grpo: delta is {delta}; give at least 1 - epsilon_low, {1 - low:g}")
-    return LossSettings(clip_low=low, clip_high=min(high, delta - 1), dual_clip=max(delta, 1 + high), kl=beta)
+    return LossSettings(clip_low=low, clip_high=min(high, delta - 1), dual_clip=max(delta, 1 + high), **more)

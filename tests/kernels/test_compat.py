@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from igpo_kernels.compat import fused_linear_grpo, linear_cross_entropy
+from igpo_kernels.compat import LigerFusedLinearGRPOLoss, fused_linear_grpo, linear_cross_entropy
 
 B, T, H, V = 3, 5, 8, 17
 
@@ -156,3 +156,153 @@ def test_shapes_that_differ_from_the_ids_are_refused(name, cut, message):
     given[name] = cut(given[name])
     with pytest.raises(ValueError, match=f"^fused_linear_grpo: {message}"):
         fused_linear_grpo(weight=weight, advantages=advantages, **given)
+
+
+def trl_loss(logp, old, ref, mask, a, loss_type, level, low, high, beta, corrected, is_ratio, items, longest):
+    """TRL 1.16's ``_compute_loss``, of one process and one micro-batch."""
+    log_ratio = logp - old
+    if level == "sequence":
+        log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1))[:, None]
+    ratio = log_ratio.exp()
+    if loss_type == "cispo":
+        each = -ratio.clamp(max=high).detach() * a * logp
+    elif loss_type == "sapo":
+        t = torch.where(a > 0, torch.tensor(0.8).double(), torch.tensor(1.3).double())
+        each = -torch.sigmoid(t * (ratio - 1)) * 4 / t * a
+    elif loss_type == "vespo":
+        log_w = ((logp - old).detach() * mask).sum(-1, keepdim=True)
+        log_w = log_w if is_ratio is None else log_w + is_ratio.log().sum(-1, keepdim=True)
+        k, rate = (torch.where(a >= 0, *(torch.tensor(x).double() for x in pair)) for pair in ((2.0, 2.5), (3.0, 1.5)))
+        each = -(rate + k * log_w - rate * log_w.exp()).exp() * a * logp
+    else:
+        each = -torch.min(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
+    if is_ratio is not None and loss_type != "vespo":
+        each = each * is_ratio
+    kl = (ref - logp).exp() - (ref - logp) - 1
+    each = each + beta * (kl * ratio if corrected else kl)
+    total = (each * mask).sum()
+    if loss_type in ("grpo", "sapo"):
+        return ((each * mask).sum(-1) / mask.sum(-1)).mean()
+    divisor = {"bnpo": mask.sum(), "dr_grpo": len(mask) * longest, "luspo": len(mask)}
+    return total / divisor.get(loss_type, items)
+
+
+ALL = ["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"]
+SHAPE = dict(
+    sapo_temperature_pos=0.8, sapo_temperature_neg=1.3, vespo_k_pos=2.0, vespo_k_neg=2.5, vespo_lambda_pos=3.0,
+    vespo_lambda_neg=1.5,
+)  # fmt: skip
+
+
+def gradients_of(loss, *leaves):
+    return loss.detach(), *torch.autograd.grad(loss, leaves, retain_graph=True)
+
+
+@pytest.mark.parametrize("ratio_of", [None, "token", "sequence"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ALL)
+def test_trls_losses(loss_type, level, ratio_of):
+    hidden, weight, ids, mask, a = inputs(5)
+    hidden, weight, a = (x.detach().double() for x in (hidden, weight, a))
+    hidden.requires_grad_(), weight.requires_grad_()
+    noise = 0.5 * torch.randn(3, B, T, generator=torch.Generator().manual_seed(6)).double()
+    logp = plain_logp(hidden, weight, ids, 1.3)
+    old, ref, engine = (logp.detach() + x for x in noise)
+    is_ratio = None if ratio_of is None else (0.5 * engine * mask).exp()[:, : 1 if ratio_of == "sequence" else T]
+    a = a[:, :1].expand(B, T) if level == "sequence" and loss_type != "cispo" else a  # TRL spreads them over tokens
+    corrected = ratio_of is not None and not (loss_type == "vespo" and level == "sequence")
+    high = 1.1 if loss_type == "cispo" else 0.15
+    expected = trl_loss(
+        logp, old, ref, mask, a, loss_type, level, 0.1, high, 0.1, corrected, is_ratio, 17.0, 9
+    )  # fmt: skip
+    loss, _ = fused_linear_grpo(
+        hidden, weight, ids, mask, a, old, ref, beta=0.1, epsilon_low=0.1, epsilon_high=high, loss_type=loss_type,
+        importance_sampling_level=level, max_completion_length=9, temperature=1.3, use_bias_correction_kl=corrected,
+        vllm_is_ratio=is_ratio, num_items_in_batch=torch.tensor(17), **SHAPE,
+    )  # fmt: skip
+    for ours, theirs in zip(gradients_of(loss, hidden, weight), gradients_of(expected, hidden, weight), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("beta, corrected", [(0.0, False), (0.1, True)])
+@pytest.mark.parametrize("loss_type, level", [*((x, "token") for x in ALL if x != "luspo"), ("grpo", "sequence"),
+                                              ("luspo", "sequence")])  # fmt: skip
+def test_ligers_own_module(loss_type, level, beta, corrected):
+    liger = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss")
+    hidden, weight, ids, mask, a = inputs(7)
+    if loss_type == "luspo":
+        mask = torch.ones_like(mask)  # Liger counts padding where it adds a KL
+    bias = torch.linspace(-1, 1, V).requires_grad_()
+    logp = ((hidden @ weight.T + bias) / 0.9).log_softmax(-1).gather(-1, ids[..., None])[..., 0].detach()
+    noise = 0.5 * torch.randn(3, B, T, generator=torch.Generator().manual_seed(8))
+    old, ref, is_ratio = logp + noise[0], logp + noise[1], (0.3 * noise[2] * mask).exp()
+    options = dict(
+        beta=beta, compiled=False, use_ref_model=beta > 0, chunk_size=2, epsilon_low=0.1, loss_type=loss_type,
+        epsilon_high=1.1 if loss_type == "cispo" else 0.15, importance_sampling_level=level, temperature=0.9,
+        max_completion_length=9, delta=1.4 if loss_type == "grpo" else None, use_bias_correction_kl=corrected, **SHAPE,
+    )  # fmt: skip
+    results = []
+    for module in (LigerFusedLinearGRPOLoss, liger.LigerFusedLinearGRPOLoss):
+        loss, metrics = module(**options)(
+            hidden, weight, ids, mask, a[:, 0], bias, ref if beta else None, old, vllm_is_ratio=is_ratio,
+            num_items_in_batch=torch.tensor(17),
+        )  # fmt: skip
+        results.append((*gradients_of(loss, hidden, weight, bias), *metrics))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-4)
+
+
+def test_ligers_references():
+    hidden, weight, ids, mask, a = inputs(9)
+    module = LigerFusedLinearGRPOLoss(beta=0.2, loss_type="grpo", temperature=0.7)
+    other = weight.detach().flip(0)
+    ref = plain_logp(hidden, other, ids, 0.7).detach()
+    given = module(hidden, weight, ids, mask, a[:, 0], ref_per_token_logps=ref)
+    made = module(hidden, weight, ids, mask, a[:, 0], ref_input=hidden, ref_weight=other)
+    torch.testing.assert_close(made, given)
+    with pytest.raises(ValueError, match="give ref_per_token_logps or ref_input"):
+        module(hidden, weight, ids, mask, a[:, 0])
+    none = LigerFusedLinearGRPOLoss(beta=0.2, use_ref_model=False)(hidden, weight, ids, mask, a[:, 0])
+    assert float(none[1][0]) == 0 and float(given[1][0]) > 0.1
+
+
+def test_items_of_all_processes_are_shared_out(monkeypatch):
+    hidden, weight, ids, mask, a = inputs()
+    run = lambda **more: fused_linear_grpo(hidden, weight, ids, mask, a, loss_type="dapo", **more)[0]  # noqa: E731
+    alone = run(num_items_in_batch=44)
+    torch.testing.assert_close(run() * 11, alone * 44)  # of these 15 tokens 11 are trained
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        torch.testing.assert_close(run(num_items_in_batch=44), 4 * alone)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.mul_(5))
+        torch.testing.assert_close(run(), 4 / 5 * alone * 44 / 11)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_an_entropy_bonus_and_a_soft_cap():
+    hidden, weight, ids, mask, a = inputs(4)
+    log_p = (2 * (hidden @ weight.T / 2).tanh()).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    logp = log_p.gather(-1, ids[..., None])[..., 0]
+    for level in ("token", "sequence"):
+        expected = ((-a[:, :1] * (logp - logp.detach()).exp() - 0.3 * entropy) * mask).sum() / mask.sum()
+        loss, means = fused_linear_grpo(
+            hidden, weight, ids, mask, a[:, 0], loss_type="bnpo", importance_sampling_level=level, entropy_coef=0.3,
+            softcap=2.0,
+        )  # fmt: skip
+        torch.testing.assert_close(means["entropy"], (entropy * mask).sum().detach() / mask.sum())
+        for ours, theirs in zip(gradients_of(loss, weight), gradients_of(expected, weight), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(importance_sampling_level="turn"), "importance_sampling_level='turn'; choose token or sequence"),
+    (dict(vllm_is_ratio=torch.ones(2, 5)), r"vllm_is_ratio \(2, 5\); give \[3\] or \[3, 5\]"),
+])  # fmt: skip
+def test_options_that_mean_nothing_are_refused(wrong, message):
+    hidden, weight, ids, mask, advantages = inputs()
+    with pytest.raises(ValueError, match=f"^fused_linear_grpo: {message}"):
+        fused_linear_grpo(hidden, weight, ids, mask, advantages, **wrong)

@@ -198,6 +198,21 @@ def store_partials(partial_ptr, column, columns, total):
 
 
 @triton.jit
+def add_partials(partial_ptr, sums_ptr, columns, COLUMNS: tl.constexpr):
+    """Reduce partials [SUMS, columns] over their columns, always in the same order."""
+    k, rows = tl.arange(0, 16), tl.arange(0, 16)[:, None]
+    total = tl.zeros([16, COLUMNS], tl.float32)
+    for start in range(0, columns, COLUMNS):
+        at = start + tl.arange(0, COLUMNS)[None, :]
+        mask = (rows < SUMS) & (at < columns)
+        # From the L2: other multiprocessors wrote them during this launch.
+        part = tl.load(partial_ptr + rows * columns + at, mask=mask, other=0.0, cache_modifier=".cg")
+        total = tl.where(rows == RATIO_MAX, nan_max(total, part), total + part)
+    sums = tl.where(k == RATIO_MAX, tl.reduce(total, 1, nan_max), tl.sum(total, 1))
+    tl.store(sums_ptr + k, sums, mask=k < SUMS)
+
+
+@triton.jit
 def tile_terms(
     logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, ref_ptr, entropy_ptr,
     segment_ptr, ratio_ptr, slope_ptr, sequence_ptr, gap_ptr, d_logp_ptr,
@@ -247,11 +262,15 @@ def tile_terms(
 def policy_loss_kernel(
     logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, ref_ptr, entropy_ptr,
     segment_ptr, ratio_ptr, slope_ptr, sequence_ptr, gap_ptr, d_logp_ptr, partial_ptr,
-    n: tl.int64, low, high, dual_clip, kl, bonus, floor, cap, shape_pos, shape_neg, rate_pos, rate_neg,
+    counter_ptr, sums_ptr, n: tl.int64,
+    low, high, dual_clip, kl, bonus, floor, cap, shape_pos, shape_neg, rate_pos, rate_neg,
     TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr, SURROGATE: tl.constexpr, UNBIASED_KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One pass over n pairs: d_logp [n], and partial sums [SUMS, programs]."""
+    """One pass over n pairs: d_logp [n], partials [SUMS, programs], and sums [SUMS] by the program that ends last.
+
+    The counter is 0 before the launch and after it.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
     full = n // BLOCK
     total = no_terms(BLOCK)
@@ -275,6 +294,10 @@ def policy_loss_kernel(
         )  # fmt: skip
         total = combine(total, terms)
     store_partials(partial_ptr, program, programs, total)
+    tl.debug_barrier()  # all threads have stored before one of them counts; the count releases and acquires
+    if tl.atomic_add(counter_ptr, 1) == programs - 1:
+        add_partials(partial_ptr, sums_ptr, programs, 256)
+        tl.store(counter_ptr, 0)
 
 
 @triton.jit(do_not_specialize=["columns"])
@@ -331,15 +354,15 @@ def policy_loss_gap_kernel(
 
 @triton.jit
 def policy_loss_segment_kernel(
-    logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, ref_ptr, sequence_ptr, gap_ptr,
-    order_ptr, offset_ptr, ratio_ptr, slope_ptr, low, high, dual_clip, kl, floor, cap,
+    logp_ptr, old_ptr, advantage_ptr, weight_ptr, clip_scale_ptr, engine_ptr, kl_ref_ptr, sequence_ptr,
+    gap_ptr, order_ptr, offset_ptr, ratio_ptr, slope_ptr, low, high, dual_clip, kl, floor, cap,
     shape_pos, shape_neg, rate_pos, rate_neg,
     TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr, SURROGATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Per segment: mean log ratio (vespo: the sum) and mean slope; its pairs are order[offset[s] : offset[s + 1]].
 
     Pairs of weight 0 are left out, and so are pairs that importance masks. slope_ptr None: nothing's gradient goes by
-    way of the segment's ratio. ref_ptr None: nor does the KL's.
+    way of the segment's ratio. kl_ref_ptr None: nor does the KL's.
     """
     s = tl.program_id(0)
     begin, end = tl.load(offset_ptr + s), tl.load(offset_ptr + s + 1)
@@ -382,8 +405,8 @@ def policy_loss_segment_kernel(
                 )  # fmt: skip
                 factor = weight * correction
                 slopes += tl.where(factor != 0, factor * slope, 0.0)
-            if ref_ptr is not None:
-                distance = load(ref_ptr, pair, weight != 0) - logp
+            if kl_ref_ptr is not None:
+                distance = load(kl_ref_ptr, pair, weight != 0) - logp
                 slope = weight * kl * ratio * (tl.exp(distance) - distance - 1)
                 slopes += tl.where(weight != 0, slope, 0.0)
         tl.store(slope_ptr + s, tl.sum(slopes, 0) / count)

@@ -1,4 +1,4 @@
-"""policy_loss on Triton: one pass over the tokens, then one small sum of the blocks' partial sums.
+"""policy_loss on Triton: one pass over the tokens, whose last program adds the programs' partial sums.
 
 20 bytes per token (logp, old_logp, advantages, weights in; the gradient out), 4 more for each further input. Sums are
 in float32 and in a fixed order: results are bitwise equal from run to run. Statistics of turns and rollouts cost a sort
@@ -53,17 +53,18 @@ class _PolicyLoss(torch.autograd.Function):
         logp, entropy = logp.contiguous(), None if entropy is None else entropy.contiguous()
         d_logp = torch.empty_like(logp) if ctx.needs_input_grad[0] else None
         programs = programs_for(len(logp), config)
-        partials = logp.new_empty((SUMS.value, programs), dtype=torch.float32)
+        partials, sums = (logp.new_empty(shape, dtype=torch.float32) for shape in ((SUMS.value, programs), SUMS.value))
         gap = gaps_of_sequences(logp, given, settings, arch)
         ratio, slope = segment_statistics(logp, given, gap, settings, arch)
         policy_loss_kernel[(programs,)](
             logp, given["old"], given["advantage"], given["weight"], given["clip_scale"], given["engine"], given["ref"],
-            entropy, given["segment"], ratio, slope, given["sequence"], gap, d_logp, partials, len(logp),
+            entropy, given["segment"], ratio, slope, given["sequence"], gap, d_logp, partials,
+            counter_of(logp.device), sums, len(logp),
             *bounds(settings), settings.dual_clip, float(settings.kl), float(settings.entropy),
             *importance_bounds(settings), **importance_flags(settings), **surrogate_arguments(settings),
             UNBIASED_KL=settings.unbiased_kl, BLOCK=config["BLOCK"], **config.options(),
         )  # fmt: skip
-        loss, sums = finish(partials, arch)
+        loss, sums = loss_and_metrics(sums)
         ctx.save_for_backward(given["weight"] if ctx.needs_input_grad[1] else None)
         ctx.gradients = (d_logp,)
         ctx.bonus, ctx.entropy_dtype = settings.entropy, None if entropy is None else entropy.dtype
@@ -120,7 +121,29 @@ def finish(partials: torch.Tensor, arch: str) -> tuple[torch.Tensor, torch.Tenso
     sums = partials.new_empty(SUMS.value)
     config = config_for("policy_loss_finish", arch, "any", "fp32")
     policy_loss_finish_kernel[(SUMS.value,)](partials, sums, partials.shape[1], **config.launch())
+    return loss_and_metrics(sums)
+
+
+def loss_and_metrics(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return sums[0].data, sums[1:]  # no view to autograd: the loss may be changed in place
+
+
+def counter_of(device: torch.device) -> torch.Tensor:
+    """An int32 zero for a launch on the current stream; the launch leaves it zero for the next.
+
+    Launches that may run at once have counters of their own: each stream has one, and so has each launch in a CUDA
+    graph, which any stream may replay.
+    """
+    if device.type != "cuda":
+        return _counter(device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    return _counter(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.cache
+def _counter(device: torch.device, stream: int) -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def gaps_of_sequences(logp, given, settings, arch):
@@ -177,6 +200,7 @@ FEATURES = {
         "old_ptr", "engine_ptr", "segment_ptr", "ratio_ptr", "shape_pos", "shape_neg", "rate_pos", "rate_neg",
     ),
     "unbiased-kl": ("old_ptr", "ref_ptr"),
+    "segment-kl": ("old_ptr", "ref_ptr", "kl_ref_ptr", "segment_ptr", "ratio_ptr", "slope_ptr"),
     "segment-full": (
         "old_ptr", "engine_ptr", "ref_ptr", "entropy_ptr", "dual_clip", "clip_scale_ptr", "floor", "segment_ptr",
         "ratio_ptr", "slope_ptr", "sequence_ptr", "gap_ptr",
@@ -184,8 +208,8 @@ FEATURES = {
 }  # fmt: skip
 OPTIONAL = {name for names in FEATURES.values() for name in names}
 INTEGERS = {
-    "segment_ptr": "*i64:16", "sequence_ptr": "*i64:16", "order_ptr": "*i64:16", "offset_ptr": "*i64:16", "n": "i64",
-    "columns": "i32",
+    "counter_ptr": "*i32:16", "columns": "i32", "n": "i64", "segment_ptr": "*i64:16", "sequence_ptr": "*i64:16",
+    "order_ptr": "*i64:16", "offset_ptr": "*i64:16",
 }  # fmt: skip
 
 
@@ -195,7 +219,7 @@ def variants() -> Iterator[Variant]:
         yield from _variants("policy_loss", policy_loss_kernel, features)
     for features in ("sequence", "segment-full"):
         yield from _variants("policy_loss_gap", policy_loss_gap_kernel, features)
-    for features in ("segment", "segment-full", "vespo"):
+    for features in ("segment", "segment-full", "segment-kl", "vespo"):
         yield from _variants("policy_loss_segment", policy_loss_segment_kernel, features)
     yield from _variants("policy_loss_finish", policy_loss_finish_kernel, "ratio")
     yield from _variants("policy_loss_scale", policy_loss_scale_kernel, "ratio")
@@ -208,7 +232,7 @@ def _variants(kernel: str, fn, features: str) -> Iterator[Variant]:
             "MASKED": features in ("masked", "banded", "segment-full"),
             "MEAN": features == "segment-full",
             "SURROGATE": features if features in SURROGATES else "clip",
-            "UNBIASED_KL": features in ("unbiased-kl", "segment-full"),
+            "UNBIASED_KL": features in ("unbiased-kl", "segment-kl"),
         }
         constexprs = {k: v for k, v in {**flags, **config.constants}.items() if k in fn.arg_names}
         signature = {}

@@ -1,6 +1,7 @@
 """policy_loss on Triton against its definition in float64: every metric, every setting, ragged and strided inputs."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,6 +192,69 @@ def test_twice_is_bitwise_equal(device):
     for name in ("everything", "turn and sequence mask"):
         first, second = (run(make(400), SETTINGS[name], "triton", torch.float32, device) for _ in range(2))
         assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+class Counted:
+    """A kernel that writes its launches down."""
+
+    def __init__(self, name, launches):
+        self.kernel, self.name, self.launches = getattr(triton_path, name), name, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(self.name)
+        return self.kernel[grid]
+
+
+def test_one_launch_forward_and_one_backward(device, monkeypatch):
+    launches = []
+    for name in [name for name in dir(triton_path) if name.endswith("_kernel")]:
+        monkeypatch.setattr(triton_path, name, Counted(name, launches))
+    run(make(300), SETTINGS["everything"], "triton", torch.float32, device)
+    assert launches == ["policy_loss_kernel", "policy_loss_scale_kernel"]
+
+
+def test_the_last_program_leaves_the_counter_at_zero(device):
+    # Of three programs and of one; were it left, no program of the next launch would be the last.
+    for m in (400, 5, 400):
+        check(make(m), SETTINGS["plain"], device)
+        assert triton_path.counter_of(torch.device(device)).tolist() == [0]
+
+
+def test_streams_and_launches_in_a_graph_have_counters_of_their_own(monkeypatch):
+    stream, capturing = SimpleNamespace(cuda_stream=7), SimpleNamespace(value=False)
+    monkeypatch.setattr(triton_path, "_counter", lambda device, stream: f"stream {stream}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing.value)
+    made = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, **more: made.append(more["device"]) or f"graph {len(made)}")
+    counter = lambda: triton_path.counter_of(torch.device("cuda", 1))  # noqa: E731
+    assert [counter(), counter()] == ["stream 7"] * 2
+    stream.cuda_stream = 8
+    assert counter() == "stream 8"
+    capturing.value = True
+    assert [counter(), counter()] == ["graph 1", "graph 2"] and made == [torch.device("cuda", 1)] * 2
+
+
+@pytest.mark.gpu
+def test_two_streams_and_a_graph_at_once():
+    case = {k: x.cuda().float() for k, x in make(200_000).items() if k in ("logp", "old_logp", "advantages", "weights")}
+    call = lambda: policy_loss(**case, settings=LossSettings(), backend="triton")  # noqa: E731
+    expected, streams = float(call()[0]), [torch.cuda.Stream() for _ in range(2)]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(streams[0]):
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        of_graph = call()[0]
+    losses = []
+    for _ in range(50):
+        graph.replay()
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                losses.append(call()[0])
+    torch.cuda.synchronize()
+    assert {float(loss) for loss in [*losses, of_graph]} == {expected}
 
 
 def test_the_loss_may_be_changed_in_place(device):
