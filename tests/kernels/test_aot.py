@@ -34,7 +34,7 @@ def run(*command, **environment):
 
 OPS = (
     "policy_loss", "linear_policy_loss/bf16", "turn_advantages/fp32", "tree_attention/bf16/d64",
-    "tree_attention/bf16/d64-modified/64/windowed",
+    "tree_attention/bf16/d64-capped/64/capped_windowed",
 )  # fmt: skip
 """Few kernels, TMA's among them."""
 
@@ -72,7 +72,7 @@ def test_ctest_passes(built):
 def test_the_library_has_kernels_that_take_tensor_maps(built):
     kernels = json.loads((built / "generated" / "manifest.json").read_text())["kernels"]
     parameters = {k["kernel"]: [p["type"] for p in k["parameters"]] for k in kernels}
-    assert parameters["tree_attention_forward"].count("tensormap") == 2  # keys and values
+    assert parameters["tree_attention_forward"].count("tensormap") == 4  # keys and values, ends and positions
 
 
 def test_what_is_compiled_is_not_compiled_again(built):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpo_kernels import Branch, RolloutTokens, Tree, pack, tree_attention
-from igpo_kernels.tree_attention import reference, schedule, torch_path
+from igpo_kernels.tree_attention import flex_path, reference, schedule, torch_path
 from tests.allocations import peak_bytes
 from tests.kernels.test_plan import plan_of
 
@@ -185,7 +185,11 @@ REFUSED = {
     "numpy": ((Q.numpy(), KV, KV), {}, r"q is a ndarray; give a tensor: torch.as_tensor\(q\)"),
     "a tensor of scales": ((Q, KV, KV), {"scale": torch.ones(2)}, r"got scale a tensor \(2,\); give a plain number"),
     "half a window": ((Q, KV, KV), {"window": 2.5}, r"got window 2\.5"),
-    "a misspelt backend": ((Q, KV, KV), {"backend": "trition"}, "choose one of auto, reference, torch, triton, flash"),
+    "a misspelt backend": (
+        (Q, KV, KV),
+        {"backend": "trition"},
+        "choose one of auto, reference, torch, triton, flash, flex",
+    ),
     "no flash-attn": ((Q, KV, KV), {"backend": "flash"}, r"backend='flash' needs flash-attn \(.*\); pass 'auto'"),
 }
 
@@ -241,6 +245,46 @@ def test_flash_attn_refuses_trees(flash_attn):
     q = torch.zeros(plan.n_tokens, 4, 8)
     with pytest.raises(ValueError, match="without branches or sharing"):
         tree_attention(q, q, q, plan, backend="flash")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "window": 90}], ids=["plain", "capped_windowed"])
+def test_flex_attention(options):
+    plan = comb(300, 3, 24)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(plan.n_tokens, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    ours, exact = (tree_attention(q, k, v, plan, scale=0.3, backend=b, **options) for b in ("flex", "reference"))
+    torch.testing.assert_close(ours, exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_flex_attentions_blocks_are_those_with_visible_pairs(window):
+    """By query and, for gradients of keys, by key; full ones apart, for FlexAttention does not mask those."""
+    plan, size = comb(700, 4, 40, trees=2), flex_path.BLOCK
+    blocks = -(-plan.n_tokens // size)
+    dense = torch.zeros(blocks * size, blocks * size, dtype=torch.bool)
+    dense[: plan.n_tokens, : plan.n_tokens] = reference.visible(plan, window, torch.device("cpu"))
+    dense = dense.view(blocks, size, blocks, size).transpose(1, 2)
+    mask = flex_path.block_mask(plan, window)
+    found = {}
+    for name in ("kv", "full_kv", "q", "full_q"):
+        found[name] = torch.zeros(blocks, blocks, dtype=torch.bool)
+        count, columns = (getattr(mask, f"{name}_{what}")[0, 0].tolist() for what in ("num_blocks", "indices"))
+        for row, (n, visited) in enumerate(zip(count, columns, strict=True)):
+            found[name][row, visited[:n]] = True
+    assert torch.equal(found["kv"] | found["full_kv"], dense.any((2, 3)))
+    last = blocks - 1  # whose queries behind the last token are nobody's
+    assert torch.equal(found["full_kv"][:last], dense.all((2, 3))[:last]) and found["full_kv"].any()
+    assert torch.equal(found["q"].T, found["kv"]) and torch.equal(found["full_q"].T, found["full_kv"])
+    assert not (found["kv"] & found["full_kv"]).any()
+    assert flex_path.block_mask(plan, window) is mask, "kept on the plan"
+
+
+def test_flex_attention_has_no_gradients_on_a_cpu():
+    plan = comb(30, 2)
+    q = torch.randn(plan.n_tokens, 2, 8, requires_grad=True)
+    with pytest.raises(ValueError, match=r"gradients on a GPU only, got tensors on cpu; pass backend='torch'"):
+        tree_attention(q, q, q, plan, backend="flex")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ IMPLEMENTATIONS = {
     "torch": torch_path.tree_attention,
     "triton": lazy("igpo_kernels.tree_attention.triton_path", "tree_attention"),
     "flash": lazy("igpo_kernels.tree_attention.flash_path", "tree_attention"),
+    "flex": lazy("igpo_kernels.tree_attention.flex_path", "tree_attention"),
 }
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
@@ -50,8 +51,9 @@ def tree_attention(
         scale: above 0; default ``D ** -0.5``.
         softcap: ``c * tanh(score / c)`` where above 0 (Gemma-2); 0 or None is none.
         window: keys at least this many *positions* back are hidden (Mistral); 1 or more.
-        backend: ``auto`` (see ``automatic``), ``triton``, ``torch``, ``reference``, or ``flash`` (flash-attn, for plans
-            whose trees are single sequences).
+        backend: ``auto`` (see ``automatic``), ``triton``, ``torch``, ``reference``, ``flash`` (flash-attn, for plans
+            whose trees are single sequences), or ``flex`` (torch's FlexAttention, which ``auto`` never takes; gradients
+            on a GPU only).
     Returns:
         [N, Hq, D], in q's dtype. Differentiable once in q, k, v; a second time raises RuntimeError.
     Raises:

@@ -4,6 +4,9 @@ A tile holds ``BLOCK_M // group`` consecutive queries in each of the ``group`` h
 query ``r // group``, head ``r % group``, for any group size. Scores are in units of log 2. Statistics and gradients
 accumulate in float32.
 
+Numbers a token (statistics [Hq, N], ends of subtrees and positions [1, N]) come by TMA too where a loop reads them:
+through pointers every thread would fetch, for itself, all that its part of a product's layout needs.
+
 A program walks its row of a BlockLists: full runs, then masked ones. The innermost loop is over consecutive blocks, so
 that it loads no indices and Triton pipelines it. In half precision that loop hoists nothing (``disable_licm``): the
 accumulators leave no registers for values that LLVM would keep across it.
@@ -57,6 +60,23 @@ def load_block(
 
 
 @triton.jit
+def number_at(row, token, n_tokens):
+    """Where a token's number stands in a matrix [rows, N], whose rows lie a multiple of 16 bytes apart for TMA."""
+    return row * ((n_tokens + 3) // 4 * 4).to(tl.int64) + token
+
+
+@triton.jit
+def load_numbers(source, row, first, n_tokens, BLOCK: tl.constexpr, TMA: tl.constexpr):
+    """Numbers of consecutive tokens [BLOCK], 0 behind the last token; ``source`` as in load_block."""
+    if TMA:
+        numbers = source.load([row, first]).reshape(BLOCK)
+    else:
+        token = first + tl.arange(0, BLOCK)
+        numbers = tl.load(source + number_at(row, token, n_tokens), mask=token < n_tokens, other=0)
+    return numbers
+
+
+@triton.jit
 def store_rows(pointer, token, head, heads, values, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """The counterpart of load_rows, into a contiguous [N, heads, HEAD_DIM]."""
     columns = tl.arange(0, BLOCK_D)
@@ -68,19 +88,23 @@ def store_rows(pointer, token, head, heads, values, live, HEAD_DIM: tl.constexpr
 
 
 @triton.jit
-def sees(query, key, subtree_end_ptr, position_ptr, query_position, n_tokens, window, WINDOWED: tl.constexpr):
+def sees(
+    query, query_position, first, subtree_end, position, n_tokens, window,
+    BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """``key <= query < subtree_end[key]``, and within the window: queries down, keys across."""
-    end = tl.load(subtree_end_ptr + key, mask=key < n_tokens, other=0)
+    key = first + tl.arange(0, BLOCK_N)
+    end = load_numbers(subtree_end, 0, first, n_tokens, BLOCK_N, TMA)
     visible = (key[None, :] <= query[:, None]) & (query[:, None] < end[None, :])
     if WINDOWED:
-        position = tl.load(position_ptr + key, mask=key < n_tokens, other=0)
-        visible = visible & (query_position[:, None] - position[None, :] < window)
+        key_position = load_numbers(position, 0, first, n_tokens, BLOCK_N, TMA)
+        visible = visible & (query_position[:, None] - key_position[None, :] < window)
     return visible
 
 
 @triton.jit
 def load_keys(
-    k, v, block, head, query, query_position, subtree_end_ptr, position_ptr,
+    k, v, block, head, query, query_position, subtree_end, position,
     k_token_stride, k_head_stride, v_token_stride, v_head_stride, n_tokens, window,
     BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     WINDOWED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
@@ -91,8 +115,7 @@ def load_keys(
     v_block = load_block(v, v_token_stride, v_head_stride, first, n_tokens, head, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
     visible = True
     if MASKED:
-        key = first + tl.arange(0, BLOCK_N)
-        visible = sees(query, key, subtree_end_ptr, position_ptr, query_position, n_tokens, window, WINDOWED)
+        visible = sees(query, query_position, first, subtree_end, position, n_tokens, window, BLOCK_N, WINDOWED, TMA)
     return k_block, v_block, visible
 
 
@@ -122,8 +145,7 @@ def attend(acc, top, mass, q, k, v, visible, unit, scale, softcap, CAPPED: tl.co
 
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_forward(
-    q_ptr, k, v, out_ptr, mass_ptr, subtree_end_ptr, position_ptr,
-    order_ptr, offset_ptr, run_ptr,
+    q_ptr, k, v, out_ptr, mass_ptr, subtree_end, position, position_ptr, order_ptr, offset_ptr, run_ptr,
     q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
     n_tokens, kv_heads, group, unit, scale, softcap, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -143,7 +165,7 @@ def attention_forward(
         for run in range(tl.load(runs), tl.load(runs + 1)):
             for block in tl.range(tl.load(run_ptr + 2 * run), tl.load(run_ptr + 2 * run + 1), disable_licm=HALF):
                 k_block, v_block, visible = load_keys(
-                    k, v, block, head, query, query_position, subtree_end_ptr, position_ptr,
+                    k, v, block, head, query, query_position, subtree_end, position,
                     k_token_stride, k_head_stride, v_token_stride, v_head_stride, n_tokens, window,
                     BLOCK_N, HEAD_DIM, BLOCK_D, WINDOWED, TMA, MASKED,
                 )  # fmt: skip
@@ -152,7 +174,7 @@ def attention_forward(
                 )
     mass = tl.where(live, mass, 1.0)
     store_rows(out_ptr, query, q_head, kv_heads * group, acc / mass[:, None], live, HEAD_DIM, BLOCK_D)
-    tl.store(mass_ptr + q_head.to(tl.int64) * n_tokens + query, top + tl.log2(mass), mask=live)
+    tl.store(mass_ptr + number_at(q_head, query, n_tokens), top + tl.log2(mass), mask=live)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -166,7 +188,8 @@ def attention_deltas(
     token, head = row % n_tokens, row // n_tokens
     out = load_rows(out_ptr, heads * HEAD_DIM, HEAD_DIM, token, head, live, HEAD_DIM, BLOCK_D)
     d_out = load_rows(d_out_ptr, d_out_token_stride, d_out_head_stride, token, head, live, HEAD_DIM, BLOCK_D)
-    tl.store(delta_ptr + row, tl.sum(out.to(tl.float32) * d_out.to(tl.float32), axis=1), mask=live)
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), axis=1)
+    tl.store(delta_ptr + number_at(head, token, n_tokens), delta, mask=live)
 
 
 @triton.jit
@@ -194,7 +217,7 @@ def query_gradients(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_backward_q(
-    q_ptr, k, v, d_out_ptr, mass_ptr, delta_ptr, d_q_ptr, subtree_end_ptr, position_ptr,
+    q_ptr, k, v, d_out_ptr, mass_ptr, delta_ptr, d_q_ptr, subtree_end, position, position_ptr,
     order_ptr, offset_ptr, run_ptr,
     q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
     d_out_token_stride, d_out_head_stride,
@@ -208,7 +231,7 @@ def attention_backward_q(
     query, q_head, live = tile_rows(tile, head, n_tokens, group, BLOCK_M)
     q = load_rows(q_ptr, q_token_stride, q_head_stride, query, q_head, live, HEAD_DIM, BLOCK_D)
     d_out = load_rows(d_out_ptr, d_out_token_stride, d_out_head_stride, query, q_head, live, HEAD_DIM, BLOCK_D)
-    at = q_head.to(tl.int64) * n_tokens + query
+    at = number_at(q_head, query, n_tokens)
     log_mass = tl.load(mass_ptr + at, mask=live, other=float("inf"))
     delta = tl.load(delta_ptr + at, mask=live, other=0.0)
     d_q = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
@@ -218,7 +241,7 @@ def attention_backward_q(
         for run in range(tl.load(runs), tl.load(runs + 1)):
             for block in tl.range(tl.load(run_ptr + 2 * run), tl.load(run_ptr + 2 * run + 1), disable_licm=HALF):
                 k_block, v_block, visible = load_keys(
-                    k, v, block, head, query, query_position, subtree_end_ptr, position_ptr,
+                    k, v, block, head, query, query_position, subtree_end, position,
                     k_token_stride, k_head_stride, v_token_stride, v_head_stride, n_tokens, window,
                     BLOCK_N, HEAD_DIM, BLOCK_D, WINDOWED, TMA, MASKED,
                 )  # fmt: skip
@@ -231,7 +254,7 @@ def attention_backward_q(
 @triton.jit
 def key_gradients(
     d_k, d_v, k, v, key, tile, head,
-    q, d_out, mass_ptr, delta_ptr, subtree_end_ptr, position_ptr,
+    q, d_out, mass, deltas, subtree_end_ptr, position_ptr,
     q_token_stride, q_head_stride, d_out_token_stride, d_out_head_stride,
     n_tokens, unit, scale, softcap, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -244,17 +267,16 @@ def key_gradients(
         d_out, d_out_token_stride, d_out_head_stride, first, n_tokens, head, BLOCK_M, HEAD_DIM, BLOCK_D, TMA
     )
     query = first + tl.arange(0, BLOCK_M)
-    live = query < n_tokens
-    at = head.to(tl.int64) * n_tokens + query
-    log_mass = tl.load(mass_ptr + at, mask=live, other=float("inf"))  # rows without a query weigh nothing
-    delta = tl.load(delta_ptr + at, mask=live, other=0.0)
+    # Behind the last token q and d_out are zero, so that whatever p is there adds nothing.
+    log_mass = load_numbers(mass, head, first, n_tokens, BLOCK_M, TMA)
+    delta = load_numbers(deltas, head, first, n_tokens, BLOCK_M, TMA)
     s = softcapped(tl.dot(k, q_block.T, input_precision="ieee"), scale, softcap, CAPPED)
     p = tl.exp2(s * unit - log_mass[None, :])
     if MASKED:
         end = tl.load(subtree_end_ptr + key, mask=key < n_tokens, other=0)
         visible = (key[:, None] <= query[None, :]) & (query[None, :] < end[:, None])
         if WINDOWED:
-            query_position = tl.load(position_ptr + query, mask=live, other=0)
+            query_position = tl.load(position_ptr + query, mask=query < n_tokens, other=0)
             position = tl.load(position_ptr + key, mask=key < n_tokens, other=0)
             visible = visible & (query_position[None, :] - position[:, None] < window)
         p = tl.where(visible, p, 0.0)
@@ -267,7 +289,7 @@ def key_gradients(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_backward_kv(
-    q, k_ptr, v_ptr, d_out, mass_ptr, delta_ptr, d_k_ptr, d_v_ptr, subtree_end_ptr, position_ptr,
+    q, k_ptr, v_ptr, d_out, mass, deltas, d_k_ptr, d_v_ptr, subtree_end_ptr, position_ptr,
     order_ptr, offset_ptr, run_ptr,
     q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
     d_out_token_stride, d_out_head_stride,
@@ -292,7 +314,7 @@ def attention_backward_kv(
             for _ in tl.range((stop - start) * group, disable_licm=HALF):
                 d_k, d_v = key_gradients(
                     d_k, d_v, k, v, key, tile, q_head,
-                    q, d_out, mass_ptr, delta_ptr, subtree_end_ptr, position_ptr,
+                    q, d_out, mass, deltas, subtree_end_ptr, position_ptr,
                     q_token_stride, q_head_stride, d_out_token_stride, d_out_head_stride,
                     n_tokens, unit, scale, softcap, window,
                     HEAD_DIM, BLOCK_D, BLOCK_M, CAPPED, WINDOWED, TMA, MASKED,

@@ -24,6 +24,8 @@ from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Config, Tunable, V
 
 TMA_BYTES = 16
 """Alignment in bytes of addresses and strides that descriptors need."""
+ALIGNED = TMA_BYTES // 4
+"""Rows of numbers a token, of 4 bytes each, lie a multiple of this many numbers apart."""
 
 
 def tree_attention(q, k, v, plan, scale, softcap, window):
@@ -46,13 +48,13 @@ class _TreeAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, plan, scale, softcap, window):
         q, k, v = map(addressable, (q, k, v))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        log_mass = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+        log_mass = statistic(q)
         ctx.launch = launch = Launch(q, k, plan, scale, softcap, window)
         config = launch.config("forward")
-        grid, lists = launch.visits(config)
         tma, sources = launch.sources(config["TMA"], config["BLOCK_N"], k, v)
+        grid, mask, lists = launch.visits(config, tma)
         kernels.attention_forward[grid](
-            q, *sources, out, log_mass, *lists, *strides(q, k, v), *launch.sizes, **launch.options(config, tma)
+            q, *sources, out, log_mass, *mask, *lists, *strides(q, k, v), *launch.sizes, **launch.options(config, tma)
         )
         ctx.save_for_backward(q, k, v, out, log_mass)
         return out
@@ -63,7 +65,7 @@ class _TreeAttention(torch.autograd.Function):
         q, k, v, out, log_mass = ctx.saved_tensors
         launch = ctx.launch
         d_out = addressable(d_out)
-        delta = torch.empty_like(log_mass)
+        delta = statistic(q)
         d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         config = launch.config("deltas")
         kernels.attention_deltas[(triton.cdiv(delta.numel(), config["BLOCK_M"]),)](
@@ -71,18 +73,19 @@ class _TreeAttention(torch.autograd.Function):
             HEAD_DIM=q.shape[2], BLOCK_D=block_of(q.shape[2]), **config.launch(),
         )  # fmt: skip
         config = launch.config("backward_q")
-        grid, lists = launch.visits(config)
         tma, sources = launch.sources(config["TMA"], config["BLOCK_N"], k, v)
+        grid, mask, lists = launch.visits(config, tma)
         kernels.attention_backward_q[grid](
-            q, *sources, d_out, log_mass, delta, d_q, *lists, *strides(q, k, v, d_out), *launch.sizes,
+            q, *sources, d_out, log_mass, delta, d_q, *mask, *lists, *strides(q, k, v, d_out), *launch.sizes,
             **launch.options(config, tma),
         )  # fmt: skip
         config = launch.config("backward_kv")
-        grid, lists = launch.visits(config, by_key=True)
         tma, (q_source, d_out_source) = launch.sources(config["TMA"], config["BLOCK_M"], q, d_out)
+        statistics = (numbers(tma, config["BLOCK_M"], x) for x in (log_mass, delta))
+        grid, mask, lists = launch.visits(config, by_key=True)
         kernels.attention_backward_kv[grid](
-            q_source, k, v, d_out_source, log_mass, delta, d_k, d_v, *lists, *strides(q, k, v, d_out), *launch.sizes,
-            **launch.options(config, tma),
+            q_source, k, v, d_out_source, *statistics, d_k, d_v, *mask, *lists, *strides(q, k, v, d_out),
+            *launch.sizes, **launch.options(config, tma),
         )  # fmt: skip
         return d_q, d_k, d_v, None, None, None, None
 
@@ -100,7 +103,7 @@ class Launch:
         self.sizes = n, self.kv_heads, self.group, unit, float(scale), float(softcap), window or 0
 
     def config(self, part: str) -> Config:
-        size = shape_class(self.head_dim, part != "deltas" and (self.capped or self.window is not None))
+        size = shape_class(self.head_dim, part != "deltas" and self.capped)
         return config_for(f"tree_attention_{part}", self.arch, size, self.dtype)
 
     def options(self, config: Config, tma: int | None = None) -> dict:
@@ -109,13 +112,16 @@ class Launch:
             "BLOCK_D": block_of(self.head_dim), "CAPPED": self.capped, "WINDOWED": self.window is not None,
         }  # fmt: skip
 
-    def visits(self, config: Config, by_key: bool = False) -> tuple:
-        """The grid, and the mask and block lists as the kernels take them: for tiles of queries with all heads of a
-        group, or for blocks of keys, which take the heads one by one."""
+    def visits(self, config: Config, tma: int = 0, by_key: bool = False) -> tuple:
+        """The grid, mask and block lists as the kernels take them: for tiles of queries with all heads of a group, or
+        for blocks of keys, which take the heads one by one."""
         queries = config["BLOCK_M"] if by_key else config["BLOCK_M"] // self.group
         lists = block_lists(self.plan, self.window, queries, config["BLOCK_N"], by_key=by_key, device=self.device)
-        mask = (self._int32(name) for name in ("subtree_end", "position_ids"))
-        return (len(lists.order) * self.kv_heads,), (*mask, lists.order, lists.offset, lists.runs)
+        end, position = (self._int32(name) for name in ("subtree_end", "position_ids"))
+        mask = (end, position)
+        if not by_key:  # of keys, which the loop reads, and positions of the tile's queries
+            mask = (*(numbers(tma, config["BLOCK_N"], x[None]) for x in mask), position)
+        return (len(lists.order) * self.kv_heads,), mask, (lists.order, lists.offset, lists.runs)
 
     def _int32(self, name: str) -> torch.Tensor:
         make = lambda: torch.from_numpy(getattr(self.plan, name).astype(np.int32)).to(self.device)  # noqa: E731
@@ -130,6 +136,22 @@ class Launch:
         if not (tma and aligned):
             return 0, list(tensors)
         return 1, [TensorDescriptor.from_tensor(x, [rows, 1, block_of(self.head_dim)]) for x in tensors]
+
+
+def statistic(q: torch.Tensor) -> torch.Tensor:
+    """Room for a float32 number per head and token [Hq, N], in rows ALIGNED numbers apart."""
+    n, heads, _ = q.shape
+    apart = triton.cdiv(n, ALIGNED) * ALIGNED
+    return torch.empty((heads, apart), dtype=torch.float32, device=q.device)[:, :n]
+
+
+def numbers(tma: int, tokens: int, x: torch.Tensor):
+    """Numbers a token [rows, N] as a descriptor of ``tokens`` of one row, or as a pointer."""
+    if not tma:
+        return x
+    rows, n = x.shape
+    apart = triton.cdiv(n, ALIGNED) * ALIGNED  # of a single row too, where nothing lies that far
+    return TensorDescriptor(x, [rows, n], [apart, 1], [1, tokens])
 
 
 def addressable(x: torch.Tensor) -> torch.Tensor:
@@ -147,9 +169,9 @@ def block_of(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def shape_class(head_dim: int, modified: bool = False) -> str:
-    """The configurations' class: soft-capping and windows take registers, so smaller blocks."""
-    return f"d{min(size for size in HEAD_DIMS if size >= head_dim)}{'-modified' if modified else ''}"
+def shape_class(head_dim: int, capped: bool = False) -> str:
+    """The configurations' class: soft-capping takes registers in the loop over full blocks, so smaller blocks."""
+    return f"d{min(size for size in HEAD_DIMS if size >= head_dim)}{'-capped' if capped else ''}"
 
 
 HEAD_DIMS = (64, 128, 256)
@@ -159,11 +181,11 @@ USED = {
         "plain": (64, 96, 128, 192, 256), "capped": (128, 256), "windowed": (64, 96, 128, 256),
         "capped_windowed": (64, 128, 256),
     },
-    "fp16": {"plain": (64, 96, 128, 192, 256), "windowed": (64, 96, 128, 256)},
+    "fp16": {"plain": (64, 96, 128, 192, 256), "windowed": (64, 96, 128, 256), "capped_windowed": HEAD_DIMS},
     "fp32": {"plain": HEAD_DIMS, "capped_windowed": HEAD_DIMS},
 }  # fmt: skip
 """Head sizes of models in use, which are compiled ahead of time, by dtype and features. No model with soft-capping is
-trained in fp16, which its scores overflow."""
+trained in fp16, which its scores overflow: of each class one head size is."""
 KERNELS = {
     "forward": kernels.attention_forward,
     "deltas": kernels.attention_deltas,
@@ -171,6 +193,8 @@ KERNELS = {
     "backward_kv": kernels.attention_backward_kv,
 }
 LISTS = ("subtree_end", "position", "order", "offset", "run")
+NUMBERS = {"subtree_end": "i32", "position": "i32", "mass": "fp32", "deltas": "fp32"}
+"""Numbers a token: descriptors with TMA, else pointers."""
 
 SOURCES = ("q", "k", "v", "d_out")
 """Descriptors with TMA, else pointers."""
@@ -185,7 +209,7 @@ def variants() -> Iterator[Variant]:
                 if part == "deltas" and features != "plain":
                     continue
                 for head_dim in head_dims:
-                    if shape_class(head_dim, features != "plain") == size:
+                    if shape_class(head_dim, "capped" in features) == size:
                         signature, constexprs = typed(fn, config, dtype, head_dim, features)
                         yield Variant(
                             "tree_attention", kernel, arch, dtype, f"{size}/{head_dim}/{features}", fn, signature,
@@ -212,10 +236,13 @@ def typed(fn, config: Config, dtype: str, head_dim: int, features: str) -> tuple
     for name in fn.arg_names:
         if name in constexprs:
             continue
-        if name.removesuffix("_ptr") in LISTS:
+        if name.endswith("_ptr") and name.removesuffix("_ptr") in LISTS:
             signature[name] = "*i32:16"
         elif name in ("mass_ptr", "delta_ptr"):
             signature[name] = "*fp32:16"
+        elif name in NUMBERS:
+            tokens = config["BLOCK_N" if NUMBERS[name] == "i32" else "BLOCK_M"]
+            signature[name] = f"tensordesc<{NUMBERS[name]}[1,{tokens}]>" if config["TMA"] else f"*{NUMBERS[name]}:16"
         elif name in SOURCES and constexprs["TMA"]:
             rows = config["BLOCK_N" if name in ("k", "v") else "BLOCK_M"]
             signature[name] = f"tensordesc<{dtype}[{rows},1,{block_of(head_dim)}]>"
@@ -234,15 +261,15 @@ def tunables() -> Iterator[Tunable]:
     space = {"BLOCK_M": blocks, "BLOCK_N": blocks, "num_warps": [4, 8], "num_stages": [1, 2, 3, 4], "TMA": [0, 1]}
     for part in ("forward", "backward_q", "backward_kv"):
         for head_dim in HEAD_DIMS:
-            for modified in (False, True):
+            for capped in (False, True):
                 for dtype in ("bf16", "fp16"):
                     workload = functools.partial(
-                        _workload, part=part, head_dim=head_dim, modified=modified, dtype=DTYPES[dtype]
+                        _workload, part=part, head_dim=head_dim, capped=capped, dtype=DTYPES[dtype]
                     )
-                    yield Tunable(f"tree_attention_{part}", shape_class(head_dim, modified), dtype, space, workload)
+                    yield Tunable(f"tree_attention_{part}", shape_class(head_dim, capped), dtype, space, workload)
 
 
-def _workload(device: torch.device, part: str, head_dim: int, modified: bool, dtype: torch.dtype):
+def _workload(device: torch.device, part: str, head_dim: int, capped: bool, dtype: torch.dtype):
     boundaries = np.arange(1, 17) * 1024
     trunk = np.arange(boundaries[-1])
     trees = [
@@ -251,7 +278,7 @@ def _workload(device: torch.device, part: str, head_dim: int, modified: bool, dt
     ]
     plan = pack(trees)
     q, k, v = (torch.randn(plan.n_tokens, heads, head_dim, device=device, dtype=dtype) for heads in (16, 4, 4))
-    options = (head_dim**-0.5, 50.0 if modified else 0.0, 4096 if modified else None)
+    options = (head_dim**-0.5, 50.0 if capped else 0.0, 4096 if capped else None)
     if part == "forward":
         return lambda: tree_attention(q, k, v, plan, *options)
     out = tree_attention(*(x.requires_grad_() for x in (q, k, v)), plan, *options)

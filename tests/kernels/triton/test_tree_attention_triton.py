@@ -91,6 +91,14 @@ def test_trees(trees):
     check(pack(trees))
 
 
+@pytest.mark.parametrize("tokens", [20, 21, 22, 23])
+def test_lengths(tokens):
+    """Rows of statistics and numbers of the mask are padded to 16 bytes."""
+    plan = pack([Tree([rollout(0, range(tokens + 1))])])
+    assert plan.n_tokens == tokens
+    check(plan, options={"window": 7}, q_heads=4, kv_heads=2)
+
+
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([(1, 1), (6, 2), (7, 1), (8, 1)]), st.sampled_from([None, 1, 5]))
 def test_random_trees(seed, heads, window):
