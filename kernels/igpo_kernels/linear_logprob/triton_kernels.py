@@ -158,7 +158,7 @@ def combine_tiles(
             moment += tl.sum((tile_moment + tile_fall * tile_mass) * tl.exp(tile_fall), axis=0)
         mass = mass * tl.exp(fall) + tl.sum(tile_mass * tl.exp(tile_fall), axis=0)
         top = new_top
-    log_mass = tl.log(tl.where(mass == 0, float("nan"), mass))  # 0: every token of the row is barred
+    log_mass = tl.log(mass)
     tl.store(top_ptr + rows, top, mask=rows < n_rows)
     tl.store(log_mass_ptr + rows, log_mass, mask=rows < n_rows)
     if entropy_ptr is not None:

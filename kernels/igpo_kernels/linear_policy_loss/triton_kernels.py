@@ -88,7 +88,7 @@ def softmax_of(row_ptr, bias_ptr, n_vocab, softcap, inverse_temperature, CAPPED:
     decay = tl.exp2(fall)
     mass = tl.sum(masses * decay, 0)
     moment = tl.sum((moments + fall * masses) * decay, 0) * LN_2
-    log_mass = tl.log(tl.where(mass == 0, float("nan"), mass))  # 0: every token is barred
+    log_mass = tl.log(mass)
     return top, log_mass, log_mass - moment / mass
 
 
