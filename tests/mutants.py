@@ -234,7 +234,7 @@ MUTANTS = [
         ("a given scale is ignored", "d**-0.5 if scale is None else scale", "d**-0.5", SCALE),
     ),
     *faults(f"{KERNELS}/linear_logprob/shards.py",
-        ("every shard is the first", "rank * size, group", "0 * size, group", SHARDS),
+        ("every shard is the first", "dist.get_rank(group) * size", "0 * size", SHARDS),
         ("entropies of shards are not mixed", "(entropies[0] - log_w)", "entropies[0]", SHARDS),
         ("an empty shard's entropy is NaN", "torch.where(barred, 0.0, ", "torch.where(barred & False, 0.0, ", SHARDS),
         ("mass of the last shard only", "log_share.logsumexp(0)", "log_share[-1]", SHARDS),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed import GroupMember
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from igpo_kernels import linear_logprob, workspace
@@ -233,6 +234,7 @@ def test_half_inputs_give_float32(backend):
     ("label 7 of pair 2 is not in 0 .. 6", dict(labels=torch.tensor([0, 6, 7], dtype=torch.int8))),
     ("row 3 of pair 0 is not in 0 .. 2", dict(rows=torch.tensor([3, 0, 1]))),
     ("bias on meta, hidden on cpu; move them to one device", dict(bias=torch.zeros(7, device="meta"))),
+    ("not in the group; call it on the group's ranks alone", dict(group=GroupMember.NON_GROUP_MEMBER)),
 ])  # fmt: skip
 def test_bad_arguments_are_refused(match, change):
     arguments = dict(hidden=torch.zeros(3, 4), weight=torch.zeros(7, 4), labels=torch.zeros(3, dtype=torch.long))

@@ -20,23 +20,19 @@ class Shard:
     """This process's part of the vocabulary: entries ``first .. first + size - 1`` of ``vocab``."""
 
     size: int
-    first: int = 0
-    vocab: int = 0
+    first: int
+    vocab: int
     group: ProcessGroup | None = None
     """None: the shard is the whole vocabulary."""
 
     @classmethod
     def of(cls, group: ProcessGroup | None, size: int) -> Shard:
         """The shard of a process whose weight has ``size`` entries, as many as every rank's."""
+        if group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("linear_logprob: this process is not in the group; call it on the group's ranks alone")
         if group is None or group.size() == 1:
             return cls(size, 0, size)
-        if (rank := dist.get_rank(group)) < 0:
-            raise ValueError("linear_logprob: this process is not in the group; call it on the group's ranks alone")
-        return cls(size, rank * size, group.size() * size, group)
-
-    def owned(self, labels: torch.Tensor) -> torch.Tensor:
-        """Which of the ``labels`` are entries of this shard."""
-        return (labels >= self.first) & (labels < self.first + self.size)
+        return cls(size, dist.get_rank(group) * size, group.size() * size, group)
 
     def whole(
         self, logit: torch.Tensor, top: torch.Tensor, log_mass: torch.Tensor, entropy: torch.Tensor | None

@@ -28,7 +28,7 @@ pytest.importorskip("triton")
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from igpo_kernels import linear_logprob, workspace
+from igpo_kernels import Pairs, linear_logprob, linear_policy_loss, workspace
 from igpo_kernels.linear_logprob import triton_kernels, triton_path
 from igpo_kernels.workspace import GPU_BYTES
 from tests.kernels.test_linear_logprob import (
@@ -351,6 +351,29 @@ def test_grids_have_one_dimension():
     grids = [f.slice for f in calls if isinstance(f, ast.Subscript) and ast.unparse(f).startswith("kernels.")]
     assert len(grids) == len(triton_path.KERNELS)
     assert all(len(g.elts) == 1 if isinstance(g, ast.Tuple) else ast.unparse(g).startswith("self.grid(") for g in grids)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_cuda_graph_captures_known_pairs():
+    hidden, weight, _, rows, labels, *_ = make(30, 64, 300, 120, bias=False)
+    hidden, weight = (x.to(DEVICE, torch.bfloat16).requires_grad_() for x in (hidden, weight))
+    pairs, ones = Pairs(labels.numpy(), rows.numpy()), torch.ones(120, device=DEVICE)
+
+    def step():
+        logp, entropy = linear_logprob(hidden, weight, pairs, entropy=True, backend="triton")
+        loss, _ = linear_policy_loss(hidden, weight, pairs, None, None, ones, ones, backend="triton")
+        return torch.autograd.grad(logp.sum() + entropy.sum() + loss, (hidden, weight))
+
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):
+        step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.testing.assert_close(captured, step())
 
 
 @pytest.mark.gpu
