@@ -102,7 +102,7 @@ def stages(out: Path, aot: Path | None = None, dry: bool = False) -> dict[str, l
         tests = [f"tests/kernels/triton/{test}" for test in CHECKED]
         watch = f"compute-sanitizer --tool {tool} --error-exitcode 9 --print-limit 20 --kernel-regex kns={OURS}"
         # Tensors in allocations of their own, so that a read past one's end is seen.
-        return Step(tool, 50, pytest(tool, *tests), watch, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
+        return Step(tool, 90, pytest(tool, *tests), watch, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
 
     native = " and ".join(f"not {name}" for name in HOST)
     first = " or ".join(f"{shape}-qwen" for shape in FIRST)
@@ -110,13 +110,12 @@ def stages(out: Path, aot: Path | None = None, dry: bool = False) -> dict[str, l
     return {
         "quick": [
             facts("--rows", file["rows.jsonl"]),
-            Step("native", 180, pytest(
+            Step("native", 190, pytest(
                 "native", "tests/kernels/triton", "tests/parity", "-m", "not slow and not aot", "-k", native,
                 "-n", str(workers), "--dist", "worksteal",
             ), environment=(("IGPO_PRETEND_COMPILE", "0"),) if dry else ()),
             bench("head", 220, "bench/test_loss.py", "bench/test_logprob.py", "bench/test_advantages.py"),
             check("memcheck"),
-            check("initcheck"),
         ],
         "attention": [
             facts(),
@@ -135,7 +134,7 @@ def stages(out: Path, aot: Path | None = None, dry: bool = False) -> dict[str, l
             facts(),
             bench("rest of attention", 500, f"{attention}::test_attention", "-k", f"not ({first})", hung=180),
         ],
-        "scoring": [facts(), bench("scoring", 160, "bench/test_scoring.py", hung=120)],
+        "scoring": [facts(), bench("scoring", 160, "bench/test_scoring.py", hung=120), check("initcheck")],
     }  # fmt: skip
 
 
