@@ -4,8 +4,7 @@
 
 Stages: quick, attention, tune, rest, scoring; all in this order without one. Each is a list of steps with limits of
 their own (bench/README.md says what each minute is for). A step that fails, hangs or outlasts its limit does not stop
-the next. One whose process died goes on behind the test or the candidate that killed it while its time lasts, and so
-does a stage that is begun again in the same --out.
+the next; one whose process died goes on behind the test or the candidate that killed it while its time lasts.
 
 Uses the Python that runs it: torch, triton, transformers, pytest, pytest-benchmark, pytest-xdist and hypothesis;
 nothing else of the trainer. Packages that it lacks (and peers) may lie in --wheels, pure Python, unpacked for the run.
@@ -77,8 +76,8 @@ class Step(NamedTuple):
     environment: tuple[tuple[str, str], ...] = ()
 
 
-def stages(out: Path, aot: Path | None = None, dry: bool = False) -> dict[str, list[Step]]:
-    """Steps by stage, in order."""
+def stages(out: Path, aot: Path | None = None, dry: bool = False, run: str = "") -> dict[str, list[Step]]:
+    """Steps by stage, in order; ``run`` tells their lines from those of other runs in the same folder."""
     file = {name: str(out / name) for name in FILES}
     cores = os.cpu_count() or 1
     workers = max(2, min(12, cores - 4))  # the rest compile
@@ -86,7 +85,7 @@ def stages(out: Path, aot: Path | None = None, dry: bool = False) -> dict[str, l
     def pytest(step: str, *arguments: str, hung: int = HUNG) -> list[str]:
         return [
             "pytest", "-p", "no:cacheprovider", "-p", "bench.journal", *(["-p", "bench.pretend"] if dry else ()),
-            "--journal", file["tests.jsonl"], "--step", step, "-rf", "--tb=short",
+            "--journal", file["tests.jsonl"], "--step", step + run, "-rf", "--tb=short",
             "-o", f"faulthandler_timeout={hung * (SLACK if dry else 1)}", "-o", "faulthandler_exit_on_timeout=true",
             *arguments,
         ]  # fmt: skip
@@ -102,7 +101,7 @@ def stages(out: Path, aot: Path | None = None, dry: bool = False) -> dict[str, l
         tests = [f"tests/kernels/triton/{test}" for test in CHECKED]
         watch = f"compute-sanitizer --tool {tool} --error-exitcode 9 --print-limit 20 --kernel-regex kns={OURS}"
         # Tensors in allocations of their own, so that a read past one's end is seen.
-        return Step(tool, 50, pytest(tool, *tests), watch, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
+        return Step(tool, 90, pytest(tool, *tests), watch, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
 
     native = " and ".join(f"not {name}" for name in HOST)
     first = " or ".join(f"{shape}-qwen" for shape in FIRST)
@@ -110,13 +109,12 @@ def stages(out: Path, aot: Path | None = None, dry: bool = False) -> dict[str, l
     return {
         "quick": [
             facts("--rows", file["rows.jsonl"]),
-            Step("native", 180, pytest(
+            Step("native", 190, pytest(
                 "native", "tests/kernels/triton", "tests/parity", "-m", "not slow and not aot", "-k", native,
                 "-n", str(workers), "--dist", "worksteal",
             ), environment=(("IGPO_PRETEND_COMPILE", "0"),) if dry else ()),
             bench("head", 220, "bench/test_loss.py", "bench/test_logprob.py", "bench/test_advantages.py"),
             check("memcheck"),
-            check("initcheck"),
         ],
         "attention": [
             facts(),
@@ -127,7 +125,7 @@ def stages(out: Path, aot: Path | None = None, dry: bool = False) -> dict[str, l
         "tune": [
             facts(),
             Step("tune", 480, [
-                "igpo_kernels.tune", "--shortlisted", "--out", str(out), "--jobs", str(max(2, cores - 2)),
+                "igpo_kernels.tune", "--shortlisted", "--out", str(out), "--jobs", str(max(2, cores - 2)), "--run", run,
                 *(["--most", "1"] if dry else ()),
             ]),
         ],
@@ -135,7 +133,7 @@ def stages(out: Path, aot: Path | None = None, dry: bool = False) -> dict[str, l
             facts(),
             bench("rest of attention", 500, f"{attention}::test_attention", "-k", f"not ({first})", hung=180),
         ],
-        "scoring": [facts(), bench("scoring", 160, "bench/test_scoring.py", hung=120)],
+        "scoring": [facts(), bench("scoring", 160, "bench/test_scoring.py", hung=120), check("initcheck")],
     }  # fmt: skip
 
 
@@ -154,16 +152,19 @@ def lines(path: Path) -> Iterator[dict]:
             yield json.loads(line)
 
 
-def progress(step: str, out: Path) -> tuple[int, bool]:
-    """Tests or candidates that a step has begun, and whether it came to its end; each run of the step adds to both."""
+def told(step: str, out: Path, run: str) -> list[dict]:
+    """What a step has written of its tests or candidates."""
     if step == "tune":
-        rows = list(lines(out / "tune.jsonl"))
-        return sum("begun" in row for row in rows), any("end" in row for row in rows)
-    rows = [row for row in lines(out / "tests.jsonl") if row.get("step") == step]
-    return sum(row.get("outcome") == "begun" for row in rows), any("end" in row for row in rows)
+        return [row for row in lines(out / "tune.jsonl") if row["run"] == run]
+    return [row for row in lines(out / "tests.jsonl") if row["step"] == step + run]
 
 
-def run(step: Step, out: Path, environment: dict[str, str], dry: bool) -> str:
+def progress(rows: list[dict]) -> tuple[int, bool]:
+    """Tests or candidates begun, and whether the step came to its end."""
+    return sum("begun" in (row.get("outcome"), *row) for row in rows), any("end" in row for row in rows)
+
+
+def take(step: Step, out: Path, environment: dict[str, str], dry: bool, run: str) -> str:
     """Run a step in a session of its own until it ends or its time is over; returns its fault, or an empty text.
 
     A process that died in the midst of a test or of a candidate is followed by one that leaves it out.
@@ -175,7 +176,7 @@ def run(step: Step, out: Path, environment: dict[str, str], dry: bool) -> str:
     command = [*([] if dry else tool), sys.executable, "-m", *(["bench.pretend"] if plain else ()), *step.command]
     seconds = step.seconds * (SLACK if dry else 1) - GRACE
     end = time.monotonic() + seconds
-    before, _ = progress(step.name, out)
+    before = 0
     while True:
         with (out / "log.txt").open("a") as log:
             log.write(f"\n===== {step.name}: {' '.join(command)}\n")
@@ -183,7 +184,7 @@ def run(step: Step, out: Path, environment: dict[str, str], dry: bool) -> str:
             code = watched(command, end - time.monotonic(), log, {**environment, **dict(step.environment)})
         if code is None:
             return f"stopped after {seconds} s"
-        begun, ended = progress(step.name, out)
+        begun, ended = progress(told(step.name, out, run))
         if code == 0 or ended or begun == before:
             return f"exit code {code}" if code else ""
         before = begun
@@ -215,15 +216,15 @@ def hang(out: Path, environment: dict[str, str]) -> str:
     return "stopped, and its child with it" if stopped else "not stopped"
 
 
-def summary(step: Step, out: Path) -> Iterator[str]:
+def summary(step: str, found: list[dict]) -> Iterator[str]:
     """What a step says on the terminal: how many tests or candidates came to what, and its first failures."""
-    if step.name == "tune":
-        rows = [row for row in lines(out / "tune.jsonl") if "committed" in row]
+    if step == "tune":
+        rows = [row for row in found if "committed" in row]
         yield f"  {len(rows)} candidates, {sum('ms' in row for row in rows)} timed"
         for row in [row for row in rows if "error" in row][:SHOWN]:
             yield f"  {row['candidate'][0]} {row['candidate'][-1]}: {row['error'][:160]}"
         return
-    rows = [row for row in lines(out / "tests.jsonl") if row.get("step") == step.name and "outcome" in row]
+    rows = [row for row in found if "outcome" in row]
     counts = collections.Counter(row["outcome"] for row in rows)
     unfinished = {row["test"] for row in rows} - {row["test"] for row in rows if row["outcome"] != "begun"}
     if rows:
@@ -268,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     out, aot = args.out.resolve(), library()
     out.mkdir(parents=True, exist_ok=True)
-    failed, table = [], []
+    failed, table, now = [], [], time.strftime(" %Y-%m-%d %H:%M:%S")
     with tempfile.TemporaryDirectory() as site:
         for wheel in sorted(args.wheels.glob("*.whl")) if args.wheels else ():
             zipfile.ZipFile(wheel).extractall(site)
@@ -276,12 +277,12 @@ def main(argv: list[str] | None = None) -> int:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
         environment.pop("TRITON_INTERPRET", None)
         environment.pop("IGPO_KERNELS_AOT", None)
-        for stage, steps in stages(out, aot, args.dry).items():
+        for stage, steps in stages(out, aot, args.dry, now).items():
             if args.stages and stage not in args.stages:
                 continue
             for step in steps:
                 start, rows = time.monotonic(), len(list(lines(out / "rows.jsonl")))
-                fault = run(step, out, environment, args.dry)
+                fault = take(step, out, environment, args.dry, now)
                 took = time.monotonic() - start
                 failed += [f"{stage}/{step.name}"] if fault and not fault.startswith("left out") else []
                 with (out / "stages.jsonl").open("a") as file:
@@ -294,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
                     }
                     file.write(json.dumps(row) + "\n")
                 print(f"{stage}/{step.name}: {fault or 'ok'}, {took:.0f} of {step.seconds} s", flush=True)
-                said = [*figures(out, rows), *summary(step, out)]
+                said = [*figures(out, rows), *summary(step.name, told(step.name, out, now))]
                 print("".join(f"{text}\n" for text in said), end="", flush=True)
                 counts = next((text for text in said if "without an end" in text or "candidates" in text), "")
                 table.append((stage, step.name, f"{step.seconds}", f"{took:.0f}", fault or "ok", counts.strip()))

@@ -13,8 +13,9 @@ and ask `inspect` about each: what the gate would say is noted beside a candidat
 A candidate counts if its results are the committed configuration's, up to rounding, and it is at least 2 % faster. One
 that raises, or hangs, or gives other results, is noted and the next is tried. FOLDER/tune.jsonl gets a line when a
 candidate begins and one with what came of it, FOLDER/tables.json the entries that won; a tuner that was killed goes on
-behind the last candidate that it began. ``--adopt`` puts such entries into the committed tables, ``--measure`` writes
-what this Triton makes of the shortlist into shortlist.json. A training step tunes nothing: it only looks tables up.
+behind the last candidate that it began, if it is given the same FOLDER and ``--run NAME``. ``--adopt`` puts such
+entries into the committed tables, ``--measure`` writes what this Triton makes of the shortlist into shortlist.json. A
+training step tunes nothing: it only looks tables up.
 """
 
 from __future__ import annotations
@@ -135,25 +136,27 @@ class Tuner:
     """Tries candidates of one architecture and writes down what comes of each.
 
     Args:
-        out: folder of tune.jsonl and tables.json; entries that it says won before are in the tables already.
-        milliseconds: times a call.
+        out: folder of tune.jsonl and tables.json. What they say of this run holds: its candidates are not begun again,
+            its winners are put into the tables.
+        run: name of the run. milliseconds: times a call.
     """
 
-    def __init__(self, out: Path, arch: str, device: torch.device, pool=None, milliseconds=None):
+    def __init__(self, out: Path, arch: str, device: torch.device, pool=None, run: str = "", milliseconds=None):
         out.mkdir(parents=True, exist_ok=True)
         self.rows, self.tables, self.arch, self.device = out / "tune.jsonl", out / "tables.json", arch, device
-        self.pool, self.compiled = pool, {}
+        self.pool, self.compiled, self.run = pool, {}, run
         self.milliseconds = milliseconds or functools.partial(
             triton.testing.do_bench, warmup=10, rep=60, return_mode="median"
         )
         lines = self.rows.read_text().splitlines() if self.rows.exists() else []
-        self.begun = {json.dumps(row["candidate"]) for row in map(json.loads, lines) if "candidate" in row}
-        self.won = json.loads(self.tables.read_text()) if self.tables.exists() else {}
+        known = [row for row in map(json.loads, lines) if row["run"] == run]
+        self.begun = {json.dumps(row["candidate"]) for row in known if "candidate" in row}
+        self.won = json.loads(self.tables.read_text()) if known and self.tables.exists() else {}
         merge(self.won)
 
     def write(self, **row: object) -> None:
         with self.rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"run": self.run, **row}) + "\n")
 
     def tune(self, op: str, tunable: Tunable, first: Sequence[dict], search: bool, seconds: float) -> None:
         """Tune one kernel, class and dtype, and keep its winner."""
@@ -337,6 +340,7 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=math.inf, help="for each kernel, shape class and dtype")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 4), help="processes that compile")
     parser.add_argument("--out", type=Path, help="folder of tune.jsonl and tables.json")
+    parser.add_argument("--run", default="", help="name of this run; one that was killed goes on under its name")
     parser.add_argument("--adopt", type=Path, metavar="FILE", help="put a tables.json into the committed tables")
     parser.add_argument("--measure", action="store_true", help="compile the shortlist and note what the compiler said")
     args = parser.parse_args(argv)
@@ -376,7 +380,7 @@ def main(argv: list[str] | None = None) -> int:
         if name in listed or not args.shortlisted:
             todo.append((op, tunable.on(processors), name, listed.get(name, [])[: args.most]))
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        tuner = Tuner(args.out, arch, device, pool)
+        tuner = Tuner(args.out, arch, device, pool, args.run)
         for op, tunable, name, first in todo:  # in the order in which they will be needed
             committed = table(tunable.kernel)[arch][tunable.shape_class][tunable.dtype]
             tuner.compile(op, name, [entry for entry in first if entry != committed])

@@ -150,9 +150,11 @@ def test_a_tuner_that_was_killed_goes_on_behind_what_it_began(one_table, tmp_pat
     assert ended.value.code == tune.LOST and set(rows(tmp_path)) == {64, 1024, 128}
     one_table["bf16"] = START  # as a new process finds it
     with (tmp_path / "tune.jsonl").open("a") as file:
-        file.write(json.dumps({"candidate": ["k", "sm_90", "any", "bf16", first[2]], "begun": True}) + "\n")
+        began = {"run": "", "candidate": ["k", "sm_90", "any", "bf16", first[2]], "begun": True}
+        file.write(json.dumps(began) + "\n")
     tuner(one_table, tmp_path).tune("op", tunable, first, False, 60.0)
     assert set(rows(tmp_path)) == {64, 1024, 128}, "what hung the process is not begun again"
+    assert tune.Tuner(tmp_path, "sm_90", torch.device("cpu"), run="another").begun == set()
 
 
 def test_differences_are_of_a_row_and_its_own_size():
