@@ -65,6 +65,7 @@ from igpo_fast.types import (
     Pool,
     PseudoAnswer,
     Ratio,
+    Surrogate,
     ValueModel,
 )
 
@@ -563,6 +564,9 @@ class Algorithm(Section):
     ratio: Ratio = "token"
     """Tokens that share one policy ratio, the exp of their mean log ratio: each alone, those of a turn, or all of a
     rollout. `sequence` is the default of `name=gspo`."""
+    surrogate: Surrogate = "clip"
+    """What becomes of the ratio: PPO's `clip`; `cispo`, a clipped weight without gradient; `sapo`, a soft gate;
+    `vespo`, a soft weight of whole turns or rollouts, which needs `ratio=turn` or `sequence`."""
     clip_low: Fraction = 0.2
     """Ratios below 1 - clip_low are clipped. With `ratio=turn` 0.003, with `ratio=sequence` 0.0003 unless given."""
     clip_high: NonNegative = 0.2
@@ -611,6 +615,10 @@ class Algorithm(Section):
                 "algorithm.adaptive_clip gives each turn a clip range, and ratio=sequence has one ratio for all turns; "
                 "use ratio=turn or token"
             )
+        if self.surrogate == "vespo" and self.ratio == "token":
+            raise ValueError("algorithm.surrogate=vespo weighs whole turns or rollouts; set ratio=turn or sequence")
+        if self.surrogate != "clip" and self.dual_clip is not None:
+            raise ValueError(f"algorithm.dual_clip bounds surrogate=clip, not {self.surrogate}; leave it empty")
         return self
 
     @property
@@ -635,7 +643,8 @@ class Algorithm(Section):
 
     def changed(self, key: str) -> bool:
         """Whether a key has another value than preset and algorithm give it."""
-        usual = {key: type(self).model_fields[key].default} | PRESETS[self.preset] | OWN_LOSS.get(self.name, {})
+        default = {key: type(self).model_fields[key].default} | CLIP_OF_RATIO.get(self.ratio, {})
+        usual = default | PRESETS[self.preset] | OWN_LOSS.get(self.name, {})
         return getattr(self, key) != usual[key]
 
     @model_validator(mode="after")

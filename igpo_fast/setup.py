@@ -357,6 +357,11 @@ def settings_warnings(config: Config) -> list[str]:
             f"algorithm.ratio={a.ratio} with train.updates=1 never clips{equal}: all ratios are 1; raise "
             "train.updates, or use algorithm.ratio=token"
         )
+    if a.surrogate != "clip" and config.train.updates == 1:
+        warnings.append(
+            f"algorithm.surrogate={a.surrogate} with train.updates=1 trains as surrogate=clip does: all ratios are 1; "
+            "raise train.updates"
+        )
     if a.adaptive_clip and ALGORITHMS[a.name].needs_values and config.train.updates == 1:
         warnings.append(
             f"algorithm.adaptive_clip={a.adaptive_clip:g} with train.updates=1 never acts: all ratios are 1; raise "
@@ -384,6 +389,8 @@ def settings_warnings(config: Config) -> list[str]:
 
 def _idle_keys(a: Algorithm) -> Iterator[tuple[Sequence[str], str]]:
     """Keys of section ``algorithm`` that do nothing beside its others, and why."""
+    if a.surrogate in ("sapo", "vespo"):
+        yield ("clip_low", "clip_high", "adaptive_clip"), f"algorithm.surrogate={a.surrogate} clips nothing"
     if a.outcome not in OF_ANSWERS:
         yield ("format_penalty",), f"algorithm.outcome={a.outcome} judges rollouts without an answer, too"
         if not a.has_gains or a.baseline == "masked":

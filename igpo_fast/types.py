@@ -41,6 +41,7 @@ PseudoAnswer = Literal["none", "majority", "reference"]
 Normalisation = Literal["igpo", "squad", "hotpot"]
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 Ratio = Literal["token", "turn", "sequence"]
+Surrogate = Literal["clip", "cispo", "sapo", "vespo"]
 Level = Literal["token", "turn"]
 Truncation = Literal["", "tokens", "turns"]
 

@@ -164,6 +164,8 @@ def test_unknown_keys_get_the_nearest_name(override, near):
         ("algorithm.preset=best", "algorithm.preset"),
         ("algorithm.dual_clip=1", "dual_clip"),
         ("algorithm.dual_clip=.nan", "algorithm.dual_clip"),
+        ("algorithm.dual_clip=3 algorithm.surrogate=sapo", "algorithm.dual_clip bounds surrogate=clip, not sapo"),
+        ("algorithm.surrogate=vespo", "algorithm.surrogate=vespo weighs whole turns or rollouts; set ratio=turn"),
         ("rollout.top_k=5", "rollout.top_k; did you mean search.top_k or eval.top_k?"),
         ("rollout.repetition_penalty=1", "did you mean eval.repetition_penalty?"),
         ("model.dtype=bfloat16", "unknown key model.dtype; it is train.precision now"),

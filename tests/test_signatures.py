@@ -151,6 +151,20 @@ def test_ratios_over_tokens_with_one_update_are_said_to_be_1(override, ratio):
     assert settings_warnings(load(None, ["algorithm.name=grpo"])) == []
 
 
+def test_other_surrogates_with_one_update_are_said_to_be_the_clip():
+    (warning,) = settings_warnings(load(None, ["algorithm.surrogate=cispo"]))
+    assert warning.startswith("algorithm.surrogate=cispo with train.updates=1 trains as surrogate=clip does")
+    assert settings_warnings(load(None, ["algorithm.surrogate=cispo", "train.updates=2"])) == []
+
+
+@pytest.mark.parametrize("surrogate", ["sapo", "vespo"])
+def test_clip_ranges_of_what_clips_nothing_are_pointed_out(surrogate):
+    given = [f"algorithm.surrogate={surrogate}", "algorithm.ratio=turn", "train.updates=2"]
+    assert settings_warnings(load(None, given)) == []
+    (warning,) = settings_warnings(load(None, [*given, "algorithm.clip_low=0.1"]))
+    assert warning == f"algorithm.clip_low=0.1 does nothing: algorithm.surrogate={surrogate} clips nothing"
+
+
 def test_one_ratio_per_rollout_is_said_to_spread_gains():
     (warning,) = settings_warnings(load(None, ["algorithm.ratio=sequence", "train.updates=2"]))
     assert warning.startswith("algorithm.ratio=sequence gives all tokens of a rollout the same gradient")

@@ -58,9 +58,9 @@ OUT_OF_REACH = (
 """Keys that need the turns' calls, other models or another loss: only their defaults will do."""
 INSTEAD = {
     "clip_low": "epsilon", "clip_high": "epsilon_high", "dual_clip": "delta", "kl": "beta", "entropy": "entropy_coef",
-    "aggregation": "loss_type", "ratio": "importance_sampling_level", "outcome": "reward_funcs",
-    "format_penalty": "reward_funcs", "f1_normalisation": "reward_funcs", "passes": "packed",
-    "pseudo_answer": "answer_column",
+    "aggregation": "loss_type", "surrogate": "loss_type", "ratio": "importance_sampling_level",
+    "outcome": "reward_funcs", "format_penalty": "reward_funcs", "f1_normalisation": "reward_funcs",
+    "passes": "packed", "pseudo_answer": "answer_column",
 }  # fmt: skip
 """What of TRL's or of ``IGPOConfig`` decides in place of a key."""
 LOGGED = ("reward/ig_", "value/", "turns/mean", "group/collapsed")

@@ -23,6 +23,7 @@ def loss_settings_of(algorithm: config.Algorithm) -> LossSettings:
         dual_clip=algorithm.dual_clip,
         kl=algorithm.kl,
         entropy=algorithm.entropy,
+        surrogate=algorithm.surrogate,
         ratio=algorithm.ratio,
         importance=algorithm.importance,
         importance_mode=algorithm.importance_mode,

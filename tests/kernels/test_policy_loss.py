@@ -208,12 +208,14 @@ def exactly(logp, old, advantages, weights, settings_, backend, **more):
 
 @EITHER
 def test_cispo_by_hand(backend):
-    # Ratios 1.5, .5, 1.5 with A = 1, -1, -1 weigh 1.2, .8, 1.2; the last is bounded, but not against its advantage.
-    logp, old = [-1.0, -2.0, -0.5], [-1 - math.log(1.5), -2 - math.log(0.5), -0.5 - math.log(1.5)]
+    # Ratios 1.5, .5, 1.5, 1.1 with A = 1, -1, -1, 1 weigh 1.2, .8, 1.2, 1.1; the third is bounded, but not against its
+    # advantage.
+    logp, ratios = [-1.0, -2.0, -0.5, -1.0], [1.5, 0.5, 1.5, 1.1]
+    old = [x - math.log(r) for x, r in zip(logp, ratios, strict=True)]
     chosen = LossSettings(surrogate="cispo")
-    loss, gradient, metrics = exactly(logp, old, [1.0, -1.0, -1.0], [1.0] * 3, chosen, backend)
-    assert loss == pytest.approx(1.2 - 1.6 - 0.6, abs=1e-6)
-    assert gradient == pytest.approx([-1.2, 0.8, 1.2], abs=1e-6)
+    loss, gradient, metrics = exactly(logp, old, [1.0, -1.0, -1.0, 1.0], [1.0] * 4, chosen, backend)
+    assert loss == pytest.approx(1.2 - 1.6 - 0.6 + 1.1, abs=1e-6)
+    assert gradient == pytest.approx([-1.2, 0.8, 1.2, -1.1], abs=1e-6)
     assert float(metrics["clipped"]) == 2
 
 

@@ -35,6 +35,8 @@ def policy_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """``sum_m w_m * (c_m * max(-r_m A_m, -clip(r_m) A_m) + kl * k3_m - entropy * H_m)``, ``r_m = exp(logp - old)``.
 
+    ``settings.surrogate`` chooses another in place of the ``max``; the formulas are in `LossSettings` and the README.
+
     Args:
         logp: [M], with gradient. Inputs may have any float dtype; on Triton logp may not be float64.
         old_logp: [M], or None for ratio 1 (the gradient is then the policy gradient's).
