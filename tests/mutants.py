@@ -552,7 +552,7 @@ MUTANTS = [
     *faults(f"{KERNELS}/tree_attention/triton_path.py",
         ("Triton: scores scaled twice under a soft cap", "(1.0 if self.capped else scale)", "scale",
          GROUPS),
-        ("Triton: numbers a token described without room between rows", "[apart, 1], [1, tokens]",
+        ("Triton: numbers per token described without room between rows", "[apart, 1], [1, tokens]",
          "[n, 1], [1, tokens]", f"{ATTENTION_GPU}::test_lengths"),
         ("Triton: a strided upstream read as contiguous",
          "return x if x.stride(2) == 1 and all(x.stride()) else", "return x if True else",

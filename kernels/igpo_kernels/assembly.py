@@ -1,6 +1,6 @@
 """Loops of a compiled kernel and the local memory that they touch, read from its assembly.
 
-Local memory once a program costs what a few numbers of its tile cost; in a loop it costs at every iteration. What
+Local memory once per program costs what a few numbers of its tile cost; in a loop it costs at every iteration. What
 ptxas says of spills does not tell the two apart, the assembly does.
 """
 

@@ -60,7 +60,7 @@ TARGETS = {
 }
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 LOCAL_BYTES = 512
-"""Most bytes of local memory that a thread may move once a program: with 256 threads 128 KiB, about twice what a
+"""Most bytes of local memory that a thread may move once per program: with 256 threads 128 KiB, about twice what a
 program of attention reads and writes of its own tile."""
 TENSOR_COLUMNS = 512
 """Tensor memory of a Blackwell multiprocessor."""
@@ -70,7 +70,7 @@ MARKS = ("mma.sync", "wgmma", "tcgen05", "mfma", "tf32", "xf32")
 
 @dataclass(frozen=True)
 class Facts:
-    """What the compiler made of a program. Bytes, except registers a thread, columns of tensor memory and, of loops,
+    """What the compiler made of a program. Bytes, except registers per thread, columns of tensor memory and, of loops,
     instructions; ``local``, ``looped`` and loops as in `assembly.Profile`. ``marks`` are those of MARKS in its
     assembly, and ``serialized`` if ptxas said so."""
 
@@ -190,7 +190,7 @@ def report(variant: Variant, facts: Facts | str) -> Report:
     if facts.looped and not variant.may_spill:
         faults.append(f"spills {facts.looped} bytes in loops")
     if facts.local > LOCAL_BYTES and not variant.may_spill:
-        faults.append(f"spills {facts.local} bytes once a program > {LOCAL_BYTES}")
+        faults.append(f"spills {facts.local} bytes once per program > {LOCAL_BYTES}")
     if "serialized" in facts.marks:
         faults.append("wgmma serialized")
     if facts.shared > SHARED_BYTES[variant.arch]:

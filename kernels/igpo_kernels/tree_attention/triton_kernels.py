@@ -4,7 +4,7 @@ A tile holds ``BLOCK_M // group`` consecutive queries in each of the ``group`` h
 query ``r // group``, head ``r % group``, for any group size. Scores are in units of log 2. Statistics and gradients
 accumulate in float32.
 
-Numbers a token (statistics [Hq, N], ends of subtrees and positions [1, N]) come by TMA too where a loop reads them:
+Numbers per token (statistics [Hq, N], ends of subtrees and positions [1, N]) come by TMA too where a loop reads them:
 through pointers every thread would fetch, for itself, all that its part of a product's layout needs.
 
 A program walks its row of a BlockLists: full runs, then masked ones. The innermost loop is over consecutive blocks, so

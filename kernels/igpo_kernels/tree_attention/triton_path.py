@@ -25,7 +25,7 @@ from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Config, Tunable, V
 TMA_BYTES = 16
 """Alignment in bytes of addresses and strides that descriptors need."""
 ALIGNED = TMA_BYTES // 4
-"""Rows of numbers a token, of 4 bytes each, lie a multiple of this many numbers apart."""
+"""Rows of numbers per token, of 4 bytes each, lie a multiple of this many numbers apart."""
 
 
 def tree_attention(q, k, v, plan, scale, softcap, window):
@@ -146,7 +146,7 @@ def statistic(q: torch.Tensor) -> torch.Tensor:
 
 
 def numbers(tma: int, tokens: int, x: torch.Tensor):
-    """Numbers a token [rows, N] as a descriptor of ``tokens`` of one row, or as a pointer."""
+    """Numbers per token [rows, N] as a descriptor of ``tokens`` of one row, or as a pointer."""
     if not tma:
         return x
     rows, n = x.shape
@@ -194,7 +194,7 @@ KERNELS = {
 }
 LISTS = ("subtree_end", "position", "order", "offset", "run")
 NUMBERS = {"subtree_end": "i32", "position": "i32", "mass": "fp32", "deltas": "fp32"}
-"""Numbers a token: descriptors with TMA, else pointers."""
+"""Numbers per token: descriptors with TMA, else pointers."""
 
 SOURCES = ("q", "k", "v", "d_out")
 """Descriptors with TMA, else pointers."""
