@@ -167,7 +167,7 @@ MUTANTS = [
         ("a shuffled pack is taken for one in order", '(arrays["order"] == np.arange(len(self))).all()', "True",
          GROUPED),
         ("repeated rows are taken for one pair each", 'len(arrays["distinct"]) == len(self) and ', "", GROUPED),
-        ("unaligned copies", "-(-len(array) // step) * step", "len(array)", f"{PAIRS}::test_tensors_are_copied_once"
+        ("unaligned copies", "-len(array) % step", "0", f"{PAIRS}::test_tensors_are_copied_once"
          "_and_aligned_as_kernels_are_compiled"),
         ("pairs are copied anew", "self.cached(str(device),", "self.cached(object(),", f"{PAIRS}::test_tensors_are_"
          "copied_once_and_aligned_as_kernels_are_compiled"),

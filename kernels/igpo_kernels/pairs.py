@@ -90,16 +90,9 @@ class Pairs(Cached):
     def _copy(self, device: torch.device | str) -> Cells:
         arrays = self._grouped
         step = ALIGNMENT // np.dtype(np.int64).itemsize
-        sizes = [-(-len(array) // step) * step for array in arrays.values()]
-        whole = np.zeros(sum(sizes), np.int64)
-        starts = np.cumsum([0, *sizes])
-        for start, array in zip(starts, arrays.values(), strict=False):
-            whole[start : start + len(array)] = array
-        copied = torch.from_numpy(whole).to(device)
-        tensors = {
-            name: copied[start : start + len(array)]
-            for start, (name, array) in zip(starts.tolist(), arrays.items(), strict=False)
-        }
+        padded = [np.pad(array, (0, -len(array) % step)) for array in arrays.values()]
+        parts = torch.from_numpy(np.concatenate(padded)).to(device).split([len(array) for array in padded])
+        tensors = {name: part[: len(arrays[name])] for name, part in zip(arrays, parts, strict=True)}
         one_to_one = len(arrays["distinct"]) == len(self) and bool((arrays["order"] == np.arange(len(self))).all())
         return Cells(**tensors, one_to_one=one_to_one)
 
