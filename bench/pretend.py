@@ -109,6 +109,7 @@ def install(stop: Callable[[str], NoReturn] = launched) -> None:
         is_available=True, device_count=1, current_device=0, get_device_properties=H200, get_device_name=H200.name,
         get_device_capability=(H200.major, H200.minor), synchronize=None, memory_allocated=0, max_memory_allocated=0,
         reset_peak_memory_stats=None, manual_seed_all=None, is_bf16_supported=True, mem_get_info=(0, H200.total_memory),
+        is_current_stream_capturing=False, current_stream=SimpleNamespace(cuda_stream=0),
     ).items():  # fmt: skip
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     for kind in ("Event", "Stream"):

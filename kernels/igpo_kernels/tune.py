@@ -190,6 +190,8 @@ class Tuner:
             self.write(candidate=candidate, committed=committed, **row)
             if "error" in row and lost(self.device):
                 print(f"igpo_kernels.tune: the device is lost after {candidate}", file=sys.stderr)
+                if self.pool:
+                    self.pool.shutdown(wait=False, cancel_futures=True)  # what is left, the next process compiles
                 sys.exit(LOST)
             return row.get("ms", math.inf)
 
