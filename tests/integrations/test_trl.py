@@ -365,10 +365,11 @@ def test_the_program_in_the_docs_runs(tokenizer, tmp_path, monkeypatch):
     assert (tmp_path / "library/checkpoint-2/model.safetensors").exists()
 
 
-def test_the_fused_loss_in_the_docs_is_grpo_trainers(world, recorded, tmp_path):
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_fused_loss_in_the_docs_is_grpo_trainers(world, recorded, tmp_path, corrected):
     found = {}
     exec(written(1), found)
-    options = dict(loss_type="grpo", temperature=0.8, beta=0.1, use_bias_correction_kl=False)
+    options = dict(loss_type="grpo", temperature=0.8, beta=0.1, use_bias_correction_kl=corrected)
     theirs = made(world, recorded, tmp_path, trainer=GRPOTrainer, **options)
     ours = made(world, recorded, tmp_path, trainer=found["FusedGRPOTrainer"], **options)
     close(gradients(*ours), gradients(*theirs))

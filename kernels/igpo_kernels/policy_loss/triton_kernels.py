@@ -265,7 +265,7 @@ def policy_loss_kernel(
     counter_ptr, sums_ptr, n: tl.int64,
     low, high, dual_clip, kl, bonus, floor, cap, shape_pos, shape_neg, rate_pos, rate_neg,
     TOKEN_IMPORTANCE: tl.constexpr, MASKED: tl.constexpr, SURROGATE: tl.constexpr, UNBIASED_KL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One pass over n pairs: d_logp [n], partials [SUMS, programs], and sums [SUMS] by the program that ends last.
 
@@ -296,7 +296,7 @@ def policy_loss_kernel(
     store_partials(partial_ptr, program, programs, total)
     tl.debug_barrier()  # all threads have stored before one of them counts; the count releases and acquires
     if tl.atomic_add(counter_ptr, 1) == programs - 1:
-        add_partials(partial_ptr, sums_ptr, programs, 256)
+        add_partials(partial_ptr, sums_ptr, programs, COLUMNS)
         tl.store(counter_ptr, 0)
 
 

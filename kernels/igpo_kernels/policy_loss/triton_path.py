@@ -62,7 +62,7 @@ class _PolicyLoss(torch.autograd.Function):
             counter_of(logp.device), sums, len(logp),
             *bounds(settings), settings.dual_clip, float(settings.kl), float(settings.entropy),
             *importance_bounds(settings), **importance_flags(settings), **surrogate_arguments(settings),
-            UNBIASED_KL=settings.unbiased_kl, BLOCK=config["BLOCK"], **config.options(),
+            UNBIASED_KL=settings.unbiased_kl, BLOCK=config["BLOCK"], COLUMNS=config["COLUMNS"], **config.options(),
         )  # fmt: skip
         loss, sums = loss_and_metrics(sums)
         ctx.save_for_backward(given["weight"] if ctx.needs_input_grad[1] else None)
@@ -253,7 +253,7 @@ def tunables() -> Iterator[Tunable]:
     space = {
         "num_warps": [4, 8, 16], "num_stages": [1], "BLOCK": [512, 1024, 2048, 4096], "PROGRAMS": [2, 3, 4, 6, 8],
     }  # fmt: skip
-    yield Tunable("policy_loss", "any", "fp32", space, _workload, ("PROGRAMS",))
+    yield Tunable("policy_loss", "any", "fp32", space | {"COLUMNS": [256]}, _workload, ("PROGRAMS",))
     for dtype in DTYPES:
         scaling = functools.partial(_scaling, dtype=dtype)
         yield Tunable("policy_loss_scale", "any", dtype, space, scaling, ("PROGRAMS",))

@@ -99,7 +99,7 @@ def check(case, setting, device="cpu", dtype=torch.float32, **options):
 def small_tiles(monkeypatch):
     """Several tiles a program, at lengths the interpreter can do."""
     table = {
-        "policy_loss": {"BLOCK": 64, "PROGRAMS": 3},
+        "policy_loss": {"BLOCK": 64, "PROGRAMS": 3, "COLUMNS": 2},
         "policy_loss_gap": {"BLOCK": 16},
         "policy_loss_segment": {"BLOCK": 16},
         "policy_loss_finish": {"BLOCK": 2},
