@@ -196,9 +196,7 @@ class Policy(torch.nn.Module):
         if settings.needs_segment or settings.needs_sequence:
             logp, entropy = self._logp(hidden, plan, part, entropy=True)
             entropy = entropy if settings.entropy else entropy.detach()
-            rollout, turn = (plan.tensor(name, device)[part] for name in ("rollout", "turn"))
-            turn = rollout * (turn.max() + 1) + turn
-            sequence, turn = (torch.unique(key, return_inverse=True)[1] for key in (rollout, turn))
+            sequence, turn = _segments(plan, device)
             loss, sums = policy_loss(
                 logp, settings=settings, entropy=entropy, segment=turn if settings.ratio == "turn" else sequence,
                 sequence=sequence, backend=self.backend, **on,
@@ -208,6 +206,18 @@ class Policy(torch.nn.Module):
         row, label = (plan.tensor(name, device)[part] for name in ("row", "label"))
         loss, sums = linear_policy_loss(hidden, weight, label, row, settings=settings, **on, **options)
         return loss, sums, sums.pop("logp")
+
+
+def _segments(plan: TreePlan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The number of each decision pair's rollout in the pack, and of its turn there: int64 [D] each. Counted on the
+    host: a device would make it wait for how many there are."""
+
+    def numbered() -> tuple[torch.Tensor, torch.Tensor]:
+        rollout, turn = plan.rollout[: plan.n_decisions], plan.turn[: plan.n_decisions]
+        keys = rollout, rollout * (turn.max() + 1) + turn
+        return tuple(torch.from_numpy(np.unique(key, return_inverse=True)[1]).to(device) for key in keys)
+
+    return plan.cached(("segments", str(device)), numbered)
 
 
 def make_trees(

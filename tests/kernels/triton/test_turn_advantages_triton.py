@@ -68,7 +68,7 @@ def test_hand_worked(case, device):
     assert run(groups, normaliser, gamma, device=device).tolist() == pytest.approx(expected, abs=1e-6)
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     groups=batches, normaliser=normalisers, gamma=st.sampled_from([0.0, 0.9, 1.0]),
     dtype=st.sampled_from([torch.float32, torch.float64]), data=st.data(),
