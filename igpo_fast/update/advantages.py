@@ -219,6 +219,24 @@ def credit_rollouts(
     Raises:
         ValueError: values are missing although the algorithm needs them, or do not match the rollouts' turns.
     """
+    credits, earned = earn(groups, values_per_rollout, recipe, outcomes)
+    if earned is None:
+        return credits
+    return credited(credits, earned, token_advantages(earned, recipe).numpy(), recipe)
+
+
+def earn(
+    groups: Sequence[Group],
+    values_per_rollout: Sequence[Values | np.ndarray] | None,
+    recipe: Recipe,
+    outcomes: Sequence[float] | None = None,
+) -> tuple[tuple[Credit, ...], Earned | None]:
+    """What ``credit_rollouts`` does before advantages.
+
+    Returns:
+        Credits whose advantages are 0, and what gives them; or, where rewards are not compared within groups, credits
+        that are complete, or as complete as without a critic's values, and None.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     turns = [len(rollout.turns) for rollout in rollouts]
     if values_per_rollout is None:
@@ -251,17 +269,15 @@ def credit_rollouts(
     gains = [gain for gain, _ in found]
     if outcomes is None:
         outcomes = [outcome(r, recipe.outcome, recipe.f1_normalisation, recipe.format_penalty) for r in rollouts]
-    of_turns: list[dict] = [{} for _ in rollouts]
-    if recipe.critic:
-        advantages = [np.zeros(n) for n in turns]
-    elif recipe.over_tokens:
+    advantages, earned = [np.zeros(n) for n in turns], None
+    if recipe.over_tokens:
         tokens = [rollout.decision_tokens for rollout in rollouts]
         normalised = _normalised_over_tokens(outcomes, tokens, recipe.normaliser)
         advantages = [np.full(n, a) for n, a in zip(turns, normalised, strict=True)]
-    else:
+    elif not recipe.critic:
         rewards = [_rewards(*parts, recipe) for parts in zip(rollouts, earning, gains, outcomes, strict=True)]
-        advantages, of_turns = _normalised_in_groups(groups, rewards, earning, recipe)
-    return tuple(
+        earned = _earned(groups, rewards, earning, recipe)
+    credits = tuple(
         Credit(
             values=values[i],
             gains=gains[i],
@@ -269,12 +285,12 @@ def credit_rollouts(
             f1=_against_truth(f1_score, rollout, recipe.f1_normalisation),
             em=_against_truth(exact_match, rollout, recipe.f1_normalisation),
             advantages=advantages[i],
-            **of_turns[i],
             baselines=baselines[i],
             undefined=found[i][1],
         )
         for i, rollout in enumerate(rollouts)
     )
+    return credits, earned
 
 
 def _against_truth(score: Callable[..., float], rollout: Rollout, normalisation: Normalisation) -> float:
@@ -292,46 +308,112 @@ def _rewards(rollout: Rollout, earning: np.ndarray, gains: np.ndarray, last: flo
     return np.append(earned, last)
 
 
-def _normalised_in_groups(
+@dataclass(frozen=True)
+class Earned:
+    """Rewards that are compared within their groups, rollout after rollout, and whose tokens share them.
+
+    A turn that earns nothing belongs to the next one that does; S such segments have M decision tokens.
+    """
+
+    rewards: np.ndarray
+    """float64 [S]: gains or penalties, and each rollout's outcome last."""
+    kinds: np.ndarray
+    """``GAIN`` or ``OUTCOME``: int8 [S]."""
+    rollout_offsets: np.ndarray
+    """int64 [R + 1], into segments."""
+    group_offsets: np.ndarray
+    """int64 [groups + 1], into rollouts."""
+    token_offsets: np.ndarray
+    """int64 [S + 1], into decision tokens."""
+    tokens: Sequence[np.ndarray]
+    """Decision tokens of each rollout's turns: int64 [T]."""
+    ends: Sequence[np.ndarray]
+    """Each rollout's turns that earn a reward: int64 [S of the rollout]."""
+    costs: np.ndarray | None = None
+    """Taken from the segments' advantages: float64 [S]."""
+    gates: np.ndarray | None = None
+    """``ig_spread``: factor of what gains add to advantages: float64 [S]."""
+    call_tokens: np.ndarray | None = None
+    """``credit=query``: tokens of the call that a token is of, which share what gains add; inf where it is of none, or
+    of a turn that earns no gain: float64 [M]."""
+
+
+def _earned(
     groups: Sequence[Group], rewards: Sequence[np.ndarray], earning: Sequence[np.ndarray], recipe: Recipe
-) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]]]:
-    """Advantages from rewards that are compared within their groups: float64 [T] per rollout; and the other fields of
-    each ``Credit`` that come with them."""
+) -> Earned:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    ends = [np.flatnonzero([*e, True]) for e in earning]  # the turns that earn a reward
-    segments = [np.searchsorted(end, np.arange(len(r.turns))) for end, r in zip(ends, rollouts, strict=True)]
+    ends = [np.flatnonzero([*e, True]) for e in earning]
+    tokens = [np.array([len(turn.ids) for turn in rollout.turns]) for rollout in rollouts]
     offsets = np.cumsum([0, *map(len, ends)])
-    kinds = np.full(offsets[-1], GAIN)
+    kinds = np.full(offsets[-1], GAIN, np.int8)
     kinds[offsets[1:] - 1] = OUTCOME
     sizes = np.cumsum([0, *(len(group.rollouts) for group in groups)])
-    arrays = [torch.from_numpy(x) for x in (np.concatenate(rewards), kinds, offsets, sizes)]
-    total = turn_advantages(*arrays, recipe.discount, recipe.normaliser).numpy()
-    apart = recipe.needs_values and (recipe.ig_spread or recipe.credit == "query")
-    of_outcomes = total
-    if apart:  # advantages are linear in the weights of gains and outcomes
-        of_outcomes = turn_advantages(*arrays, recipe.discount, replace(recipe.normaliser, gain_weight=0.0)).numpy()
-    if apart and recipe.ig_spread:
-        spread = [_spread(rewards[a:b]) for a, b in pairwise(sizes)]
-        gate = (1 - np.tanh(np.array(spread) / recipe.ig_spread / 2)) / 2  # the sigmoid of -spread / ig_spread
-        total = of_outcomes + np.repeat(gate, np.diff(offsets[sizes])) * (total - of_outcomes)
-    costs = [_repetition(rollout, end, recipe) for rollout, end in zip(rollouts, ends, strict=True)]
-    per_turn = lambda x, i: (x[offsets[i] : offsets[i + 1]] - costs[i])[segments[i]]  # noqa: E731
-    advantages = [per_turn(total, i) for i in range(len(rollouts))]
-    more: list[dict[str, np.ndarray]] = [{} for _ in rollouts]
-    if recipe.credit == "query" and apart:
-        for i, rollout in enumerate(rollouts):
-            others = per_turn(of_outcomes, i)
-            own = np.isin(np.arange(len(others)), ends[i])  # others show the next one's gain
-            of_tokens = _of_calls(rollout, others, own * (advantages[i] - others))
-            advantages[i] = np.array([tokens.mean() for tokens in of_tokens])
-            more[i]["token_advantages"] = np.concatenate(of_tokens).astype(np.float32)
+    before = np.cumsum([0, *(n.sum() for n in tokens)])  # tokens of earlier rollouts
+    behind = [start + np.cumsum(n)[end] for start, n, end in zip(before, tokens, ends, strict=False)]
+    costs = gates = call_tokens = None
+    if recipe.redundancy_penalty:
+        costs = np.concatenate([_repetition(*each, recipe) for each in zip(rollouts, ends, strict=True)])
+    if recipe.needs_values and recipe.ig_spread:
+        spread = np.array([_spread(rewards[a:b]) for a, b in pairwise(sizes)])
+        gate = (1 - np.tanh(spread / recipe.ig_spread / 2)) / 2  # the sigmoid of -spread / ig_spread
+        gates = np.repeat(gate, np.diff(offsets[sizes]))
+    if recipe.needs_values and recipe.credit == "query":
+        call_tokens = np.concatenate([_call_tokens(*each) for each in zip(rollouts, ends, strict=True)])
+    return Earned(
+        np.concatenate(rewards), kinds, offsets, sizes, np.concatenate([[0], *behind]), tokens, ends, costs, gates,
+        call_tokens,
+    )  # fmt: skip
+
+
+def token_advantages(earned: Earned, recipe: Recipe, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The advantage of each decision token, computed on ``device`` without waiting for it: float64 [M]."""
+    names = ("rewards", "kinds", "rollout_offsets", "group_offsets")
+    arrays = [torch.from_numpy(getattr(earned, name)).to(device) for name in names]
+    token_offsets, n_tokens = torch.from_numpy(earned.token_offsets).to(device), int(earned.token_offsets[-1])
+
+    def normalised(normaliser: Normaliser) -> torch.Tensor:
+        return turn_advantages(*arrays, recipe.discount, normaliser, token_offsets=token_offsets, n_tokens=n_tokens)
+
+    def of_tokens(per_segment: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.repeat(per_segment, np.diff(earned.token_offsets))).to(device)
+
+    total = normalised(recipe.normaliser)
+    if earned.gates is None and earned.call_tokens is None:
+        return total if earned.costs is None else total - of_tokens(earned.costs)
+    # Advantages are linear in the weights of gains and outcomes.
+    of_outcomes = normalised(replace(recipe.normaliser, gain_weight=0.0))
+    if earned.gates is not None:
+        total = of_outcomes + of_tokens(earned.gates) * (total - of_outcomes)
+    if earned.costs is not None:
+        total, of_outcomes = (x - of_tokens(earned.costs) for x in (total, of_outcomes))
+    if earned.call_tokens is not None:  # IG-Search (arXiv 2604.15148), Eq. 4
+        total = of_outcomes + (total - of_outcomes) / torch.from_numpy(earned.call_tokens).to(device)
+    return total
+
+
+def credited(credits: Sequence[Credit], earned: Earned, of_tokens: np.ndarray, recipe: Recipe) -> tuple[Credit, ...]:
+    """``earn``'s credits with the advantages that ``token_advantages`` has given."""
+    scale = None
     if recipe.adaptive_clip:
-        z = normalised_rewards(*arrays, recipe.normaliser).numpy()
+        arrays = (earned.rewards, earned.kinds, earned.rollout_offsets, earned.group_offsets)
+        z = normalised_rewards(*map(torch.from_numpy, arrays), recipe.normaliser).numpy()
         # A2TGPO (arXiv 2605.06200), Eq. 11: within 1 +- adaptive_clip. The last turn has no gain.
-        scale = np.where(kinds == GAIN, 1 + recipe.adaptive_clip * np.tanh(z / 2), 1.0)
-        for i, segment in enumerate(segments):
-            more[i]["clip_scale"] = scale[offsets[i] : offsets[i + 1]][segment]
-    return advantages, more
+        scale = np.where(earned.kinds == GAIN, 1 + recipe.adaptive_clip * np.tanh(z / 2), 1.0)
+    made = []
+    start = 0
+    for i, (credit, tokens, end) in enumerate(zip(credits, earned.tokens, earned.ends, strict=True)):
+        own = of_tokens[start : start + tokens.sum()]
+        start += tokens.sum()
+        first = np.cumsum(tokens) - tokens
+        more: dict[str, np.ndarray] = {"advantages": own[first]}
+        if earned.call_tokens is not None:
+            means = np.array([own[a : a + n].mean() for a, n in zip(first, tokens, strict=True)])
+            more = {"advantages": means, "token_advantages": own.astype(np.float32)}
+        if scale is not None:
+            segment = np.searchsorted(end, np.arange(len(tokens)))
+            more["clip_scale"] = scale[earned.rollout_offsets[i] : earned.rollout_offsets[i + 1]][segment]
+        made.append(replace(credit, **more))
+    return tuple(made)
 
 
 def _spread(rewards: Sequence[np.ndarray]) -> float:
@@ -340,15 +422,15 @@ def _spread(rewards: Sequence[np.ndarray]) -> float:
     return float(np.std(outcomes, ddof=1)) if len(outcomes) > 1 else 0.0
 
 
-def _of_calls(rollout: Rollout, others: np.ndarray, gains: np.ndarray) -> list[np.ndarray]:
-    """Advantages of each turn's tokens: ``others``, to which those of its tool call add its gain over their number
-    (IG-Search, arXiv 2604.15148, Eq. 4)."""
+def _call_tokens(rollout: Rollout, ends: np.ndarray) -> np.ndarray:
+    """``Earned.call_tokens`` of one rollout."""
     tokens = []
-    for turn, other, gain in zip(rollout.turns, others, gains, strict=True):
-        row = np.full(len(turn.ids), other)
-        row[turn.call :] += gain / (len(turn.ids) - turn.call)
+    for t, turn in enumerate(rollout.turns):
+        row = np.full(len(turn.ids), np.inf)
+        if t in ends:  # others show the next one's gain
+            row[turn.call :] = len(turn.ids) - turn.call
         tokens.append(row)
-    return tokens
+    return np.concatenate(tokens)
 
 
 def _repetition(rollout: Rollout, ends: np.ndarray, recipe: Recipe) -> np.ndarray:

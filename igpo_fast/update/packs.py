@@ -123,7 +123,8 @@ class Packer:
         return passes * sum(len(rollout.ids) for rollout in batch.rollouts) + self.scoring.separate_tokens(batch)
 
     def values(self, batch: Batch, plan: TreePlan, scored_logp: np.ndarray) -> dict[int, Values]:
-        """The values of a pack's rollouts, by their numbers in the batch; none if the algorithm needs none.
+        """The values of a pack's rollouts, by their numbers in the batch, in the pack's order; none if the algorithm
+        needs none.
 
         Args:
             scored_logp: of each pair of answers and forks, in the plan's order: float64 [M - D].

@@ -59,21 +59,42 @@ class SupervisedInputs:
 
 @dataclass(frozen=True)
 class PackResult:
-    """Results of a pass over a pack."""
+    """Results of a pass over a pack. Those of a pass with a loss are on the model's device until ``read``, so that the
+    host can go on to its backward."""
 
     scored_logp: np.ndarray
     """log pi of each pair of answers and forks, in the plan's order: float64 [M - D]; empty without any."""
-    decision_logp: np.ndarray | None = None
+    decision_logp: np.ndarray | torch.Tensor | None = None
     """log pi of each decision pair: float32 [D]."""
     loss: torch.Tensor | None = None
-    sums: dict[str, float] | None = None
+    sums: dict[str, float] | dict[str, torch.Tensor] | None = None
     """``policy_loss``'s sums, and ``value_loss``'s with a critic."""
     critic: np.ndarray | None = None
     """The critic's value of each decision pair: float32 [D]; None in a pass with a loss."""
+    advantages: np.ndarray | torch.Tensor | None = None
+    """What ``advantages_of`` gave: [D]; float64 once read."""
+
+    def read(self) -> PackResult:
+        """The result of a pass with a loss, on the host and without the loss; waits for the device once."""
+        given = () if self.advantages is None else (self.advantages,)
+        sums, logp, *advantages = read(
+            torch.stack([x.double() for x in self.sums.values()]), self.decision_logp, *given
+        )
+        return PackResult(
+            self.scored_logp, logp.astype(np.float32), sums=dict(zip(self.sums, sums.tolist(), strict=True)),
+            advantages=advantages[0] if given else None,
+        )  # fmt: skip
 
 
-AdvantagesOf = Callable[[np.ndarray], np.ndarray]
-"""Answer log-probabilities [M - D] -> advantages [D], on the host, between a pass's answers and its loss."""
+def read(*tensors: torch.Tensor) -> list[np.ndarray]:
+    """The tensors' numbers on the host, which waits for their device once: float64 [n] each."""
+    joined = torch.cat([x.detach().double().flatten() for x in tensors]).cpu().numpy()
+    return np.split(joined, np.cumsum([x.numel() for x in tensors])[:-1])
+
+
+AdvantagesOf = Callable[[np.ndarray], torch.Tensor]
+"""Answer log-probabilities [M - D], on the host, -> advantages [D], on the model's device: what comes between a pass's
+answers and its loss. The host waits for the answers, and for nothing else before the backward."""
 
 
 class Policy(torch.nn.Module):
@@ -111,7 +132,7 @@ class Policy(torch.nn.Module):
         Args:
             inputs: inputs of the loss; None only scores answers and decisions, without gradient.
                 ``inputs.advantages`` may be None if ``advantages_of`` is given, which is called with this pass's
-                answer log-probabilities (one-pass mode).
+                answer log-probabilities (one-pass mode); with advantages that are known, answers are not scored.
         """
         device = self.lm.device
         with torch.set_grad_enabled(inputs is not None and torch.is_grad_enabled()):
@@ -120,28 +141,27 @@ class Policy(torch.nn.Module):
                 TreeAttend(plan, self.backend),
             )  # fmt: skip
         n = plan.n_decisions
-        scored_logp = np.zeros(0)
-        with torch.no_grad():
-            if plan.n_pairs > n:
-                scored_logp = self._logp(hidden.detach(), plan, slice(n, None)).double().cpu().numpy()
-            if inputs is None:
-                critic = None if self.critic is None else self._values(hidden, plan).cpu().numpy()
-                logp = self._logp(hidden, plan, slice(0, n)).float().cpu().numpy()
-                return PackResult(scored_logp, logp, critic=critic)
+        if inputs is None:
+            with torch.no_grad():
+                critic = () if self.critic is None else (self._values(hidden, plan),)
+                scored, *others = read(self._answers(hidden, plan), self._logp(hidden, plan, slice(0, n)), *critic)
+            logp, *critic = (x.astype(np.float32) for x in others)
+            return PackResult(scored, logp, critic=critic[0] if critic else None)
         if isinstance(inputs, SupervisedInputs):
             weight = torch.as_tensor(inputs.weights, device=device)
             logp = self._logp(hidden, plan, slice(0, n))
             weight = weight.to(logp.dtype)
-            return PackResult(scored_logp, loss=-(weight * logp).sum() / weight.sum())
+            return PackResult(np.zeros(0), loss=-(weight * logp).sum() / weight.sum())
+        scored, advantages = np.zeros(0), None
         if inputs.advantages is None:
-            inputs = replace(inputs, advantages=advantages_of(scored_logp))
+            (scored,) = read(self._answers(hidden, plan))
+            advantages = torch.as_tensor(advantages_of(scored), device=device)
+            inputs = replace(inputs, advantages=advantages)
         loss, sums, logp = self._loss(hidden, plan, inputs)
         if inputs.critic is not None:
             of_critic, more = value_loss(self._values(hidden, plan), inputs.critic, self._value_clip)
             loss, sums = loss + of_critic, sums | more
-        return PackResult(
-            scored_logp, logp.float().cpu().numpy(), loss, {name: float(value) for name, value in sums.items()}
-        )
+        return PackResult(scored, logp, loss, sums, advantages=advantages)
 
     def _values(self, hidden: torch.Tensor, plan: TreePlan) -> torch.Tensor:
         """The critic's value of each decision pair: float32 [D]."""
@@ -156,6 +176,13 @@ class Policy(torch.nn.Module):
         weight, options = self._head()
         return linear_logprob(hidden, weight, plan.pairs(part), **options, **more)
 
+    @torch.no_grad()
+    def _answers(self, hidden: torch.Tensor, plan: TreePlan) -> torch.Tensor:
+        """log pi of each pair of answers and forks: [M - D]."""
+        if plan.n_pairs == plan.n_decisions:
+            return hidden.new_empty(0)
+        return self._logp(hidden.detach(), plan, slice(plan.n_decisions, None))
+
     def _loss(self, hidden: torch.Tensor, plan: TreePlan, inputs: LossInputs):
         """Loss, metric sums, and the decision pairs' log-probabilities without gradient."""
         settings, device = self.settings, hidden.device
@@ -168,9 +195,7 @@ class Policy(torch.nn.Module):
         if settings.needs_segment or settings.needs_sequence:
             logp, entropy = self._logp(hidden, plan, part, entropy=True)
             entropy = entropy if settings.entropy else entropy.detach()
-            rollout, turn = (plan.tensor(name, device)[part] for name in ("rollout", "turn"))
-            turn = rollout * (turn.max() + 1) + turn
-            sequence, turn = (torch.unique(key, return_inverse=True)[1] for key in (rollout, turn))
+            sequence, turn = _segments(plan, device)
             loss, sums = policy_loss(
                 logp, settings=settings, entropy=entropy, segment=turn if settings.ratio == "turn" else sequence,
                 sequence=sequence, backend=self.backend, **on,
@@ -179,6 +204,18 @@ class Policy(torch.nn.Module):
         weight, options = self._head()
         loss, sums = linear_policy_loss(hidden, weight, plan.pairs(part), None, settings=settings, **on, **options)
         return loss, sums, sums.pop("logp")
+
+
+def _segments(plan: TreePlan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The number of each decision pair's rollout in the pack, and of its turn there: int64 [D] each. Counted on the
+    host: a device would make it wait for how many there are."""
+
+    def numbered() -> tuple[torch.Tensor, torch.Tensor]:
+        rollout, turn = plan.rollout[: plan.n_decisions], plan.turn[: plan.n_decisions]
+        keys = rollout, rollout * (turn.max() + 1) + turn
+        return tuple(torch.from_numpy(np.unique(key, return_inverse=True)[1]).to(device) for key in keys)
+
+    return plan.cached(("segments", str(device)), numbered)
 
 
 def make_trees(

@@ -1,8 +1,9 @@
 """One batch, one update: trees, one pass or two, turn rewards, advantages, loss, backward, optimiser steps.
 
-One-pass mode reads each pack once: answers first, then gains and advantages on the host, then the loss from the same
-hidden states. Two-pass mode first scores answers and old log-probabilities without gradient, then trains without
-branches.
+One-pass mode reads each pack once: answers first, then gains on the host and advantages on the device, then the loss
+from the same hidden states. The host waits for the device once per pack, for its answers, and reads the rest when the
+device has all its work. Two-pass mode first scores answers and old log-probabilities without gradient, then trains
+without branches.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -17,7 +20,7 @@ import torch
 
 from igpo_fast.errors import DivergedError
 from igpo_fast.types import Aggregation, Batch, Credit
-from igpo_fast.update.advantages import Recipe, credit_rollouts, reward_metrics
+from igpo_fast.update.advantages import Earned, Recipe, credited, earn, reward_metrics, token_advantages
 from igpo_fast.update.critic import CriticSettings, Targets, ValueInputs, estimate
 from igpo_fast.update.learner import Learner
 from igpo_fast.update.losses import importance_sums, measured, token_weights
@@ -28,6 +31,7 @@ from igpo_fast.update.packs import (
     Readings,
     advantages_of_pairs,
     clip_scales_of_pairs,
+    decision_runs,
     of_pairs,
     rollout_key,
 )
@@ -144,18 +148,9 @@ class Updater:
         with row.timed("train"):
             packs = self.packer.packs(batch, everything, scored=True)
             weights = self._weights(batch, everything)
-            first = np.cumsum([0, *(len(group.rollouts) for group in batch.groups)])
-            credits: dict[int, Credit] = {}
-
-            def advantages_of(pack: Pack, scored_logp: np.ndarray) -> np.ndarray:
-                values = self.packer.values(batch, pack.plan, scored_logp)
-                inside = [i for g in pack.groups for i in range(first[g], first[g + 1])]
-                groups = [batch.groups[g] for g in pack.groups]
-                scored = credit_rollouts(groups, [values[i] for i in inside], self.recipe.at(batch.step))
-                credits.update(zip(inside, scored, strict=True))
-                return advantages_of_pairs(pack.plan, credits)
-
-            self._step(batch, packs, weights, row, credits=credits, advantages_of=advantages_of)
+            crediting = Crediting(self.packer, batch, self.recipe.at(batch.step), self._learner.lm.device)
+            self._step(batch, packs, weights, row, crediting=crediting)
+        credits = crediting.credits
         for theirs in self.packer.ranks.gather(credits):
             credits |= theirs
         return tuple(credits[i] for i in range(len(batch.rollouts)))
@@ -206,16 +201,16 @@ class Updater:
         weights: np.ndarray,
         row: Row,
         *,
-        credits: Mapping[int, Credit],
-        advantages_of: Callable[[Pack, np.ndarray], np.ndarray] | None = None,
+        credits: Mapping[int, Credit] | None = None,
+        crediting: Crediting | None = None,
         old_logp: PerRollout | None = None,
         ref_logp: PerRollout | None = None,
         targets: Sequence[Targets] | None = None,
     ) -> None:
         """One optimiser update over packs, whose losses only add because the weights are global. The reference runs
-        only if ``ref_logp`` are not known."""
+        only if ``ref_logp`` are not known. Advantages are those of ``credits``, or ``crediting`` finds them."""
         engine_logp = {i: rollout.logp for i, rollout in enumerate(batch.rollouts)}
-        mine = []
+        results = []
         for pack in packs:
             plan = pack.plan
             if pack.filler:
@@ -229,20 +224,26 @@ class Updater:
                 continue
             inputs = LossInputs(
                 weights=weights[plan.rollout[: plan.n_decisions]].astype(np.float32),
-                advantages=None if advantages_of else advantages_of_pairs(plan, credits),
+                advantages=None if crediting else advantages_of_pairs(plan, credits),
                 old_logp=None if old_logp is None else of_pairs(plan, old_logp),
                 engine_logp=of_pairs(plan, engine_logp),
                 ref_logp=of_pairs(plan, ref_logp) if ref_logp else self._learner.reference(plan),
                 clip_scale=None if old_logp is None else clip_scales_of_pairs(plan, credits),  # else the ratio is 1
                 critic=targets and _value_inputs(plan, weights, targets),
             )
-            result = self._learner(plan, inputs, advantages_of and (lambda logp, pack=pack: advantages_of(pack, logp)))
+            result = self._learner(plan, inputs, crediting and partial(crediting.advantages, pack))
             self._learner.backward(result.loss)
+            results.append((pack, inputs, replace(result, loss=None)))
+        mine = []
+        for pack, inputs, result in results:  # once the device has all its work
+            result = result.read()
             anchor = result.decision_logp if inputs.old_logp is None else inputs.old_logp
-            owner = plan.rollout[: plan.n_decisions]
+            owner = pack.plan.rollout[: pack.plan.n_decisions]
             weighed = importance_sums(anchor, inputs.engine_logp, owner, self._learner.settings)
             largest = float(np.abs(anchor - inputs.engine_logp).max())
             mine.append((pack.tokens, largest, measured(result.sums, inputs) | weighed))
+            if crediting:
+                crediting.read(pack, result.advantages)
         told = [pack for theirs in self.packer.ranks.gather(mine) for pack in theirs]
         sums = [found for _, _, found in told]
         for tokens, largest, _ in told:
@@ -276,6 +277,35 @@ class Updater:
         lengths = [r.decision_tokens for r, mine in zip(batch.rollouts, inside, strict=True) if mine]
         weights[inside] = token_weights(lengths, self._aggregation, self._most_tokens)
         return weights
+
+
+class Crediting:
+    """Advantages of one-pass mode: a pack's own answers give the rewards on the host, the rewards the advantages on the
+    device, and those the credits, once they are read.
+
+    Args:
+        recipe: the step's.
+        device: where the loss takes its advantages.
+    """
+
+    def __init__(self, packer: Packer, batch: Batch, recipe: Recipe, device: torch.device):
+        self._packer, self._batch, self._recipe, self._device = packer, batch, recipe, device
+        self._earned: dict[int, tuple[tuple[Credit, ...], Earned]] = {}
+        self.credits: dict[int, Credit] = {}
+        """By the rollouts' numbers in the batch, of the packs that were read."""
+
+    def advantages(self, pack: Pack, scored_logp: np.ndarray) -> torch.Tensor:
+        """The advantage of each decision pair: float64 [D]."""
+        values = self._packer.values(self._batch, pack.plan, scored_logp)  # in the order of the decision pairs
+        groups = [self._batch.groups[g] for g in pack.groups]
+        credits, earned = earn(groups, list(values.values()), self._recipe)
+        self._earned[pack.groups[0]] = credits, earned
+        return token_advantages(earned, self._recipe, self._device)
+
+    def read(self, pack: Pack, advantages: np.ndarray) -> None:
+        """Complete the credits of a pack's rollouts."""
+        found = credited(*self._earned.pop(pack.groups[0]), advantages, self._recipe)
+        self.credits.update(zip(decision_runs(pack.plan)[0], found, strict=True))
 
 
 def _value_inputs(plan: TreePlan, weights: np.ndarray, targets: Sequence[Targets]) -> ValueInputs:

@@ -13,52 +13,75 @@ from igpo_kernels.turn_advantages import reference
 GAIN, OUTCOME = tl.constexpr(reference.GAIN), tl.constexpr(reference.OUTCOME)
 MIN_OUTCOME_SCALE = tl.constexpr(reference.MIN_OUTCOME_SCALE)
 MAX_FACTOR = tl.constexpr(reference.MAX_FACTOR)
-QUAD = tl.constexpr(4)
+NEITHER = tl.constexpr(2)
+QUAD, LANES = tl.constexpr(4), tl.constexpr(32)
 
 
 @triton.jit
 def quads(base, begin, end, BLOCK: tl.constexpr):
-    """Turns base .. base + BLOCK - 1 as [BLOCK / 4, 4], the last four first, each four in order; which are inside."""
-    turn = base + BLOCK - QUAD * (1 + tl.arange(0, BLOCK // QUAD).to(tl.int64)[:, None])
-    turn += tl.arange(0, QUAD)[None, :]
-    return turn, (turn >= begin) & (turn < end)
+    """Places base .. base + BLOCK - 1 relative to base as [BLOCK / 4, 4], the last four first, each four in order;
+    which are in the pool; first place of each quad, first place of the pool and the one behind its last."""
+    first = BLOCK - QUAD * (1 + tl.arange(0, BLOCK // QUAD)[:, None])
+    place = first + tl.arange(0, QUAD)[None, :]
+    low, high = tl.maximum(begin - base, 0).to(tl.int32), tl.minimum(end - base, BLOCK).to(tl.int32)
+    return place, (place >= low) & (place < high), first, low, high
 
 
 @triton.jit
 def mirrored(x, BLOCK: tl.constexpr):
+    """Quads as turns, the last first."""
     return tl.reshape(tl.flip(x, 1), [BLOCK])
 
 
 @triton.jit
-def load_tile(reward_ptr, kind_ptr, base, begin, end, gate, BLOCK: tl.constexpr):
-    """Turns base .. base + BLOCK - 1, the last first: rewards after the gate in their own dtype, 0 outside the group;
-    which turns are gains, which outcomes.
+def load_tile(reward_ptr, kind_ptr, base, begin, end, turns, gate, BLOCK: tl.constexpr):
+    """Turns base .. base + BLOCK - 1, the last first: rewards after the gate in their own dtype, 0 outside the pool;
+    kinds, `NEITHER` outside.
 
     Tiles run backwards because the discounted sum does, and Triton's reverse scan costs eight times the exchanges of a
     forward one. They come in quads so that a thread holds neighbours and does most of the scan alone.
     """
-    turn, inside = quads(base, begin, end, BLOCK)
-    x = tl.load(reward_ptr + turn, mask=inside, other=0)
-    outcome = inside & (tl.load(kind_ptr + turn, mask=inside, other=0) == OUTCOME)
-    kind = mirrored(tl.where(inside, outcome.to(tl.int32), 2), BLOCK)  # 2: outside the group
-    x, gain, outcome = mirrored(x, BLOCK), kind == GAIN, kind == OUTCOME
-    return tl.where(gain & (tl.abs(x.to(tl.float64)) < gate), 0.0, x), gain, outcome
+    place, inside, first, low, high = quads(base, begin, end, BLOCK)
+    reward_ptr, kind_ptr = reward_ptr + base, kind_ptr + base
+    if end <= turns // QUAD * QUAD:  # a quad that the pool shares with its neighbour is read whole, in one access
+        touched = tl.broadcast_to((first + QUAD > low) & (first < high), [BLOCK // QUAD, QUAD])
+        x = tl.load(reward_ptr + place, mask=touched, other=0)
+        kind = tl.load(kind_ptr + place, mask=touched, other=0)
+    else:
+        x = tl.load(reward_ptr + place, mask=inside, other=0)
+        kind = tl.load(kind_ptr + place, mask=inside, other=0)
+    dropped = (inside == 0) | (kind == GAIN) & (tl.abs(x) < gate.to(x.dtype))
+    kind = tl.where(inside, kind.to(tl.int32), NEITHER)
+    return mirrored(tl.where(dropped, 0.0, x), BLOCK), mirrored(kind, BLOCK)
+
+
+@triton.jit
+def outcomes_of(reward_ptr, rollout_offset_ptr, first, last):
+    """Outcomes of LANES rollouts from the first on, and which of them are before the last. Every warp has them all, so
+    that their sums need no exchange between warps."""
+    rollout = first + tl.arange(0, LANES)
+    end = tl.load(rollout_offset_ptr + 1 + rollout, mask=rollout < last, other=1)
+    return tl.load(reward_ptr + end - 1, mask=rollout < last, other=0), rollout < last
 
 
 @triton.jit
 def store_tile(advantage_ptr, base, begin, end, advantage, BLOCK: tl.constexpr):
-    turn, inside = quads(base, begin, end, BLOCK)
+    place, inside, first, low, high = quads(base, begin, end, BLOCK)
     advantage = tl.reshape(advantage.to(advantage_ptr.dtype.element_ty), [BLOCK // QUAD, QUAD])
-    tl.store(advantage_ptr + turn, tl.flip(advantage, 1), mask=inside)
+    advantage = tl.flip(advantage, 1)
+    whole = tl.broadcast_to((first >= low) & (first + QUAD <= high), [BLOCK // QUAD, QUAD])
+    tl.store(advantage_ptr + base + place, advantage, mask=whole)
+    if (low % QUAD != 0) | (high % QUAD != 0):  # what neighbours share
+        tl.store(advantage_ptr + base + place, advantage, mask=inside & (whole == 0))
 
 
 @triton.jit
-def pools(gain, outcome, JOINT: tl.constexpr):
-    """Membership masks of the gains' pool and of the outcomes' pool."""
+def in_pool(kind, JOINT: tl.constexpr):
+    """Membership of the gains' pool."""
     if JOINT:
-        return gain | outcome, gain | outcome
+        return kind != NEITHER
     else:
-        return gain, outcome
+        return kind == GAIN
 
 
 @triton.jit
@@ -80,48 +103,25 @@ def wider(low_a, high_a, sum_a, low_b, high_b, sum_b):
 def extent(x, member):
     """Smallest, largest, sum: one reduction, so one exchange between warps."""
     low, high = tl.where(member, x, float("inf")), tl.where(member, x, float("-inf"))
-    return tl.reduce((low, high, tl.where(member, x.to(tl.float64), 0.0)), 0, wider)
+    return tl.reduce((low, high, tl.where(member, x, 0.0).to(tl.float64)), 0, wider)
+
+
+@triton.jit
+def mean_of(low, high, total, count):
+    """A rounded mean can lie outside the range of its numbers. Held between the smallest and the largest it is exact
+    for equal numbers, which then deviate by exactly 0. 0 without any."""
+    return tl.where(low > high, 0.0, smaller(larger(total / count, low), high))
 
 
 @triton.jit
 def sum_of_squares(x, member, mean):
-    deviation = x.to(tl.float64) - mean
-    return tl.sum(tl.where(member, deviation * deviation, 0.0), 0)
+    deviation = tl.where(member, x.to(tl.float64) - mean, 0.0)
+    return tl.sum(deviation * deviation, 0)
 
 
 @triton.jit
 def sum_of_sizes(x, member, shift):
     return tl.sum(tl.where(member, tl.abs(x.to(tl.float64) - shift), 0.0), 0)
-
-
-@triton.jit
-def statistics(
-    reward_ptr, kind_ptr, begin, end, top, tiles, gate, count_g, count_o, JOINT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Mean and population variance of the gains' pool and of the outcomes'.
-
-    A rounded mean can lie outside the range of its numbers. Held between the smallest and the largest it is exact for
-    equal numbers, which then deviate by exactly 0.
-    """
-    low_g = tl.full([], float("inf"), reward_ptr.dtype.element_ty)
-    high_g, low_o, high_o = -low_g, low_g, -low_g
-    sum_g = tl.full([], 0.0, tl.float64)
-    sum_o, squares_g, squares_o = sum_g, sum_g, sum_g
-    for tile in range(tiles):
-        x, gain, outcome = load_tile(reward_ptr, kind_ptr, top - (tile + 1) * BLOCK, begin, end, gate, BLOCK)
-        in_g, in_o = pools(gain, outcome, JOINT)
-        low, high, total = extent(x, in_g)
-        low_g, high_g, sum_g = wider(low_g, high_g, sum_g, low, high, total)
-        low, high, total = extent(x, in_o)
-        low_o, high_o, sum_o = wider(low_o, high_o, sum_o, low, high, total)
-    mean_g = smaller(larger(sum_g / count_g, low_g), high_g)
-    mean_o = smaller(larger(sum_o / count_o, low_o), high_o)
-    for tile in range(tiles):
-        x, gain, outcome = load_tile(reward_ptr, kind_ptr, top - (tile + 1) * BLOCK, begin, end, gate, BLOCK)
-        in_g, in_o = pools(gain, outcome, JOINT)
-        squares_g += sum_of_squares(x, in_g, mean_g)
-        squares_o += sum_of_squares(x, in_o, mean_o)
-    return mean_g, squares_g / count_g, mean_o, squares_o / count_o
 
 
 @triton.jit
@@ -132,36 +132,24 @@ def scale_of(variance, numerator, min_var, floor, scale_std):
 
 
 @triton.jit
-def factor_of_gains(
-    reward_ptr, kind_ptr, begin, end, top, tiles, gate, shift_g, scale_g, shift_o, scale_o, BLOCK: tl.constexpr
-):
-    """Factor that brings gains to the size of outcomes: mean sizes after ``(x - shift) * scale``, as scales per
-    turn."""
-    size_g = tl.full([], 0.0, tl.float64)
-    size_o = size_g
-    for tile in range(tiles):
-        x, gain, outcome = load_tile(reward_ptr, kind_ptr, top - (tile + 1) * BLOCK, begin, end, gate, BLOCK)
-        size_g += sum_of_sizes(x, gain, shift_g)
-        size_o += sum_of_sizes(x, outcome, shift_o)
-    size_g, size_o = size_g * scale_g, size_o * scale_o
-    factor = larger(size_o, tl.full([], MIN_OUTCOME_SCALE, tl.float64)) / size_g
-    return smaller(factor, tl.full([], MAX_FACTOR, tl.float64))
-
-
-@triton.jit
 def then_earlier(decay_late, sum_late, decay_early, sum_early):
     """Join two adjacent runs of turns. A of a run's first turn is ``sum + decay * (A of the turn after the run)``."""
     return decay_late * decay_early, sum_early + decay_early * sum_late
 
 
 @triton.jit
-def advantages_of_tile(x, gain, outcome, shift_g, scale_g, shift_o, scale_o, gamma, after):
-    """A_t of a tile's turns, given A of the turn after it."""
-    x = x.to(tl.float64)
-    z = tl.where(gain, (x - shift_g) * scale_g, tl.where(outcome, (x - shift_o) * scale_o, 0.0))
-    decay = tl.where(outcome, 0.0, 1.0).to(tl.float64) * gamma
-    decay, advantage = tl.associative_scan((decay, z), 0, then_earlier)
+def advantages_of_tile(x, kind, shift_g, scale_g, shift_o, scale_o, gamma, after):
+    """A_t of a tile's turns, given A of the turn after it. What lies behind the pool's end counts for nothing, for the
+    pool's last turn is an outcome."""
+    outcome = kind == OUTCOME
+    z = (x.to(tl.float64) - tl.where(outcome, shift_o, shift_g)) * tl.where(outcome, scale_o, scale_g)
+    decay, advantage = tl.associative_scan((tl.where(outcome, 0.0, gamma), z), 0, then_earlier)
     return advantage + decay * after
+
+
+@triton.jit
+def earliest(advantage, BLOCK: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, advantage, 0.0), 0)
 
 
 @triton.jit
@@ -185,52 +173,100 @@ def spread_to_tokens(
         tl.store(out_ptr + token, tl.load(advantage_ptr + begin + turn), mask=token < token_end)
 
 
-@triton.jit(do_not_specialize=["groups_per_pool", "splits", "n_tokens", "scale_std", "leave_one_out"])
+@triton.jit(
+    do_not_specialize=[
+        "turns", "rollouts_per_pool", "groups_per_pool", "splits", "n_tokens", "scale_std", "leave_one_out",
+    ]
+)  # fmt: skip
 def turn_advantages_kernel(
     reward_ptr, kind_ptr, rollout_offset_ptr, group_offset_ptr, token_offset_ptr, advantage_ptr, out_ptr,
-    groups_per_pool: tl.int64, splits: tl.int64, n_tokens: tl.int64, gamma: tl.float64, gate: tl.float64,
-    center: tl.float64, min_std: tl.float64, outcome_floor: tl.float64, min_var: tl.float64, gain_weight: tl.float64,
-    outcome_weight: tl.float64, scale_std: tl.int32, leave_one_out: tl.int32, POOL: tl.constexpr, BLOCK: tl.constexpr,
+    turns: tl.int64, rollouts_per_pool: tl.int64, groups_per_pool: tl.int64, splits: tl.int64, n_tokens: tl.int64,
+    gamma: tl.float64, gate: tl.float64, center: tl.float64, min_std: tl.float64, outcome_floor: tl.float64,
+    min_var: tl.float64, gain_weight: tl.float64, outcome_weight: tl.float64, scale_std: tl.int32,
+    leave_one_out: tl.int32, POOL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Advantages [S] of pool ``program // splits``; with token_offset_ptr also this program's share of out [M].
 
-    Tiles of BLOCK turns from the pool's end backwards, read once for each kind of sum: the second time from a cache.
-    Programs of one pool write the same advantages.
+    The last BLOCK turns of the pool are one tile, read once and kept in registers, and so are the outcomes of its first
+    LANES rollouts. What a larger pool has more is read again for each kind of sum, the turns in tiles of PART from
+    there backwards. Programs of one pool write the same advantages.
     """
+    JOINT: tl.constexpr = POOL == "joint"
+    PART: tl.constexpr = BLOCK // 4
     program = tl.program_id(0).to(tl.int64)
     pool = program // splits
     first = tl.load(group_offset_ptr + pool * groups_per_pool)
     last = tl.load(group_offset_ptr + (pool + 1) * groups_per_pool)
-    begin, end = tl.load(rollout_offset_ptr + first), tl.load(rollout_offset_ptr + last)
+    # Groups are mostly of one size: then the pool's rollouts are these, and no load waits for another's result.
+    likely = pool * rollouts_per_pool
+    begin = tl.load(rollout_offset_ptr + likely)
+    end = tl.load(rollout_offset_ptr + likely + rollouts_per_pool)
+    if (first != likely) | (last != likely + rollouts_per_pool):
+        begin, end = tl.load(rollout_offset_ptr + first), tl.load(rollout_offset_ptr + last)
     top = (end + QUAD - 1) // QUAD * QUAD  # quads are aligned
-    tiles = (top - begin + BLOCK - 1) // BLOCK
-    gate = tl.full([], gate, tl.float64)  # for the interpreter, which ignores the annotation
+    rest = top - BLOCK - PART
+    # For the interpreter, which ignores the annotations.
+    gate, gamma = tl.full([], gate, tl.float64), tl.full([], gamma, tl.float64)
 
-    outcomes, gains = (last - first).to(tl.float64), tl.maximum(end - begin - (last - first), 1).to(tl.float64)
-    count_g, count_o = gains, outcomes
-    if POOL == "joint":
-        count_g, count_o = (end - begin).to(tl.float64), (end - begin).to(tl.float64)
-    mean_g, variance_g, mean_o, variance_o = statistics(
-        reward_ptr, kind_ptr, begin, end, top, tiles, gate, count_g, count_o, POOL == "joint", BLOCK
-    )
-    shift_g, shift_o = mean_g * center, mean_o
+    outcomes = (last - first).to(tl.float64)
+    gains = tl.maximum(end - begin - (last - first), 1).to(tl.float64)
+    count = (end - begin).to(tl.float64) if JOINT else gains
+    x, kind = load_tile(reward_ptr, kind_ptr, top - BLOCK, begin, end, turns, gate, BLOCK)
+    o, is_o = outcomes_of(reward_ptr, rollout_offset_ptr, first, last)
+
+    low, high, total = extent(x, in_pool(kind, JOINT))
+    for base in range(rest, begin - PART, -PART):
+        y, kind_y = load_tile(reward_ptr, kind_ptr, base, begin, end, turns, gate, PART)
+        low_y, high_y, total_y = extent(y, in_pool(kind_y, JOINT))
+        low, high, total = wider(low, high, total, low_y, high_y, total_y)
+    mean_g = mean_of(low, high, total, count)
+    squares = sum_of_squares(x, in_pool(kind, JOINT), mean_g)
+    for base in range(rest, begin - PART, -PART):
+        y, kind_y = load_tile(reward_ptr, kind_ptr, base, begin, end, turns, gate, PART)
+        squares += sum_of_squares(y, in_pool(kind_y, JOINT), mean_g)
+    variance_g = squares / count
+
+    mean_o, variance_o, count_o = mean_g, variance_g, count
+    if not JOINT:
+        low, high, total = extent(o, is_o)
+        for rollout in range(first + LANES, last, LANES):
+            p, is_p = outcomes_of(reward_ptr, rollout_offset_ptr, rollout, last)
+            low_p, high_p, total_p = extent(p, is_p)
+            low, high, total = wider(low, high, total, low_p, high_p, total_p)
+        mean_o = mean_of(low, high, total, outcomes)
+        squares = sum_of_squares(o, is_o, mean_o)
+        for rollout in range(first + LANES, last, LANES):
+            p, is_p = outcomes_of(reward_ptr, rollout_offset_ptr, rollout, last)
+            squares += sum_of_squares(p, is_p, mean_o)
+        variance_o, count_o = squares / outcomes, outcomes
+
+    shift_g = mean_g * center
     others = tl.where(leave_one_out != 0, count_o / tl.maximum(count_o - 1, 1), 1.0)
     scale_g = scale_of(variance_g, 1.0, min_var, min_std, scale_std)
     scale_o = scale_of(variance_o, others, min_var, outcome_floor, scale_std)
-    if POOL == "scaled_separate":
-        scale_g *= factor_of_gains(
-            reward_ptr, kind_ptr, begin, end, top, tiles, gate, shift_g, scale_g / gains, shift_o, scale_o / outcomes,
-            BLOCK,
-        )  # fmt: skip
+    if POOL == "scaled_separate":  # brings gains to the size of outcomes
+        size_g, size_o = sum_of_sizes(x, kind == GAIN, shift_g), sum_of_sizes(o, is_o, mean_o)
+        for base in range(rest, begin - PART, -PART):
+            y, kind_y = load_tile(reward_ptr, kind_ptr, base, begin, end, turns, gate, PART)
+            size_g += sum_of_sizes(y, kind_y == GAIN, shift_g)
+        for rollout in range(first + LANES, last, LANES):
+            p, is_p = outcomes_of(reward_ptr, rollout_offset_ptr, rollout, last)
+            size_o += sum_of_sizes(p, is_p, mean_o)
+        size_g, size_o = size_g * (scale_g / gains), size_o * (scale_o / outcomes)
+        factor = larger(size_o, tl.full([], MIN_OUTCOME_SCALE, tl.float64)) / size_g
+        scale_g *= smaller(factor, tl.full([], MAX_FACTOR, tl.float64))
     scale_g, scale_o = scale_g * gain_weight, scale_o * outcome_weight
 
     after = tl.full([], 0.0, tl.float64)
-    for tile in range(tiles):
-        base = top - (tile + 1) * BLOCK
-        x, gain, outcome = load_tile(reward_ptr, kind_ptr, base, begin, end, gate, BLOCK)
-        advantage = advantages_of_tile(x, gain, outcome, shift_g, scale_g, shift_o, scale_o, gamma, after)
-        store_tile(advantage_ptr, base, begin, end, advantage, BLOCK)
-        after = tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, advantage, 0.0), 0)
+    advantage = advantages_of_tile(x, kind, shift_g, scale_g, mean_o, scale_o, gamma, after)
+    store_tile(advantage_ptr, top - BLOCK, begin, end, advantage, BLOCK)
+    if rest + PART > begin:
+        after = earliest(advantage, BLOCK)
+    for base in range(rest, begin - PART, -PART):
+        y, kind_y = load_tile(reward_ptr, kind_ptr, base, begin, end, turns, gate, PART)
+        earlier = advantages_of_tile(y, kind_y, shift_g, scale_g, mean_o, scale_o, gamma, after)
+        store_tile(advantage_ptr, base, begin, end, earlier, PART)
+        after = earliest(earlier, PART)
     if token_offset_ptr is not None:
         tl.debug_barrier()  # other threads read the advantages than wrote them
         spread_to_tokens(

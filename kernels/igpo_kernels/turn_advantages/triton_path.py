@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import triton
 
@@ -43,12 +44,21 @@ def turn_advantages_triton(
         out, token_offsets = rewards.new_empty(n_tokens), token_offsets.contiguous()
         splits = max(1, min(config["PROGRAMS"] // pools, triton.cdiv(n_tokens, pools * config["BLOCK"])))
     turn_advantages_kernel[(pools * splits,)](
-        rewards, kinds, rollout_offsets, group_offsets, token_offsets, advantages, out, groups // pools, splits,
-        n_tokens, float(gamma), float(n.gate), float(n.center), float(n.min_std), float(n.outcome_floor),
+        rewards, kinds, rollout_offsets, group_offsets, token_offsets, advantages, out,
+        len(rewards), (len(rollout_offsets) - 1) // pools, groups // pools, splits, n_tokens, float(gamma),
+        at_least(n.gate, rewards.dtype), float(n.center), float(n.min_std), float(n.outcome_floor),
         float(n.min_var), float(n.gain_weight), float(n.outcome_weight), int(n.scale_std), int(n.leave_one_out),
         POOL=n.pool, BLOCK=config["BLOCK"], **config.options(),
     )  # fmt: skip
     return advantages if out is None else out
+
+
+def at_least(bound: float, dtype: torch.dtype) -> float:
+    """The smallest number of ``dtype`` that is not below ``bound``: a number of ``dtype`` is below both or neither."""
+    if dtype == torch.float64:
+        return float(bound)
+    rounded = np.float32(bound)
+    return float(rounded if rounded >= bound else np.nextafter(rounded, np.float32(np.inf)))
 
 
 # Pool of a shipped variant, and whether it spreads advantages to tokens.
@@ -58,14 +68,14 @@ FEATURES = {
     "scaled_separate": ("scaled_separate", False),
     "tokens": ("separate", True),
 }
-INTEGERS = ("kind_ptr", "rollout_offset_ptr", "group_offset_ptr", "token_offset_ptr")
+INTEGERS = ("rollout_offset_ptr", "group_offset_ptr", "token_offset_ptr")
 NUMBERS = ("reward_ptr", "advantage_ptr", "out_ptr")
 FLAGS = ("scale_std", "leave_one_out")
-COUNTS = ("groups_per_pool", "splits", "n_tokens")
+COUNTS = ("turns", "rollouts_per_pool", "groups_per_pool", "splits", "n_tokens")
 
 
 def variants() -> Iterator[Variant]:
-    """Variants of every pool, and of the preset's pool with tokens; kinds are int64. Other knobs are arguments."""
+    """Variants of every pool, and of the preset's pool with tokens; kinds are int8. Other knobs are arguments."""
     fn = turn_advantages_kernel
     for arch, shape_class, dtype, config in configs("turn_advantages"):
         for features, (pool, tokens) in FEATURES.items():
@@ -73,7 +83,7 @@ def variants() -> Iterator[Variant]:
             if not tokens:
                 constexprs |= {"token_offset_ptr": None, "out_ptr": None}
             types = dict.fromkeys(INTEGERS, "*i64:16") | dict.fromkeys(NUMBERS, f"*{dtype}:16")
-            types |= dict.fromkeys(COUNTS, "i64") | dict.fromkeys(FLAGS, "i32")
+            types |= {"kind_ptr": "*i8:16"} | dict.fromkeys(COUNTS, "i64") | dict.fromkeys(FLAGS, "i32")
             signature = {name: types.get(name, "fp64") for name in fn.arg_names if name not in constexprs}
             yield Variant(
                 "turn_advantages", "turn_advantages", arch, dtype, f"{shape_class}/{features}", fn, signature,
@@ -91,7 +101,7 @@ def tunables() -> Iterator[Tunable]:
 
 def _workload(device: torch.device, dtype: torch.dtype):
     rollouts, turns, group, tokens = 4096, 128, 16, 64
-    kinds = torch.full((rollouts, turns), GAIN, device=device)
+    kinds = torch.full((rollouts, turns), GAIN, dtype=torch.int8, device=device)
     kinds[:, -1] = OUTCOME
     rewards = torch.rand(rollouts * turns, device=device, dtype=dtype)
     rollout_offsets = torch.arange(0, rollouts * turns + 1, turns, device=device)

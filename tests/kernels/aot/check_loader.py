@@ -128,7 +128,7 @@ def tree_attention_step(has):
 
 def turn_advantages_step(has):
     """Every pool, over turns and over tokens, that the library has in float32."""
-    offsets, kinds = torch.arange(0, 61, 5), torch.tensor([GAIN] * 4 + [OUTCOME]).repeat(12)
+    offsets, kinds = torch.arange(0, 61, 5), torch.tensor([GAIN] * 4 + [OUTCOME], dtype=torch.int8).repeat(12)
     for feature in (c.split("/")[1] for kernel, dtype, c in has if (kernel, dtype) == ("turn_advantages", "fp32")):
         normaliser = Normaliser("separate" if feature == "tokens" else feature)
         tokens = {"token_offsets": torch.arange(61), "n_tokens": 60} if feature == "tokens" else {}
