@@ -220,9 +220,11 @@ def summary(step: str, found: list[dict]) -> Iterator[str]:
     """What a step says on the terminal: how many tests or candidates came to what, and its first failures."""
     if step == "tune":
         rows = [row for row in found if "committed" in row]
-        yield f"  {len(rows)} candidates, {sum('ms' in row for row in rows)} timed"
-        for row in [row for row in rows if "error" in row][:SHOWN]:
-            yield f"  {row['candidate'][0]} {row['candidate'][-1]}: {row['error'][:160]}"
+        untried = [row for row in found if "untried" in row]
+        timed = sum("ms" in row for row in rows)
+        yield f"  {len(rows)} candidates, {timed} timed; {len(untried)} more compiled and not tried"
+        for row in [row for row in (*untried, *rows) if row.get("error", row.get("ahead"))][:SHOWN]:
+            yield f"  {row['candidate'][0]} {row['candidate'][-1]}: {row.get('error', row.get('ahead'))[:160]}"
         return
     rows = [row for row in found if "outcome" in row]
     counts = collections.Counter(row["outcome"] for row in rows)
