@@ -126,7 +126,7 @@ def stages(out: Path, aot: Path | None = None, dry: bool = False, run: str = "")
             facts(),
             Step("tune", 480, [
                 "igpo_kernels.tune", "--shortlisted", "--out", str(out), "--jobs", str(max(2, cores - 2)), "--run", run,
-                *(["--most", "1"] if dry else ()),
+                *(["--most", "2"] if dry else ()),
             ]),
         ],
         "rest": [
