@@ -126,7 +126,7 @@ def stages(out: Path, aot: Path | None = None, dry: bool = False, run: str = "")
             facts(),
             Step("tune", 480, [
                 "igpo_kernels.tune", "--shortlisted", "--out", str(out), "--jobs", str(max(2, cores - 2)), "--run", run,
-                *(["--most", "1"] if dry else ()),
+                *(["--most", "2"] if dry else ()),
             ]),
         ],
         "rest": [
@@ -220,9 +220,11 @@ def summary(step: str, found: list[dict]) -> Iterator[str]:
     """What a step says on the terminal: how many tests or candidates came to what, and its first failures."""
     if step == "tune":
         rows = [row for row in found if "committed" in row]
-        yield f"  {len(rows)} candidates, {sum('ms' in row for row in rows)} timed"
-        for row in [row for row in rows if "error" in row][:SHOWN]:
-            yield f"  {row['candidate'][0]} {row['candidate'][-1]}: {row['error'][:160]}"
+        untried = [row for row in found if "untried" in row]
+        timed = sum("ms" in row for row in rows)
+        yield f"  {len(rows)} candidates, {timed} timed; {len(untried)} more compiled and not tried"
+        for row in [row for row in (*untried, *rows) if row.get("error", row.get("ahead"))][:SHOWN]:
+            yield f"  {row['candidate'][0]} {row['candidate'][-1]}: {row.get('error', row.get('ahead'))[:160]}"
         return
     rows = [row for row in found if "outcome" in row]
     counts = collections.Counter(row["outcome"] for row in rows)

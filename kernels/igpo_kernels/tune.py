@@ -54,6 +54,8 @@ TOLERANCE = {"bf16": 5e-2, "fp16": 1e-2, "fp32": 1e-3}
 """Largest `difference` from the committed configuration's results that rounding explains."""
 CANDIDATE_SECONDS = 30
 """Seconds after which a candidate counts as hung: the process ends, its line says that it began."""
+COMPILE_SECONDS = 120
+"""Seconds that a candidate's compilation ahead is waited for."""
 LOST = 3
 """Exit code where a candidate left the device unusable; the next process goes on behind it."""
 
@@ -219,7 +221,7 @@ class Tuner:
         """What the compiler and the gate said of a candidate, once it is compiled; without a word of theirs it is
         compiled where it is launched."""
         try:
-            return self.compiled.pop(key).result(CANDIDATE_SECONDS) if key in self.compiled else {}
+            return self.compiled.pop(key).result(COMPILE_SECONDS) if key in self.compiled else {}
         except Exception as error:  # the launch will tell
             return {"ahead": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
@@ -388,6 +390,8 @@ def main(argv: list[str] | None = None) -> int:
             tuner.compile(op, name, [entry for entry in first if entry != committed])
         for op, tunable, _, first in todo:
             tuner.tune(op, tunable, first, not args.shortlisted, args.seconds)
+        for key in list(tuner.compiled):  # where the committed configuration itself did not run
+            tuner.write(candidate=json.loads(key), untried=True, **tuner.said(key))
         tuner.write(end=True)
     return 0
 
