@@ -236,6 +236,7 @@ def test_streams_and_launches_in_a_graph_have_counters_of_their_own(monkeypatch)
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_two_streams_and_a_graph_at_once():
     case = {k: x.cuda().float() for k, x in make(200_000).items() if k in ("logp", "old_logp", "advantages", "weights")}
     call = lambda: policy_loss(**case, settings=LossSettings(), backend="triton")  # noqa: E731
