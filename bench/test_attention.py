@@ -14,7 +14,6 @@ gradients over the group is not timed either.
 TFLOP/s count visible (query, key) pairs, whatever a side visits: 4 Hq D per pair forward, 2.5 times that backward.
 """
 
-import functools
 import inspect
 from itertools import product
 from typing import NamedTuple
@@ -28,7 +27,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from bench.peers import imported, left_out
 from bench.timing import DEVICE
 from igpo_kernels import Branch, RolloutTokens, Tree, pack, tree_attention
-from igpo_kernels.tree_attention.blocks import block_lists, visible_area
+from igpo_kernels.tree_attention.blocks import visible_area
+from igpo_kernels.tree_attention.flex_path import block_mask
 from igpo_kernels.tree_attention.reference import visible
 
 # trunk tokens, turns, answer tokens, rollouts per group, groups
@@ -53,7 +53,6 @@ ROUNDS = {"trunk-256k": 3}
 """Rounds where a call takes seconds."""
 FLEX_ON = ("trunk-32k", "comb-8k-16x24")
 """Shapes for FlexAttention, which compiles anew for each, for half a minute."""
-FLEX_BLOCK = 128
 
 
 class Heads(NamedTuple):
@@ -168,28 +167,6 @@ def varlen_options(varlen_attn, back):
     return ({"is_causal": True, **grouped} if back < 0 else None), bool(grouped)
 
 
-def block_mask(plan, window, device):
-    """FlexAttention's BlockMask from our block lists: no [N, N] mask is made for it."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    end, position = plan.tensor("subtree_end", device), plan.tensor("position_ids", device)
-
-    def sees(b, h, q, k):
-        seen = (k <= q) & (q < end[k])
-        return seen if window is None else seen & (position[q] - position[k] < window)
-
-    lists, rows = block_lists(plan, window, FLEX_BLOCK, FLEX_BLOCK), -(-plan.n_tokens // FLEX_BLOCK)
-    kinds = []
-    for masked in (True, False):
-        columns = [lists.columns(row, masked) for row in range(rows)]
-        indices = torch.zeros(1, 1, rows, rows, dtype=torch.int32)
-        for row, found in enumerate(columns):
-            indices[0, 0, row, : len(found)] = torch.tensor(found, dtype=torch.int32)
-        counts = torch.tensor([[list(map(len, columns))]], dtype=torch.int32)
-        kinds += [counts.to(device), indices.to(device)]
-    return BlockMask.from_kv_blocks(*kinds, FLEX_BLOCK, sees, (plan.n_tokens, plan.n_tokens))
-
-
 def by_flex(plan, heads, kernel=None):
     """FlexAttention, compiled at its first call; ``kernel``: its BACKEND option."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -198,12 +175,8 @@ def by_flex(plan, heads, kernel=None):
     capped = (lambda score, b, h, q, k: cap * torch.tanh(score / cap)) if cap else None
     compiled = torch.compile(flex_attention, dynamic=False)
 
-    @functools.cache
-    def seen():
-        return block_mask(plan, heads.window, DEVICE)
-
     def run(q, k, v):
-        options = dict(block_mask=seen(), score_mod=capped, enable_gqa=True)
+        options = dict(block_mask=block_mask(plan, heads.window, DEVICE), score_mod=capped, enable_gqa=True)
         if kernel:
             options["kernel_options"] = {"BACKEND": kernel}
         return compiled(*map(heads_first, (q, k, v)), **options)[0].transpose(0, 1)

@@ -27,23 +27,6 @@ def test_peers_equal_ours(shape, names, window):
         hold(way(q, *keys), ours, 1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 90])
-@pytest.mark.parametrize("shape", [(300, 5, 8, 1, 2), (400, 0, 0, 1, 1)])
-def test_flex_attention_has_our_mask_without_making_it(shape, window):
-    """Asked of every pair; the blocks that it is told to visit are those that see any, full ones those that see all."""
-    plan = attention.plan_of(*shape)
-    mask, want = attention.block_mask(plan, window, "cpu"), visible(plan, window, "cpu")
-    numbers = torch.arange(plan.n_tokens)
-    assert torch.equal(mask.mask_mod(0, 0, numbers[:, None], numbers), want)
-    size, rows = attention.FLEX_BLOCK, -(-plan.n_tokens // attention.FLEX_BLOCK)
-    blocks = [[part.split(size, 1) for part in want.split(size)][row] for row in range(rows)]
-    visited = mask.to_dense()[0, 0].bool().tolist()
-    assert visited == [[bool(block.any()) for block in row] for row in blocks]
-    for row in range(rows):
-        full = mask.full_kv_indices[0, 0, row, : mask.full_kv_num_blocks[0, 0, row]].tolist()
-        assert all(blocks[row][column].all() for column in full)
-
-
 def by_causal(q, k, v, starts, starts_k, longest, longest_k, is_causal=False): ...
 
 
