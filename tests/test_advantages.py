@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from igpo_fast.config import Algorithm
 from igpo_fast.types import ANSWER, INVALID, SEARCH, Group, Question, Rollout, Turn, answer_with, search_for, truncation
@@ -13,8 +14,10 @@ from igpo_fast.update.advantages import (
     collapsed,
     collapsed_outcome,
     credit_rollouts,
+    earn,
     recipe_of,
     reward_metrics,
+    token_advantages,
 )
 
 QUESTION = Question("q", "Where?", ("new york city",))
@@ -69,6 +72,28 @@ def test_how_many_answers_are_scored():
 
 def test_every_configured_algorithm_is_known():
     assert tuple(ALGORITHMS) == Algorithm.model_fields["name"].annotation.__args__
+
+
+@pytest.mark.parametrize("settings", [dict(pool="turn_index"), dict(pool="raw"), dict(accumulate="none")], ids=str)
+def test_what_the_kernel_lacks_is_computed_on_the_host(settings):
+    recipe = Recipe(**settings)
+    _, earned = earn((GROUP,), VALUES, recipe)
+    # On the meta device whatever needs a number of a tensor raises.
+    found = token_advantages(earned, recipe, torch.device("meta"))
+    assert found.is_meta and found.shape == token_advantages(earned, recipe).shape == (12,)
+
+
+def test_a_turn_without_tokens_takes_no_other_ones_place():
+    first, *others = rollout(0, 3, "New York City").turns
+    for turns in (
+        (replace(first, ids=first.ids[:0]), *others),
+        (first, others[0], replace(others[1], ids=first.ids[:0])),
+    ):
+        group = Group(QUESTION, (replace(GROUP.rollouts[0], turns=turns), *GROUP.rollouts[1:]))
+        found, full = (credit_rollouts((g,), VALUES, Recipe()) for g in (group, GROUP))
+        kept = [bool(len(turn.ids)) for turn in turns]
+        assert found[0].advantages[kept].tolist() == full[0].advantages[kept].tolist()
+        assert [c.advantages.tolist() for c in found[1:]] == [c.advantages.tolist() for c in full[1:]]
 
 
 def test_paper():

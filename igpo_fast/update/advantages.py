@@ -366,7 +366,13 @@ def _earned(
 
 
 def token_advantages(earned: Earned, recipe: Recipe, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The advantage of each decision token, computed on ``device`` without waiting for it: float64 [M]."""
+    """The advantage of each decision token, on ``device`` without waiting for it: float64 [M].
+
+    It is computed there by the kernel, or on the host where the kernel lacks the normaliser: torch's operations would
+    wait for the device.
+    """
+    if device != "cpu" and not recipe.normaliser.fused:
+        return token_advantages(earned, recipe).to(device)
     names = ("rewards", "kinds", "rollout_offsets", "group_offsets")
     arrays = [torch.from_numpy(getattr(earned, name)).to(device) for name in names]
     token_offsets, n_tokens = torch.from_numpy(earned.token_offsets).to(device), int(earned.token_offsets[-1])
@@ -405,9 +411,9 @@ def credited(credits: Sequence[Credit], earned: Earned, of_tokens: np.ndarray, r
         own = of_tokens[start : start + tokens.sum()]
         start += tokens.sum()
         first = np.cumsum(tokens) - tokens
-        more: dict[str, np.ndarray] = {"advantages": own[first]}
+        more: dict[str, np.ndarray] = {"advantages": np.append(own, 0.0)[first]}  # a last turn may have no token
         if earned.call_tokens is not None:
-            means = np.array([own[a : a + n].mean() for a, n in zip(first, tokens, strict=True)])
+            means = np.array([own[a : a + n].mean() if n else 0.0 for a, n in zip(first, tokens, strict=True)])
             more = {"advantages": means, "token_advantages": own.astype(np.float32)}
         if scale is not None:
             segment = np.searchsorted(end, np.arange(len(tokens)))

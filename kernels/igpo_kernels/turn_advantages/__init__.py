@@ -68,7 +68,7 @@ def turn_advantages(
         n_tokens = int(token_offsets[-1])
     if not rewards.is_cuda:
         _check_values(rewards, kinds, rollout_offsets, group_offsets, token_offsets, n_tokens)
-    if normaliser.pool in ("turn_index", "raw") or normaliser.accumulate != "sum":
+    if not normaliser.fused:
         if backend == "triton":
             raise ValueError(
                 f"turn_advantages: the triton kernel has no pool={normaliser.pool} with "

@@ -62,6 +62,11 @@ class Normaliser:
                 raise ValueError(f"Normaliser.{name}: got {value}; expected a finite number >= 0")
 
     @property
+    def fused(self) -> bool:
+        """Whether the Triton kernel has it."""
+        return self.pool not in ("turn_index", "raw") and self.accumulate == "sum"
+
+    @property
     def outcome_floor(self) -> float:
         """Floor added to the standard deviation that divides outcomes; a joint pool has only ``min_std``."""
         return self.min_std if self.pool == "joint" else self.outcome_min_std
