@@ -91,6 +91,12 @@ def main() -> None:
         assert "takes no group" in str(error)
     else:
         raise AssertionError("the reference took a group")
+    try:
+        linear_logprob(torch.zeros(2, 8), torch.zeros(5 + rank, 8), torch.tensor([0, 1]), group=dist.group.WORLD)
+    except ValueError as error:
+        assert "differ in size: 5, 6;" in str(error)
+    else:
+        raise AssertionError("shards of different sizes were taken")
     dist.destroy_process_group()
     print("done")
 

@@ -43,7 +43,8 @@ def linear_logprob(
     Avoids the [M, V] logits and their gradient: at M 65,536, V 151,936 those are 80 GB in float32.
 
     Args:
-        hidden: [N, H]. weight: [V, H]. bias: [V]; -inf excludes a token.
+        hidden: [N, H]. weight: [V, H]. bias: [V]; -inf excludes a token (with a softcap it
+            does not: the cap of -inf is -c).
         labels: integers [M], in 0 .. V-1; leave ignored tokens out of labels and rows. ``Pairs`` are labels and rows
             that the host knows: with them nothing is sorted and nothing waits for the device.
         rows: integers [M], in 0 .. N-1, repeats allowed; None is row m for pair m.

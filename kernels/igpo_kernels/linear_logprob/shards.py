@@ -44,14 +44,17 @@ class Shard:
 
         Args:
             logit: [C], 0 for labels of other shards. top, log_mass, entropy: [U].
+        Raises:
+            ValueError: shards of different sizes, on all ranks; on GPUs a device-side assertion fails instead.
         """
         if self.group is None:
             return logit, top, log_mass, entropy
-        mine = [x for x in (logit, top, log_mass, entropy) if x is not None]
+        mine = [top.new_full((1,), self.size), *(x for x in (logit, top, log_mass, entropy) if x is not None)]
         packed = torch.cat(mine)
         every = packed.new_empty(self.vocab // self.size, len(packed))
         dist.all_gather_into_tensor(every.view(-1), packed, group=self.group)
-        logits, tops, log_masses, *entropies = every.split([len(x) for x in mine], dim=1)
+        sizes, logits, tops, log_masses, *entropies = every.split([len(x) for x in mine], dim=1)
+        self._check(sizes)
         top = tops.amax(0)
         barred = tops < LEAST
         log_share = torch.where(barred, -torch.inf, tops - top + log_masses)
@@ -60,3 +63,12 @@ class Shard:
             log_w = log_share - log_mass
             entropy = torch.where(barred, 0.0, log_w.exp() * (entropies[0] - log_w)).sum(0)
         return logits.sum(0), top, log_mass, entropy
+
+    def _check(self, sizes: torch.Tensor) -> None:
+        """Every rank's ``size`` [R, 1] must be this one's."""
+        equal, fault = (sizes == self.size).all(), "linear_logprob: the ranks' shards of the vocabulary differ in size"
+        if sizes.device.type != "cpu":
+            torch._assert_async(equal, fault)
+        elif not equal:
+            found = ", ".join(f"{size:.0f}" for size in sizes.flatten())
+            raise ValueError(f"{fault}: {found}; pad the last with entries that a bias of -inf bars")
