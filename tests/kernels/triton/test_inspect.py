@@ -125,7 +125,7 @@ def test_the_key_follows_every_source_that_matters(tmp_path):
     changed = {kernel for kernel, *_ in new} - {"turn_advantages"}
     assert changed == {  # all that call it
         "linear_logprob_forward", "linear_logprob_cells", "linear_logprob_backward", "tree_attention_forward",
-        "tree_attention_backward_q", "tree_attention_backward_kv",
+        "tree_attention_backward_q", "tree_attention_backward_kv", "linear_policy_loss",
     }  # fmt: skip
     assert {variant[:3] for variant in new if variant[0] == "turn_advantages"} == {("turn_advantages", "sm_90", "fp32")}
 
