@@ -64,7 +64,7 @@ fuzz: $(VENV)/.installed
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
-# Every shipped Triton variant compiled, on two cores in some six minutes; what the suite then need not compile.
+# Every shipped Triton variant compiled, on two cores in some 17 minutes; what the suite then need not compile.
 gate: $(VENV)/.installed
 	$(BIN)/python -m igpo_kernels.inspect --jobs 2 --write
 
