@@ -315,11 +315,12 @@ def test_a_ratio_of_no_advantage_may_overflow(device):
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("setting, name", [("turn", "segment"), ("sequence weights", "sequence")])
-def test_negative_numbers_are_refused(setting, name, backend, device):
+def test_numbers_out_of_range_are_refused(setting, name, backend, device):
     case = make(4)
-    case[name] = torch.tensor([0, 0, 1, -1])
-    with pytest.raises(ValueError, match=f"{name} holds -1; number {name}s from 0"):
-        run(case, SETTINGS[setting], backend, torch.float32, device)
+    for number in (-1, 4, 10**12):
+        case[name] = torch.tensor([0, 0, 1, number])
+        with pytest.raises(ValueError, match=f"{name} holds {number}; number {name}s from 0"):
+            run(case, SETTINGS[setting], backend, torch.float32, device)
 
 
 @pytest.mark.parametrize("name", ["plain", "everything", "turn"])
