@@ -66,7 +66,14 @@ def make(m, seed=0, sequences=5):
         ref_logp=logp + randn(0.5), entropy=randn().abs(), sequence=torch.randint(0, sequences, (m,), generator=g),
     )  # fmt: skip
     turn = torch.randint(0, 3, (m,), generator=g)
-    return case | dict(segment=3 * case["sequence"] + turn, clip_scale=1 + 0.3 * randn().tanh())
+    case |= dict(segment=3 * case["sequence"] + turn, clip_scale=1 + 0.3 * randn().tanh())
+    return case | {name: below_m(case[name]) for name in ("segment", "sequence")}
+
+
+def below_m(numbers):
+    """Numbers as they are, gaps included, unless one is not below their count."""
+    fit = not len(numbers) or int(numbers.max()) < len(numbers)
+    return numbers if fit else numbers.unique(return_inverse=True)[1]
 
 
 def run(case, setting, backend, dtype, device="cpu", without=(), layout=lambda x: x):
