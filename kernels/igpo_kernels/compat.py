@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from igpo_kernels.checks import check_devices, check_finite, check_tensors, described
 from igpo_kernels.linear_logprob import linear_logprob
 from igpo_kernels.linear_policy_loss import linear_policy_loss
 from igpo_kernels.policy_loss import policy_loss
@@ -40,9 +41,10 @@ def linear_cross_entropy(
     Raises:
         ValueError: an unknown reduction, and what ``linear_logprob`` raises.
     """
+    check_tensors("linear_cross_entropy", hidden=hidden, weight=weight, labels=labels)
+    if not isinstance(reduction, str) or reduction.lower() not in ("none", "mean", "sum"):
+        raise ValueError(f"linear_cross_entropy: reduction={described(reduction)}; choose none, mean or sum")
     reduction = reduction.lower()
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"linear_cross_entropy: reduction={reduction!r}; choose none, mean or sum")
     labels = labels.flatten()
     kept = labels != IGNORED
     logp, entropy = linear_logprob(
@@ -64,7 +66,7 @@ def fused_linear_grpo(
     bias: torch.Tensor | None = None,
     beta: float = 0.0,
     epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
+    epsilon_high: float | None = 0.2,
     delta: float | None = None,
     loss_type: str = "grpo",
     importance_sampling_level: str = "token",
@@ -86,7 +88,7 @@ def fused_linear_grpo(
         advantages: [B] or [B, 1], one per sequence, or [B, T], one per token.
         old_logp, ref_logp: [B, T]; without old_logp the ratio is 1, without ref_logp ``beta`` must be 0.
         beta: coefficient of the k3 KL, which ``use_bias_correction_kl`` multiplies by the ratio.
-        epsilon_high: for ``cispo`` the bound of the ratio itself, else of the ratio less 1.
+        epsilon_high: for ``cispo`` the bound of the ratio itself, else of the ratio less 1; None is epsilon_low's.
         delta: TRL's and Liger's upper bound of the unclipped ratio, ``-min(min(r, delta) A, clip(r) A)``; at least
             ``1 - epsilon_low``. (verl's dual clip is ``LossSettings.dual_clip``: it bounds negative advantages alone.)
         loss_type: ``grpo`` and ``sapo`` mean over a sequence's tokens, then over sequences; ``bnpo`` over all tokens;
@@ -111,6 +113,18 @@ def fused_linear_grpo(
         raise ValueError(
             f"fused_linear_grpo: importance_sampling_level={importance_sampling_level!r}; choose token or sequence"
         )
+    epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
+    numbers = dict(beta=beta, epsilon_low=epsilon_low, epsilon_high=epsilon_high, entropy_coef=entropy_coef)
+    for name, x in (numbers if delta is None else numbers | {"delta": delta}).items():
+        check_finite("fused_linear_grpo", name, x)
+    tensors = dict(
+        hidden=hidden, weight=weight, ids=ids, mask=mask, advantages=advantages, old_logp=old_logp, ref_logp=ref_logp,
+        vllm_is_ratio=vllm_is_ratio,
+    )  # fmt: skip
+    check_tensors("fused_linear_grpo", optional=("old_logp", "ref_logp", "vllm_is_ratio"), **tensors)
+    check_devices("fused_linear_grpo", **tensors)
+    if beta and ref_logp is None:
+        raise ValueError(f"fused_linear_grpo: beta={beta!r} needs ref_logp=")
     if ids.ndim != 2:
         raise ValueError(f"fused_linear_grpo: ids {tuple(ids.shape)}; give [B, T]")
     batch, length = ids.shape
@@ -147,7 +161,8 @@ def fused_linear_grpo(
         if gap is not None:
             inputs["engine_logp"] = (logp.detach() if old is None else old) - pick(gap)
         loss, sums = policy_loss(
-            logp, old, pick(per_token), weights, settings, segment=rows // length,
+            logp, old, pick(per_token), weights, settings,
+            segment=torch.unique_consecutive(rows // length, return_inverse=True)[1],
             entropy=entropy if entropy_coef else entropy.detach(), backend=backend, **inputs,
         )  # fmt: skip
     else:
@@ -160,21 +175,33 @@ def fused_linear_grpo(
 
 
 class LigerFusedLinearGRPOLoss(torch.nn.Module):
-    """Liger's module of the same name, by ``fused_linear_grpo``: the arguments, defaults and results are Liger's.
+    """The module of the same name of Liger 0.8.5, by ``fused_linear_grpo``: arguments, their order, defaults,
+    attributes and results are Liger's, but for
+
+    - the share of clipped tokens with ``delta`` below ``1 + epsilon_high``: ours counts tokens that ``delta`` holds,
+      Liger's those whose ratio is outside ``epsilon_low`` and ``epsilon_high``;
+    - ``luspo`` with padding: Liger's sum has the surrogate and the KL of padding, too.
 
     Args:
-        beta, loss_type, options: ``fused_linear_grpo``'s, by Liger's names.
         use_ref_model: whether the KL needs a reference; without one it is 0.
         compiled, chunk_size: without effect; chunks follow the workspace.
+        entropy_coef, softcap, backend: as in ``fused_linear_grpo``; Liger has none of them.
     """
 
     def __init__(
-        self, beta: float = 0.04, compiled: bool = True, use_ref_model: bool = True, chunk_size: int = 1, *,
-        loss_type: str = "dapo", **options,
+        self, beta: float = 0.04, compiled: bool = True, use_ref_model: bool = True, chunk_size: int = 1,
+        epsilon_low: float = 0.2, epsilon_high: float | None = 0.2, loss_type: str = "dapo",
+        max_completion_length: int | None = None, importance_sampling_level: str = "token",
+        sapo_temperature_pos: float = 1.0, sapo_temperature_neg: float = 1.05, temperature: float = 1.0,
+        delta: float | None = None, use_bias_correction_kl: bool = False, vespo_k_pos: float = 2.0,
+        vespo_lambda_pos: float = 3.0, vespo_k_neg: float = 3.0, vespo_lambda_neg: float = 2.0, *,
+        entropy_coef: float = 0.0, softcap: float | None = 0.0, backend: str = "auto",
     ):  # fmt: skip
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.beta, self.use_ref_model = beta, use_ref_model
-        self.options = dict(loss_type=loss_type, **options)
+        for name, value in given.items():
+            setattr(self, name, value)
+        self._options = tuple(given)[4:]  # those of ``fused_linear_grpo``
 
     def forward(
         self, _input, lin_weight, selected_token_ids, attention_mask, advantages, bias=None, ref_per_token_logps=None,
@@ -184,19 +211,20 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         """Return the loss, and as Liger does a tuple: the mean KL unless beta is 0, and the share of clipped tokens."""
         ref = ref_per_token_logps if self.use_ref_model and self.beta else None
         if ref is None and self.use_ref_model and self.beta:
-            if ref_input is None:
+            if ref_input is None or ref_weight is None:
                 raise ValueError(
-                    "LigerFusedLinearGRPOLoss: beta needs a reference; give ref_per_token_logps or ref_input"
+                    f"LigerFusedLinearGRPOLoss: beta={self.beta!r} needs a reference; "
+                    "give ref_per_token_logps, or ref_input and ref_weight"
                 )
             with torch.no_grad():
-                options = {name: self.options[name] for name in ("temperature", "softcap") if name in self.options}
                 ref = linear_logprob(
-                    ref_input.flatten(0, 1), ref_weight, selected_token_ids.flatten(), bias=ref_bias, **options
-                ).view(selected_token_ids.shape)
+                    ref_input.flatten(0, 1), ref_weight, selected_token_ids.flatten(), bias=ref_bias,
+                    temperature=self.temperature, softcap=self.softcap,
+                ).view(selected_token_ids.shape)  # fmt: skip
         loss, means = fused_linear_grpo(
             _input, lin_weight, selected_token_ids, attention_mask, advantages, old_per_token_logps, ref, bias=bias,
             beta=0.0 if ref is None else self.beta, vllm_is_ratio=vllm_is_ratio, num_items_in_batch=num_items_in_batch,
-            **self.options,
+            **{name: getattr(self, name) for name in self._options},
         )  # fmt: skip
         return loss, (means["kl"], means["clip_ratio"]) if self.beta else (means["clip_ratio"],)
 

@@ -27,7 +27,8 @@ class Pairs(Cached):
     """M scored pairs on the host, in place of ``labels`` and ``rows`` of ``linear_logprob`` and ``linear_policy_loss``.
 
     They are checked on the host, grouped once and copied once per device: a call sorts nothing and waits for nothing,
-    so that a CUDA graph can capture it after a first call. ``TreePlan.pairs`` makes those of a plan.
+    so that a CUDA graph can capture it after a first call. ``TreePlan.pairs`` makes those of a plan. The arrays are
+    copies and read-only: a grouping that is kept stays true.
 
     >>> pairs = Pairs(label=np.array([7, 9, 7]), row=np.array([1, 0, 1]))
     >>> cells = pairs.on("cpu")
@@ -51,8 +52,9 @@ class Pairs(Cached):
         row = np.arange(len(label)) if self.row is None else whole_numbers("Pairs", "rows", self.row, 0)
         if len(label) != len(row):
             raise ValueError(f"Pairs: {len(label)} labels for {len(row)} rows; give one of each per pair")
-        object.__setattr__(self, "label", label)
-        object.__setattr__(self, "row", row)
+        for name, array in (("label", label), ("row", row)):
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
 
     def __len__(self) -> int:
         return len(self.label)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from igpo_kernels.cache import Cached
-from igpo_kernels.checks import whole_numbers
+from igpo_kernels.checks import check_kind, whole_numbers
 from igpo_kernels.pairs import Pairs
 
 DECISION, ANSWER, FORK = 0, 1, 2
@@ -140,7 +140,8 @@ class TreePlan(Cached):
 
     def pairs(self, part: slice = slice(None)) -> Pairs:
         """Labels and rows of the pairs ``part``, grouped once for the LM head's ops, which take them in place of
-        ``labels``."""
+        ``labels``. ValueError unless ``part`` is a slice."""
+        check_kind("TreePlan.pairs", "part", part, slice)
         return self.cached(("pairs", *part.indices(self.n_pairs)), lambda: Pairs(self.label[part], self.row[part]))
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:

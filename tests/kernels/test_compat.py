@@ -1,6 +1,6 @@
 """The shims against the formulas of the trainers they stand in for, in plain torch."""
 
-from types import SimpleNamespace
+import math
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_verls_linear_cross_entropy():
     torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1).flatten())
     mean = plain_logp(hidden, weight, ids).mean()
     torch.testing.assert_close(linear_cross_entropy(hidden, weight, ids, reduction="Mean")[0], mean)
-    one_process = SimpleNamespace(size=lambda: 1)
+    one_process = torch.distributed.ProcessGroup(0, 1)
     alone = linear_cross_entropy(hidden, weight, ids, 1.0, "MEAN", one_process)[0]
     torch.testing.assert_close(alone, mean)
     with pytest.raises(ValueError, match="choose none, mean or sum"):
@@ -260,8 +260,10 @@ def test_ligers_references():
     given = module(hidden, weight, ids, mask, a[:, 0], ref_per_token_logps=ref)
     made = module(hidden, weight, ids, mask, a[:, 0], ref_input=hidden, ref_weight=other)
     torch.testing.assert_close(made, given)
-    with pytest.raises(ValueError, match="give ref_per_token_logps or ref_input"):
-        module(hidden, weight, ids, mask, a[:, 0])
+    with pytest.raises(
+        ValueError, match=r"^Liger.*: beta=0.2 needs a reference; give ref_per_token_logps, or ref_input and"
+    ):
+        module(hidden, weight, ids, mask, a[:, 0], ref_input=hidden)
     none = LigerFusedLinearGRPOLoss(beta=0.2, use_ref_model=False)(hidden, weight, ids, mask, a[:, 0])
     assert float(none[1][0]) == 0 and float(given[1][0]) > 0.1
 
@@ -300,9 +302,68 @@ def test_an_entropy_bonus_and_a_soft_cap():
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(importance_sampling_level="turn"), "importance_sampling_level='turn'; choose token or sequence"),
+    (dict(mask=None), "mask is None; give a tensor"),
+    (dict(advantages=[1.0, 2.0, 3.0]), r"advantages is a list; give a tensor: torch.as_tensor\(advantages\)"),
+    (dict(beta=0.1), "beta=0.1 needs ref_logp="),
+    (dict(beta=None), "beta must be a finite number, got None"),
+    (dict(epsilon_high=math.nan), "epsilon_high must be a finite number, got nan"),
+    (dict(delta="1"), "delta must be a finite number, got '1'"),
+    (dict(mask=torch.ones(3, 5, device="meta")), "mask on meta, hidden on cpu; move them to one device"),
     (dict(vllm_is_ratio=torch.ones(2, 5)), r"vllm_is_ratio \(2, 5\); give \[3\] or \[3, 5\]"),
 ])  # fmt: skip
 def test_options_that_mean_nothing_are_refused(wrong, message):
     hidden, weight, ids, mask, advantages = inputs()
     with pytest.raises(ValueError, match=f"^fused_linear_grpo: {message}"):
-        fused_linear_grpo(hidden, weight, ids, mask, advantages, **wrong)
+        fused_linear_grpo(**dict(hidden=hidden, weight=weight, ids=ids, mask=mask, advantages=advantages) | wrong)
+
+
+def test_an_upper_clip_of_none_is_the_lower_ones():
+    hidden, weight, ids, mask, a = inputs(3)
+    old = plain_logp(hidden, weight, ids).detach() - torch.linspace(-0.7, 1.9, B * T).view(B, T)
+    run = lambda **clip: fused_linear_grpo(hidden, weight, ids, mask, a, old, **clip)[0]  # noqa: E731
+    assert torch.equal(run(epsilon_low=0.4, epsilon_high=None), run(epsilon_low=0.4, epsilon_high=0.4))
+    assert not torch.equal(run(epsilon_low=0.4, epsilon_high=None), run(epsilon_low=0.4, epsilon_high=0.2))
+
+
+def test_sequences_without_trained_tokens_have_no_number():
+    hidden, weight, ids, mask, a = inputs()
+    one = torch.zeros_like(mask)
+    one[2, 3] = 1  # a token of the third sequence, and one pair
+    of_token, of_sequence = (
+        fused_linear_grpo(hidden, weight, ids, one, a, importance_sampling_level=level)[0]
+        for level in ("token", "sequence")
+    )
+    torch.testing.assert_close(of_sequence, of_token)
+
+
+def test_ligers_arguments_by_place_and_its_attributes():
+    liger = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss").LigerFusedLinearGRPOLoss
+    given = (
+        0.1, False, False, 2, 0.3, 0.4, "bnpo", 7, "sequence", 0.8, 1.3, 0.9, 2.0, True, 2.1, 3.1, 2.9, 2.2
+    )  # fmt: skip
+    ours, theirs = LigerFusedLinearGRPOLoss(*given), liger(*given)
+    public = lambda x: {name: value for name, value in vars(x).items() if name[0] != "_" and name != "training"}  # noqa: E731
+    assert public(theirs) == {name: getattr(ours, name) for name in public(theirs)}
+    assert tuple(public(theirs).values()) == given
+    default = LigerFusedLinearGRPOLoss()
+    assert public(liger()) == {name: getattr(default, name) for name in public(theirs)}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epsilon'"):
+        LigerFusedLinearGRPOLoss(epsilon=0.2)
+
+
+def test_ligers_attributes_decide():
+    hidden, weight, ids, mask, a = inputs()
+    module = LigerFusedLinearGRPOLoss(beta=0.0, temperature=0.5)
+    module.temperature, module.loss_type = 0.9, "grpo"
+    expected = LigerFusedLinearGRPOLoss(beta=0.0, temperature=0.9, loss_type="grpo")
+    assert torch.equal(module(hidden, weight, ids, mask, a[:, 0])[0], expected(hidden, weight, ids, mask, a[:, 0])[0])
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(reduction=None), "reduction=None; choose none, mean or sum"),
+    (dict(labels=[1]), r"labels is a list; give a tensor: torch.as_tensor\(labels\)"),
+])  # fmt: skip
+def test_verls_arguments_that_mean_nothing_are_refused(wrong, message):
+    hidden, weight, ids, *_ = inputs()
+    with pytest.raises(ValueError, match=f"^linear_cross_entropy: {message}$"):
+        linear_cross_entropy(**dict(hidden=hidden, weight=weight, labels=ids) | wrong)

@@ -186,6 +186,22 @@ def test_a_plan_groups_its_pairs_once_per_part():
     assert len(plan.pairs()) == plan.n_pairs
 
 
+def test_known_pairs_are_read_only_copies():
+    label, row = np.array([7, 9]), np.array([1, 0])
+    pairs = Pairs(label, row)
+    label[0] = 8
+    assert pairs.label.tolist() == [7, 9] and pairs.on("cpu").labels.tolist() == [7, 9]
+    for array in (pairs.label, pairs.row, Pairs(label).row):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 3
+
+
+@pytest.mark.parametrize("part, what", [(3, "a int"), (None, "None")])
+def test_a_part_is_a_slice(part, what):
+    with pytest.raises(ValueError, match=f"^TreePlan.pairs: part is {what}; give a slice$"):
+        plan_of_two_rollouts().pairs(part)
+
+
 BAD = {
     "labels are float64": dict(label=[0.5]),
     "labels are int64 .* from -1; give one row of whole numbers of at least 0": dict(label=[0, -1]),

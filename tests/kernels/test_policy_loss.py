@@ -416,7 +416,15 @@ def test_more_than_one_dimension_is_refused():
     (dict(sapo_temperature_neg=0.0), "sapo_temperature_neg must exceed 0, got 0.0"),
     (dict(vespo_lambda_pos=-1.0), "vespo_lambda_pos must exceed 0, got -1.0"),
     (dict(clip_low=-1), "clip_low must be at least 0, got -1"),
-    (dict(kl=math.nan), "kl must be at least 0, got nan"),
+    (dict(kl=math.nan), "kl must be a finite number, got nan"),
+    (dict(kl=math.inf), "kl must be a finite number, got inf"),
+    (dict(clip_low=None), "clip_low must be a finite number, got None"),
+    (dict(clip_high="0.2"), "clip_high must be a finite number, got '0.2'"),
+    (dict(dual_clip=torch.tensor([2.0, 3.0])), r"dual_clip must be a finite number, got a tensor \(2,\)"),
+    (dict(entropy=True), "entropy must be a finite number, got True"),
+    (dict(importance_cap=-math.inf), "importance_cap must be a finite number, got -inf"),
+    (dict(unbiased_kl=1), "unbiased_kl must be True or False, got 1"),
+    (dict(ratio=None), "ratio is None; choose one of token, turn, sequence"),
 ])  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(wrong, message):
     with pytest.raises(ValueError, match=f"^LossSettings: {message}$"):
@@ -436,6 +444,38 @@ def test_a_pair_of_weight_0_adds_nothing():
         assert float(metrics["ratio"]) == pytest.approx(ratio + 1) and float(metrics["tokens"]) == 2
 
 
+@pytest.mark.parametrize("op", ["policy_loss", "linear_policy_loss"])
+@pytest.mark.parametrize("wrong, message", [
+    (dict(advantages=None), "advantages is None; give a tensor"),
+    (dict(weights=None), "weights is None; give a tensor"),
+    (dict(weights=[1.0, 1.0]), r"weights is a list; give a tensor: torch.as_tensor\(weights\)"),
+    (dict(settings={"kl": 0.1}), "settings is a dict; give a LossSettings"),
+    (dict(settings={}), "settings is a dict; give a LossSettings"),
+    (dict(weights=torch.zeros(2, device="meta")), "weights on meta, (logp|hidden) on cpu; move them to one device"),
+])  # fmt: skip
+def test_what_is_no_input_is_named(op, wrong, message):
+    x = torch.zeros(2)
+    given_ = dict(old_logp=None, advantages=x, weights=x, settings=LossSettings()) | wrong
+    head = dict(hidden=torch.zeros(2, 3), weight=torch.zeros(5, 3), labels=x.long(), rows=None)
+    with pytest.raises(ValueError, match=f"^{op}: {message}$"):
+        policy_loss(x, **given_) if op == "policy_loss" else linear_policy_loss(**head, **given_)
+
+
+@pytest.mark.parametrize("name, settings_", [
+    ("segment", LossSettings(ratio="turn")), ("sequence", LossSettings(importance="sequence")),
+])  # fmt: skip
+def test_numbers_of_segments_are_whole_and_below_the_number_of_pairs(name, settings_):
+    x = torch.zeros(2)
+    run = lambda number: policy_loss(x, x, x, x, settings_, engine_logp=x, **{name: number})  # noqa: E731
+    run(torch.tensor([0, 1], dtype=torch.uint8))
+    with pytest.raises(
+        ValueError, match=f"^policy_loss: numbers of {name} must be integers, got torch.float32; .*long"
+    ):
+        run(x)
+    with pytest.raises(ValueError, match=f"^policy_loss: {name} holds 2; number {name}s from 0 to below M, here 2: "):
+        run(torch.tensor([0, 2]))
+
+
 @pytest.mark.parametrize(
     "settings_",
     [
@@ -444,13 +484,14 @@ def test_a_pair_of_weight_0_adds_nothing():
     ],
 )  # fmt: skip
 def test_a_missing_input_is_named(settings_):
-    with pytest.raises(ValueError, match=r"need (ref_logp|entropy|engine_logp|segment)="):
+    missing = "kl=1 needs ref_logp|entropy=1 needs entropy|importance='token' needs engine_logp"
+    with pytest.raises(ValueError, match=rf"^policy_loss: ({missing}|ratio='(turn|sequence)' needs segment)=$"):
         loss_of([-1.0], None, [1.0], [1.0], settings_)
 
 
 @pytest.mark.parametrize("importance", ["sequence", "geometric"])
 def test_a_rollouts_weight_needs_its_number_beside_its_turns(importance):
-    with pytest.raises(ValueError, match="need sequence="):
+    with pytest.raises(ValueError, match=f"importance='{importance}' needs sequence="):
         loss_of([-1.0], None, [1.0], [1.0], LossSettings(ratio="turn", importance=importance), segment=[0],
                 engine_logp=[-1.0])  # fmt: skip
 

@@ -184,6 +184,13 @@ REFUSED = {
     "a window that is no number": ((Q, KV, KV), {"window": True}, "got window True"),
     "numpy": ((Q.numpy(), KV, KV), {}, r"q is a ndarray; give a tensor: torch.as_tensor\(q\)"),
     "a tensor of scales": ((Q, KV, KV), {"scale": torch.ones(2)}, r"got scale a tensor \(2,\); give a plain number"),
+    "a tensor of windows": (
+        (Q, KV, KV),
+        {"window": torch.ones(2, 2)},
+        r"got window a tensor \(2, 2\); expected a whole",
+    ),
+    "no queries": ((None, KV, KV), {}, "q is None; give a tensor"),
+    "no plan": ((Q, KV, KV), {"plan": None}, "plan is None; give a TreePlan"),
     "half a window": ((Q, KV, KV), {"window": 2.5}, r"got window 2\.5"),
     "a misspelt backend": (
         (Q, KV, KV),
@@ -199,7 +206,7 @@ def test_refused_in_one_line(what, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     inputs, options, message = REFUSED[what]
     with pytest.raises(ValueError, match=f"tree_attention: .*{message}") as error:
-        tree_attention(*inputs, comb(10, 2), **options)
+        tree_attention(*inputs, **{"plan": comb(10, 2), **options})
     assert "\n" not in str(error.value)
 
 

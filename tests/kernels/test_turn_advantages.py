@@ -424,9 +424,35 @@ def test_refuses_bad_arguments():
     refused("token_offsets", token_offsets=torch.arange(6), n_tokens=4)
 
 
+@pytest.mark.parametrize("wrong, message", [
+    (dict(rollout_offsets=torch.tensor([1, 3, 5])), r"rollout_offsets\[0\] is 1; expected 0"),
+    (dict(rollout_offsets=torch.tensor([0, 3, 3, 5])), r"rollout_offsets\[2\] is 3 after 3; expected 4 or more"),
+    (dict(rollout_offsets=torch.tensor([0, 3, 4])), r"rollout_offsets\[2\] is 4; expected 5, the number of rewards"),
+    (dict(group_offsets=torch.tensor([0, 1])), r"group_offsets\[1\] is 1; expected 2, the number of rollouts"),
+    (dict(token_offsets=torch.tensor([0, 2, 1, 3, 4, 5])), r"token_offsets\[2\] is 1 after 2; expected 2 or more"),
+    (dict(token_offsets=torch.arange(6), n_tokens=4), r"token_offsets\[5\] is 5; expected 4, n_tokens"),
+    (dict(token_offsets=torch.tensor(5)), r"got token_offsets torch.int64 \(\); expected int64 \[6\]"),
+    (dict(token_offsets=torch.zeros(6, 1).long()), r"got token_offsets torch.int64 \(6, 1\); expected int64 \[6\]"),
+    (dict(token_offsets=torch.zeros(6, device="meta").long()), "token_offsets on meta, rewards on cpu; move them .*"),
+    (dict(n_tokens=5), r"got n_tokens 5 without token_offsets; expected the whole number token_offsets\[-1\], or None"),
+    (dict(token_offsets=torch.arange(6), n_tokens=5.0), r"got n_tokens 5.0; expected the whole number .*"),
+    (dict(kinds=None), "kinds is None; give a tensor"),
+    (dict(normaliser={"pool": "joint"}), "normaliser is a dict; give a Normaliser"),
+    (dict(normaliser=None), "normaliser is None; give a Normaliser"),
+    (dict(gamma=None), "got gamma None; give a plain number"),
+    (dict(gamma=float("nan")), "got gamma=nan; expected 0 <= gamma <= 1"),
+])  # fmt: skip
+def test_what_is_wrong_is_named(wrong, message):
+    names = ("rewards", "kinds", "rollout_offsets", "group_offsets")
+    args = dict(zip(names, tensors(GROUP), strict=True)) | dict(gamma=1.0, normaliser=Normaliser()) | wrong
+    with pytest.raises(ValueError, match=f"^turn_advantages: {message}$"):
+        turn_advantages(**args)
+
+
 @pytest.mark.parametrize("bad", [
     {"pool": "both"}, {"scope": "rank"}, {"gate": -1.0}, {"min_std": float("nan")}, {"outcome_min_std": -1e-6},
-    {"min_var": float("inf")},
+    {"min_var": float("inf")}, {"gain_weight": float("nan")}, {"outcome_weight": float("inf")}, {"gain_weight": None},
+    {"gate": "0"}, {"min_std": True}, {"min_var": torch.zeros(2)},
 ])  # fmt: skip
 def test_normaliser_refuses(bad):
     with pytest.raises(ValueError, match=f"Normaliser.{next(iter(bad))}"):

@@ -1,5 +1,7 @@
 """The workspace as a setting: what ops may take from their next call on."""
 
+import math
+
 import pytest
 import torch
 
@@ -20,6 +22,12 @@ def test_each_kind_of_device_has_its_own():
     assert (workspace.workspace_bytes(cpu), workspace.workspace_bytes(gpu)) == (64 << 20, 4 << 30)
     set_workspace(cpu_bytes=1 << 20)
     assert torch_path.workspace_bytes(cpu) == 1 << 20
+
+
+@pytest.mark.parametrize("size, got", [("1GiB", "'1GiB'"), (math.inf, "inf"), (True, "True")])
+def test_what_is_no_size_is_refused(size, got):
+    with pytest.raises(ValueError, match=rf"^set_workspace: cpu_bytes must be at least .*, got {got}; give bytes$"):
+        set_workspace(cpu_bytes=size)
 
 
 def test_too_little_is_refused_and_nothing_set():

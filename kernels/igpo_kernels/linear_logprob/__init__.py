@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 
 from igpo_kernels.autograd import no_autocast
 from igpo_kernels.backend import choose, lazy
-from igpo_kernels.checks import check_tensors, number
+from igpo_kernels.checks import check_devices, check_tensors, integers, number
 from igpo_kernels.linear_logprob import reference, torch_path
 from igpo_kernels.linear_logprob.shards import Shard
 from igpo_kernels.pairs import GivenPairs, Pairs
@@ -21,7 +22,6 @@ IMPLEMENTATIONS = {
     "torch": torch_path.linear_logprob,
     "triton": lazy("igpo_kernels.linear_logprob.triton_path", "linear_logprob"),
 }
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def linear_logprob(
@@ -65,7 +65,8 @@ def linear_logprob(
         ValueError: shapes, dtypes, devices or values that do not fit. On GPUs a tensor's label or row out of range
             fails a device-side assertion instead, without synchronising.
     """
-    shard = Shard.of(group, len(weight))
+    check_tensors("linear_logprob", weight=weight)
+    shard = Shard.of(group, weight.shape[:1].numel())
     pairs, temperature, softcap = head_arguments(
         "linear_logprob", hidden, weight, labels, rows, temperature, softcap, bias, shard.vocab
     )
@@ -82,21 +83,24 @@ def head_arguments(
     """Arguments of every LM-head op, checked: the pairs, then ``temperature`` and ``softcap`` as floats. ``vocab``:
     labels are below it; by default the weight's entries."""
     known = isinstance(labels, Pairs)
-    check_tensors(op, hidden=hidden, weight=weight, bias=bias, rows=rows, **{} if known else {"labels": labels})
+    given = dict(hidden=hidden, weight=weight, bias=bias, rows=rows) | ({} if known else {"labels": labels})
+    check_tensors(op, optional=("bias", "rows"), **given)
     temperature = number(op, "temperature", temperature)
     softcap = 0.0 if softcap is None else number(op, "softcap", softcap)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit")
+    if not len(weight):
+        raise ValueError(f"{op}: weight {tuple(weight.shape)} has no vocabulary; give [V, H], V of 1 or more")
+    for name in ("hidden", "weight", "bias"):
+        if given[name] is not None and not given[name].is_floating_point():
+            raise ValueError(f"{op}: {name} is {given[name].dtype}; give floating point")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: bias {tuple(bias.shape)} for a weight {tuple(weight.shape)}; give [{len(weight)}]")
     if not temperature > 0:
         raise ValueError(f"{op}: temperature must be above 0, got {temperature}")
-    if not softcap >= 0:
-        raise ValueError(f"{op}: softcap must be at least 0 (0 is none), got {softcap}")
-    given = {"weight": weight, "bias": bias, "rows": rows} | ({} if known else {"labels": labels})
-    for name, tensor in given.items():
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{op}: {name} on {tensor.device}, hidden on {hidden.device}; move them to one device")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be at least 0 (0 is none) and finite, got {softcap}")
+    check_devices(op, **given)
     vocab = len(weight) if vocab is None else vocab
     if known:
         if rows is not None:
@@ -114,9 +118,7 @@ def head_arguments(
 
 def in_range(op: str, name: str, indices: torch.Tensor, stop: int) -> torch.Tensor:
     """``indices`` as int64; refused unless all are in 0 .. stop - 1."""
-    if indices.dtype not in INTEGERS:
-        raise ValueError(f"{op}: {name}s must be integers, got {indices.dtype}; convert them with .long()")
-    indices = indices.long()
+    indices = integers(op, f"{name}s", indices)
     outside = (indices < 0) | (indices >= stop)
     if indices.device.type != "cpu":
         torch._assert_async(~outside.any(), f"{op}: a {name} is not in 0 .. {stop - 1}")

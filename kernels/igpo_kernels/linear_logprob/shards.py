@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from igpo_kernels.checks import check_kind
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -28,9 +30,12 @@ class Shard:
     @classmethod
     def of(cls, group: ProcessGroup | None, size: int) -> Shard:
         """The shard of a process whose weight has ``size`` entries, as many as every rank's."""
+        if group is None:
+            return cls(size, 0, size)
         if group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("linear_logprob: this process is not in the group; call it on the group's ranks alone")
-        if group is None or group.size() == 1:
+        check_kind("linear_logprob", "group", group, dist.ProcessGroup)
+        if group.size() == 1:
             return cls(size, 0, size)
         return cls(size, dist.get_rank(group) * size, group.size() * size, group)
 

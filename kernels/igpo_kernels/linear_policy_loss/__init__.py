@@ -6,6 +6,7 @@ import torch
 
 from igpo_kernels.autograd import no_autocast
 from igpo_kernels.backend import choose, lazy
+from igpo_kernels.checks import check_devices, check_kind
 from igpo_kernels.linear_logprob import head_arguments
 from igpo_kernels.linear_policy_loss import reference, torch_path
 from igpo_kernels.pairs import Pairs
@@ -54,7 +55,8 @@ def linear_policy_loss(
             first gradient (their ratios or importance weights): use linear_logprob and policy_loss for those.
         RuntimeError: a second backward, or a second derivative.
     """
-    settings = settings or LossSettings()
+    settings = LossSettings() if settings is None else settings
+    check_kind("linear_policy_loss", "settings", settings, LossSettings)
     if settings.needs_segment or settings.needs_sequence:
         name, whole = ("ratio", settings.ratio) if settings.needs_segment else ("importance", "sequence")
         raise ValueError(
@@ -69,6 +71,7 @@ def linear_policy_loss(
         ref_logp=ref_logp,
     )  # fmt: skip
     check_inputs("linear_policy_loss", pairs.labels.shape, settings, pair_inputs, exempt=("entropy",))
+    check_devices("linear_policy_loss", hidden=hidden, **pair_inputs)
     if not torch.is_grad_enabled():  # an autograd.Function is not told
         hidden, weight, bias = (None if x is None else x.detach() for x in (hidden, weight, bias))
     run = choose("linear_policy_loss", backend, hidden.device, IMPLEMENTATIONS, (hidden.dtype, weight.dtype))

@@ -13,16 +13,21 @@ METRICS = ("policy", "tokens", "clipped", "ratio", "ratio_max", "kl", "mismatch"
 """Names and order of the sums that every implementation returns beside the loss."""
 
 
-def segment_count(name: str, lowest: int, highest: int) -> int:
+def segment_count(name: str, lowest: int, highest: int, pairs: int) -> int:
     """Number of segments (``name``: of what) whose numbers lie between these."""
     if lowest < 0:
         raise ValueError(f"policy_loss: {name} holds {lowest}; number {name}s from 0, leave out pairs without one")
+    if highest >= pairs:
+        raise ValueError(
+            f"policy_loss: {name} holds {highest}; number {name}s from 0 to below M, here {pairs}: "
+            f"torch.unique({name}, return_inverse=True)[1]"
+        )
     return highest + 1
 
 
 def _per_segment(x, active, name, segment, reduce):
     """Sum or mean of x over each pair's segment; x is 0 where not active."""
-    n = segment_count(name, *torch.stack(segment.aminmax()).tolist()) if len(segment) else 0
+    n = segment_count(name, *torch.stack(segment.aminmax()).tolist(), len(segment)) if len(segment) else 0
     total = x.new_zeros(n).index_add(0, segment, x)
     if reduce == "mean":
         total = total / x.new_zeros(n).index_add(0, segment, active.to(x.dtype)).clamp(min=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from igpo_kernels.checks import check_finite, described
 
 SURROGATES = ("clip", "cispo", "sapo", "vespo")
 RATIOS = ("token", "turn", "sequence")
@@ -15,7 +17,8 @@ class LossSettings:
     """``loss = sum_m weights_m * (surrogate_m + kl * k3_m - entropy * H_m)``.
 
     Raises:
-        ValueError: a value out of range, a name that is not one of the choices, or choices that exclude each other.
+        ValueError: a value that is no number or out of range, a name that is not one of the choices, or choices that
+            exclude each other.
 
     >>> LossSettings(clip_high=0.28).clip_low
     0.2
@@ -48,9 +51,10 @@ class LossSettings:
     """Weigh by pi_train / pi_engine of the ``token``, of the whole rollout (``sequence``, the product over its tokens)
     or by that product's root per token (``geometric``, the geometric mean); or ``none``."""
     importance_mode: str = "truncate"
-    """``truncate``: clamp the weight to [importance_floor, importance_cap]. ``mask``: drop pairs whose weight is
-    outside, also from the mean of their segment's ratio."""
+    """``truncate``: clamp the weight to [importance_floor, importance_cap]. ``mask``: drop the surrogate of pairs whose
+    weight is outside, and drop them from the mean of their segment's ratio; their KL and entropy stay."""
     importance_cap: float = 2.0
+    """The upper bound; inf is none."""
     importance_floor: float = 0.0
     """The lower bound; 0 is none."""
     sapo_temperature_pos: float = 1.0
@@ -75,8 +79,14 @@ class LossSettings:
     def __post_init__(self):
         chosen = dict(surrogate=SURROGATES, ratio=RATIOS, importance=IMPORTANCE, importance_mode=IMPORTANCE_MODES)
         for name, choices in chosen.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"LossSettings: {name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise ValueError(f"LossSettings: {name} is {described(value)}; choose one of {', '.join(choices)}")
+        if not isinstance(self.unbiased_kl, bool):
+            raise ValueError(f"LossSettings: unbiased_kl must be True or False, got {described(self.unbiased_kl)}")
+        for name in (f.name for f in fields(self) if f.name not in (*chosen, "unbiased_kl")):
+            if name != "dual_clip" or self.dual_clip is not None:
+                check_finite("LossSettings", name, getattr(self, name), or_inf=name == "importance_cap")
         for name in ("clip_low", "kl", "entropy"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"LossSettings: {name} must be at least 0, got {getattr(self, name)}")

@@ -180,7 +180,7 @@ def segment_statistics(logp, given, gap, settings, arch):
 def by_segment(name: str, segment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs [M] in the order of their segments, and the offset of each segment [segments + 1]."""
     in_order, order = segment.sort(stable=True)
-    count = segment_count(name, *torch.stack((in_order[0], in_order[-1])).tolist())
+    count = segment_count(name, *torch.stack((in_order[0], in_order[-1])).tolist(), len(segment))
     return order, torch.searchsorted(in_order, torch.arange(count + 1, device=segment.device))
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import numbers
 
 import torch
 
 from igpo_kernels.autograd import autocast_dtype, no_autocast
 from igpo_kernels.backend import choose, lazy, resolve
-from igpo_kernels.checks import check_tensors, number
+from igpo_kernels.checks import check_kind, check_tensors, described, is_whole, number
 from igpo_kernels.plan import TreePlan
 from igpo_kernels.tree_attention import reference, torch_path
 
@@ -62,6 +61,7 @@ def tree_attention(
     """
     op = "tree_attention"
     check_tensors(op, q=q, k=k, v=v)
+    check_kind(op, "plan", plan, TreePlan)
     q, k, v = _autocast(q, k, v)
     scale = None if scale is None else number(op, "scale", scale)
     softcap = 0.0 if softcap is None else number(op, "softcap", softcap)
@@ -100,8 +100,9 @@ def _check(q, k, v, plan, scale, softcap, window) -> None:
         raise ValueError(f"tree_attention: got scale {scale}; expected a number above 0")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"tree_attention: got softcap {softcap}; expected a number above 0, or 0 for none")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, numbers.Integral) or window < 1):
-        raise ValueError(f"tree_attention: got window {window}; expected a whole number of 1 or more, or None for none")
+    if window is not None and not (is_whole(window) and window >= 1):
+        got = described(window)
+        raise ValueError(f"tree_attention: got window {got}; expected a whole number of 1 or more, or None for none")
 
 
 def automatic(device: torch.device, dtype: torch.dtype, head_dim: int, group: int = 1, sequences: bool = False) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from igpo_kernels.backend import choose, lazy
-from igpo_kernels.checks import check_tensors
+from igpo_kernels.checks import check_devices, check_kind, check_tensors, described, is_whole, number
 from igpo_kernels.turn_advantages.reference import (
     GAIN,
     OUTCOME,
@@ -54,16 +54,17 @@ def turn_advantages(
     Returns:
         Advantages [S], or [M] with ``token_offsets``, in rewards' dtype, on their device; computed in float64.
     Raises:
-        ValueError: shapes or dtypes that do not fit, gamma outside [0, 1], unknown backend. On a CPU also values: a
-            non-finite reward, offsets or kinds that do not fit. On a GPU reading them would make the host wait: there
+        ValueError: shapes, dtypes or devices that do not fit, gamma outside [0, 1], ``n_tokens`` without
+            ``token_offsets``, unknown backend. On a CPU also values: a non-finite reward, offsets or kinds that do not
+            fit. On a GPU reading them would make the host wait: there
             a non-finite reward leaves no advantage of its pool finite (others of its group may stay so; with
             ``scope="group"`` those of other groups do), and the rest is the caller's promise.
     """
-    check_tensors(
-        "turn_advantages", rewards=rewards, kinds=kinds, rollout_offsets=rollout_offsets, group_offsets=group_offsets,
-        token_offsets=token_offsets,
-    )  # fmt: skip
-    _check(rewards, kinds, rollout_offsets, group_offsets, gamma, token_offsets)
+    gamma = number("turn_advantages", "gamma", gamma)
+    _check(rewards, kinds, rollout_offsets, group_offsets, gamma, normaliser, token_offsets)
+    if n_tokens is not None and (token_offsets is None or not is_whole(n_tokens)):
+        what = described(n_tokens) + (" without token_offsets" if token_offsets is None else "")
+        raise ValueError(f"turn_advantages: got n_tokens {what}; expected the whole number token_offsets[-1], or None")
     if token_offsets is not None and n_tokens is None:
         n_tokens = int(token_offsets[-1])
     if not rewards.is_cuda:
@@ -100,8 +101,7 @@ def normalised_rewards(
         ValueError: what ``turn_advantages`` raises.
     """
     named = dict(rewards=rewards, kinds=kinds, rollout_offsets=rollout_offsets, group_offsets=group_offsets)
-    check_tensors("normalised_rewards", **named)
-    _check(*named.values(), 1.0, None)
+    _check(*named.values(), 1.0, normaliser, None)
     if not rewards.is_cuda:
         _check_values(*named.values(), None, None)
     paths = {"reference": normalised_rewards_reference, "torch": normalised_rewards_torch}
@@ -109,7 +109,14 @@ def normalised_rewards(
     return run(*named.values(), normaliser)
 
 
-def _check(rewards, kinds, rollout_offsets, group_offsets, gamma, token_offsets) -> None:
+def _check(rewards, kinds, rollout_offsets, group_offsets, gamma, normaliser, token_offsets) -> None:
+    named = dict(
+        rewards=rewards, kinds=kinds, rollout_offsets=rollout_offsets, group_offsets=group_offsets,
+        token_offsets=token_offsets,
+    )  # fmt: skip
+    check_tensors("turn_advantages", optional=("token_offsets",), **named)
+    check_devices("turn_advantages", **named)
+    check_kind("turn_advantages", "normaliser", normaliser, Normaliser)
     if rewards.ndim != 1 or rewards.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"turn_advantages: got rewards {rewards.dtype} {tuple(rewards.shape)}; expected float32/64 [S]"
@@ -123,7 +130,7 @@ def _check(rewards, kinds, rollout_offsets, group_offsets, gamma, token_offsets)
             raise ValueError(
                 f"turn_advantages: got {name} {offsets.dtype} {tuple(offsets.shape)}; expected int64, two or more"
             )
-    if token_offsets is not None and (token_offsets.dtype, len(token_offsets)) != (torch.int64, len(rewards) + 1):
+    if token_offsets is not None and (token_offsets.dtype, token_offsets.shape) != (torch.int64, (len(rewards) + 1,)):
         raise ValueError(
             f"turn_advantages: got token_offsets {token_offsets.dtype} {tuple(token_offsets.shape)}; "
             f"expected int64 [{len(rewards) + 1}]"
@@ -133,16 +140,14 @@ def _check(rewards, kinds, rollout_offsets, group_offsets, gamma, token_offsets)
 
 
 def _check_values(rewards, kinds, rollout_offsets, group_offsets, token_offsets, n_tokens) -> None:
-    for name, offsets, total, least in (
-        ("rollout_offsets", rollout_offsets, len(rewards), 1),
-        ("group_offsets", group_offsets, len(rollout_offsets) - 1, 1),
-        ("token_offsets", token_offsets, n_tokens, 0),
+    for name, offsets, total, of, least in (
+        ("rollout_offsets", rollout_offsets, len(rewards), "the number of rewards", 1),
+        ("group_offsets", group_offsets, len(rollout_offsets) - 1, "the number of rollouts", 1),
+        ("token_offsets", token_offsets, n_tokens, "n_tokens", 0),
     ):
-        if offsets is None:
-            continue
-        if offsets[0] != 0 or offsets[-1] != total or bool((offsets.diff() < least).any()):
-            rising = "rising" if least else "rising or level"
-            raise ValueError(f"turn_advantages: {name} must be {rising} from 0 to {total}; got {_ends(offsets)}")
+        wrong = None if offsets is None else _wrong(offsets, total, of, least)
+        if wrong:
+            raise ValueError(f"turn_advantages: {name}{wrong}")
     expected = torch.full_like(kinds, GAIN)
     expected[rollout_offsets[1:] - 1] = OUTCOME
     if not torch.equal(kinds, expected):
@@ -151,5 +156,12 @@ def _check_values(rewards, kinds, rollout_offsets, group_offsets, token_offsets,
         raise ValueError("turn_advantages: non-finite reward; replace undefined gains by 0 and count them")
 
 
-def _ends(offsets: torch.Tensor) -> str:
-    return f"{offsets[0]} .. {offsets[-1]}, steps from {offsets.diff().min()}"
+def _wrong(offsets: torch.Tensor, total: int, of: str, least: int) -> str | None:
+    """Which entry breaks the rise from 0 to ``total``, in steps of at least ``least``."""
+    if offsets[0] != 0:
+        return f"[0] is {offsets[0]}; expected 0"
+    small = (offsets.diff() < least).nonzero()
+    if len(small):
+        i = int(small[0]) + 1
+        return f"[{i}] is {offsets[i]} after {offsets[i - 1]}; expected {offsets[i - 1] + least} or more"
+    return None if offsets[-1] == total else f"[{len(offsets) - 1}] is {offsets[-1]}; expected {total}, {of}"

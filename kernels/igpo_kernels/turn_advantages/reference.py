@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from math import fsum, isfinite, sqrt
+from math import fsum, sqrt
 from typing import Literal, get_args
 
 import torch
+
+from igpo_kernels.checks import described, is_finite
 
 GAIN, OUTCOME = 0, 1
 MIN_OUTCOME_SCALE, MAX_FACTOR = 0.3, 10.0
@@ -56,10 +58,12 @@ class Normaliser:
         for name, known in (("pool", get_args(Pool)), ("accumulate", get_args(Accumulate)), ("scope", get_args(Scope))):
             if getattr(self, name) not in known:
                 raise ValueError(f"Normaliser.{name}: got {getattr(self, name)!r}; expected one of {known}")
-        for name in ("gate", "min_std", "outcome_min_std", "min_var"):
+        least = dict.fromkeys(("gate", "min_std", "outcome_min_std", "min_var"), 0.0)
+        for name in (*least, "gain_weight", "outcome_weight"):
             value = getattr(self, name)
-            if not isfinite(value) or value < 0:
-                raise ValueError(f"Normaliser.{name}: got {value}; expected a finite number >= 0")
+            if not is_finite(value) or value < least.get(name, value):
+                bound = " >= 0" if name in least else ""
+                raise ValueError(f"Normaliser.{name}: got {described(value)}; expected a finite number{bound}")
 
     @property
     def fused(self) -> bool:
