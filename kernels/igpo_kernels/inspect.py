@@ -234,11 +234,20 @@ def check_all(keys: Mapping[int, str], jobs: int = 1, known: Mapping[str, Facts]
     found = dict(known or {})
     missing = {key: i for i, key in keys.items() if key not in found}
     if jobs == 1 or len(missing) < 2:
-        found.update(zip(missing, map(measure_shipped, missing.values()), strict=True))
+        found.update(zip(missing, told(map(measure_shipped, missing.values()), len(missing)), strict=True))
     else:
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            found.update(zip(missing, pool.map(measure_shipped, missing.values()), strict=True))
+            measured = pool.map(measure_shipped, missing.values())
+            found.update(zip(missing, told(measured, len(missing)), strict=True))
     return [(key, found[key], report(shipped()[i], found[key])) for i, key in keys.items()]
+
+
+def told(results: Iterable, total: int, every: int = 50) -> Iterable:
+    """``results``, with a line to stderr on each ``every``-th: a full gate takes many minutes."""
+    for count, result in enumerate(results, 1):
+        if count % every == 0:
+            print(f"compiled {count} of {total}", file=sys.stderr, flush=True)
+        yield result
 
 
 def read_holds() -> dict[str, Facts]:

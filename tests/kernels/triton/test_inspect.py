@@ -78,6 +78,11 @@ def test_one_program_of_two_classes_is_compiled_once(three):
     assert [(r.name[-1], r.facts.registers) for r in reports] == [("small", 4), ("small", 8), ("large", 4)]
 
 
+def test_a_long_gate_tells_how_far_it_is(capsys):
+    assert list(inspect.told("abcde", 5, every=2)) == list("abcde")
+    assert capsys.readouterr().err == "compiled 2 of 5\ncompiled 4 of 5\n"
+
+
 def test_what_holds_is_kept_and_not_compiled_again(three, capsys):
     other = {"w8": asdict(FACTS)}
     inspect.HOLDS.write_text(json.dumps({"3.0": other, triton.__version__: {"of other sources": asdict(FACTS)}}))
