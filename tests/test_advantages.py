@@ -83,17 +83,17 @@ def test_what_the_kernel_lacks_is_computed_on_the_host(settings):
     assert found.is_meta and found.shape == token_advantages(earned, recipe).shape == (12,)
 
 
-def test_a_turn_without_tokens_takes_no_other_ones_place():
-    first, *others = rollout(0, 3, "New York City").turns
-    for turns in (
-        (replace(first, ids=first.ids[:0]), *others),
-        (first, others[0], replace(others[1], ids=first.ids[:0])),
-    ):
-        group = Group(QUESTION, (replace(GROUP.rollouts[0], turns=turns), *GROUP.rollouts[1:]))
+def test_a_turn_without_tokens_has_its_own_advantage():
+    """Turns of trajectories that are only read, as ``score`` makes them, have no tokens of the policy."""
+    turns = [replace(turn, ids=turn.ids[:0]) for turn in GROUP.rollouts[0].turns]
+    for empty in ([0], [2], [0, 1, 2]):
+        some = tuple(turns[t] if t in empty else GROUP.rollouts[0].turns[t] for t in range(3))
+        group = Group(QUESTION, (replace(GROUP.rollouts[0], turns=some), *GROUP.rollouts[1:]))
         found, full = (credit_rollouts((g,), VALUES, Recipe()) for g in (group, GROUP))
-        kept = [bool(len(turn.ids)) for turn in turns]
-        assert found[0].advantages[kept].tolist() == full[0].advantages[kept].tolist()
-        assert [c.advantages.tolist() for c in found[1:]] == [c.advantages.tolist() for c in full[1:]]
+        assert [c.advantages.tolist() for c in found] == [c.advantages.tolist() for c in full]
+        of_calls = credit_rollouts((group,), VALUES, Recipe(credit="query"))
+        assert [len(c.token_advantages) for c in of_calls] == [6 - 2 * len(empty), 4, 2]
+        assert all(np.isfinite(c.advantages).all() for c in of_calls)
 
 
 def test_paper():

@@ -219,10 +219,16 @@ def credit_rollouts(
     Raises:
         ValueError: values are missing although the algorithm needs them, or do not match the rollouts' turns.
     """
-    credits, earned = earn(groups, values_per_rollout, recipe, outcomes)
+    credits, earned = earn(groups, values_per_rollout, recipe, outcomes, least=1)  # a turn that is only read has none
     if earned is None:
         return credits
-    return credited(credits, earned, token_advantages(earned, recipe).numpy(), recipe)
+    credits = credited(credits, earned, token_advantages(earned, recipe).numpy(), recipe)
+    if earned.call_tokens is None:
+        return credits
+    made = (
+        np.repeat([len(t.ids) > 0 for t in r.turns], n) for r, n in zip(_rollouts(groups), earned.tokens, strict=True)
+    )
+    return tuple(replace(c, token_advantages=c.token_advantages[kept]) for c, kept in zip(credits, made, strict=True))
 
 
 def earn(
@@ -230,14 +236,17 @@ def earn(
     values_per_rollout: Sequence[Values | np.ndarray] | None,
     recipe: Recipe,
     outcomes: Sequence[float] | None = None,
+    least: int = 0,
 ) -> tuple[tuple[Credit, ...], Earned | None]:
     """What ``credit_rollouts`` does before advantages.
 
+    Args:
+        least: tokens that a turn counts as having at least. With 0, a turn without tokens has no advantage of its own.
     Returns:
         Credits whose advantages are 0, and what gives them; or, where rewards are not compared within groups, credits
         that are complete, or as complete as without a critic's values, and None.
     """
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rollouts = _rollouts(groups)
     turns = [len(rollout.turns) for rollout in rollouts]
     if values_per_rollout is None:
         if recipe.needs_values:
@@ -276,7 +285,7 @@ def earn(
         advantages = [np.full(n, a) for n, a in zip(turns, normalised, strict=True)]
     elif not recipe.critic:
         rewards = [_rewards(*parts, recipe) for parts in zip(rollouts, earning, gains, outcomes, strict=True)]
-        earned = _earned(groups, rewards, earning, recipe)
+        earned = _earned(groups, rewards, earning, recipe, least)
     credits = tuple(
         Credit(
             values=values[i],
@@ -291,6 +300,10 @@ def earn(
         for i, rollout in enumerate(rollouts)
     )
     return credits, earned
+
+
+def _rollouts(groups: Sequence[Group]) -> list[Rollout]:
+    return [rollout for group in groups for rollout in group.rollouts]
 
 
 def _against_truth(score: Callable[..., float], rollout: Rollout, normalisation: Normalisation) -> float:
@@ -339,11 +352,11 @@ class Earned:
 
 
 def _earned(
-    groups: Sequence[Group], rewards: Sequence[np.ndarray], earning: Sequence[np.ndarray], recipe: Recipe
+    groups: Sequence[Group], rewards: Sequence[np.ndarray], earning: Sequence[np.ndarray], recipe: Recipe, least: int
 ) -> Earned:
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rollouts = _rollouts(groups)
     ends = [np.flatnonzero([*e, True]) for e in earning]
-    tokens = [np.array([len(turn.ids) for turn in rollout.turns]) for rollout in rollouts]
+    tokens = [np.array([max(len(turn.ids), least) for turn in rollout.turns]) for rollout in rollouts]
     offsets = np.cumsum([0, *map(len, ends)])
     kinds = np.full(offsets[-1], GAIN, np.int8)
     kinds[offsets[1:] - 1] = OUTCOME
@@ -358,7 +371,7 @@ def _earned(
         gate = (1 - np.tanh(spread / recipe.ig_spread / 2)) / 2  # the sigmoid of -spread / ig_spread
         gates = np.repeat(gate, np.diff(offsets[sizes]))
     if recipe.needs_values and recipe.credit == "query":
-        call_tokens = np.concatenate([_call_tokens(*each) for each in zip(rollouts, ends, strict=True)])
+        call_tokens = np.concatenate([_call_tokens(*each) for each in zip(rollouts, ends, tokens, strict=True)])
     return Earned(
         np.concatenate(rewards), kinds, offsets, sizes, np.concatenate([[0], *behind]), tokens, ends, costs, gates,
         call_tokens,
@@ -428,15 +441,15 @@ def _spread(rewards: Sequence[np.ndarray]) -> float:
     return float(np.std(outcomes, ddof=1)) if len(outcomes) > 1 else 0.0
 
 
-def _call_tokens(rollout: Rollout, ends: np.ndarray) -> np.ndarray:
+def _call_tokens(rollout: Rollout, ends: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """``Earned.call_tokens`` of one rollout."""
-    tokens = []
-    for t, turn in enumerate(rollout.turns):
-        row = np.full(len(turn.ids), np.inf)
+    rows = []
+    for t, (turn, count) in enumerate(zip(rollout.turns, tokens, strict=True)):
+        row = np.full(count, np.inf)
         if t in ends:  # others show the next one's gain
-            row[turn.call :] = len(turn.ids) - turn.call
-        tokens.append(row)
-    return np.concatenate(tokens)
+            row[turn.call :] = count - turn.call
+        rows.append(row)
+    return np.concatenate(rows)
 
 
 def _repetition(rollout: Rollout, ends: np.ndarray, recipe: Recipe) -> np.ndarray:
