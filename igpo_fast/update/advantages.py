@@ -219,7 +219,8 @@ def credit_rollouts(
     Raises:
         ValueError: values are missing although the algorithm needs them, or do not match the rollouts' turns.
     """
-    credits, earned = earn(groups, values_per_rollout, recipe, outcomes, least=1)  # a turn that is only read has none
+    # Trajectories that are only read may have turns without tokens of the policy; each still has an advantage.
+    credits, earned = earn(groups, values_per_rollout, recipe, outcomes, least=1)
     if earned is None:
         return credits
     credits = credited(credits, earned, token_advantages(earned, recipe).numpy(), recipe)
@@ -339,7 +340,7 @@ class Earned:
     token_offsets: np.ndarray
     """int64 [S + 1], into decision tokens."""
     tokens: Sequence[np.ndarray]
-    """Decision tokens of each rollout's turns: int64 [T]."""
+    """Decision tokens of each rollout's turns, at least ``earn``'s ``least``: int64 [T]."""
     ends: Sequence[np.ndarray]
     """Each rollout's turns that earn a reward: int64 [S of the rollout]."""
     costs: np.ndarray | None = None
