@@ -72,9 +72,10 @@ def test_a_rollout_by_its_address_the_keys_and_the_filters(browser, run, tmp_pat
     browser.call("Input.insertText", text="QUERY 3")
     browser.press("j")  # a letter of the search now
     assert browser.js("at('text').value") == "QUERY 3j" and browser.js("location.hash") == "#step_000001.6"
+    browser.press("Escape")
+    assert browser.js("[at('text').value, document.activeElement.id]") == ["", ""]
     browser.js("at('text').value = 'QUERY 3'; filter()")
     assert browser.js("at('count').textContent") == "11 of 80 rollouts"  # 3, and 30 to 39
-    browser.press("Escape")
     browser.js(
         "[...document.querySelectorAll('#failures button')].find(b => b.textContent.startsWith('wrong ')).click()"
     )
@@ -102,7 +103,7 @@ def test_nothing_is_wider_than_the_window(browser, run, tmp_path, width):
 
 
 def test_a_run_that_goes_on_keeps_the_readers_place(browser, run):
-    with Server(Report(run.path, rollouts=60)) as server:
+    with Server(Report(run.path)) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -115,7 +116,7 @@ def test_a_run_that_goes_on_keeps_the_readers_place(browser, run):
                 run.write_rollouts(step, [record_of(*scored(i, step)) for i in range(40)])
             browser.js("follow()")
             steps = browser.js("[...new Set(index.rollouts.map(r => r.step))].sort()")
-            assert steps == [1, 2, 4] and browser.js("at('curves').textContent").count("Evaluation") == 1
+            assert steps == [1, 2, 3, 4] and browser.js("at('curves').textContent").count("Evaluation") == 1
             assert browser.js("[location.hash, at('text').value]") == ["#step_000001.6", "query"]
             assert browser.js("found[Math.floor(at('list').scrollTop / ROW)].key") == top
             assert browser.js("at('list').scrollTop % ROW") == 7
