@@ -73,7 +73,7 @@ def choose(run: RunFolder, most: int, steps: Sequence[int] | None = None) -> tup
     room = _take(chosen, batches, room)
     _take(chosen, evaluations, room)
     chosen.sort(key=lambda group: (-group[0].step, group[0].kind, group[0].line))
-    return chosen, _left_out(run, chosen)
+    return chosen, _told(run, chosen, most)
 
 
 def _take(chosen: list[Group], groups: Iterator[Group], room: int) -> int:
@@ -118,24 +118,29 @@ def _spread(steps: Sequence[int]) -> list[int]:
     return [steps[i] for i in dict.fromkeys(order) if steps]
 
 
-def _left_out(run: RunFolder, chosen: Sequence[Group]) -> list[str]:
-    """What the page shows and what it does not, a sentence per kind of rollouts."""
+def _told(run: RunFolder, chosen: Sequence[Group], most: int) -> list[str]:
+    """What the page shows and what it does not, and how to see that."""
     shown = Counter(one.file for group in chosen for one in group)
-    told = []
+    told, others, more = [], [], ""
     for kind, name in (("eval", "evaluation"), ("step", "training")):
-        steps = run.written(kind)
         parts, left = [], []
-        for step in steps:
+        for step in run.written(kind):
             count = shown[file := f"{kind}_{step:06d}"]
-            if count:
-                there = (run.rollouts / f"{file}.jsonl").read_bytes().count(b"\n")
-                parts.append(f"step {step} ({count:,} of {there:,})" if count < there else f"step {step} ({count:,})")
-            else:
+            there = (run.rollouts / f"{file}.jsonl").read_bytes().count(b"\n") if count else 0
+            if not count:
                 left.append(step)
-        if steps:
-            without = f"; not on this page: steps {ranges(left)}" if left else ""
+            elif count < there:
+                parts.append(f"step {step} ({count:,} of {there:,})")
+                more = f"more of them by --rollouts {4 * most}"
+            else:
+                parts.append(f"step {step} ({count:,})")
+        without = f"; not on this page: {'steps' if left[1:] else 'step'} {ranges(left)}" if left else ""
+        if parts or left:
             told.append(f"{name} rollouts: {', '.join(parts) or 'none'}{without}")
-    return told
+        others += left
+    if others:
+        more = ", ".join(filter(None, [f"other steps by --steps {','.join(map(str, sorted({*others})[:2]))}", more]))
+    return [*told, f"igpo-fast report {run.path}: {more}"] if more else told
 
 
 def ranges(steps: Sequence[int]) -> str:

@@ -29,8 +29,9 @@ function make(tag, text, classes, ...children) {
 
 const known = (x) => x !== null && x !== undefined;
 const number = (x) => (known(x) ? x.toFixed(3) : "–");
-const signed = (x) => (known(x) ? (x > 0 ? "+" : "") + x.toFixed(3) : "–");
-const tone = (x) => (x > 0 ? "good" : x < 0 ? "bad" : "");
+const zero = (x) => Math.abs(x) < 0.0005; // shown as 0.000
+const signed = (x) => (!known(x) ? "–" : zero(x) ? "0.000" : (x > 0 ? "+" : "") + x.toFixed(3));
+const tone = (x) => (zero(x) ? "" : x > 0 ? "good" : "bad");
 
 function probability(value) {
   return known(value) ? (index.basis === "log_prob" ? Math.exp(value) : value) : null;
@@ -149,6 +150,8 @@ function show(key) {
     ...r.turns.map((_, t) => turnOf(r, full.rollouts[key], t, most)),
     full.prompt === null ? "" : folded("prompt", full.prompt),
   );
+  const column = document.querySelector("#rollout th[aria-current]");
+  if (column) column.closest(".scroll").scrollLeft = column.offsetLeft - 80;
   return true;
 }
 
@@ -187,7 +190,8 @@ function sideBySide(members, current) {
   for (const r of members) {
     const link = make("a", `#${r.index}`);
     link.href = `#${r.key}`;
-    const cell = make("th", null, "", link, make("span", ` F1 ${number(r.f1)} · outcome ${number(r.outcome)}`, "quiet"));
+    const scores = [known(r.f1) && `F1 ${number(r.f1)}`, known(r.outcome) && `outcome ${number(r.outcome)}`];
+    const cell = make("th", null, "", link, make("div", scores.filter((part) => part).join(", "), "quiet"));
     if (r === current) cell.setAttribute("aria-current", "true");
     head.append(cell);
   }
@@ -197,8 +201,9 @@ function sideBySide(members, current) {
     const line = make("tr", null, "", make("th", t + 1));
     for (const r of members) {
       const cell = make("td");
+      if (r === current) cell.className = "current";
       if (t < r.turns.length) {
-        cell.append(make("div", r.turns[t].join(": ")), credit(r, t));
+        cell.append(make("div", r.turns[t].join(": "), "did"), credit(r, t));
       }
       line.append(cell);
     }
@@ -210,10 +215,10 @@ function sideBySide(members, current) {
 }
 
 function credit(r, t) {
-  const line = make("span", null, "quiet");
+  const line = make("div", null, "facts quiet");
   const [gain, advantage] = [r.gains?.[t], r.advantages?.[t]];
-  if (known(gain)) line.append("gain ", make("b", signed(gain), tone(gain)), " ");
-  if (known(advantage)) line.append("A ", make("b", signed(advantage), tone(advantage)));
+  if (known(gain)) line.append(fact("gain", signed(gain), tone(gain)));
+  if (known(advantage)) line.append(fact("A", signed(advantage), tone(advantage)));
   return line;
 }
 

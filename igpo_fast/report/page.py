@@ -99,7 +99,6 @@ class Report:
                 for section, charts in curves(rows).items()
             },
             told=told,
-            rollouts=len(index["rollouts"]),
             index=_embedded(index),
             groups={group[0].key: _embedded(contents.detail(group)) for group in groups},
             style=Markup(style),
@@ -130,7 +129,7 @@ class Report:
 def about(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What run it is, in words."""
     model, data, train = config.model, config.data, config.train
-    made_up = f"of its own: {model.layers} layers of {model.hidden_size}"
+    made_up = f"made here, {model.layers} layers, hidden size {model.hidden_size}"
     source = f"a made-up world ({config.world.kind})" if data.source == "world" else data.train or data.source
     done = max((row["step"] for row in rows), default=0)
     return {

@@ -163,7 +163,7 @@ def test_hostile_texts_are_texts(hostile):
         detail = page.detail(entry["key"])
         assert detail[0]["response"] == f"found {text}" and detail[1]["said"] == [text]
     assert HOSTILE[0] in page.text  # the row's key, over its chart
-    assert "</title><script>alert(1)</script>" in page.text
+    assert "script>" in page.text  # the folder's name
 
 
 def test_the_page_allows_its_own_script_and_style_and_nothing_else(hostile):
@@ -296,8 +296,9 @@ def test_which_rollouts_a_page_shows(tmp_path):
     trained = ["step_000005:4", "step_000003:4", "step_000001:4", "step_000001:4"]
     assert shown(groups) == ["eval_000005:1"] * 10 + trained
     assert told == [
-        "evaluation rollouts: step 5 (10); not on this page: steps 0",
+        "evaluation rollouts: step 5 (10); not on this page: step 0",
         "training rollouts: step 1 (8 of 12), step 3 (4 of 12), step 5 (4 of 12); not on this page: steps 2, 4",
+        f"igpo-fast report {tmp_path}: other steps by --steps 0,2, more of them by --rollouts 104",
     ]
     assert shown(choose(run, 7)[0]) == ["eval_000005:1"] * 3 + ["step_000001:4"]
     assert shown(choose(run, 6)[0]) == ["eval_000005:1"] * 6  # no whole group fits the other half
