@@ -270,18 +270,16 @@ function folded(title, text) {
   return make("details", null, "", make("summary", title), make("pre", text));
 }
 
-// The text with its accepted answers marked.
+// The text with the accepted answers marked, where they are short enough to be looked for.
 function marked(text, answers) {
+  const wanted = answers.map((answer) => answer.trim()).filter((answer) => answer && answer.length < 200);
+  wanted.sort((a, b) => b.length - a.length); // the longest that stands at a place
+  const pattern = wanted.map((answer) => answer.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&")).join("|");
   const box = make("pre");
-  const lower = text.toLowerCase();
-  const wanted = lower.length === text.length ? answers.map((answer) => answer.trim().toLowerCase()).filter((a) => a) : [];
   let from = 0;
-  while (from < text.length) {
-    const next = wanted.map((answer) => [lower.indexOf(answer, from), answer.length]).filter(([place]) => place >= 0);
-    if (!next.length) break;
-    const [place, length] = next.reduce((a, b) => (b[0] < a[0] ? b : a));
-    box.append(text.slice(from, place), make("mark", text.slice(place, place + length)));
-    from = place + length;
+  for (const match of pattern ? text.matchAll(new RegExp(pattern, "giu")) : []) {
+    box.append(text.slice(from, match.index), make("mark", match[0]));
+    from = match.index + match[0].length;
   }
   box.append(text.slice(from));
   return box;

@@ -22,7 +22,8 @@ def browser():
 
 def scored(i, step=1):
     one = rollout(
-        searches(f"query {i} of {step}", f"passage {i}"), answers("Weimar" if i % 2 else "Bonn"), index=i % 4,
+        searches(f"query {i} of {step}", f"passage {i}: the WEIMAR (or so)"), answers("Weimar" if i % 2 else "Bonn"),
+        truth=("Weimar", "Weimar (or so)"), index=i % 4,
         id=f"q{i // 4}", question=f"Question {i // 4}?",
     )  # fmt: skip
     return one, credit(one, [-3.0, -1.0 - i], f1=float(i % 2), advantages=[i - 2, 1.0])
@@ -64,6 +65,8 @@ def test_a_rollout_by_its_address_the_keys_and_the_filters(browser, run, tmp_pat
     turn = browser.js("document.querySelector('#rollout .turn').textContent")
     assert "p(answer) 0.050 → 0.002" in turn and "gain -3.000" in turn and "advantage +3.000" in turn
     assert browser.js("document.querySelectorAll('#rollout th a').length") == 4  # its group, side by side
+    marks = "[...document.querySelectorAll('#rollout .response mark')].map(mark => mark.textContent)"
+    assert browser.js(marks) == ["WEIMAR (or so)"]
     browser.press("j")
     assert browser.js("location.hash") == "#step_000001.7"
     browser.press("k")
@@ -77,7 +80,7 @@ def test_a_rollout_by_its_address_the_keys_and_the_filters(browser, run, tmp_pat
     browser.js("at('text').value = 'QUERY 3'; filter()")
     assert browser.js("at('count').textContent") == "11 of 80 rollouts"  # 3, and 30 to 39
     browser.js(
-        "[...document.querySelectorAll('#failures button')].find(b => b.textContent.startsWith('wrong ')).click()"
+        "[...document.querySelectorAll('#failures button')].find(b => b.textContent.startsWith('wrong though')).click()"
     )
     assert browser.js("at('count').textContent") == "5 of 80 rollouts"  # 30, 32 .. 38
     browser.js("document.querySelector('#filters [type=reset]').click()")
