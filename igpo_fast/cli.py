@@ -1,10 +1,11 @@
-"""The command line: ``igpo-fast train | sft | eval | score | search | doctor | plan``."""
+"""The command line: ``igpo-fast train | sft | eval | score | report | search | doctor | plan``."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -291,6 +292,33 @@ def score(
     with bar("score") as advance:
         count = score_file(source, target, make_scorer, overwrite=overwrite, progress=advance)
     typer.echo(f"scored {count:,} {'trajectory' if count == 1 else 'trajectories'} into {target}")
+
+
+@app.command("report")
+def report_run(
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=_path, help="A run folder.")],
+    output: Annotated[Path | None, path_option(metavar="FILE", help="RUN/report.html if not given.")] = None,
+    rollouts: Annotated[int, typer.Option(metavar="N", min=1, help="How many the page holds at most.")] = 500,
+    steps: Annotated[str | None, typer.Option(metavar="N[,N]", help="Only rollouts of these steps.")] = None,
+    live: Annotated[bool, typer.Option("--live", help="Serve the page here and follow the run; Ctrl-C ends.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --live; 0 takes a free port.")] = 0,
+) -> None:
+    """A run's curves and rollouts in one HTML file, with the gain and advantage of each turn."""
+    if steps is not None and not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", steps):
+        raise InputError(f"--steps {steps}: give a step, or several like 1,60,120")
+    if live and output is not None:
+        raise InputError("--output: --live writes no file; leave one of them out")
+    from igpo_fast.report.live import serve
+    from igpo_fast.report.page import Report
+
+    _quiet()
+    page = Report(run, rollouts, None if steps is None else [int(step) for step in steps.split(",")])
+    if live:
+        serve(page, port, lambda url: typer.echo(f"serving the report of {run} at {url}; Ctrl-C ends", err=True))
+        return
+    target = output or run / "report.html"
+    page.write(target)
+    typer.echo(f"{target}: open it in a browser; it holds the texts of rollouts, and needs no network")
 
 
 @search.command("serve")

@@ -159,6 +159,8 @@ class Turn:
     """Ids of the passages in the response."""
     found: bool = False
     """Whether a call of the turn brought something."""
+    failed: bool = False
+    """Whether a call of the turn failed for good."""
     call: int = 0
     """Place in ``ids`` of the first token of its actions, which go on to the end; 0 without one."""
 

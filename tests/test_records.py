@@ -31,6 +31,7 @@ def turns(draw):
         response=draw(st.text(max_size=5)),
         passages=tuple(draw(st.lists(st.text(max_size=3), max_size=2))),
         found=draw(st.booleans()),
+        failed=draw(st.booleans()),
     )
 
 
@@ -61,7 +62,7 @@ def test_a_record_says_everything(pair, scored):
     assert read.boundaries.tolist() == rollout.boundaries.tolist()
     assert read.logp.tolist() == rollout.logp.tolist()
     for turn, same in zip(read.turns, rollout.turns, strict=True):
-        for name in ("text", "action", "argument", "response", "passages"):
+        for name in ("text", "action", "argument", "response", "passages", "failed"):
             assert getattr(turn, name) == getattr(same, name)
     assert (earned is None) == (not scored)
     if scored:

@@ -120,8 +120,10 @@ async def run_rollout(
                 if not limits.fits(len(extended)):
                     break
                 passages = tuple(passage.id for result in results for passage in result.passages)
-                found = any(result.found for result in results)
-                last = replace(last, response_ids=response_ids, response=response, passages=passages, found=found)
+                last = replace(
+                    last, response_ids=response_ids, response=response, passages=passages,
+                    found=any(result.found for result in results), failed=any(result.failure for result in results),
+                )  # fmt: skip
                 turns.append(last)
                 ids = extended
         finally:

@@ -199,6 +199,10 @@ class RunFolder:
                 reason = f"{type(error).__name__}: {error}"
                 raise InputError(f"{where}: not a rollout's record ({reason}); restore the file") from None
 
+    def written(self, kind: str = "step") -> list[int]:
+        """Steps with a file of rollouts, in order; ``kind`` is step or eval."""
+        return list(_numbered(self.rollouts, r"\.jsonl", kind))
+
     def changed_contents(self, config: Config) -> list[str]:
         """What of the run's data, tokenizer and model holds something else than when it began, in words; what
         ``config`` reads from elsewhere is not compared."""
@@ -214,7 +218,7 @@ class RunFolder:
 
     def missing_rollouts(self, step: int) -> str | None:
         """A note if rollouts of finished steps up to ``step`` are missing; training does not read them."""
-        found = _numbered(self.rollouts, r"\.jsonl")
+        found = self.written()
         gone = [s for s in range(1, step + 1) if s not in found]
         if not gone:
             return None

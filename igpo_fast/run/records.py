@@ -55,6 +55,7 @@ def record_of(rollout: Rollout, credit: Credit | None = None) -> dict[str, Any]:
                 "response": turn.response,
                 "passages": list(turn.passages),
                 "found": turn.found,
+                **({"failed": True} if turn.failed else {}),
                 "tokens": len(turn.ids),
                 "value": value,
                 **({} if compared is None else {"baseline": compared[t]}),
@@ -102,6 +103,7 @@ def rollout_of(record: Mapping[str, Any]) -> tuple[Rollout, Credit | None]:
             response=turn["response"],
             passages=tuple(turn["passages"]),
             found=turn.get("found", bool(turn["passages"])),
+            failed=turn.get("failed", False),
             call=turn.get("call", 0),
         )
         for turn in record["turns"]

@@ -98,6 +98,7 @@ def turns(folder):
             key = (path.name, record["id"], record["index"])
             assert key not in found
             found[key] = [(turn["text"], turn["response"]) for turn in record["turns"]]
+            assert all(turn.get("failed", False) == (FAILURE in turn["response"]) for turn in record["turns"])
     assert len(found) == STEPS * GROUP * QUESTIONS
     return found
 

@@ -1,0 +1,75 @@
+"""Which charts a run's rows make: every number of metrics.jsonl, in sections."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from igpo_fast.jsonl import finite
+from igpo_fast.report.chart import Chart, Line
+
+ERROR = "_se"
+"""``KEY_se`` is the standard error of ``KEY``."""
+PANELS = (
+    ("Evaluation", "F1", r"eval/(.+/)?f1"),
+    ("Evaluation", "exact match", r"eval/(.+/)?em"),
+    ("Evaluation", "turns", r"eval/(.+/)?turns"),
+    ("Training rollouts", "F1", r"reward/f1"),
+    ("Training rollouts", "exact match", r"reward/em"),
+    ("Training rollouts", "outcome", r"reward/outcome"),
+    ("Training rollouts", "gain of a turn", r"reward/ig_(mean|abs)"),
+    ("Training rollouts", "value", r"value/(first|last)"),
+    ("Training rollouts", "share of groups that teach nothing", r"group/collapsed(_outcome)?"),
+    ("Training rollouts", "turns", r"turns/mean"),
+    ("Training rollouts", "share malformed or cut", r"turns/(format_error|truncated_.+)"),
+    ("Optimisation", "policy loss", r"loss/policy"),
+    ("Optimisation", "entropy", r"loss/entropy"),
+    ("Optimisation", "KL", r"loss/kl"),
+    ("Optimisation", "gradient norm", r"loss/grad_norm"),
+    ("Cost", "tokens", r"tokens/(packed|rollout|scored)"),
+    ("Cost", "seconds", r"time/.+"),
+)
+"""Section, title and keys of each chart, in order. A key of no chart gets one of its own."""
+OTHERS = "Other numbers"
+FEW = 20
+"""Points up to which each has a dot."""
+
+
+def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Chart]]:
+    """Section -> charts over steps, without empty ones.
+
+    Args:
+        rows: of metrics.jsonl. What is no number is a gap in its line; rows without a key are skipped, for many are
+            measured at some steps only.
+    """
+    lines = {key: _line(key, rows) for key in dict.fromkeys(key for row in rows for key in row if key != "step")}
+    lines = {key: line for key, line in lines.items() if any(y is not None for y in line.ys)}
+    charts: dict[tuple[str, str], list[Line]] = {(section, title): [] for section, title, _ in PANELS}
+    for key, line in lines.items():
+        if not (key.endswith(ERROR) and key.removesuffix(ERROR) in lines):
+            place = next((panel[:2] for panel in PANELS if re.fullmatch(panel[2], key)), (OTHERS, key))
+            charts.setdefault(place, []).append(line)
+    sections: dict[str, list[Chart]] = {}
+    for (section, title), drawn in charts.items():
+        if len(drawn) == 1:
+            drawn = [replace(drawn[0], name="")]
+        if drawn:
+            sections.setdefault(section, []).append(Chart(title, drawn, x_label="step"))
+    return sections
+
+
+def _line(key: str, rows: Sequence[Mapping[str, Any]]) -> Line:
+    rows = [row for row in rows if key in row]
+    ys, errors = ([_number(row.get(name)) for row in rows] for name in (key, key + ERROR))
+    low, high = (
+        [None if y is None or error is None else y + sign * error for y, error in zip(ys, errors, strict=True)]
+        for sign in (-1, 1)
+    )
+    name = key.partition("/")[2] or key
+    return Line(name, [row["step"] for row in rows], ys, low, high, bars=True, dots=len(rows) <= FEW)
+
+
+def _number(value: Any) -> float | None:
+    return finite(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
