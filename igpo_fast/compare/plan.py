@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from igpo_fast.compare.results import different
+from igpo_fast.compare.results import NAME, different
 from igpo_fast.config import PRESETS, Algorithm, Config, load
 from igpo_fast.errors import InputError
 
@@ -18,7 +18,6 @@ EVALUATIONS = 12
 """Evaluations of a run after the first, unless ``eval.every`` is given."""
 MOST_SEEDS = 100
 """Of a count; a larger one is taken for a seed."""
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def parse_variants(text: str) -> dict[str, tuple[str, ...]]:
             near = difflib.get_close_matches(base, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"give some of {', '.join(known)}"
             raise InputError(f"--algorithms {text}: {base!r} is no algorithm or preset; {hint}")
-        if not NAME.fullmatch(name):
+        if not re.fullmatch(NAME, name):
             raise InputError(f"--algorithms {text}: {name!r} cannot name a folder; use letters, digits and _ . + -")
         if name in variants:
             raise InputError(f"--algorithms {text}: {name} is there twice; name one of them otherwise, other={base}")
@@ -131,6 +130,8 @@ def parse_seeds(text: str, first: int) -> tuple[int, ...]:
                 f"--seeds {text}: one number is a count of seeds, from 1 to {MOST_SEEDS}; the seed {text} alone is "
                 f"{text}-{text}"
             )
+        if first < 0:
+            raise InputError(f"train.seed={first}: seeds of a comparison are counted from 0 on; give --seeds A-B")
         return tuple(range(first, first + count))
     ends = [(int(match[1]), int(match[2] or match[1])) for match in parts]
     if any(high < low or high - low >= 10 * MOST_SEEDS for low, high in ends):

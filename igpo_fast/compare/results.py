@@ -19,8 +19,8 @@ from igpo_fast.files import atomic
 from igpo_fast.jsonl import finite, json_line, json_value
 from igpo_fast.run.checkpoint import RunFolder
 
-NAMED = re.compile(r"(.+)-(-?\d+)")
-"""Matches the name of a run's folder, VARIANT-SEED."""
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
+"""Matches the name of a variant; a run's folder is VARIANT-SEED."""
 START = {"model", "data", "world", "sft", "search", "tools", "eval"}
 """Sections that decide from what weights, questions and tools a run starts and how it is evaluated."""
 STARTING = {
@@ -46,7 +46,7 @@ class Run:
 def runs_in(folder: Path) -> list[Run]:
     """The runs that have begun in a comparison's folder, by seed and variant."""
     begun = [path.parent for path in folder.glob("*/config.yaml")]
-    named = [(NAMED.fullmatch(path.name), path) for path in begun]
+    named = [(re.fullmatch(rf"({NAME})-([0-9]+)", path.name), path) for path in begun]
     runs = [Run(match[1], int(match[2]), RunFolder(path)) for match, path in named if match]
     return sorted(runs, key=lambda run: (run.seed, run.variant))
 

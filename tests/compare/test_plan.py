@@ -41,6 +41,12 @@ def test_any_text_gives_seeds_or_a_line(text):
         assert len(set(seeds)) == len(seeds) > 0
 
 
+def test_seeds_are_counted_from_the_runs_own_on():
+    assert plan(seeds="2", overrides=["train.seed=9"]).seeds == (9, 10)
+    with pytest.raises(InputError, match=r"train.seed=-1: seeds of a comparison are counted from 0 on"):
+        plan(seeds="2", overrides=["train.seed=-1"])
+
+
 def test_variants_are_algorithms_presets_and_other_names_for_them():
     assert parse_variants("igpo, tips,slow=igpo") == {
         "igpo": ("algorithm.name=igpo",),
@@ -96,7 +102,7 @@ def test_the_quickstart_has_its_file(tmp_path):
             "--for igop:train.lr=1: give VARIANT:section.key=value, where VARIANT is one of igpo, ",
         ),
         (["train.lr=1"], [], "--for train.lr=1: give VARIANT"),
-        (["grpo:train.lr"], [], "train.lr: overrides are written section.key=value"),
+        (["grpo:train.lr"], [], "overrides are written section.key=value"),
         (["grpo:train.lt=1"], [], "unknown key train.lt"),
         (["grpo:model.layers=1"], [], "--for grpo: model.layers would differ from that of igpo"),
         (["igpo:train.steps=7"], [], "--for grpo: train.steps would differ"),

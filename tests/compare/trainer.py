@@ -60,11 +60,11 @@ for step in range(done + 1, steps + 1):
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "early":
         sys.exit()
-    if what.startswith("wait for "):
-        (folder / f"{run.name}.began").touch()
-        wait_for(folder / f"{what.removeprefix('wait for ')}.began")
-    if what in ("interrupt", "interrupt twice"):
-        for _ in what.split():
+    (folder / f"{run.name}.began").touch()
+    if " grpo-" in what or " igpo-" in what:
+        wait_for(folder / f"{what.split()[-1]}.began")
+    if what.startswith("interrupt"):
+        for _ in range(2 if what == "interrupt twice" else 1):
             os.kill(os.getppid(), signal.SIGINT)
             while not stopped:
                 time.sleep(0.01)
