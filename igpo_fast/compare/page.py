@@ -71,11 +71,14 @@ class Charts:
             for row in rows
             if None not in row[budget]
         ]
-        return Chart(f"{self._score} over {budget}", seeds + self._means(self._score, budget), UNITS[budget])
+        lines = seeds + self._means(self._score, budget)
+        known = [y for line in lines for y in line.ys if y is not None]
+        share = (0.0, 1.0) if known and min(known) >= 0 and max(known) <= 1 else None
+        return Chart(f"{self._score} over {budget}", lines, UNITS[budget], y_range=share)
 
     def collapse(self) -> Chart:
         """The share of collapsed groups over steps."""
-        return Chart("collapsed groups", self._means("collapsed", "steps"), "step", y_range=(0, 1))
+        return Chart("share of collapsed groups", self._means("collapsed", "steps"), "step", y_range=(0, 1))
 
     def _means(self, key: str, budget: str) -> list[Line]:
         means = {name: mean_curve(rows, key, budget) for name, rows in self._runs.items()}
