@@ -241,7 +241,7 @@ def _verdict(name: str, baseline: str, score: str, pairs: Mapping) -> str:
     level = f"{abs(mean):.3f} {'higher' if mean > 0 else 'lower'} than" if round(mean, 3) else "level with"
     ties = f" and level in {pairs['ties']}" if pairs["ties"] else ""
     begin = f"{name} ended {level} {baseline} in {score} at equal steps{_uncertainty(pairs)}, "
-    begin += f"ahead in {pairs['ahead']} of {count} pairs{ties}"
+    begin += f"ahead in {pairs['ahead']} of {count} {'pair' if count == 1 else 'pairs'}{ties}"
     better = "better" if mean >= 0 else "worse"
     if ends is None:
         return f"{begin}; fewer than {LEAST} pairs show nothing."

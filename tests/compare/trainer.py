@@ -73,6 +73,9 @@ for step in range(done + 1, steps + 1):
     if what == "until stopped":
         while not stopped:
             time.sleep(0.01)
+        time.sleep(0.2)  # the step ends
+        if len(stopped) > 1:
+            said("asked again", run.name)
         break
 else:
     sys.exit()
