@@ -1364,7 +1364,7 @@ MUTANTS = [
     *faults("igpo_fast/compare/runs.py",
         ("a second request to stop", "if stop.is_set() and not asked:", "if stop.is_set():",
          "compare/test_runs.py::test_ctrl_c_saves_and_goes_on"),
-        ("runs do not wait for their warm start", "task.after is None or task.after.name in over", "True",
+        ("runs do not wait for their warm start", "(waiting[0].after is None or waiting[0].after.name in over)", "True",
          "compare/test_runs.py::test_runs_do_not_begin_without_their_warm_start"),
         ("Ctrl-C reaches the runs", "process_group=0,", "",
          "compare/test_runs.py::test_runs_have_a_process_group_of_their_own"),

@@ -53,7 +53,7 @@ def compare(
         outcome = Outcome()
         try:
             if plan is not None:
-                tasks = tasks_of(plan, program)
+                tasks = tasks_of(plan, jobs, program)
                 with Board(tasks, score) as board:
                     run_tasks(tasks, jobs, board, outcome)
         finally:

@@ -1,7 +1,7 @@
 """The trainings of a comparison: processes ``igpo-fast train``, several at a time; the same command goes on with them.
 
-The runs of a seed follow each other in the queue, so that they train side by side and a busy machine slows all alike. A
-seed's warm start is made once, before its runs, and found by all of them in the cache.
+Processes begin in the order of their seeds, so that the runs of a seed train side by side and a busy machine slows all
+alike. A seed's warm start is made once, before its runs, which find it in the cache.
 """
 
 from __future__ import annotations
@@ -59,30 +59,37 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def tasks_of(plan: Plan, program: Sequence[str] = PROGRAM) -> list[Task]:
-    """The trainings that are not finished, seed by seed, behind the warm start that they share."""
-    tasks = []
-    for seed in plan.seeds:
-        runs = [Run(variant, seed, RunFolder(plan.path(variant, seed))) for variant in plan.variants]
-        left = [run for run in runs if not _done(run, plan)]
-        fresh = [run for run in left if not run.folder.saved()]
-        start = None
-        if len(fresh) > 1 and steps_of(plan.config_of(fresh[0].variant, seed)):
-            arguments = plan.arguments(fresh[0].variant, seed)
-            log = plan.folder / "logs" / f"{seed}-warm-start.log"
-            start = Task(f"warm start of seed {seed}", [*program, "sft", *arguments], log)
-            tasks.append(start)
-        for run in left:
-            command = [*program, "train", *plan.arguments(run.variant, seed)]
-            log = plan.folder / "logs" / f"{run.name}.log"
-            steps = plan.config_of(run.variant, seed).train.steps
-            tasks.append(Task(run.name, command, log, steps, run, start if run in fresh else None))
+def tasks_of(plan: Plan, jobs: int, program: Sequence[str] = PROGRAM) -> list[Task]:
+    """The trainings that are not finished, in the order of their seeds, and before those of every ``jobs`` seeds their
+    warm starts."""
+    tasks: list[Task] = []
+    for first in range(0, len(plan.seeds), jobs):
+        some = [task for seed in plan.seeds[first : first + jobs] for task in _tasks_of(plan, seed, program)]
+        tasks += sorted(some, key=lambda task: task.run is not None)
     return tasks
 
 
-def _done(run: Run, plan: Plan) -> bool:
-    """Whether the run has trained as far as the plan goes."""
-    return is_finished(run, plan.config_of(run.variant, run.seed).train.steps)
+def _tasks_of(plan: Plan, seed: int, program: Sequence[str]) -> list[Task]:
+    config, logs = plan.config_of(next(iter(plan.variants)), seed), plan.folder / "logs"
+    runs = [Run(variant, seed, RunFolder(plan.path(variant, seed))) for variant in plan.variants]
+    left = [run for run in runs if not is_finished(run, config.train.steps)]
+    fresh = [run for run in left if not run.folder.saved()]
+    start = None
+    if len(fresh) > 1 and steps_of(config):
+        command = [*program, "sft", *plan.arguments(fresh[0].variant, seed)]
+        start = Task(f"warm start of seed {seed}", command, logs / f"{seed}-warm-start.log")
+    trainings = [
+        Task(
+            run.name,
+            [*program, "train", *plan.arguments(run.variant, seed)],
+            logs / f"{run.name}.log",
+            config.train.steps,
+            run,
+            start if run in fresh else None,
+        )
+        for run in left
+    ]
+    return [start, *trainings] if start else trainings
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int, board: Board, outcome: Outcome) -> None:
@@ -101,8 +108,8 @@ def run_tasks(tasks: Sequence[Task], jobs: int, board: Board, outcome: Outcome) 
             if stop.is_set() and not asked:  # once: the second SIGTERM would end them before they have saved
                 asked = True
                 _ask(running)
-            while not asked and len(running) < jobs and (task := _next(waiting, outcome)):
-                waiting.remove(task)
+            while not asked and len(running) < jobs and _may_begin(waiting, outcome):
+                task = waiting.pop(0)
                 if task.after and task.after.name in outcome.failed:
                     outcome.failed[task.name] = f"the {task.after.name} failed"
                     board.ended(task, f"failed: {outcome.failed[task.name]}")
@@ -126,9 +133,10 @@ def run_tasks(tasks: Sequence[Task], jobs: int, board: Board, outcome: Outcome) 
         raise Interrupted(f"{over} of {len(runs)} runs ended, the others go on from their last step")
 
 
-def _next(waiting: Sequence[Task], outcome: Outcome) -> Task | None:
+def _may_begin(waiting: Sequence[Task], outcome: Outcome) -> bool:
+    """Whether the first waits for nothing. Later ones wait with it: begun before, they would train beside others."""
     over = {*outcome.trained, *outcome.failed}
-    return next((task for task in waiting if task.after is None or task.after.name in over), None)
+    return bool(waiting) and (waiting[0].after is None or waiting[0].after.name in over)
 
 
 def _start(task: Task) -> subprocess.Popen:

@@ -113,6 +113,26 @@ def test_runs_of_a_seed_train_side_by_side(comparison):
     assert len(comparison.trained) == 4
 
 
+def test_the_order_of_what_begins(comparison):
+    """The warm starts of as many seeds as there are jobs, then their runs, seed by seed."""
+    order = lambda jobs: [task.name for task in runs.tasks_of(comparison.plan("igpo,grpo", "1-3"), jobs)]  # noqa: E731
+    warm = [f"warm start of seed {seed}" for seed in (1, 2, 3)]
+    trained = [[f"igpo-{seed}", f"grpo-{seed}"] for seed in (1, 2, 3)]
+    assert order(2) == [*warm[:2], *trained[0], *trained[1], warm[2], *trained[2]]
+    assert order(1) == [name for seed in range(3) for name in (warm[seed], *trained[seed])]
+    tasks = {task.name: task for task in runs.tasks_of(comparison.plan("igpo,grpo", "1-1"), 1)}
+    assert tasks["grpo-1"].after is tasks[warm[0]]
+    cold = comparison.plan("igpo,grpo", "1-1", (), "sft.clean_steps=0", "sft.noisy_steps=0", "sft.hard_steps=0")
+    assert [task.name for task in runs.tasks_of(cold, 2)] == trained[0]
+
+
+def test_none_overtakes_the_runs_of_an_earlier_seed(comparison):
+    comparison.do(sft_1="slow", igpo_1="wait for grpo-1", grpo_1="wait for igpo-1")
+    comparison()
+    begun = [line.split()[1] for line in comparison.calls if line.startswith("train")]
+    assert {*begun[:2]} == {"igpo-1", "grpo-1"}
+
+
 def test_threads_are_one_unless_given(comparison, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     comparison("igpo", "1-1")
@@ -266,7 +286,7 @@ def test_progress_as_lines(comparison):
     with pytest.raises(RunError):
         comparison("igpo", "1-1")
     plan = comparison.plan("igpo", "1-2")
-    tasks = runs.tasks_of(plan)
+    tasks = runs.tasks_of(plan, jobs=1)
     with board.Board(tasks, "eval/f1", Console(file=out, width=200), lambda: clock[0]) as shown:
         shown.began(tasks[0])
         shown.show(tasks[:1])

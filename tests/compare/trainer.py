@@ -33,6 +33,8 @@ run = Path(given["run.dir"])
 do = json.loads((folder / "do.json").read_text()) if (folder / "do.json").exists() else {}
 if command == "sft":
     said("sft", given["train.seed"])
+    if do.get(f"sft-{given['train.seed']}") == "slow":
+        time.sleep(0.3)
     if do.get("sft") == "fail":
         sys.exit("Traceback\nerror: no warm start")
     sys.exit()
@@ -61,7 +63,7 @@ for step in range(done + 1, steps + 1):
     if what == "early":
         sys.exit()
     (folder / f"{run.name}.began").touch()
-    if " grpo-" in what or " igpo-" in what:
+    if what.startswith(("wait for ", "interrupt with ")):
         wait_for(folder / f"{what.split()[-1]}.began")
     if what.startswith("interrupt"):
         for _ in range(2 if what == "interrupt twice" else 1):
