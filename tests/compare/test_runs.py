@@ -305,6 +305,21 @@ def test_progress_as_lines(comparison):
     ]
 
 
+def test_progress_in_a_terminal(comparison):
+    """Bars are redrawn in place, and an ended run leaves a line; a name is no markup."""
+    out = io.StringIO()
+    tasks = runs.tasks_of(comparison.plan("igpo,grpo", "1-1"), jobs=1)
+    with board.Board(tasks, "eval/f1", Console(file=out, width=100, force_terminal=True)) as shown:
+        for task in tasks:
+            shown.began(task)
+        shown.show(tasks)
+        shown.ended(tasks[0], "")
+        shown.ended(tasks[1], "failed: [bold]no[/bold]")
+    text = out.getvalue()
+    assert "warm start of seed 1" in text and "0/4" in text and "begins" not in text
+    assert "igpo-1: failed: [bold]no[/bold]  (1 of 2" in text
+
+
 @pytest.mark.parametrize(
     ("seeds", "start"),
     [("1-1", ["sft.clean_steps=0"]), pytest.param("1-2", [], marks=pytest.mark.slow)],
