@@ -56,7 +56,6 @@ def _variant(rows: Sequence[Mapping], score: str, at: float, stalled: float) -> 
         "runs": len(rows),
         "mean": float(last.mean()) if len(last) else None,
         "standard_error": float(last.std(ddof=1) / len(last) ** 0.5) if len(last) > 1 else None,
-        "interval": interval(last),
         "stalls": int((last < stalled).sum()),
         "collapsed": float(np.mean(collapsed)) if collapsed else None,
         "reached": _reached(rows, score, at),
@@ -219,7 +218,7 @@ def mean_curve(rows: Sequence[Mapping], key: str, budget: str) -> dict[str, list
 
 def sentences(found: Mapping) -> list[str]:
     """What the statistics say of each variant: at equal steps, at equal seconds and tokens, and who stalled."""
-    said = []
+    said = [] if found["pairs"] else ["There is one variant only: nothing is compared."]
     for name, budgets in found["pairs"].items():
         said.append(_verdict(name, found["baseline"], found["score"], budgets["steps"]["score"]))
         others = [

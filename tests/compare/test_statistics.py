@@ -186,7 +186,7 @@ def test_a_variant_in_numbers():
         row("b", s, [0.0, f], **{"group/collapsed": c}) for s, f, c in ((1, 0.1, 0.2), (2, 0.5, 0.4), (3, 0.9, None))
     ]
     found = compared(rows)
-    assert found["pairs"] == {}
+    assert found["pairs"] == {} and sentences(found)[0] == "There is one variant only: nothing is compared."
     known = found["variants"]["b"]
     assert known["runs"] == 3 and known["stalls"] == 1
     assert known["mean"] == pytest.approx(0.5) and known["collapsed"] == pytest.approx(0.3)
