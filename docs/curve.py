@@ -24,7 +24,8 @@ Point = tuple[float, float, float]
 def newest(name: str) -> dict[tuple[str, int], dict]:
     """(algorithm, seed) -> its newest row without overrides."""
     rows = map(json.loads, (RESULTS / f"{name}.jsonl").read_text().splitlines())
-    return {(row["algorithm"], row["seed"]): row for row in rows if not row["overrides"]}
+    variant = lambda row: row["variant"] if "variant" in row else row["algorithm"]  # noqa: E731
+    return {(variant(row), row["seed"]): row for row in rows if not row["overrides"]}
 
 
 def evaluated(row: dict) -> list[Point]:

@@ -19,9 +19,9 @@ COLUMNS = 4
 def panels(name: str) -> list[Chart]:
     """A chart per variant, that with the highest last F1 first."""
     lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if not row["overrides"]]
+    rows = {(row["variant"], row["seed"]): row for row in map(json.loads, lines) if not row["overrides"]}  # the newest
     variants: dict[str, list[dict]] = {}
-    for row in sorted(rows, key=lambda row: row["seed"]):
+    for row in sorted(rows.values(), key=lambda row: row["seed"]):
         variants.setdefault(row["variant"], []).append(row)
     order = sorted(variants, key=lambda name: -fmean(row["eval/f1"][-1] for row in variants[name]))
     usual = variants.get("robust", [])

@@ -422,6 +422,53 @@ def plan(
         typer.echo(f"assumed: {line}")
 
 
+@app.command()
+def compare(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    algorithms: Annotated[
+        str,
+        typer.Option(metavar="A,B", help="Algorithms and presets; NAME=A gives one another name, for --for."),
+    ] = "igpo,grpo",
+    seeds: Annotated[
+        str, typer.Option(metavar="N|A-B,C", help="A count from train.seed on, or ranges and lists of seeds.")
+    ] = "8",
+    own: Annotated[
+        list[str] | None,
+        typer.Option("--for", metavar="VARIANT:section.key=value", help="A setting of one variant; may be repeated."),
+    ] = None,
+    folder: Annotated[
+        Path | None, path_option("--dir", metavar="DIR", help="Of the runs; runs/compare/CONFIG if not given.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs at a time, a core each.")] = 2,
+    score: Annotated[str, typer.Option(metavar="KEY", help="The number of the evaluation to compare.")] = "eval/f1",
+    at: Annotated[float, typer.Option(help="The score whose steps, seconds and tokens are told.")] = 0.5,
+    stalled: Annotated[float, typer.Option(help="A run that ends below this score has stalled.")] = 0.15,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="VARIANT", help="What the others are compared with; the last if not given.")
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Train nothing, tell what the folder has.")
+    ] = False,
+) -> None:
+    """Train algorithms from the same starts, seed by seed, and compare them (docs/compare.md)."""
+    from igpo_fast.compare.compare import compare as run_comparison
+    from igpo_fast.compare.plan import make_plan
+    from igpo_fast.run.interrupt import Interrupted
+
+    folder = folder or Path("runs/compare") / (config.stem if config else "default")
+    plan = None if report_only else make_plan(config, algorithms, seeds, own or (), overrides or (), folder)
+    _quiet()
+    try:
+        found = run_comparison(folder, plan, jobs=jobs, score=score, at=at, stalled=stalled, baseline=baseline)
+    except Interrupted as stop:
+        typer.echo(f"interrupted: {stop}; the same command goes on", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    for sentence in found["sentences"]:
+        typer.echo(sentence)
+    typer.echo(f"the page is {folder / 'compare.html'}, its numbers are in compare.json and compare.jsonl beside it")
+
+
 def _load(file: Path | None, overrides: list[str] | None) -> Config:
     from igpo_fast.config import load
 

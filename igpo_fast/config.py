@@ -989,6 +989,11 @@ class Config(Section):
         return yaml12.write(self.model_dump(mode="json"))
 
 
+def values_of(config: Config) -> dict[str, object]:
+    """``section.key`` -> value."""
+    return {f"{section}.{key}": value for section, keys in config.model_dump().items() for key, value in keys.items()}
+
+
 def session_keys() -> set[str]:
     """``section.key`` of every key that is marked ``SESSION``."""
     return {

@@ -211,7 +211,7 @@ def test_sparkline_is_monotone(values):
 
 @pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (59.6, "1:00"), (370, "6:10"), (7380, "2:03:00")])
 def test_durations(seconds, text):
-    assert display_module._duration(seconds) == text
+    assert display_module.duration(seconds) == text
 
 
 def test_a_narrow_terminal_keeps_its_bars():

@@ -28,7 +28,7 @@ from typing import Protocol
 
 import torch
 
-from igpo_fast.config import Config, load, session_keys
+from igpo_fast.config import Config, load, session_keys, values_of
 from igpo_fast.contents import contents, sources
 from igpo_fast.errors import InputError, RunError
 from igpo_fast.files import (
@@ -496,10 +496,10 @@ def _rows_now(run: RunFolder) -> list[int] | None:
 def _check_same(run: RunFolder, config: Config) -> None:
     """InputError if the run began with other data, or other values of keys that a session may not change."""
     free = session_keys() | ({"train.steps"} if config.train.lr_schedule == "constant" else set())
-    now = _values(config)
+    now = values_of(config)
     # config.yaml can be edited, and is often the file of the new values.
     for stored in (run.config, load(run._begun) if run._begun.exists() else run.config):
-        before = _values(stored)
+        before = values_of(stored)
         for key, value in now.items():
             if value != before[key] and key not in free:
                 raise InputError(
@@ -508,10 +508,6 @@ def _check_same(run: RunFolder, config: Config) -> None:
                 )
     for changed in run.changed_contents(config):
         raise InputError(f"{changed}; restore it, or give another run.dir=")
-
-
-def _values(config: Config) -> dict[str, object]:
-    return {f"{section}.{key}": value for section, keys in config.model_dump().items() for key, value in keys.items()}
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -106,7 +106,7 @@ class Display:
         self._last_step = now
         self._done = int(row["step"])
         self._print_phases(row)
-        line = f"{summary(row)}  eta {_duration(self._eta())}"
+        line = f"{summary(row)}  eta {duration(self._eta())}"
         self._progress.update(self._run, completed=self._done)
         self._info.plain = line
         if not self.console.is_terminal or evaluated(row) is not None:
@@ -138,7 +138,7 @@ class Display:
         start)."""
         timed = {key.removeprefix("time/"): finite(row.get(key)) for key in row if key.startswith("time/")}
         seconds = {name: s for name, s in (self._phases | timed).items() if name != "step" and s is not None}
-        long = [f"{name} {_duration(s)}" for name, s in seconds.items() if s >= LONG_PHASE]
+        long = [f"{name} {duration(s)}" for name, s in seconds.items() if s >= LONG_PHASE]
         if long and not self.console.is_terminal:
             self._print(Text(f"step {self._done}/{self.steps}  {'  '.join(long)}"))
         self._phases = {}
@@ -204,7 +204,7 @@ def sparkline(values: Sequence[float | None], low: float | None = None, high: fl
     return "".join(" " if finite(value) is None else bar(value) for value in values)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """``45 s``, ``6:10`` or ``2:03:00``; ``-`` for NaN."""
     if math.isnan(seconds):
         return "-"

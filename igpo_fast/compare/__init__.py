@@ -1,0 +1,1 @@
+"""Algorithms compared: trainings from the same starts, paired statistics, a page (docs/compare.md)."""

@@ -1,0 +1,141 @@
+"""What a comparison says: compare.html, compare.json and two pictures."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from igpo_fast.compare.statistics import BUDGETS, mean_curve, sentences, summarise
+from igpo_fast.config import Config, values_of
+from igpo_fast.errors import InputError
+from igpo_fast.files import atomic
+from igpo_fast.jsonl import json_bytes
+from igpo_fast.report.chart import Chart, Line, draw
+
+GREY = "#8a8a85"
+UNITS = {"steps": "step", "seconds": "seconds of training", "tokens": "tokens"}
+
+
+def write_page(folder: Path, rows: Sequence[dict], baseline: str, score: str, at: float, stalled: float) -> dict:
+    """Write what the rows say, variants in the order in which they come.
+
+    Returns:
+        The statistics, with ``sentences``.
+    Raises:
+        InputError: no finished run has the score, or none is of the baseline.
+        StorageError: the operating system refuses.
+    """
+    finished = [row for row in rows if row["finished"] and row["steps"]]
+    if not finished:
+        raise InputError(f"{folder}: no finished run has {score}; train on, or give another --score")
+    found = summarise(finished, baseline, score, at, stalled)
+    if baseline not in found["variants"]:
+        raise InputError(
+            f"--baseline {baseline}: no finished run; give one of {', '.join(found['variants'])}, or train on"
+        )
+    found["sentences"] = sentences(found)
+    charts = Charts(finished, found)
+    _write(folder / "compare.json", json_bytes(found, indent=True))
+    _write(folder / "curves.svg", _picture([charts.curves("steps")]))
+    if differences := charts.differences("steps"):
+        _write(folder / "differences.svg", _picture(differences))
+    _write(folder / "compare.html", page(rows, found, charts).encode(errors="replace"))
+    return found
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic(path) as file:
+        file.write(content)
+
+
+def _picture(charts: Sequence[Chart]) -> bytes:
+    return draw(charts, columns=2, width=560, height=320).encode()
+
+
+class Charts:
+    """The charts of finished rows; variants have the colours of their order."""
+
+    def __init__(self, rows: Sequence[Mapping], found: Mapping):
+        self._found, self._score = found, found["score"]
+        self._runs = {name: [row for row in rows if row["variant"] == name] for name in found["variants"]}
+        self._colours = {name: place for place, name in enumerate(self._runs)}
+
+    def curves(self, budget: str) -> Chart:
+        """The score over a budget: the mean of each variant with its band, and each seed as a thin line."""
+        seeds = [
+            Line("", row[budget], row[self._score], colour=self._colours[name], width=0.6)
+            for name, rows in self._runs.items()
+            for row in rows
+            if None not in row[budget]
+        ]
+        lines = seeds + self._means(self._score, budget)
+        known = [y for line in lines for y in line.ys if y is not None]
+        share = (0.0, 1.0) if known and min(known) >= 0 and max(known) <= 1 else None
+        return Chart(f"{self._score} over {budget}", lines, UNITS[budget], y_range=share)
+
+    def collapse(self) -> Chart:
+        """The share of collapsed groups over steps."""
+        return Chart("share of collapsed groups", self._means("collapsed", "steps"), "step", y_range=(0, 1))
+
+    def _means(self, key: str, budget: str) -> list[Line]:
+        means = {name: mean_curve(rows, key, budget) for name, rows in self._runs.items()}
+        return [
+            Line(name, mean["x"], mean["mean"], mean["low"], mean["high"], colour=self._colours[name], width=2.5)
+            for name, mean in means.items()
+            if mean["x"]
+        ]
+
+    def differences(self, budget: str) -> list[Chart]:
+        """Per variant a dot per seed, the mean, and its interval as a band."""
+        return [
+            self._dots(name, pairs[budget], budget)
+            for name, pairs in self._found["pairs"].items()
+            if pairs[budget]["seeds"]
+        ]
+
+    def _dots(self, name: str, pairs: Mapping, budget: str) -> Chart:
+        seeds, score, colour = pairs["seeds"], pairs["score"], self._colours[name]
+        ends = [seeds[0] - 0.5, seeds[-1] + 0.5]
+        low, high = ([end] * 2 for end in score["interval"] or (None, None))
+        # Gaps between the points, for they are no line.
+        xs = [x for seed in seeds for x in (seed, seed)]
+        ys = [y for value in score["differences"] for y in (value, None)]
+        return Chart(
+            f"{name} - {self._found['baseline']}: {self._score} at equal {budget}",
+            [
+                Line("", ends, [0, 0], colour=GREY, width=1),
+                Line("mean", ends, [score["mean"]] * 2, low, high, colour=colour),
+                Line("", xs, ys, colour=colour),
+            ],
+            "seed",
+            x_range=(ends[0], ends[1]),
+        )
+
+
+def page(rows: Sequence[Mapping], found: Mapping, charts: Charts) -> str:
+    """The page as one HTML text that reads nothing else and runs nothing."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    own = files(__package__)
+    style = own.joinpath("page.css").read_text()
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    drawn = [charts.curves("steps"), *charts.differences("steps"), charts.curves("seconds"), charts.curves("tokens")]
+    drawn += [charts.collapse()]
+    defaults, seen = values_of(Config()), [row["settings"] for row in rows]
+    alike = {key: value for key, value in seen[0].items() if all(key in s and s[key] == value for s in seen)}
+    own_keys = sorted({key for s in seen for key in s} - alike.keys() - {"train.seed"})
+    return template.from_string(own.joinpath("page.html").read_text()).render(
+        found=found,
+        rows=rows,
+        budgets=BUDGETS,
+        style=Markup(style),
+        style_digest=digest,
+        charts=[Markup(draw([chart], width=460, height=290, in_page=True)) for chart in drawn if chart.lines],
+        alike=alike,
+        own={key: {row["variant"]: row["settings"].get(key, defaults[key]) for row in rows} for key in own_keys},
+    )

@@ -1,0 +1,59 @@
+"""bench/study.py: which rows are kept, and that docs/study.md shows them."""
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bench import smollm2, study
+from igpo_fast.cli import app
+from igpo_fast.compare import compare as comparing
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("study", study.table), ("tables", study.table), ("smollm2_nq", smollm2.table)]
+)
+def test_the_tables_are_those_of_the_rows(name, table):
+    shown = (DOCS / "study.md").read_text()
+    assert [line for line in table(study.rows_of(name)).splitlines() if line not in shown] == []
+
+
+@pytest.mark.parametrize("name", study.COMPARISONS)
+def test_the_commands_make_the_runs_of_the_rows(name, monkeypatch):
+    asked = []
+    monkeypatch.chdir(study.ROOT)
+    monkeypatch.setattr(comparing, "compare", lambda folder, plan, **options: asked.append(plan) or {"sentences": []})
+    assert CliRunner().invoke(app, ["compare", *shlex.split(study.COMPARISONS[name])]).exit_code == 0
+    config, rows = asked[0].config_of("grpo", asked[0].seeds[0]), study.rows_of(name)
+    assert {(row["variant"], row["seed"]) for row in rows} <= {
+        (v, s) for v in asked[0].variants for s in asked[0].seeds
+    }
+    assert all(row["steps"] == [*range(0, config.train.steps + 1, config.eval.every)] for row in rows)
+
+
+def test_a_run_has_a_row_per_commit(tmp_path, monkeypatch):
+    made = [
+        {"variant": v, "seed": 1, "finished": v == "igpo", "commit": "a", "eval/f1": [0, 1]} for v in ("igpo", "grpo")
+    ]
+
+    def train(command, **options):
+        assert command[3:] == ["compare", "--dir", str(tmp_path / "runs/mine"), "--jobs", "2", "--seeds", "1-1"]
+        (tmp_path / "runs/mine").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs/mine/compare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(subprocess, "run", train)
+    study.results("mine").parent.mkdir(parents=True)
+    study.results("mine").write_text('{"algorithm": "igpo", "seed": 1, "overrides": ["train.lr=1"]}\n')
+    more = lambda row, run: {"run": run.name}  # noqa: E731
+    for _ in range(2):
+        (row,) = study.compare("mine", ["--seeds", "1-1"], more=more)
+    assert row["run"] == "igpo-1" and row["bench"] == "mine" and row["overrides"] == []
+    made[0] |= {"commit": "b", "eval/f1": [0, 0.5]}
+    (row,) = study.compare("mine", ["--seeds", "1-1"], more=more)
+    assert row["eval/f1"] == [0, 0.5] and len(study.results("mine").read_text().splitlines()) == 3
