@@ -26,6 +26,7 @@ class Comparison:
         long: whether calls take many seconds: the first one's memory is measured, and no round is for warming up.
         sums: peers that are others one after another, by name: the sum of their times in a round, and the most memory.
         tokens: what a call gets through; figures then have it per second.
+        clock: gives seconds; None is the wall's.
         calls: number of calls timed together, if a call takes microseconds; figures are their mean.
         graph: whether to time the device alone on a GPU (``timing.timed``).
         flops: FLOPs per call, by formula.
@@ -34,10 +35,11 @@ class Comparison:
     """
 
     def __init__(
-        self, bench, shape, sides, *, calls=1, graph=False, flops=None, agree=None, long=False, sums=None, tokens=None
-    ):
+        self, bench, shape, sides, *, calls=1, graph=False, flops=None, agree=None, long=False, sums=None, tokens=None,
+        clock=None,
+    ):  # fmt: skip
         self.bench, self.shape, self.calls, self.flops, self.tokens = bench, shape, calls, flops, tokens
-        self.sums, self.warmup = sums or {}, 0 if long else WARMUP
+        self.sums, self.warmup, self.clock = sums or {}, 0 if long else WARMUP, clock or perf_counter
         self.runs, self.peaks, self.errors = {}, {}, {}
         self.found: dict[str, dict] = {}
         expected = None
@@ -63,9 +65,9 @@ class Comparison:
 
         def time_peers():
             for name in peers:
-                start = perf_counter()
+                start = self.clock()
                 self.runs[name]()
-                times[name].append((perf_counter() - start) / self.calls)
+                times[name].append((self.clock() - start) / self.calls)
 
         benchmark.group = self.bench
         benchmark.pedantic(self.runs["ours"], setup=time_peers, rounds=rounds, warmup_rounds=self.warmup)
@@ -78,6 +80,7 @@ class Comparison:
                 peers.append(name)
         self.found = {name: figures(s, self.peaks[name], self.flops, self.tokens) for name, s in seconds.items()}
         about = {**circumstances(), "shape": self.shape} | ({"flops": self.flops} if self.flops else {})
+        about |= {"clock": self.clock.__name__} if self.clock is not perf_counter else {}
         rows = []
         for name in [*peers, *self.errors]:
             row = {"bench": f"{self.bench}/{name}", **about, "ours": self.found["ours"], "peer": name}

@@ -1,23 +1,34 @@
-"""Rollouts of recorded lengths over random tokens: what benches of whole training steps read.
+r"""Rollouts of recorded lengths over random tokens: what benches of whole training steps read.
 
-    python -m bench.recorded RUN --step N --output bench/lengths/NAME.json
+    python -m bench.recorded --config configs/musique.yaml --output bench/lengths/musique.json model.vocab_size=16384 \
+        search.top_k=3 search.max_passage_tokens=128 data.train=questions.jsonl data.corpus=corpus.jsonl
 
-records the lengths of a run's rollouts: numbers alone, of prompts, turns, responses and of the answers that are forced
-after every prefix. bench/lengths/musique.json was made so, from real questions and passages.
+writes numbers alone: the tokens of prompts, turns, responses and of the answers that are forced after every prefix.
+They are those of scripted rollouts: for every question of three hops or more, eight of the warm start's noisy
+demonstrations, which search for its sub-questions, or by mistake for all of it, or stop early, with the tool, the
+dialect and the tokenizer of the configuration. bench/lengths/musique.json is of 100 questions of MuSiQue and their
+1,890 passages.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from bench.timing import circumstances
+from igpo_fast import sft
+from igpo_fast.config import load
+from igpo_fast.data.world import NOISY
+from igpo_fast.demonstrations import PROMPT
+from igpo_fast.setup import set_up
 from igpo_fast.types import REWARD, Group, Question, Rollout, Turn
 from igpo_kernels import Branch
 
@@ -105,40 +116,45 @@ def recorded(lengths: Sequence[Lengths], vocab: int, *, own_prompts: bool = Fals
     return Recorded(tuple(groups), branches)
 
 
-def record(run: Path, step: int) -> list[Lengths]:
-    """The lengths of the rollouts of a run's step, and of the answers that its algorithm forces."""
-    from igpo_fast.run.checkpoint import RunFolder
-    from igpo_fast.setup import set_up
+def record(config: str, settings: Sequence[str], rollouts: int, hops: int) -> list[Lengths]:
+    """The lengths of noisy demonstrations of every question with ``hops`` hops or more."""
+    setup = set_up(load(config, [*settings, "sft.clean_steps=0", "sft.noisy_steps=0", "sft.hard_steps=0"]))
+    dialect, tools, most = setup.agent.dialect, setup.agent.tools, setup.config.rollout.max_tokens
+    rng = random.Random("lengths")
 
-    folder = RunFolder(run)
-    newest = sorted(folder.checkpoints.iterdir())[-1]
-    branches_of = set_up(folder.config, weights=str(newest)).scoring.branches_of
-    groups: dict[str, list[Rollout]] = {}
-    for rollout, _ in folder.read_rollouts(f"step_{step:06d}"):
-        groups.setdefault(rollout.question.id, []).append(rollout)
+    def written(question: Question) -> list[np.ndarray]:
+        made = (sft.write(sft._from_steps([question], NOISY, rng), dialect, tools, most) for _ in range(rollouts))
+        return [asyncio.run(one)[1] for one in made]
+
     return [
-        Lengths(
-            len(rollouts[0].prompt_ids),
-            tuple((branch.start, branch.stop - branch.start) for branch in branches_of(rollouts[0].question)),
-            tuple(tuple((len(t.ids), len(t.response_ids)) for t in rollout.turns) for rollout in rollouts),
-        )
-        for rollouts in groups.values()
+        lengths_of(written(question), setup.scoring.branches_of(question))
+        for question in setup.data.train
+        if (question.hops or 0) >= hops
     ]
+
+
+def lengths_of(writers: Sequence[np.ndarray], branches: Sequence[Branch]) -> Lengths:
+    """From the author of every token (demonstrations.py) of a question's rollouts."""
+    rollouts = []
+    for writer in writers:
+        starts = np.flatnonzero(np.diff(writer, prepend=PROMPT) != 0)
+        sizes = np.diff([*starts, len(writer)]).tolist()  # turns and responses by turns
+        rollouts.append(tuple(zip_longest(sizes[::2], sizes[1::2], fillvalue=0)))
+    prompt = int(np.argmax(writers[0] != PROMPT))
+    return Lengths(prompt, tuple((b.start, b.stop - b.start) for b in branches), tuple(rollouts))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--step", type=int, default=1, help="whose rollouts")
-    parser.add_argument("--how", default="", help="how the run was made, kept with the numbers")
+    parser.add_argument("--config", required=True, help="a configuration with data of its own")
+    parser.add_argument("--rollouts", type=int, default=8, help="per question")
+    parser.add_argument("--hops", type=int, default=3, help="least hops of a question")
     parser.add_argument("--output", type=Path, required=True, help="a file of lengths")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as for igpo-fast train")
     asked = parser.parse_args()
-    groups = record(asked.run, asked.step)
-    about = {name: value for name, value in circumstances().items() if name in ("date", "commit")}
+    groups = record(asked.config, asked.settings, asked.rollouts, asked.hops)
     lines = ",\n".join(json.dumps(asdict(group)) for group in groups)
-    asked.output.write_text(
-        f'{{"how": {json.dumps(asked.how)}, "made": {json.dumps(about)}, "groups": [\n{lines}\n]}}\n'
-    )
+    asked.output.write_text(f'{{"groups": [\n{lines}\n]}}\n')
     totals = [total for group in groups for total in group.totals]
     print(f"{len(groups)} groups, {len(totals)} rollouts of {min(totals)} to {max(totals)} tokens")
 

@@ -35,6 +35,8 @@ from igpo_fast.update.update import Updater
 from igpo_kernels import LossSettings, tree_size
 
 LR = 1e-6
+SCORED = ("algorithm.outcome=tools", "algorithm.answers=max")
+"""The outcomes of the rollouts count, and all accepted answers."""
 PLAIN = {"bf16": False, "gradient_checkpointing": False, "loss_type": "grpo"}
 """What is not TRL's default: float32, nothing computed twice, and the mean over sequences of their means over tokens,
 which does not depend on what is generated together."""
@@ -89,7 +91,7 @@ def updater(
     Args:
         budget: tokens of a pack; None holds the largest group.
     """
-    settings = [f"algorithm.name={algorithm}", f"algorithm.preset={preset}", "algorithm.outcome=tools"]
+    settings = [f"algorithm.name={algorithm}", f"algorithm.preset={preset}", *SCORED]
     recipe = recipe_of(load(None, settings).algorithm)
     learner = Learner(use_attend(size.lm().eval()), settings=LossSettings(), lr=LR, factor=lambda _: 1.0)
     scoring = Scoring(lambda question: data.branches[question.id] if recipe.needs_values else ())
@@ -164,7 +166,7 @@ def igpo_trainer(size: Size, data: Recorded, folder: Path, **options) -> TrlStep
     """IGPOTrainer, with a wrapper and answers as long as the recorded ones."""
     opening = max(branch.start for branches in data.branches.values() for branch in branches)
     wrapper = " ".join(f"w{i}" for i in range(10, 10 + opening)) + " {}"
-    algorithm = {"preset": "robust", "wrapper": wrapper}
+    algorithm = {"preset": "robust", "answers": "max", "wrapper": wrapper}
     return TrlStep(
         IGPOTrainer, IGPOConfig, size, data, folder, dialect="tags", algorithm=algorithm, packed="on", **options
     )
