@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -80,6 +80,16 @@ def counts(data: Recorded) -> dict[str, int]:
         "decision_tokens": data.decision_tokens, "trunk_tokens": sum(plain),
         "branch_tokens": sum(scored) - sum(plain), "largest_group": max(scored),
     }  # fmt: skip
+
+
+def largest_rollout(data: Recorded) -> int:
+    """Packed tokens of the largest rollout with its answers."""
+    alone = (
+        make_trees([replace(group, rollouts=(rollout,))], [data.branches[group.question.id]], [[0]])[0]
+        for group in data.groups
+        for rollout in group.rollouts
+    )
+    return max(tree_size(tree)[0] for tree in alone)
 
 
 def updater(

@@ -2,6 +2,7 @@
 
     ours           IGPO in one pass: values of every prefix, gains, loss and gradients
     two_passes     the same update from a pass without gradient and one with it
+    small_packs    two passes, each over packs of about one rollout: the least memory
     outcome_only   our GRPO: the same packed trees without answers
     igpo_trainer   IGPOTrainer, whose loss, generation and reward code are TRL's
     trl            TRL's GRPOTrainer at its best setting: one advantage per rollout, no values
@@ -12,6 +13,7 @@ All are float32 and take an AdamW step. ``tokens_per_s`` counts decision tokens:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,12 +27,12 @@ from trl.trainer import utils
 
 from bench.recorded import Recorded, read, recorded
 from bench.scoring import full_logits, kv_reuse
-from bench.steps import Size, TrlStep, counts, igpo_trainer, ours
+from bench.steps import Size, TrlStep, counts, igpo_trainer, largest_rollout, ours
 
 SMALL, LARGE = Size(256, 4), Size(512, 8)
-TRL = dict(micro=2, generation=8)
-"""GRPOTrainer's best setting (rows ``trl_settings``); what is generated together is padded together, so a group at a
-time."""
+TRL = dict(micro=1, generation=8)
+"""GRPOTrainer's best setting: micro-batches of 1 to 8 take the same time (rows ``trl_settings``), this one the least
+memory. What is generated together is padded together, so a group at a time."""
 IN_TRL = dict(micro=8, generation=8)
 """IGPOTrainer's: a group at a time gives values and gradients in one pass."""
 AT_ONCE = 4
@@ -39,21 +41,23 @@ SHAPES = {"musique": SMALL}
 FULL = {"one_group": SMALL, "equal_lengths": SMALL, "own_prompts": SMALL, "large": LARGE}
 """Two groups of 8 rollouts; with --full one group: as it is, all rollouts of one length, without a shared prompt, in
 and in a model of eight times the work per token."""
-PEERS = {"ours": ("two_passes", "outcome_only", "igpo_trainer"), "others": ("trl", "full_logits", "kv_reuse")}
+PEERS = {
+    "ours": ("two_passes", "small_packs", "outcome_only", "igpo_trainer"),
+    "trl": ("trl", "small_packs"),
+    "scoring": ("trl", "full_logits", "kv_reuse"),
+}
 SETTINGS = {
-    "micro_8": dict(micro=8),
-    "micro_4": dict(micro=4),
-    "micro_2": dict(micro=2),
-    "micro_1": dict(micro=1),
-    "eager": dict(micro=2, attention="eager"),
-    "checkpointing": dict(micro=2, gradient_checkpointing=True),
-    "compiled": dict(micro=2, torch_compile=True),
-    "bfloat16": dict(micro=2, bf16=True),
-    "head_on_completions": dict(micro=2),
+    "micro_batches": {f"micro_{n}": dict(micro=n) for n in (8, 4, 2, 1)},
+    "modes": {
+        "eager": dict(micro=1, attention="eager"),
+        "compiled": dict(micro=1, torch_compile=True),
+        "bfloat16": dict(micro=1, bf16=True),
+        "head_on_completions": dict(micro=1),
+    },
 }
 """GRPOTrainer's settings that may make its step faster; the last is no setting: its LM head reads completions alone, as
 TRL's does on a GPU."""
-ROUNDS = 3
+ROUNDS, FEWER = 3, 2
 
 
 def data_of(name: str, size: Size) -> Recorded:
@@ -86,6 +90,7 @@ def test_peers(name, peers, compare, request, tmp_path):
     branches_of = lambda rollout: data.branches[rollout.question.id]  # noqa: E731
     made = {
         "two_passes": lambda: ours(size, data, passes="two"),
+        "small_packs": lambda: ours(size, data, passes="two", budget=largest_rollout(data)),
         "outcome_only": lambda: ours(size, data, algorithm="grpo"),
         "igpo_trainer": lambda: igpo_trainer(size, data, tmp_path, **IN_TRL),
         "trl": lambda: grpo_trainer(size, data, tmp_path, **TRL),
@@ -94,16 +99,32 @@ def test_peers(name, peers, compare, request, tmp_path):
     }
     sides = {"ours": ours(size, data)} | {peer: made[peer]() for peer in PEERS[peers]}
     sums = {f"igpo_{way}": (way, "trl") for way in ("full_logits", "kv_reuse") if way in sides}
-    compare("peers", shape_of(name, size, data), sides, ROUNDS, long=True, sums=sums, tokens=data.decision_tokens)
+    rounds = ROUNDS if name in SHAPES else FEWER
+    compare("peers", shape_of(name, size, data), sides, rounds, long=True, sums=sums, tokens=data.decision_tokens)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_trl_settings(setting, compare, request, tmp_path, monkeypatch):
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_trl_settings(settings, compare, request, tmp_path):
     if not request.config.getoption("--full"):
         pytest.skip("with --full")
-    if setting == "head_on_completions":
-        monkeypatch.setattr(utils, "_use_triton", lambda device: True)
     data = data_of("one_group", SMALL)
-    shape = {**shape_of("one_group", SMALL, data), "setting": SETTINGS[setting]}
-    sides = {"ours": ours(SMALL, data), setting: grpo_trainer(SMALL, data, tmp_path, **SETTINGS[setting])}
-    compare("trl_settings", shape, sides, ROUNDS, long=True, tokens=data.decision_tokens)
+    sides = {name: grpo_trainer(SMALL, data, tmp_path, **options) for name, options in SETTINGS[settings].items()}
+    if settings == "modes":
+        sides["head_on_completions"] = on_completions(sides["head_on_completions"])
+    sides["ours"] = ours(SMALL, data)
+    compare(
+        "trl_settings", shape_of("one_group", SMALL, data), sides, FEWER, long=True, tokens=data.decision_tokens
+    )  # fmt: skip
+
+
+def on_completions(side: Callable[[], None]) -> Callable[[], None]:
+    """A step whose LM head reads the positions that have a label, which TRL does where it has Triton."""
+
+    def step():
+        before, utils._use_triton = utils._use_triton, lambda device: True
+        try:
+            side()
+        finally:
+            utils._use_triton = before
+
+    return step

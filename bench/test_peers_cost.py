@@ -22,10 +22,10 @@ from bench.steps import Size, counts, ours
 SIZE = Size(128, 3, 8192)
 """The model of configs/musique.yaml."""
 PROMPT, TURN, RESPONSE, ANSWER = 150, 16, 48, (20, 4)
-USUAL = dict(turns=4, rollouts=4, answers=1)
+USUAL = dict(turns=4, rollouts=2, answers=1)
 SWEEPS = {"turns": (1, 4, 16, 64), "rollouts": (1, 4, 8, 16), "answers": (1, 4, 16)}
-ROUNDS = 3
-AT_ONCE = 4
+ROUNDS = 2
+AT_ONCE = 2
 
 
 def group_of(turns: int, rollouts: int, answers: int) -> Lengths:
