@@ -7,7 +7,7 @@ INSTALL := $(BIN)/pip install --quiet --no-compile
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: optional demo demo-seeds test test-newest fuzz slow gate lint docs mutants bare aot gpu gpu-dry clean
+.PHONY: optional demo demo-seeds test suite with-vllm test-newest fuzz slow gate lint docs mutants bare aot gpu gpu-dry clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -38,10 +38,15 @@ demo-seeds: $(VENV)/.installed
 	$(BIN)/python bench/demo_seeds.py
 
 # cmake comes with the development extra.
-test slow aot: export PATH := $(abspath $(BIN)):$(PATH)
+suite with-vllm slow aot: export PATH := $(abspath $(BIN)):$(PATH)
 
-test: $(VENV)/.installed optional
+test: suite with-vllm
+
+suite: $(VENV)/.installed optional
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm and not aot"
+
+# vLLM wants a process of its own. It leaves a core idle, so CI runs it beside the suite: make -j 2 test.
+with-vllm: $(VENV)/.installed optional
 	$(BIN)/python -m pytest -m "vllm and not slow"
 
 # The suite on the newest of everything instead of the versions that setup pins; by hand, for it may fetch CUDA's

@@ -636,6 +636,15 @@ def test_what_it_holds_beside_gradients_fits_the_workspace(n, h, v, a_row, dtype
     assert peak - sum(g.nbytes for g in gradients) - wide <= workspace
 
 
+def test_chunks_are_of_equal_height(monkeypatch):
+    # A row of 32,768 logits, 4 x 1,024 temporaries, 2 x 512 states: 4 * (32768 + 4096 + 1024) + 2,048 + 320 bytes, of
+    # which 64 MiB less 112 bytes per pair hold 435. 512 rows take two chunks, 1,300 three.
+    monkeypatch.setattr(torch_path, "workspace_bytes", lambda device: 64 << 20)
+    hidden, weight = torch.empty(1, 512), torch.empty(32_768, 512)
+    shapes = [torch_path.chunk_shape(hidden, weight, rows, rows, torch.float32) for rows in (0, 400, 512, 1300)]
+    assert shapes == [(1, 1024), (400, 1024), (256, 1024), (434, 1024)]
+
+
 @pytest.mark.parametrize("frozen", [("weight", "bias"), ("hidden",)])
 def test_what_is_frozen_costs_no_gradient(frozen, monkeypatch):
     monkeypatch.setattr(torch_path, "workspace_bytes", lambda device: 1 << 19)

@@ -47,7 +47,7 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_number(tmp_path, cache, alo
     if rank:
         assert "error: rank 0: another rank has died; its log says why" in done.stderr
         assert f"; the end of {folder}/logs/rank_1.log: " in done.stderr
-    train(folder, cache, EVERY, ranks=2)
+    train(folder, cache, EVERY)
     same(folder, alone())
 
 
@@ -63,7 +63,8 @@ def test_an_error_of_one_rank_while_sampling_is_one_line_and_costs_no_finished_s
     same(folder, alone())
 
 
-@pytest.mark.parametrize("rank", [slow(0), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_of_one_rank_in_an_update_is_one_line_of_its_own(tmp_path, cache, alone, rank):
     """The others are in a collective, which breaks off; they say what broke it."""
     folder = tmp_path / "run"

@@ -74,6 +74,7 @@ def test_an_adapter_is_trained_resumed_evaluated_and_exported(tmp_path, cache, a
     assert len(AutoTokenizer.from_pretrained(out)) == exported.config.vocab_size
 
 
+@pytest.mark.slow
 def test_one_process_owner_in_two_is_refused_in_one_line(tmp_path, cache):
     done = command(*arguments(tmp_path / "run", cache, "distributed.engine=none"), "--nproc", "2")
     assert done.returncode == 2

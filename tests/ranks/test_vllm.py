@@ -46,6 +46,7 @@ def test_two_ranks_sample_with_the_trainers_weights(tmp_path, cache, settings):
     assert "weights by reference" in done.stdout and "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_with_stale_weights_ends_the_run_in_one_line(tmp_path, cache):
     folder = tmp_path / "run"
     started = start(["-m", "tests.ranks.stale", "1", "1", *arguments(folder, cache)], 2)

@@ -42,9 +42,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, pairs, pair_inputs, settings, temperature, softcap):
         compute, differentiate = torch.promote_types(hidden.dtype, torch.float32), any(ctx.needs_input_grad)
-        gradients = Gradients(hidden, weight, bias, compute, ctx.needs_input_grad)
         pairs = pairs.on_host()
         count = len(pairs.on(hidden.device).distinct)
+        gradients = Gradients(hidden, weight, bias, compute, ctx.needs_input_grad, count)
         height, panel = chunk_shape(hidden, weight, len(pairs), count, compute)
         keep_logits = bool(softcap or settings.entropy)
         head = Head(weight, bias, temperature, softcap, height, panel, compute, keep_logits)
@@ -77,14 +77,16 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
 class Gradients:
     """Gradients that chunks add to: hidden's [N, H] in its dtype, the weight's [V, H] and the bias's [V] in ``dtype``;
-    None where none is needed."""
+    None where none is needed. Of ``chunks`` chunks the first writes the weight's, which costs no pass of zeros."""
 
-    def __init__(self, hidden, weight, bias, dtype: torch.dtype, needed: Sequence[bool]):
+    def __init__(self, hidden, weight, bias, dtype: torch.dtype, needed: Sequence[bool], chunks: int):
         dtypes = (hidden.dtype, dtype, dtype)
+        makes = (torch.zeros, torch.empty if chunks else torch.zeros, torch.zeros)
         self.hidden, self.weight, self.bias = (
-            torch.zeros(x.shape, dtype=dtype, device=x.device) if need else None
-            for x, dtype, need in zip((hidden, weight, bias), dtypes, needed, strict=False)
+            make(x.shape, dtype=dtype, device=x.device) if need else None
+            for make, x, dtype, need in zip(makes, (hidden, weight, bias), dtypes, needed, strict=False)
         )
+        self.begun = False
 
     def of(self, *inputs: torch.Tensor | None) -> list[torch.Tensor | None]:
         """The gradients of hidden, weight and bias in the inputs' dtypes."""
@@ -182,9 +184,10 @@ def second_sweep(
         if gradients.hidden is not None:
             dx.addmm_(dz, head.panel_weight(c))
         if gradients.weight is not None:
-            gradients.weight[c].addmm_(dz.T, x)
+            gradients.weight[c].addmm_(dz.T, x, beta=int(gradients.begun))
         if gradients.bias is not None:
             gradients.bias[c] += dz.sum(0)
+    gradients.begun = True
     if gradients.hidden is not None:
         gradients.hidden.index_copy_(0, chunk.rows, dx.to(gradients.hidden.dtype))
 
@@ -192,9 +195,10 @@ def second_sweep(
 def chunk_shape(
     hidden: torch.Tensor, weight: torch.Tensor, pairs: int, rows: int, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """Rows per chunk, whose logits, temporaries and states fill the workspace, and columns per panel.
+    """Rows per chunk, whose logits, temporaries and states fit the workspace, and columns per panel.
 
-    Assumes pairs spread evenly over rows. Half of the workspace is left for logits, however many pairs there are.
+    Chunks are as few as fit, and of equal height: products of a few rows left over would be slow. Assumes pairs spread
+    evenly over rows. Half of the workspace is left for logits, however many pairs there are.
     """
     (vocab, size), workspace = weight.shape, workspace_bytes(hidden.device)
     panel, fixed = min(vocab, PANEL), PAIR_BYTES * pairs
@@ -203,4 +207,5 @@ def chunk_shape(
         fixed += dtype.itemsize * panel * size
     row_bytes = dtype.itemsize * (vocab + TEMPORARIES * panel + 2 * size) + hidden.dtype.itemsize * size
     row_bytes += CHUNK_PAIR_BYTES * -(-pairs // max(1, rows))
-    return max(1, min(rows, max(workspace // 2, workspace - fixed) // row_bytes)), panel
+    height = max(1, min(rows, max(workspace // 2, workspace - fixed) // row_bytes))
+    return -(-rows // -(-rows // height)) if rows else 1, panel

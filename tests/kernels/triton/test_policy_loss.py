@@ -133,7 +133,7 @@ def test_shipped_tiles(m, device, monkeypatch):
     check(make(m), SETTINGS["gspo and sequence weights"], device)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     m=st.integers(1, 400), seed=st.integers(0, 999), sequences=st.integers(1, 40),
     name=st.sampled_from(list(SETTINGS)), without=st.sets(st.sampled_from(["old_logp", "clip_scale"])),
