@@ -15,6 +15,7 @@ SIDES = {
     "outcome_only": "outcome-only (our GRPO)",
     "ours": "**IGPO, one pass**",
     "two_passes": "IGPO, two passes",
+    "small_packs": "IGPO, two passes over packs of a rollout",
     "igpo_trainer": "IGPO in TRL's trainer (`IGPOTrainer`)",
     "trl": "TRL's `GRPOTrainer`, no gains",
     "igpo_kv_reuse": "`GRPOTrainer` + values by KV reuse",
@@ -22,10 +23,9 @@ SIDES = {
 }
 SHAPES = {
     "musique": "16 rollouts",
-    "one_group": "one group of 8",
-    "equal_lengths": "8 of one length",
-    "own_prompts": "8 with prompts of their own",
-    "large": "8, H 512 x 8 layers",
+    "equal_lengths": "8 rollouts of one length",
+    "own_prompts": "8 rollouts, a prompt each",
+    "large": "8 rollouts, H 512 x 8 layers",
 }
 
 

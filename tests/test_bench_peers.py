@@ -117,9 +117,8 @@ def tiny(monkeypatch):
     return SimpleNamespace(config=SimpleNamespace(getoption=lambda name: name == "--full"))
 
 
-@pytest.mark.parametrize("name", [*test_peers.SHAPES, "own_prompts"])
-@pytest.mark.parametrize("peers", ["ours", "scoring"])
-def test_peers_run(peers, name, tiny, tmp_path):
+@pytest.mark.parametrize("name, peers", test_peers.CASES[:4])
+def test_peers_run(name, peers, tiny, tmp_path):
     ran = Ran()
     test_peers.test_peers(name, peers, ran, tiny, tmp_path)
     ((bench, sides, shape),) = ran
@@ -165,7 +164,7 @@ def test_the_table_shows_the_newest_row_of_every_side():
     rows.append(row("step/igpo_vs_grpo", ratio=0.8, bar=1.3))
     assert table.shapes(rows).splitlines()[2:] == [
         "| 16 rollouts | 1,000, 250 | 4.00 (3.50-4.50) | 1.50, 1.50 | 1.250 | 1.300 |",
-        "| 8, H 512 x 8 layers | 1,000, 500 | 2.00 (1.50-2.50) | 1.50, 1.50 |  |  |",
+        "| 8 rollouts, H 512 x 8 layers | 1,000, 500 | 2.00 (1.50-2.50) | 1.50, 1.50 |  |  |",
     ]
     assert table.peers([], "musique") == ""
 
