@@ -117,17 +117,18 @@ class _Drawing:
         known = [point for points in self.points for point in points if point]
         self.x_range = chart.x_range or _span([x for x, *_ in known])
         ys = [y for _, *ys in known for y in ys if y is not None]
-        self.y_range = chart.y_range or _outwards(*_span(ys), most=5)
-        self.y_ticks = ticks(*self.y_range, most=6)
+        self.y0 = top + (28 if chart.title else 12)
+        self.y1 = top + height - 24 - (FONT + 4 if chart.x_label else 0)
+        most = min(6, max(2, int((self.y1 - self.y0) / (2 * FONT))))
+        self.y_range = chart.y_range or _outwards(*_span(ys), most)
+        self.y_ticks = ticks(*self.y_range, most)
         self.labels = any(line.name for line in chart.lines)
         longest = max(len(line.name) for line in chart.lines) if self.labels else 0
         tick_letters = max(len(_said(tick)) for tick in self.y_ticks)
         self.x0 = left + 14 + LETTER * tick_letters + (FONT + 4 if chart.y_label else 0)
         self.x1 = left + width - (16 + LETTER * longest if self.labels else 14)
-        self.y0 = top + (28 if chart.title else 12)
-        self.y1 = top + height - 24 - (FONT + 4 if chart.x_label else 0)
         self.left, self.top, self.bottom = left, top, top + height
-        self.x_ticks = ticks(*self.x_range, most=max(2, int((self.x1 - self.x0) / (7 * LETTER))))
+        self.x_ticks = ticks(*self.x_range, most=max(2, int((self.x1 - self.x0) / (6 * LETTER))))
 
     def x(self, value: float) -> float:
         return _place(value, self.x_range, self.x0, self.x1)
