@@ -1,5 +1,8 @@
 """The benches of whole steps: that their sides compute the same, run, and how their rows become the README's table."""
 
+import importlib.util
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +18,8 @@ from bench.steps import Size, counts, updater
 from igpo_fast.run.metrics import StepMetrics
 from igpo_fast.types import Batch
 
+spec = importlib.util.spec_from_file_location("cost", Path(__file__).parents[1] / "docs/cost.py")
+spec.loader.exec_module(cost := importlib.util.module_from_spec(spec))
 SIZE = Size(64, 2, vocab=64)
 GROUP = Lengths(
     9, ((3, 2), (3, 4)), (((4, 6), (3, 0)), ((2, 7), (5, 6), (3, 0)), ((4, 0),), ((4, 5), (2, 0)))
@@ -167,6 +172,24 @@ def test_the_table_shows_the_newest_row_of_every_side():
         "| 8 rollouts, H 512 x 8 layers | 1,000, 500 | 2.00 (1.50-2.50) | 1.50, 1.50 |  |  |",
     ]
     assert table.peers([], "musique") == ""
+
+
+def test_costs_are_drawn_over_the_outcome_only_update(tmp_path, monkeypatch, capsys):
+    rows = [
+        {"bench": f"cost/{peer}", "peer": peer, "shape": {"sweep": "turns", "turns": turns}, "ratio": ratio}
+        for turns, outcome_only, full in ((1, 1.0, 2.0), (4, 0.9, 7.0), (4, 0.8, 4.0))
+        for peer, ratio in (("outcome_only", outcome_only), ("igpo_full_logits", full), ("full_logits", 3.0))
+    ]
+    times = cost.times(rows, "turns")
+    assert times["ours"] == {1: 1.0, 4: 1.25} and times["igpo_full_logits"] == {1: 2.0, 4: 5.0}, "the newest rows"
+    assert times["igpo_kv_reuse"] == {} and cost.times(rows, "answers")["ours"] == {}
+    for sweep in ("rollouts", "answers"):
+        rows += [row | {"shape": {"sweep": sweep, sweep: row["shape"]["turns"]}} for row in rows[:6]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(cost, "ROWS", tmp_path / "rows.jsonl")
+    cost.main()
+    said = capsys.readouterr().out
+    assert said.startswith("<svg") and said.count("<polyline") == 6 and "accepted answers" in said
 
 
 def test_the_table_of_the_committed_rows(capsys):
