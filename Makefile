@@ -83,6 +83,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python docs/curve.py smollm2 > docs/smollm2.svg
 	$(BIN)/python docs/study_curves.py > docs/study.svg
 	$(BIN)/python docs/study_curves.py tables > docs/tables.svg
+	$(BIN)/python docs/cost.py > docs/cost.svg
 
 mutants: $(VENV)/.installed
 	$(BIN)/python tests/mutants.py

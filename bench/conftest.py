@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytest_benchmark.utils import load_timer
 
 from bench.comparison import Comparison, line
 from bench.peers import left_out
@@ -57,7 +58,8 @@ def compare(benchmark, request, capsys, table):
         pytest.skip("benchmarks are disabled: nothing to compare")
 
     def run(bench: str, shape: dict, sides: dict[str, Callable[[], object]], rounds: int = 3, **options) -> dict:
-        comparison = Comparison(bench, {**shape, "table": table} if table else shape, sides, **options)
+        timer = load_timer(request.config.getoption("benchmark_timer")).target
+        comparison = Comparison(bench, {**shape, "table": table} if table else shape, sides, clock=timer, **options)
         rows = comparison.rows(benchmark, rounds)
         with capsys.disabled():
             print("", *map(line, rows), sep="\n")

@@ -15,8 +15,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 
+from bench.scoring import full_logits, kv_reuse, mean_logp
 from bench.timing import DEVICE
 from igpo_fast.model import TreeAttend, hidden_states, use_attend
 from igpo_kernels import ANSWER, Branch, RolloutTokens, Tree, linear_logprob, pack
@@ -58,9 +59,6 @@ def ways(turns: int, tokens_a_turn: int, wrapper: int, answer: int):
     branch = Branch(rng.integers(0, VOCAB, wrapper + answer), wrapper, wrapper + answer)
     rollout = RolloutTokens(0, ids, np.full(len(ids), -1), boundaries)
     alone = RolloutTokens(0, np.append(ids, 0), np.append(np.full(len(ids), -1), 0))  # the last is a label
-    fed = torch.as_tensor(np.concatenate([ids, branch.ids[:-1]]), device=DEVICE)
-    branch_ids = fed[None, len(ids) :]
-    label = torch.as_tensor(branch.ids[branch.start :], device=DEVICE)
     head = plain.get_output_embeddings().weight
 
     def run(plan):
@@ -75,33 +73,15 @@ def ways(turns: int, tokens_a_turn: int, wrapper: int, answer: int):
         plan = pack([Tree([rollout], [branch])])
         return run(plan)[plan.tensor("kind", DEVICE) == ANSWER].view(turns, answer).mean(1)
 
-    def values(logits_AV):
-        return logits_AV.float().log_softmax(-1).gather(1, label[:, None]).mean()
-
-    def prefix(boundary):
-        return torch.cat([fed[None, :boundary], branch_ids], 1)
-
-    def full_logits():
-        return torch.stack([values(plain(prefix(b), use_cache=False).logits[0, -answer:]) for b in boundaries])
-
     def last_hidden():
-        return torch.stack(
-            [values(plain(prefix(b), use_cache=False, logits_to_keep=answer).logits[0]) for b in boundaries]
-        )
-
-    def kv_reuse():
-        cache, done, found = DynamicCache(), 0, []
-        for b in boundaries:
-            logits = plain(fed[None, done:b], past_key_values=cache, logits_to_keep=1).logits[0]
-            after = plain(branch_ids, past_key_values=cache, logits_to_keep=answer).logits[0]
-            cache.crop(int(b))
-            found.append(values(torch.cat([logits, after])[-answer:]))
-            done = int(b)
-        return torch.stack(found)
+        fed = [torch.as_tensor(np.append(ids[:b], branch.ids[:-1]), device=DEVICE) for b in boundaries]
+        kept = (plain(text[None], use_cache=False, logits_to_keep=answer).logits[0] for text in fed)
+        return torch.stack([mean_logp(logits, branch) for logits in kept])
 
     sides = {
-        "ours": packed, "trunk_only": trunk_only, "kv_reuse": kv_reuse, "last_hidden": last_hidden,
-        "full_logits": full_logits,
+        "ours": packed, "trunk_only": trunk_only, "last_hidden": last_hidden,
+        "kv_reuse": lambda: kv_reuse(plain, rollout, [branch])[0],
+        "full_logits": lambda: full_logits(plain, [rollout], lambda _: [branch], at_once=1)[0][0],
     }  # fmt: skip
     return sides, pack([Tree([rollout], [branch])]).n_tokens
 

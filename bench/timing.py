@@ -49,11 +49,12 @@ def captured(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def circumstances() -> dict:
-    """Date, commit, hardware and versions."""
+    """Date, commit, hardware, how many processes wanted a core in the last minute, and versions."""
     return {
         "date": date.today().isoformat(),
         "commit": commit(),
         "hardware": torch.cuda.get_device_name() if DEVICE == "cuda" else f"{cpu()}, {torch.get_num_threads()} threads",
+        "load": round(os.getloadavg()[0], 1),
         "versions": {name: found for name in ("torch", "triton", "transformers") if (found := installed(name))},
     }
 

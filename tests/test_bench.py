@@ -78,6 +78,36 @@ def test_a_peer_that_raises_or_differs_is_a_row_without_figures(calls):
     assert line(rows[0]) == "op/broken: RuntimeError: no such device" and "not close" in rows[1]["error"]
 
 
+def test_long_calls_run_once_for_their_memory_and_peers_may_be_sums(calls):
+    ran, side = calls
+    moved = []
+
+    def slow():
+        moved.append(torch.ones(1000, dtype=torch.float64))
+
+    sides = {"ours": slow, "a": side("a", 100.0, None), "b": side("b", 100.0, torch.ones(2))}
+    sums = {"both": ("a", "b"), "broken": ("a", "no such side")}
+    rows = Comparison("op", {}, sides, long=True, sums=sums, tokens=50, agree=dict(atol=0, rtol=0)).rows(Benchmark(), 2)
+    assert len(moved) == 3 and ran == ["a", "b"] * 3, "once for the memory, then two rounds"
+    assert [row["bench"] for row in rows] == ["op/a", "op/b", "op/both"]
+    assert rows[0]["ours"]["peak_bytes"] == 8000 and rows[0]["ours"]["tokens_per_s"] == 25_000
+    both = rows[2]["peers"]["both"]
+    assert both["median"] == 200_000 and both["tokens_per_s"] == 0.25 and rows[2]["ratio"] == 100_000
+    assert "2.5e+04 and 0.25 tokens/s" in line(rows[2]) and "clock" not in rows[0]
+
+
+def test_another_clock_is_told(calls):
+    _, side = calls
+    now = iter(range(0, 1000, 3))
+    sides = {"ours": side("o", 1, None), "peer": side("p", 100.0, None)}
+
+    def processor():
+        return float(next(now))
+
+    row = Comparison("op", {}, sides, clock=processor).rows(Benchmark(), rounds=1)[0]
+    assert row["peers"]["peer"]["median"] == 3000 and row["clock"] == "processor" and row["load"] >= 0
+
+
 def test_ours_must_run():
     def broken():
         raise RuntimeError("ours")
