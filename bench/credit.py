@@ -4,21 +4,26 @@
 
 Draws turns of a step's rollouts. From the prefix before a turn and from the one after it, response included, the policy
 that sampled the turn goes on ``--samples`` times at temperature 1; the difference of the mean F1 is what the turn
-changed. Appends a row with every point to bench/results/credit.jsonl: Spearman's rank correlation with the gain, and
-for comparison with the outcome normalised in the group, which GRPO gives to every turn; intervals by bootstrap over
-rollouts. By default the step is the newest one that a checkpoint's weights have sampled.
+changed. Appends a row with every point to bench/results/credit.jsonl: Spearman's rank correlation of the change with
+
+    gain        the information gain
+    gated       the same, 0 below the run's gate (algorithm.ig_gate), as training takes it
+    advantage   IGPO's advantage of the turn, by the run's settings
+    outcome     the outcome normalised in the group, which GRPO gives to every turn: the yardstick
+
+and the mean change by gain and by turn number; intervals by bootstrap over rollouts. By default the step is the newest
+one that a checkpoint's weights have sampled.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.demo_seeds import ROOT, about
 from igpo_fast.config import load
 from igpo_fast.engines.base import Sampling
+from igpo_fast.jsonl import json_line
 from igpo_fast.rollouts.batch import RolloutLoop
 from igpo_fast.rollouts.rollout import Agent, run_rollout
 from igpo_fast.rollouts.tools.base import close
@@ -46,6 +52,8 @@ ROWS = ROOT / "bench/results/credit.jsonl"
 CONTINUED = -2
 """Step number in the continuations' sampling keys: noise of their own (evaluation's is -1)."""
 RESAMPLES = 2000
+EDGES = (-0.5, -0.02, 0.02, 0.5)
+"""Gains between two of these are taken together, in the unit of the basis."""
 
 Prefix = tuple[int, int]
 """A rollout's number and the turns that it begins with."""
@@ -59,10 +67,8 @@ class Points:
     """The turn's rollout: int64 [n]."""
     turn: np.ndarray
     """Its number there, from 1: int64 [n]."""
-    gain: np.ndarray
-    """Its information gain: float64 [n]."""
-    outcome: np.ndarray
-    """The rollout's outcome normalised in its group: float64 [n]."""
+    credits: Mapping[str, np.ndarray]
+    """What it is given: float64 [n] by name, ``gain`` among them."""
     change: np.ndarray
     """Mean F1 from after the turn less that from before it: float64 [n]."""
     halves: np.ndarray
@@ -128,17 +134,23 @@ def measure(setup: Setup, rollouts: Sequence[Rollout], prefixes: int, samples: i
     policy = Policy(setup.lm, config.rollout.temperature, LossSettings(), config.model.kernels)
     scoring = Scoring(lambda question: setup.agent.dialect.branches(question)[: recipe.scored_answers])
     value_of = partial(values_of, basis=recipe.basis, answers=recipe.answers)
-    gains = [np.diff(v.values) for v in answer_values(policy, groups, scoring, value_of, config.train.token_budget)]
-    outcomes = [credit.advantages[0] for credit in credit_rollouts(groups, None, replace(recipe, algorithm="grpo"))]
+    values = answer_values(policy, groups, scoring, value_of, config.train.token_budget)
+    advantages = [credit.advantages for credit in credit_rollouts(groups, values, recipe)]
+    outcomes = [credit.advantages for credit in credit_rollouts(groups, None, replace(recipe, algorithm="grpo"))]
     turns = draw_turns(rollouts, prefixes, seed)
+    gain = np.array([np.diff(values[i].values)[t - 1] for i, t in turns])
     agent = replace(setup.agent, sampling=Sampling(temperature=1.0), seed=seed, outcome=None)
     ends = [end for i, t in turns for end in ((i, t - 1), (i, t))]
     scores = success(agent, rollouts, ends, samples, config.algorithm.f1_normalisation)
     return Points(
         rollout=np.array([i for i, _ in turns]),
         turn=np.array([t for _, t in turns]),
-        gain=np.array([gains[i][t - 1] for i, t in turns]),
-        outcome=np.array([outcomes[i] for i, _ in turns]),
+        credits={
+            "gain": gain,
+            "gated": np.where(np.abs(gain) < recipe.gate, 0.0, gain),
+            "advantage": np.array([advantages[i][t - 1] for i, t in turns]),
+            "outcome": np.array([outcomes[i][t - 1] for i, t in turns]),
+        },
         change=changes(scores, turns),
         halves=np.array([changes(scores, turns, slice(half, None, 2)) for half in (0, 1)]),
     )
@@ -146,32 +158,33 @@ def measure(setup: Setup, rollouts: Sequence[Rollout], prefixes: int, samples: i
 
 def summary(points: Points) -> dict:
     """What a row says of the points."""
-    correlated = {
-        name: [round(x, 3) for x in rank_correlation(credit, points.change, points.rollout)]
-        for name, credit in (("gain", points.gain), ("outcome", points.outcome))
-    }
-    by_turn = {}
-    for turn in np.unique(points.turn).tolist():
-        of = points.turn == turn
-        by_turn[turn] = {
-            "turns": int(of.sum()),
-            "gain": round(spearman(points.gain[of], points.change[of]), 3),
-            "outcome": round(spearman(points.outcome[of], points.change[of]), 3),
-            "mean_gain": round(float(points.gain[of].mean()), 4),
-            "mean_change": round(float(points.change[of].mean()), 4),
-        }
+    places = np.searchsorted(EDGES, points.credits["gain"])
+    names = [f"{low} to {high}".strip() for low, high in pairwise(("", *EDGES, ""))]
     return {
-        "spearman": correlated,
+        "spearman": {
+            name: [round(x, 3) for x in rank_correlation(credit, points.change, points.rollout)]
+            for name, credit in points.credits.items()
+        },
         "halves": round(spearman(*points.halves), 3),
-        "by_turn": by_turn,
+        "by_gain": {name: _part(points, places == i) for i, name in enumerate(names) if (places == i).any()},
+        "by_turn": {str(turn): _part(points, points.turn == turn) for turn in np.unique(points.turn).tolist()},
         "points": {
             "rollout": points.rollout.tolist(),
             "turn": points.turn.tolist(),
-            "gain": points.gain.round(4).tolist(),
-            "outcome": points.outcome.round(3).tolist(),
+            **{name: credit.round(4).tolist() for name, credit in points.credits.items()},
             "change": points.change.round(4).tolist(),
         },
     }
+
+
+def _part(points: Points, part: np.ndarray) -> dict[str, float]:
+    """Of some points their number, mean gain and change, the latter's standard error, and rank correlations; what does
+    not exist is left out."""
+    gain, change = points.credits["gain"][part], points.change[part]
+    error = change.std(ddof=1) / len(change) ** 0.5 if len(change) > 1 else float("nan")
+    figures = {"gain": gain.mean(), "change": change.mean(), "change_se": error}
+    figures |= {f"spearman/{name}": spearman(credit[part], change) for name, credit in points.credits.items()}
+    return {"turns": len(change), **{name: round(float(x), 4) for name, x in figures.items() if np.isfinite(x)}}
 
 
 def chosen(run: RunFolder, step: int | None) -> tuple[int, int]:
@@ -220,13 +233,14 @@ def main() -> None:
         "overrides": args.overrides,
         **summary(points),
     }
-    with open(args.results, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    with open(args.results, "ab") as file:
+        file.write(json_line(row))
     for name, (rho, low, high) in row["spearman"].items():
-        print(f"{name:<8} {rho:+.2f} ({low:+.2f} to {high:+.2f})")
-    print(f"halves   {row['halves']:+.2f}, the two halves of the continuations with each other")
-    for turn, found in row["by_turn"].items():
-        print(f"turn {turn}   {found}")
+        print(f"{name:<10}{rho:+.2f} ({low:+.2f} to {high:+.2f})")
+    print(f"halves    {row['halves']:+.2f}, the two halves of the continuations with each other")
+    for part in ("by_gain", "by_turn"):
+        for name, found in row[part].items():
+            print(f"{part.removeprefix('by_')} {name}: {found}")
 
 
 if __name__ == "__main__":

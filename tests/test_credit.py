@@ -7,6 +7,7 @@ from bench import collapse
 from bench.credit import Points, changes, chosen, draw_turns, measure, rank_correlation, spearman, success, summary
 from igpo_fast.data.load import question_order
 from igpo_fast.engines.base import Sampling
+from igpo_fast.jsonl import json_line
 from igpo_fast.rollouts.rollout import Agent, Limits
 from igpo_fast.rollouts.tools.base import Tools
 from igpo_fast.run.checkpoint import RunFolder
@@ -76,17 +77,23 @@ def test_points_of_a_rollout_stay_together():
     assert many == pytest.approx(few) and alone[2] - alone[1] < 0.5 * (few[2] - few[1])
 
 
-def test_a_row_says_what_each_turn_number_gives():
+def test_a_row_by_hand():
+    gain, outcome = np.array([0.0, 0.6, 0.1, 0.7, 0.2]), np.array([1.0, 1.0, -1.0, -1.0, 0.0])
     points = Points(
-        rollout=np.array([0, 0, 1, 1, 2]), turn=np.array([1, 2, 1, 2, 1]), gain=np.array([0.0, 0.5, 0.1, 0.7, 0.2]),
-        outcome=np.array([1.0, 1.0, -1.0, -1.0, 0.0]), change=np.array([0.0, 0.5, 0.25, 1.0, 0.5]),
+        rollout=np.array([0, 0, 1, 1, 2]), turn=np.array([1, 2, 1, 2, 1]), credits={"gain": gain, "outcome": outcome},
+        change=np.array([0.0, 0.5, 0.25, 1.0, 0.5]),
         halves=np.array([[0.0, 0.5, 0.5, 1.0, 0.25], [0.0, 0.5, 0.25, 1.0, 0.75]]),
     )  # fmt: skip
     row = summary(points)
-    assert row["by_turn"][1] == {"turns": 3, "gain": 1.0, "outcome": -0.5, "mean_gain": 0.1, "mean_change": 0.25}
-    assert row["by_turn"][2]["mean_change"] == 0.75 and row["by_turn"][2]["outcome"] == -1.0
+    assert row["by_turn"]["1"] == {
+        "turns": 3, "gain": 0.1, "change": 0.25, "change_se": 0.1443, "spearman/gain": 1.0, "spearman/outcome": -0.5,
+    }  # fmt: skip
+    assert row["by_turn"]["2"]["change"] == 0.75 and row["by_turn"]["2"]["spearman/outcome"] == -1.0
+    assert {name: (part["turns"], part["change"]) for name, part in row["by_gain"].items()} == {
+        "-0.02 to 0.02": (1, 0.0), "0.02 to 0.5": (2, 0.375), "0.5 to": (2, 0.75),
+    }  # fmt: skip
     assert row["spearman"]["gain"][0] == pytest.approx(0.975, abs=1e-3)  # ranks 1 4 2 5 3 and 1 3.5 2 5 3.5
-    assert row["points"]["turn"] == [1, 2, 1, 2, 1]
+    assert row["points"]["turn"] == [1, 2, 1, 2, 1] and json_line(row)
 
 
 def test_a_runs_own_gains(cache, tmp_path):
@@ -96,13 +103,16 @@ def test_a_runs_own_gains(cache, tmp_path):
     assert chosen(run, None) == (3, 2) and chosen(run, 1) == (1, 2)
     setup = set_up(config, weights=str(run.saved()[2]))
     recorded = list(run.read_rollouts("step_000003"))
-    points, again = (measure(setup, [rollout for rollout, _ in recorded], 12, 2, seed=1) for _ in range(2))
+    points, again = (measure(setup, [rollout for rollout, _ in recorded], 12, 8, seed=1) for _ in range(2))
     own = [recorded[i][1].gains[t - 1] for i, t in zip(points.rollout, points.turn, strict=True)]
-    np.testing.assert_allclose(points.gain, own, atol=1e-4)
-    assert all((vars(points)[name] == vars(again)[name]).all() for name in vars(points))
+    np.testing.assert_allclose(points.credits["gain"], own, atol=1e-4)
+    trained = [recorded[i][1].advantages[t - 1] for i, t in zip(points.rollout, points.turn, strict=True)]
+    np.testing.assert_allclose(points.credits["advantage"], trained, atol=1e-2)
+    np.testing.assert_equal(vars(points), vars(again))
+    assert points.change.any()
     outcomes = {i: credit.outcome for i, (_, credit) in enumerate(recorded)}
     size = config.rollout.group_size
-    for i, z in zip(points.rollout, points.outcome, strict=True):
+    for i, z in zip(points.rollout, points.credits["outcome"], strict=True):
         group = np.array([outcomes[j] for j in range(i - i % size, i - i % size + size)])
         assert np.sign(z) == np.sign(outcomes[i] - group.mean()) or group.std() < 1e-6
 
