@@ -95,7 +95,7 @@ def main() -> None:
             "group_size": config.rollout.group_size,
             "seed": config.train.seed,
             "gate": config.algorithm.ig_gate,
-            "overrides": args.overrides,
+            "overrides": [given for given in args.overrides if "/" not in given],  # paths are this machine's
             **measure(setup, groups),
         }
         with open(args.results, "a") as file:

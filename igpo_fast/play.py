@@ -71,14 +71,16 @@ class Game:
         baseline = "none" if recipe.baseline == "none" else "previous"
         self._recipe = replace(recipe, algorithm="igpo", baseline=baseline)
         self.agent, self.question, self.basis = setup.eval_agent, question, recipe.basis
-        self.notes = [
-            *([f"values are the policy's, not algorithm.value_model={recipe.value_model}'s"] * recipe.values_apart),
-            *(
-                [f"gains are over the value before, not over algorithm.baseline={recipe.baseline}"]
-                * (recipe.baseline != baseline)
-            ),
-            *([f"algorithm.name={recipe.algorithm} trains on outcomes, not on gains"] * (not recipe.needs_values)),
-        ]
+        notes = {
+            f"values are the policy's, not those of algorithm.value_model={recipe.value_model}": recipe.values_apart,
+            f"gains are over the value before, not over algorithm.baseline={recipe.baseline}": recipe.baseline
+            != baseline,
+            f"algorithm.name={recipe.algorithm} trains on outcomes, not on gains": not recipe.needs_values,
+            f"training takes gains below algorithm.ig_gate={recipe.gate:g} for 0": recipe.needs_values
+            and recipe.gate > 0,
+        }
+        self.notes = [note for note, applies in notes.items() if applies]
+        """What differs from training, one line each."""
         count, dialect = self._recipe.scored_answers, self.agent.dialect
         self._scoring = Scoring(lambda question: dialect.branches(question)[:count], baseline=baseline)
         self._policy = Policy(setup.lm, config.rollout.temperature, LossSettings(), config.model.kernels)

@@ -202,8 +202,9 @@ def test_find_question(setup):
 def test_notes_say_where_gains_are_not_those_of_training(run, question):
     for overrides, note in [
         (["algorithm.name=grpo"], "grpo trains on outcomes"),
+        (["algorithm.ig_gate=0.05"], "training takes gains below algorithm.ig_gate=0.05 for 0"),
         (["algorithm.baseline=masked"], "not over algorithm.baseline=masked"),
-        (["algorithm.value_model=reference"], "not algorithm.value_model=reference's"),
+        (["algorithm.value_model=reference"], "not those of algorithm.value_model=reference"),
     ]:
         said = io.StringIO()
         lines = iter([subject(question), "quit"])
