@@ -1,4 +1,4 @@
-"""The command line: ``igpo-fast train | sft | eval | score | report | search | doctor | plan``."""
+"""The command line: ``igpo-fast train | sft | eval | compare | report | play | score | search | doctor | plan``."""
 
 from __future__ import annotations
 
@@ -219,6 +219,34 @@ def _scores(found: Mapping[str, float], at: str) -> str:
     parts = [f"f1 {found[f'{at}/f1']:.3f} ± {found[f'{at}/f1_se']:.3f}"] if f"{at}/f1" in found else []
     parts += [f"{key} {found[f'{at}/{key}']:.3f}" for key in ("em", "reward") if f"{at}/{key}" in found]
     return "  ".join([*parts, f"turns {found[f'{at}/turns']:.1f}"])
+
+
+@app.command()
+def play(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a model directory.")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    question: Annotated[
+        str, typer.Option(metavar="N|ID", help="A held-out question by its number, or any by its id.")
+    ] = "1",
+    checkpoint: Checkpoint = "newest",
+) -> None:
+    """Be the policy: type turns, and see after each how probable the model now holds the right answer."""
+    settings, weights = _evaluated(target, config, list(overrides or ()), checkpoint)
+    from rich.console import Console
+
+    from igpo_fast.play import find_question
+    from igpo_fast.play import play as run_play
+    from igpo_fast.setup import set_up
+
+    with suppress(ImportError):
+        import readline  # noqa: F401 (gives typed lines a history and editing)
+    setup = set_up(settings, weights=weights)
+    for warning in setup.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    chosen = find_question(setup.data, question)
+    setup.agent.engine.load_weights(setup.lm.state_dict().items())
+    run_play(setup, chosen, Console(highlight=False))
 
 
 @app.command()
@@ -482,7 +510,7 @@ def _evaluated(target: str, file: Path | None, overrides: list[str], checkpoint:
     if not (Path(target) / "config.yaml").exists():
         if file is None:
             what = "not a run folder" if Path(target).exists() else "no such run folder"
-            raise InputError(f"{target}: {what}; give --config FILE to evaluate a model")
+            raise InputError(f"{target}: {what}; give --config FILE beside a model")
         if checkpoint != "newest":
             raise InputError(f"--checkpoint {checkpoint}: {target} is a model; leave it out")
         return _load(file, [*overrides, f"model.path={json.dumps(target)}"]), target

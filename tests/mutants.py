@@ -108,6 +108,7 @@ TURNS_GPU = "kernels/triton/test_turn_advantages_triton.py"
 ATTENTION_GPU = "kernels/triton/test_tree_attention_triton.py"
 INSPECT = "kernels/triton/test_inspect.py"
 GAPS = "test_mutant_gaps.py"
+PLAY = "test_play.py"
 AUTOGRAD = "kernels/test_autograd.py"
 HEADS = "kernels/test_huggingface_head.py"
 ONE_PASS = f"{GAPS}::test_a_one_pass_update_has_the_naive_gradient"
@@ -1043,6 +1044,30 @@ MUTANTS = [
          "test_words.py::test_bm25_finds_in_chinese_japanese_and_either_unicode_form"),
     ),
     *faults("igpo_fast/rollouts/rollout.py",
+        ("given turns' responses are written again", "            self._append(turn)\n",
+         "            self._append(replace(turn, response_ids=self._agent.dialect.response(turn.actions, [])[0]))\n",
+         "test_rollout.py::TestOneRollout::test_goes_on_behind_given_turns_token_for_token"),
+        ("tools forget the calls of given turns", "await self._tools.call(turn.actions)", "pass",
+         "test_rollout.py::TestOneRollout::test_goes_on_behind_given_turns_token_for_token"),
+        ("given turns do not count", "len(self.turns) + 1 == limits", "len(self.turns) + 2 == limits",
+         "test_rollout.py::TestOneRollout::test_given_turns_count_towards_the_limit"),
+    ),
+    *faults("igpo_fast/play.py",
+        ("the value before the last response", "(*self.rollout.turns, NEXT)", "(*self.rollout.turns[:-1], NEXT)",
+         f"{PLAY}::test_values_are_those_of_score"),
+        ("played values in another basis", "basis=recipe.basis, answers", 'basis="prob", answers',
+         f"{PLAY}::test_values_are_those_of_score"),
+        ("an undo repeats the policy's draw", "self._undone += 1", "pass", f"{PLAY}::test_undo"),
+        ("an undo keeps the turn", "self._open(self.rollout.turns[:-1])", "self._open(self.rollout.turns)",
+         f"{PLAY}::test_undo"),
+        ("the policy plays with noise of its own", "self.agent.seed, EVAL_STEP,", "self.agent.seed, EVAL_STEP - 1,",
+         f"{PLAY}::test_the_policy_plays_as_in_an_evaluation"),
+        ("unknown words are played", "if self._unknown is not None", "if False",
+         f"{PLAY}::test_what_is_no_turn_is_refused_and_changes_nothing"),
+        ("a raw turn goes on behind its stop", "text[: min(ends, default=len(text))]", "text",
+         f"{PLAY}::test_raw_turns"),
+        ("passages move the cursor", 'c if c.isprintable() or c == "\\n" else repr(c)[1:-1]', "c",
+         f"{PLAY}::test_texts_are_neither_markup_nor_control_sequences"),
     ),
     *faults("igpo_fast/rollouts/batch.py",
         ("deadlines count the trainer's work", "return self.clock() - self._stood", "return self.clock()",

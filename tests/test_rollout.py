@@ -128,6 +128,28 @@ class TestOneRollout:
             run(engine, limits=replace(LIMITS, max_tokens=9))
         assert engine.requests == []
 
+    def test_goes_on_behind_given_turns_token_for_token(self, monkeypatch):
+        turns = run(say("<search> A B </search>", "<search> D </search>", "C <eos>", "<answer> B </answer>")).turns
+        # Nothing that was sampled or shown before is written again.
+        monkeypatch.setattr(DIALECT, "response", lambda *args, **options: (np.array(ids_of("? ?"), np.int32), "? ?"))
+        for begun in range(4):
+            engine, tool = ScriptedEngine(lambda key, turn: "<answer> C D </answer>"), ScriptedTool()
+            found = asyncio.run(run_rollout(agent(engine, tool), ASKED, 2, 5, begun=turns[:begun]))
+            assert list(map(id, found.turns[:-1])) == list(map(id, turns[:begun])) and found.answer == "C D"
+            (request,) = engine.requests
+            before = [id for turn in turns[:begun] for id in (*turn.ids, *turn.response_ids)]
+            assert request.ids.tolist() == ids_of("A B born ?") + before
+            assert found.ids.tolist() == request.ids.tolist() + ids_of("<answer> C D </answer>")
+            # The calls are made again, for tools that keep a state.
+            assert tool.calls == [("A B", "people"), ("D", "people")][:begun]
+            assert engine.released == [KEY]
+
+    def test_given_turns_count_towards_the_limit(self):
+        turns = run(say(*["<search> A </search>"] * 4)).turns
+        engine = say("<search> D </search>")
+        found = asyncio.run(run_rollout(agent(engine), ASKED, 2, 5, begun=turns[:3]))
+        assert (len(found.turns), found.truncated, len(engine.requests)) == (4, "turns", 1)
+
 
 QUESTIONS = [Question(f"q{i}", "A B born ?", ("C D",)) for i in range(3)]
 

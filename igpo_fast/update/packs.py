@@ -267,3 +267,30 @@ def means_of(plan: TreePlan, scored_logp: np.ndarray, kind: int) -> dict[int, np
     count = np.bincount(cell, minlength=np.prod(shape)).reshape(shape)
     means = np.where(count, total / np.maximum(count, 1), np.nan)
     return {int(i): means[r, : answers[r], : turns[r]] for r, i in enumerate(numbers)}
+
+
+def answer_values(
+    policy: Callable[[TreePlan], PackResult],
+    groups: Sequence[Group],
+    scoring: Scoring,
+    value_of: Callable[[np.ndarray], np.ndarray],
+    token_budget: int,
+) -> list[Values]:
+    """The values of each rollout of ``groups``, in their order, from passes without gradient that train nothing.
+
+    Args:
+        policy: what gives them.
+        scoring: what is scored; without forks.
+        value_of: log-probabilities [n, turns] to a value per turn, as ``gains.values_of`` does.
+        token_budget: most packed tokens per forward.
+    Raises:
+        ValueError: a rollout with its answers exceeds ``token_budget``.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    numbers = iter(range(len(rollouts)))
+    numbered = [[next(numbers) for _ in group.rollouts] for group in groups]
+    trees = make_trees(groups, [scoring.branches_of(group.question) for group in groups], numbered)
+    answers: dict[int, np.ndarray] = {}
+    for plan in pack_within(trees, token_budget, split=True):
+        answers |= means_of(plan, policy(plan).scored_logp, ANSWER)
+    return [scoring.values(len(r.turns), answers.get(i), None, value_of) for i, r in enumerate(rollouts)]

@@ -288,3 +288,20 @@ class Plain:
         heads = [x.transpose(0, 1) for x in (q, k, v)]
         attend = torch.nn.functional.scaled_dot_product_attention
         return attend(*heads, is_causal=True, scale=scale, enable_gqa=True).transpose(0, 1)
+
+
+def test_with_one_turn_per_rollout_igpo_is_grpo(tmp_path, cache):
+    """No turn earns a gain, so advantages, losses and weights are GRPO's; the answers are read all the same."""
+    (tmp_path / "judge.py").write_text("def reward(rollout):\n    return int(rollout.ids.sum()) % 5\n")
+    one = ("rollout.max_turns=1", "train.steps=2", "eval.every=0", f"algorithm.outcome={tmp_path}/judge.py:reward")
+    runs = {
+        name: train(settings(tmp_path / name, cache, f"algorithm.name={name}", *one), Recorder())
+        for name in ("igpo", "grpo")
+    }
+    for row, other in zip(*(rows(run.path)[1:] for run in runs.values()), strict=True):
+        shared = {key for key in other if key.startswith(("reward/", "loss/", "group/", "turns/", "mismatch/"))}
+        assert {"loss/policy", "loss/grad_norm", "reward/outcome", "group/collapsed"} <= shared
+        assert {key: row[key] for key in shared} == pytest.approx({key: other[key] for key in shared}, abs=1e-6)
+        assert row["tokens/scored"] > other["tokens/scored"] == 0 and other["group/collapsed"] < 1
+    advantages = [[credit.advantages.item() for _, credit in run.read_rollouts("step_000002")] for run in runs.values()]
+    assert advantages[0] == pytest.approx(advantages[1], abs=1e-6) and any(advantages[0])

@@ -130,6 +130,18 @@ def called(schema: Schema | None, arguments: Any) -> Actions:
     return (Action(schema["function"]["name"], known),)
 
 
+def called_with(schema: Schema, text: str) -> Actions:
+    """The call of a function that ``text`` stands for: its only text as it is, or JSON, of an object of arguments or of
+    an only argument that is no text; ``NOTHING`` if it fits neither."""
+    if name := only_text(schema):
+        return called(schema, {name: text})
+    parameters = list(parameters_of(schema))
+    value, stop = json_at(text, 0) if text.strip() else ({}, 0)
+    if text[stop:].strip():
+        return NOTHING
+    return called(schema, {parameters[0]: value} if len(parameters) == 1 and text.strip() else value)
+
+
 _TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
 
 

@@ -15,13 +15,11 @@ from igpo_fast.rollouts.dialect.encoding import unquote
 from igpo_fast.rollouts.dialect.parsing import (
     ANSWERS,
     ECHO,
-    NOTHING,
     Actions,
     Schema,
     answered,
-    called,
+    called_with,
     first_actions,
-    json_at,
     only_text,
     parameters_of,
     tagged,
@@ -148,7 +146,7 @@ class TagsDialect(Dialect):
         written = [ANSWERS, *map(tags_of, names)]
         self.tags = (*Dialect.tags, *(tag for pair in written[1:] for tag in pair), "<information>", "</information>")
         super().__init__(tokenizer, functions, **budgets)
-        reads = [answered, *(partial(_read, function) for function in functions)]
+        reads = [answered, *(partial(called_with, function) for function in functions)]
         self._tags = [tag for pair in written for tag in pair]
         self._readers = {
             opening: tagged(read, closing, tuple(tag for tag in self._tags if tag != closing))
@@ -214,14 +212,3 @@ class TagsDialect(Dialect):
 
     def _wrapper(self) -> tuple[str, str]:
         return self.wording.before, self.wording.after
-
-
-def _read(function: Schema, text: str) -> Actions:
-    """The call of a function whose tags hold ``text``."""
-    if name := only_text(function):
-        return called(function, {name: text})
-    parameters = list(parameters_of(function))
-    value, stop = json_at(text, 0) if text.strip() else ({}, 0)
-    if text[stop:].strip():
-        return NOTHING
-    return called(function, {parameters[0]: value} if len(parameters) == 1 and text.strip() else value)
