@@ -47,6 +47,11 @@ class Contents:
     def _entry(self, one: Shown, group: Group) -> dict[str, Any]:
         rollout, credit, question = one.rollout, one.credit, one.rollout.question
         f1, em = (credit.f1, credit.em) if credit else self._scores(rollout)
+        earned = {}
+        if credit:
+            earned = {"values": credit.values, "gains": credit.gains, "advantages": credit.advantages}
+            if credit.baselines is not None:
+                earned["baselines"] = credit.baselines
         return {
             "key": one.key,
             "group": group[0].key,
@@ -66,12 +71,7 @@ class Contents:
             "failures": list(self._failures(rollout, em, group)),
             "tokens": rollout.decision_tokens,
             "turns": [[turn.action, turn.argument] for turn in rollout.turns],
-            **(
-                {}
-                if credit is None
-                else {"values": credit.values, "gains": credit.gains, "advantages": credit.advantages}
-                | ({} if credit.baselines is None else {"baselines": credit.baselines})
-            ),
+            **earned,
         }
 
     def _scores(self, rollout: Rollout) -> tuple[float | None, float | None]:

@@ -35,6 +35,8 @@ PANELS = (
 OTHERS = "Other numbers"
 FEW = 20
 """Points up to which each has a dot."""
+MANY = 400
+"""Points of a line at most: one has few more pixels."""
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Chart]]:
@@ -61,14 +63,28 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Chart]]:
 
 
 def _line(key: str, rows: Sequence[Mapping[str, Any]]) -> Line:
-    rows = [row for row in rows if key in row]
+    name, rows = key.partition("/")[2] or key, [row for row in rows if key in row]
     ys, errors = ([_number(row.get(name)) for row in rows] for name in (key, key + ERROR))
+    if len(rows) > MANY:
+        return _thinned(name, [row["step"] for row in rows], ys)
     low, high = (
         [None if y is None or error is None else y + sign * error for y, error in zip(ys, errors, strict=True)]
         for sign in (-1, 1)
     )
-    name = key.partition("/")[2] or key
     return Line(name, [row["step"] for row in rows], ys, low, high, bars=True, dots=len(rows) <= FEW)
+
+
+def _thinned(name: str, steps: Sequence[float], ys: Sequence[float | None]) -> Line:
+    """Means over windows of steps, each at its last step, in a band from the least to the greatest."""
+    size = -(-len(steps) // MANY)
+    xs, means, low, high = [], [], [], []
+    for start in range(0, len(steps), size):
+        known = [y for y in ys[start : start + size] if y is not None]
+        xs.append(steps[min(start + size, len(steps)) - 1])
+        means.append(sum(known) / len(known) if known else None)
+        low.append(min(known, default=None))
+        high.append(max(known, default=None))
+    return Line(name, xs, means, low, high)
 
 
 def _number(value: Any) -> float | None:

@@ -17,7 +17,7 @@ from igpo_fast.errors import InputError
 from igpo_fast.report.choice import _spread, choose, ranges
 from igpo_fast.report.contents import pieces
 from igpo_fast.report.curves import curves
-from igpo_fast.report.page import Report
+from igpo_fast.report.page import Report, _embedded
 from igpo_fast.train import train
 from tests.report.made import Page, answers, calls, credit, rollout, run_folder, searches, turn
 from tests.tiny import Recorder, settings
@@ -115,6 +115,14 @@ def test_what_a_row_lacks_is_skipped_and_what_is_null_is_a_gap():
     assert (chart.lines[0].xs, chart.lines[0].ys) == ([1, 3, 4], [0.5, None, 1])
 
 
+def test_many_rows_are_drawn_as_means_in_a_band():
+    rows = [{"step": s, "loss/kl": None if s in (1, 2, 3) else 10 * s} for s in range(1, 802)]
+    line = curves(rows)["Optimisation"][0].lines[0]
+    assert len(line.xs) == 267 and line.xs[:2] == [3, 6] and line.xs[-1] == 801
+    assert (line.ys[:2], line.low[:2], line.high[:2]) == ([None, 50], [None, 40], [None, 60])
+    assert (line.ys[-1], line.low[-1], line.high[-1], line.bars) == (8000, 7990, 8010, False)
+
+
 def test_several_data_sets_share_a_chart():
     (chart,) = curves([{"step": 1, "eval/f1": 0.5, "eval/NQ/f1": 0.25, "eval/NQ/f1_se": 0.1, "eval/2Wiki/f1": 0.75}])[
         "Evaluation"
@@ -164,6 +172,12 @@ def test_hostile_texts_are_texts(hostile):
         assert detail[0]["response"] == f"found {text}" and detail[1]["said"] == [text]
     assert HOSTILE[0] in page.text  # the row's key, over its chart
     assert "script>" in page.text  # the folder's name
+
+
+@given(st.recursive(st.text() | st.integers(0, 9), lambda inner: st.dictionaries(st.text(), inner), max_leaves=5))
+def test_embedded_values_come_back_and_hold_no_markup(value):
+    found = _embedded(value)
+    assert json.loads(found) == value and not set(found) & set("<>&\u2028\u2029")
 
 
 def test_the_page_allows_its_own_script_and_style_and_nothing_else(hostile):
