@@ -85,14 +85,16 @@ def draw(
     return "\n".join([*out, "</svg>"])
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten that lie from ``low`` to ``high``, ``most`` of them at most.
+def ticks(low: float, high: float, most: int = 6, around: bool = False) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten from ``low`` to ``high``: ``most`` of them at most; or, with
+    ``around``, from the last one before ``low`` to the first behind ``high``.
 
-    >>> ticks(0, 120), ticks(0.03, 0.94)
-    ([0.0, 50.0, 100.0], [0.2, 0.4, 0.6, 0.8])
+    >>> ticks(0, 120), ticks(0.03, 0.94), ticks(0.03, 0.94, around=True)
+    ([0.0, 50.0, 100.0], [0.2, 0.4, 0.6, 0.8], [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     """
-    step = _step(low, high, most)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    step, slack = _step(low, high, most), -1e-9 if around else 1e-9
+    down, up = (math.floor, math.ceil) if around else (math.ceil, math.floor)
+    first, last = down(low / step - slack), up(high / step + slack)
     return [_rounded(place * step) for place in range(first, last + 1)]
 
 
@@ -120,8 +122,8 @@ class _Drawing:
         self.y0 = top + (28 if chart.title else 12)
         self.y1 = top + height - 24 - (FONT + 4 if chart.x_label else 0)
         most = min(6, max(2, int((self.y1 - self.y0) / (2 * FONT))))
-        self.y_range = chart.y_range or _outwards(*_span(ys), most)
-        self.y_ticks = ticks(*self.y_range, most)
+        self.y_ticks = ticks(*(chart.y_range or _span(ys)), most, around=chart.y_range is None)
+        self.y_range = chart.y_range or (self.y_ticks[0], self.y_ticks[-1])
         self.labels = any(line.name for line in chart.lines)
         longest = max(len(line.name) for line in chart.lines) if self.labels else 0
         tick_letters = max(len(_said(tick)) for tick in self.y_ticks)
@@ -239,12 +241,6 @@ def _span(values: list[float]) -> tuple[float, float]:
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     room = 0.0 if high - low > max(1e-9 * max(abs(low), abs(high)), 1 / HUGE) else abs(high) / 2 or 1.0
     return low - room, high + room
-
-
-def _outwards(low: float, high: float, most: int) -> tuple[float, float]:
-    """The multiples of a round step around both."""
-    step = _step(low, high, most)
-    return _rounded(math.floor(low / step + 1e-9) * step), _rounded(math.ceil(high / step - 1e-9) * step)
 
 
 def _place(value: float, span: tuple[float, float], start: float, end: float) -> float:

@@ -33,6 +33,13 @@ def test_a_line_by_hand():
     assert points(all_of(root, "polyline")[0]) == [(34.2, 96), (110.1, 54), (186, 12)]
 
 
+@pytest.mark.parametrize("height", [120, 200, 320, 330])
+def test_the_axis_of_y_has_its_ends_among_its_ticks(height):
+    root = ET.fromstring(draw([Chart("", [Line("", [0, 1], [0.04, 0.22])])], height=height))
+    lines = sorted(float(path.get("d").split()[1].partition("H")[0]) for path in all_of(root, "path"))
+    assert (lines[0], lines[-1]) == (12, height - 24)
+
+
 def test_the_axis_of_y_ends_at_round_numbers_and_that_of_x_at_points():
     root = drawn(Line("", [3, 13], [0.13, 0.87]))
     texts = [text.text for text in all_of(root, "text")]
