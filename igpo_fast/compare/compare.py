@@ -43,9 +43,9 @@ def compare(
     """
     if plan is None and not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give --dir, or leave --report-only out")
-    expected = {} if plan is None else {name: plan.config_of(name, plan.seeds[0]) for name in plan.variants}
-    asked = [] if plan is None else list(plan.variants)
-    planned = [] if plan is None else [f"{name}-{seed}" for name in plan.variants for seed in plan.seeds]
+    asked = list(plan.variants) if plan else []
+    expected = {name: plan.config_of(name, plan.seeds[0]) for name in asked}
+    planned = {f"{name}-{seed}" for name in asked for seed in plan.seeds}
     if baseline is not None and asked and baseline not in {*asked, *(run.variant for run in runs_in(folder))}:
         raise InputError(f"--baseline {baseline}: not among {', '.join(asked)}; give one of them")
     with _alone(folder):
@@ -64,7 +64,8 @@ def compare(
                 baseline = asked[-1] if asked else "grpo" if "grpo" in names else names[-1] if names else ""
             names.sort(key=lambda name: name == baseline)
             runs.sort(key=lambda run: (names.index(run.variant), run.seed))
-            rows = write_rows(folder, [row_of(run, score) for run in runs], outcome.trained)
+            steps = max((run.folder.config.train.steps for run in runs), default=0)
+            rows = write_rows(folder, [row_of(run, score, steps) for run in runs], outcome.trained)
         try:
             return write_page(folder, rows, baseline, score, at, stalled)
         finally:

@@ -117,8 +117,9 @@ def _differs(run: Run, key: str, value: object, wanted: object) -> InputError:
     )
 
 
-def row_of(run: Run, score: str) -> dict:
-    """What compare.jsonl says of a run. Lists have a number per evaluation, null where it is not known.
+def row_of(run: Run, score: str, steps: int) -> dict:
+    """What compare.jsonl says of a run, finished after ``steps``. Lists have a number per evaluation, null where it is
+    not known.
 
     ``seconds`` is the sum of ``time/step`` so far: rollouts, scoring, update and sync, without evaluation, warm start,
     start-up and steps that a killed session lost. ``tokens`` is what the engine read and sampled (``tokens/rollout``)
@@ -128,27 +129,27 @@ def row_of(run: Run, score: str) -> dict:
     rows = run.folder.read_metrics()
     trained = [row for row in rows if row["step"] > 0]
     evaluated = [row for row in rows if finite(row.get(score)) is not None]
-    steps = [row["step"] for row in evaluated]
+    at = [row["step"] for row in evaluated]
     seconds = _spent(trained, ("time/step",))
     tokens = _spent(trained, ("tokens/rollout", "tokens/packed"))
     mean = lambda key, of=trained: _mean(row.get(key) for row in of)  # noqa: E731
-    since = [[row for row in trained if before < row["step"] <= step] for before, step in pairwise([-1, *steps])]
+    since = [[row for row in trained if before < row["step"] <= step] for before, step in pairwise([-1, *at])]
     defaults = values_of(Config())
     return {
         "variant": run.variant,
         "seed": run.seed,
-        "finished": is_finished(run, run.folder.config.train.steps),
+        "finished": is_finished(run, steps),
         "trained_steps": rows[-1]["step"] if rows else 0,
         "settings": {
             key: value
             for key, value in values_of(run.folder.config).items()
             if value != defaults[key] and key not in session_keys()
         },
-        "steps": steps,
-        score: [_rounded(row[score], 4) for row in evaluated],
-        f"{score}_se": [_rounded(row.get(f"{score}_se"), 4) for row in evaluated],
-        "seconds": [_rounded(seconds.get(step), 2) for step in steps],
-        "tokens": [tokens.get(step) for step in steps],
+        "steps": at,
+        score: [_rounded(row[score], 6) for row in evaluated],
+        f"{score}_se": [_rounded(row.get(f"{score}_se"), 6) for row in evaluated],
+        "seconds": [_rounded(seconds.get(step), 2) for step in at],
+        "tokens": [tokens.get(step) for step in at],
         "collapsed": [_rounded(mean("group/collapsed", of), 4) for of in since],
         "turns": _rounded(evaluated[-1].get("eval/turns") if evaluated else None, 2),
         "group/collapsed": _rounded(mean("group/collapsed"), 3),

@@ -279,6 +279,14 @@ def test_an_unfinished_run_is_shown_and_not_counted(comparison):
     assert found["pairs"]["igpo"]["steps"]["seeds"] == [1] and found["variants"]["grpo"]["runs"] == 1
 
 
+def test_a_run_with_fewer_steps_than_others_is_unfinished(comparison):
+    comparison("igpo,grpo", "1-1")
+    comparison.do(grpo_1="refuse")
+    with pytest.raises(RunError, match="1 of the trainings failed \\(grpo-1: no data\\)"):
+        comparison("igpo,grpo", "1-1", steps=6)
+    assert {name: row["finished"] for name, row in comparison.rows.items()} == {"igpo-1": True, "grpo-1": False}
+
+
 def test_progress_as_lines(comparison):
     """At 1 s a step: two runs of 4 steps, of which one has done 1 before."""
     clock, out = [0.0], io.StringIO()

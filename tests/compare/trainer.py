@@ -40,6 +40,8 @@ if command == "sft":
     sys.exit()
 
 what = do.get(run.name, "")
+if what == "refuse":
+    sys.exit("error: no data")
 run.mkdir(exist_ok=True)
 (run / "config.yaml").write_text((folder / f"{run.name}.yaml").read_text())
 metrics = run / "metrics.jsonl"
