@@ -43,7 +43,7 @@ FULL = {"equal_lengths": SMALL, "own_prompts": SMALL, "large": LARGE}
 a model of eight times the work per token."""
 PEERS = {
     "ours": ("two_passes", "small_packs", "outcome_only", "igpo_trainer"),
-    "trl": ("trl", "small_packs"),
+    "trl": ("trl",),
     "scoring": ("trl", "full_logits", "kv_reuse"),
 }
 CASES = [("musique", "ours"), ("musique", "scoring"), *((name, "trl") for name in FULL)]
