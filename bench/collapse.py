@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROWS)
     parser.add_argument("--table", action="store_true", help="only print the table of the rows that there are")
     parser.add_argument("overrides", nargs="*", help="section.key=value, as for igpo-fast train")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.name and not args.table:
         setup = set_up(load(args.config, args.overrides))
         train, config = setup.data.train, setup.config

@@ -1,6 +1,7 @@
 """Does a gain tell success? Rank correlation of a turn's information gain with what the turn changed, by Monte Carlo.
 
     python bench/credit.py RUN [--prefixes 200] [--samples 16] [--step N] [--seed 0] [section.key=value ...]
+    python bench/credit.py --table
 
 Draws turns of a step's rollouts. From the prefix before a turn and from the one after it, response included, the policy
 that sampled the turn goes on ``--samples`` times at temperature 1; the difference of the mean F1 is what the turn
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -187,6 +189,28 @@ def _part(points: Points, part: np.ndarray) -> dict[str, float]:
     return {"turns": len(change), **{name: round(float(x), 4) for name, x in figures.items() if np.isfinite(x)}}
 
 
+def tables(rows: Sequence[dict]) -> str:
+    """The rows' rank correlations, and the mean changes by gain, in Markdown."""
+    names = ("gain", "gated", "advantage", "outcome")
+    ranges = list(dict.fromkeys(name for row in rows for name in row["by_gain"]))
+    ranges.sort(key=lambda name: float(name.split("to")[0] or "-inf"))
+    lines = [f"| run | F1 | {' | '.join(names)} | halves |", "| --- " * 7 + "|"]
+    means = [f"| run | {' | '.join(ranges)} |", "| --- " * (len(ranges) + 1) + "|"]
+    for row in sorted(rows, key=lambda row: (row["algorithm"] != "igpo", row["seed"], row["step"])):
+        run = f"`{row['algorithm']}` {row['seed']}, step {row['step']}"
+        ranks = " | ".join("{:.2f} ({:.2f} to {:.2f})".format(*row["spearman"][name]) for name in names)
+        lines.append(f"| {run} | {row['f1']:.2f} | {ranks} | {row['halves']:.2f} |")
+        means.append(f"| {run} | {' | '.join(_mean(row['by_gain'].get(name)) for name in ranges)} |")
+    return "\n".join([*lines, "", *means])
+
+
+def _mean(part: dict | None) -> str:
+    if part is None:
+        return "-"
+    error = f" ± {part['change_se']:.3f}" if "change_se" in part else ""
+    return f"{part['change']:+.3f}{error} ({part['turns']})"
+
+
 def chosen(run: RunFolder, step: int | None) -> tuple[int, int]:
     """The step whose rollouts are taken, and the checkpoint with the weights that sampled them, or the nearest."""
     saved = list(run.saved())
@@ -197,14 +221,18 @@ def chosen(run: RunFolder, step: int | None) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN")
     parser.add_argument("--prefixes", type=int, default=200, help="turns that are drawn")
     parser.add_argument("--samples", type=int, default=16, help="continuations per prefix")
     parser.add_argument("--step", type=int, help="whose rollouts are taken")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=ROWS)
+    parser.add_argument("--table", action="store_true", help="only print the tables of the rows that there are")
     parser.add_argument("overrides", nargs="*", help="section.key=value, as for igpo-fast eval")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
+    if args.table or not args.run:
+        print(tables([json.loads(line) for line in args.results.read_text().splitlines()]))
+        return
     run = RunFolder(args.run)
     step, checkpoint = chosen(run, args.step)
     setup = set_up(load(args.run / "config.yaml", args.overrides), weights=str(run.chosen(str(checkpoint))))
