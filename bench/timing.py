@@ -49,8 +49,10 @@ def captured(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def circumstances() -> dict:
-    """Date, commit, hardware, how many processes wanted a core in the last minute, and versions."""
-    return {
+    """Date, commit, hardware, how many processes wanted a core in the last minute, what glibc's allocator was told, and
+    versions."""
+    malloc = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+    return ({"malloc": malloc} if malloc else {}) | {
         "date": date.today().isoformat(),
         "commit": commit(),
         "hardware": torch.cuda.get_device_name() if DEVICE == "cuda" else f"{cpu()}, {torch.get_num_threads()} threads",
