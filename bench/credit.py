@@ -125,7 +125,12 @@ def rank_correlation(x: np.ndarray, y: np.ndarray, owners: np.ndarray, seed: int
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's rank correlation; NaN where all of one are equal."""
-    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1]) if np.ptp(x) and np.ptp(y) else float("nan")
+    return pearson(rankdata(x), rankdata(y))
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float:
+    """The correlation of the numbers themselves, in which large ones count; NaN where all of one are equal."""
+    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) and np.ptp(y) else float("nan")
 
 
 def measure(setup: Setup, rollouts: Sequence[Rollout], prefixes: int, samples: int, seed: int) -> Points:
@@ -190,7 +195,8 @@ def _part(points: Points, part: np.ndarray) -> dict[str, float]:
 
 
 def tables(rows: Sequence[dict]) -> str:
-    """The rows' rank correlations, and the mean changes by gain, in Markdown."""
+    """In Markdown: the rows' rank correlations with their intervals, each followed by the correlation of the numbers;
+    and the mean change by gain, with its standard error and the number of turns."""
     names = ("gain", "gated", "advantage", "outcome")
     ranges = list(dict.fromkeys(name for row in rows for name in row["by_gain"]))
     ranges.sort(key=lambda name: float(name.split("to")[0] or "-inf"))
@@ -198,7 +204,11 @@ def tables(rows: Sequence[dict]) -> str:
     means = [f"| run | {' | '.join(ranges)} |", "| --- " * (len(ranges) + 1) + "|"]
     for row in sorted(rows, key=lambda row: (row["algorithm"] != "igpo", row["seed"], row["step"])):
         run = f"`{row['algorithm']}` {row['seed']}, step {row['step']}"
-        ranks = " | ".join("{:.2f} ({:.2f} to {:.2f})".format(*row["spearman"][name]) for name in names)
+        change = row["points"]["change"]
+        ranks = " | ".join(
+            "{:.2f} ({:.2f} to {:.2f}); {:.2f}".format(*row["spearman"][name], pearson(row["points"][name], change))
+            for name in names
+        )
         lines.append(f"| {run} | {row['f1']:.2f} | {ranks} | {row['halves']:.2f} |")
         means.append(f"| {run} | {' | '.join(_mean(row['by_gain'].get(name)) for name in ranges)} |")
     return "\n".join([*lines, "", *means])

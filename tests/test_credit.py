@@ -1,9 +1,11 @@
 """bench/credit.py: rank correlations of credit with what turns changed, hand-worked."""
 
+import json
+
 import numpy as np
 import pytest
 
-from bench import collapse
+from bench import collapse, credit
 from bench.credit import Points, changes, chosen, draw_turns, measure, rank_correlation, spearman, success, summary
 from igpo_fast.data.load import question_order
 from igpo_fast.engines.base import Sampling
@@ -115,6 +117,29 @@ def test_a_runs_own_gains(cache, tmp_path):
     for i, z in zip(points.rollout, points.credits["outcome"], strict=True):
         group = np.array([outcomes[j] for j in range(i - i % size, i - i % size + size)])
         assert np.sign(z) == np.sign(outcomes[i] - group.mean()) or group.std() < 1e-6
+
+
+def test_the_commands(cache, tmp_path, monkeypatch, capsys):
+    config = tiny.settings(tmp_path / "run", cache, "train.steps=1", "eval.every=0")
+    train(config, tiny.Recorder())
+
+    def command(module, *arguments):
+        monkeypatch.setattr("sys.argv", ["bench", *map(str, arguments)])
+        module.main()
+        return json.loads((tmp_path / f"{module.__name__}.jsonl").read_text().splitlines()[-1]), capsys.readouterr().out
+
+    into = lambda module: ["--results", tmp_path / f"{module.__name__}.jsonl"]  # noqa: E731
+    given = [tmp_path / "run", "--prefixes", 5, "--samples", 4, *into(credit), "train.token_budget=2000"]
+    row, said = command(credit, *given)
+    assert (row["step"], row["checkpoint"], len(row["points"]["turn"])) == (1, 1, 5) and "halves" in said
+    _, said = command(credit, "--table", *into(credit))
+    assert "| `igpo` 0, step 1 | " in said
+    start = ["a start", "--config", tmp_path / "run/config.yaml", "--questions", 2, *into(collapse), "run.dir=x/y"]
+    row, said = command(collapse, *start, "algorithm.ig_gate=0.05")
+    assert (row["groups"], row["gate"], row["overrides"]) == (2, 0.05, ["algorithm.ig_gate=0.05"])
+    shares = (row[key] for key in ("group/collapsed_outcome", "group/collapsed", "ungated", "alike"))
+    figures = " | ".join(f"{share:.0%}" for share in shares)
+    assert said.endswith(f"| a start | 2 x 4 | {row['reward/f1']:.3f} | {figures} |\n")
 
 
 def test_groups_at_the_start_are_those_of_a_runs_first_step(cache, tmp_path):
