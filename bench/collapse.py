@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.demo_seeds import QUICKSTART, ROOT, about
+from bench.timing import ROOT, circumstances
 from igpo_fast.config import load
 from igpo_fast.data.load import question_order
 from igpo_fast.rollouts.batch import rollout_groups
@@ -78,7 +78,7 @@ def table(rows: Sequence[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help="what the row is called")
-    parser.add_argument("--config", type=Path, default=QUICKSTART)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/quickstart.yaml")
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--results", type=Path, default=ROWS)
     parser.add_argument("--table", action="store_true", help="only print the table of the rows that there are")
@@ -89,7 +89,8 @@ def main() -> None:
         train, config = setup.data.train, setup.config
         groups = sample(setup, [train[i] for i in question_order(len(train), args.questions, 0, config.train.seed)])
         row = {
-            **about("collapse"),
+            "bench": "collapse",
+            **circumstances(),
             "name": args.name,
             "groups": len(groups),
             "group_size": config.rollout.group_size,

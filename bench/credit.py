@@ -32,7 +32,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.demo_seeds import ROOT, about
+from bench.timing import ROOT, circumstances
 from igpo_fast.config import load
 from igpo_fast.engines.base import Sampling
 from igpo_fast.jsonl import json_line
@@ -250,7 +250,8 @@ def main() -> None:
     rollouts = [rollout for rollout, _ in run.read_rollouts(f"step_{step:06d}")]
     points = measure(setup, rollouts, args.prefixes, args.samples, args.seed)
     row = {
-        **about("credit"),
+        "bench": "credit",
+        **circumstances(),
         "algorithm": setup.config.algorithm.name,
         "basis": setup.config.algorithm.basis,
         "seed": setup.config.train.seed,
