@@ -2,6 +2,7 @@
 
 import math
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -119,7 +120,7 @@ def test_ticks_are_round_inside_and_not_too_many(low, width, most):
     found = ticks(low, high, most)
     slack = 1e-6 * (high - low)
     assert len(found) <= most and all(low - slack <= tick <= high + slack for tick in found)
-    steps = {f"{later - earlier:.2e}" for earlier, later in zip(found, found[1:], strict=False)}
+    steps = {f"{later - earlier:.2e}" for earlier, later in pairwise(found)}
     assert all(step[0] in "125" for step in steps)
 
 
