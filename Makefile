@@ -7,7 +7,7 @@ INSTALL := $(BIN)/pip install --quiet --no-compile
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: optional demo demo-seeds test test-newest fuzz slow gate lint docs mutants bare aot gpu gpu-dry clean
+.PHONY: optional demo demo-seeds test test-newest fuzz slow gate lint docs docs-site mutants bare aot gpu gpu-dry clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -79,7 +79,6 @@ docs: $(VENV)/.installed
 	$(BIN)/python docs/study_curves.py > docs/study.svg
 	$(BIN)/python docs/credit_scatter.py > docs/credit.svg
 
-.PHONY: docs-site
 # The pages of docs/ as a site in build/site; fails at a link or an anchor that leads nowhere.
 docs-site:
 	$(PYTHON) -m venv build/docs && build/docs/bin/pip install --quiet -r requirements/docs.txt
