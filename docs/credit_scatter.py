@@ -30,10 +30,13 @@ def draw() -> str:
             shapes.append(f'<text x="{left - 5}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick}</text>')
             shapes.append(f'<text x="{x(tick):.1f}" y="{top + SIDE + 13}" text-anchor="middle">{tick}</text>')
         points = row["points"]
-        for gain, change, turn in zip(points["gain"], points["change"], points["turn"], strict=True):
-            colour = COLOURS[min(turn, len(COLOURS)) - 1]
-            at = f'cx="{x(max(-1, min(gain, 1))):.1f}" cy="{y(change):.1f}"'
-            shapes.append(f'<circle {at} r="2.4" fill="{colour}" fill-opacity="0.55"/>')
+        for number, colour in enumerate(COLOURS, start=1):
+            dots = [
+                f'<circle r="2" cx="{x(max(-1, min(gain, 1))):.0f}" cy="{y(change):.0f}"/>'
+                for gain, change, turn in zip(points["gain"], points["change"], points["turn"], strict=True)
+                if min(turn, len(COLOURS)) == number
+            ]
+            shapes.append(f'<g fill="{colour}" fill-opacity="0.55">{"".join(dots)}</g>')
     width = GAP + min(COLUMNS, len(newest)) * (SIDE + GAP)
     height = GAP + -(-len(newest) // COLUMNS) * (SIDE + GAP) + 22
     for turn, colour in enumerate(COLOURS, start=1):
