@@ -196,3 +196,8 @@ def test_the_table_of_the_committed_rows(capsys):
     table.main()
     said = capsys.readouterr().out
     assert "GRPOTrainer" in said and "linear_cross_entropy / ours" in said and "loss | from lm_head" in said
+
+
+def test_the_readmes_table_is_that_of_the_committed_rows():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert table.peers(table.read(), "musique") in readme
