@@ -24,7 +24,9 @@ SIZE = Size(128, 3, 8192)
 PROMPT, TURN, RESPONSE, ANSWER = 150, 16, 48, (20, 4)
 USUAL = dict(turns=4, rollouts=2, answers=1)
 SWEEPS = {"turns": (1, 4, 16, 64), "rollouts": (1, 4, 8, 16), "answers": (1, 4, 16)}
-ROUNDS = 2
+ROUNDS = 5
+LONG = 16
+"""Turns above which a step takes many seconds, and two rounds must do."""
 AT_ONCE = 2
 
 
@@ -49,4 +51,7 @@ def test_cost(sweep, value, compare, request):
     }
     sums = {f"igpo_{way}": (way, "outcome_only") for way in ("full_logits", "kv_reuse")}
     about = {"sweep": sweep, **shape, "hidden": SIZE.hidden, "layers": SIZE.layers, "vocab": SIZE.vocab}
-    compare("cost", about | counts(data), sides, ROUNDS, long=True, sums=sums, tokens=data.decision_tokens)
+    long = shape["turns"] > LONG
+    compare(
+        "cost", about | counts(data), sides, 2 if long else ROUNDS, long=long, sums=sums, tokens=data.decision_tokens
+    )  # fmt: skip
