@@ -249,25 +249,17 @@ def main() -> None:
     setup.agent.engine.load_weights(setup.lm.state_dict().items())
     rollouts = [rollout for rollout, _ in run.read_rollouts(f"step_{step:06d}")]
     points = measure(setup, rollouts, args.prefixes, args.samples, args.seed)
+    algorithm = setup.config.algorithm
+    f1 = np.mean([f1_score(r.answer, r.question.ground_truth, algorithm.f1_normalisation) for r in rollouts])
     row = {
         "bench": "credit",
         **circumstances(),
-        "algorithm": setup.config.algorithm.name,
-        "basis": setup.config.algorithm.basis,
+        "algorithm": algorithm.name,
+        "basis": algorithm.basis,
         "seed": setup.config.train.seed,
         "step": step,
         "checkpoint": checkpoint,
-        "f1": round(
-            float(
-                np.mean(
-                    [
-                        f1_score(r.answer, r.question.ground_truth, setup.config.algorithm.f1_normalisation)
-                        for r in rollouts
-                    ]
-                )
-            ),
-            4,
-        ),
+        "f1": round(float(f1), 4),
         "samples": args.samples,
         "overrides": args.overrides,
         **summary(points),
