@@ -59,7 +59,7 @@ class Pretence(TorchFunctionMode):
             func, args, ours = torch.Tensor.to, (args[0], GPU), True
         if func is torch.Tensor.cpu and ours:
             self.stop("copies numbers from the device")
-        if not ours:
+        if not ours or func is torch.device:  # the name of a device is no tensor on it
             return func(*args, **kwargs)
         if func is torch.unique_consecutive:
             return distinct(*args, **kwargs)
