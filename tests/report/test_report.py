@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -73,6 +74,23 @@ def test_every_number_of_the_page_is_the_records(trained, page):
             assert entry["gains"] == [turn["info_gain"] for turn in record["turns"][:-1]]
         else:
             assert "advantages" not in entry and entry["outcome"] is None
+
+
+def test_without_a_tokenizer_turns_are_their_text(trained, page, tmp_path):
+    plain = "turns are shown as text, not token by token"
+    assert plain not in page.text
+    shutil.copytree(trained, folder := tmp_path / "run")
+    for path in folder.glob("checkpoints/*/tokenizer*.json"):
+        path.write_text("{")
+    damaged = Page(Report(folder).html())
+    assert f"{plain}: the tokenizer in {folder}/checkpoints/step_00000{STEPS} is damaged" in damaged.text
+    shutil.rmtree(folder / "checkpoints")
+    without = Page(Report(folder).html())
+    assert f"{plain}: the run has no checkpoint" in without.text
+    for found in (damaged, without):
+        for key, record in records(trained).items():
+            if key in found.rollouts:
+                assert [turn["said"] for turn in found.detail(key)] == [[turn["text"]] for turn in record["turns"]]
 
 
 def test_f1_of_an_evaluation_is_that_of_its_row(trained, page):
