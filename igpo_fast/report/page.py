@@ -63,9 +63,11 @@ class Report:
         """Write the page.
 
         Raises:
-            InputError: what ``html`` raises.
+            InputError: the target is a folder; what ``html`` raises.
             StorageError: the operating system refuses.
         """
+        if target.is_dir():
+            raise InputError(f"--output {target}: a folder; give a file, like {target / 'report.html'}")
         page = self.html()
         with atomic(target) as file:
             file.write(page)

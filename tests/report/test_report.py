@@ -351,6 +351,26 @@ def test_room_that_training_leaves_is_for_the_evaluation(tmp_path):
     assert shown(choose(run, 12)[0]) == ["eval_000001:1"] * 8 + ["step_000001:4"]
 
 
+def test_a_step_whose_file_was_emptied_has_no_rollouts(tmp_path):
+    run = run_folder(tmp_path, step_1=many(4), step_2=many(4))
+    (run.rollouts / "step_000002.jsonl").write_bytes(b"")
+    with pytest.raises(InputError, match=r"--steps 2: .* has no rollouts of it; it has 1$"):
+        choose(run, 10, [1, 2])
+    assert choose(run, 10)[1] == ["training rollouts: step 1 (4)"]
+
+
+def test_a_group_that_does_not_fit_is_told(tmp_path):
+    run = run_folder(tmp_path, evaluations={1: [rollout(answers("x"))]}, step_2=many(4))
+    with pytest.raises(InputError, match="--rollouts 3: a group has 4 rollouts, and the page has whole groups; give 4"):
+        choose(run, 3, [2])
+    assert shown(choose(run, 4, [2])[0]) == ["step_000002:4"]
+    groups, told = choose(run, 4, [1, 2])
+    assert shown(groups) == ["eval_000001:1"]
+    assert told[-1] == "training groups have 4 rollouts and do not fit; --rollouts 8 has room for one"
+    groups, told = choose(run, 8, [1, 2])
+    assert shown(groups) == ["step_000002:4", "eval_000001:1"] and "do not fit" not in " ".join(told)
+
+
 def test_a_question_that_comes_twice_in_a_step_is_two_groups(tmp_path):
     pairs = many(8)
     again = [(rollout(answers("x"), id="q1", index=i), credit(rollout(answers("x")))) for i in (0, 2, 3)]
@@ -400,6 +420,8 @@ def test_the_command_writes_a_file(trained, tmp_path):
     [
         (["--steps", "1,x"], "--steps 1,x: give a step, or several like 1,60,120"),
         (["--steps", "99"], "--steps 99: "),
+        (["--rollouts", "3", "--steps", "1"], "--rollouts 3: a group has 4 rollouts"),
+        (["--output", "/"], "--output /: a folder; give a file, like /report.html"),
         (["--live", "--output", "x"], "--output: --live writes no file; leave one of them out"),
         (["--output", "/nowhere/page.html"], "/nowhere/page.html: cannot write (No such file or directory)"),
     ],
