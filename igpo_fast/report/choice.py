@@ -76,7 +76,7 @@ def choose(run: RunFolder, most: int, steps: Sequence[int] | None = None) -> tup
     if first and all(group[0].kind == "eval" for group in chosen):
         size = len(next(_groups(run, "step", first[0])))
         if not chosen:
-            raise InputError(f"--rollouts {most}: a group has {size} rollouts, and the page has whole groups; give {size}")
+            raise InputError(f"--rollouts {most}: a group has {size} rollouts and the page whole groups; give {size}")
         large = f"training groups have {size} rollouts and do not fit; --rollouts {2 * size} has room for one"
     chosen.sort(key=lambda group: (-group[0].step, group[0].kind, group[0].line))
     return chosen, [*_told(run, chosen, most), *filter(None, [large])]
