@@ -27,7 +27,7 @@ from igpo_fast.rollouts.rollout import NOTHING, OpenRollout, question_key
 from igpo_fast.rollouts.tools.base import close
 from igpo_fast.setup import Setup
 from igpo_fast.transcripts import unknown_id
-from igpo_fast.types import ANSWER, SEARCH, Credit, Group, Question, Rollout, Turn
+from igpo_fast.types import ANSWER, SEARCH, Action, Credit, Group, Question, Rollout, Turn, answer_with
 from igpo_fast.update.advantages import earn, recipe_of
 from igpo_fast.update.gains import values_of
 from igpo_fast.update.packs import answer_values
@@ -193,6 +193,11 @@ class Game:
         named = ", ".join(f'"{parameter}": ...' for parameter in parameters_of(function))
         return f"{name}: {{{named}}}" if named else f"{name}:"
 
+    def written(self) -> list[str]:
+        """A call of each function, and an answer, as the policy writes them."""
+        calls = [Action(name, {p: p.upper() for p in parameters_of(of)}) for name, of in self.functions.items()]
+        return [unquote(self.agent.dialect.write((action,))) for action in (*calls, answer_with("TEXT"))]
+
     def sample(self) -> None:
         """Let the policy take the next turn."""
         self._take(self._runner.run(self.agent.engine.generate(self.rollout.request(self._key))), "policy")
@@ -275,9 +280,15 @@ def _do(game: Game, screen: Screen, line: str) -> None:
 
 def _opening(game: Game, screen: Screen) -> None:
     question = game.question
-    about = ", ".join([question.id, *([f"{question.hops} hops"] if question.hops else [])])
+    about = ", ".join([question.id, *([f"{question.hops} hop{'s' * (question.hops > 1)}"] if question.hops else [])])
     screen.say("question", question.question, "bold")
     screen.say("", about, "dim")
+    limits = game.agent.limits
+    screen.say(
+        "limits",
+        f"{limits.max_turns} turns of at most {limits.max_turn_tokens} tokens each; {limits.max_tokens:,} tokens with "
+        "the question and what the tools answer",
+    )
     _help(game, screen)
     for note in game.notes:
         screen.say("note", note, "yellow")
@@ -302,6 +313,10 @@ def _answers(game: Game, screen: Screen) -> None:
 def _last_turn(game: Game, screen: Screen) -> None:
     turn = game.rollout.turns[-1]
     screen.say(f"{game.authors[-1]}", turn.text)
+    if not turn.actions:
+        screen.say("malformed", "no call and no answer can be read in this turn; a turn that is well formed:", "yellow")
+        for number, text in enumerate(game.written()):
+            screen.say("or" if number else "", text, "yellow")
     if game.rollout.ended:
         return
     screen.say("result", turn.response, "dim")

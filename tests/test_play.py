@@ -183,6 +183,17 @@ def test_raw_turns(setup, question):
         assert game.credit(game.finished()).outcome == setup.config.algorithm.format_penalty
 
 
+def test_a_malformed_turn_is_told_at_once_and_the_limits_at_first(setup, question):
+    said = io.StringIO()
+    lines = iter([f"raw: {subject(question)}", "answer: x"])
+    play(setup, question, Console(file=said), lambda prompt: next(lines, "quit"))
+    shown = said.getvalue()
+    assert "limits    3 turns of at most 8 tokens each; 96 tokens with" in shown
+    told = "malformed no call and no answer can be read in this turn; a turn that is well formed:\n"
+    example = "          <search> QUERY </search>\nor        <answer> TEXT </answer>\nresult    <information>"
+    assert shown.count("malformed no call") == 1 and told + example in shown
+
+
 def test_texts_are_neither_markup_nor_control_sequences():
     said = io.StringIO()
     screen = Screen(Console(file=said, force_terminal=True, color_system=None, width=200))
@@ -231,7 +242,8 @@ def test_a_model_of_files_in_the_chat_dialect(tmp_path):
     assert result.exit_code == 0, result.output
     assert '"name": "search", "arguments": {"query": "who wrote Faust"}' in result.stdout
     assert "Faust [red]by[/red] <|im_end|> \\x1b[31m Goethe" in result.stdout and "\x1b" not in result.stdout
-    assert "No action was found" in result.stdout
+    assert "No action was found" in result.stdout and "malformed no call and no answer" in result.stdout
+    assert '"arguments": {"query": "QUERY"}}' in result.stdout and "          TEXT\n" in result.stdout
     assert "F1 1.000" in result.stdout and math.isfinite(float(result.stdout.split("gain ")[1].split()[0]))
 
 
@@ -245,6 +257,7 @@ def test_tables(tmp_path, cache):
         assert game.usage() == ["lookup: CELL", "calculate: EXPRESSION", "answer: TEXT"] and game.default == "lookup"
         game.type("calculate: 1 + 2")
         assert "3" in game.rollout.turns[-1].response.split()
+        assert [game.agent.dialect.parse(text)[0].tool for text in game.written()] == ["lookup", "calculate", ANSWER]
         game.type(f"{subject(setup.data.eval[0])} height")
         assert "lookup" in game.rollout.turns[-1].text
         with pytest.raises(InputError, match="no call of calculate; type calculate: EXPRESSION"):

@@ -54,9 +54,9 @@ def choose(run: RunFolder, most: int, steps: Sequence[int] | None = None) -> tup
         most: rollouts of the page.
         steps: only these.
     Raises:
-        InputError: a step without rollouts; a file of rollouts that is damaged, or of a later version.
+        InputError: a step without rollouts; no group fits; a file of rollouts that is damaged, or of a later version.
     """
-    trained, evaluated = run.written("step"), run.written("eval")
+    trained, evaluated = _written(run, "step"), _written(run, "eval")
     if missing := set(steps or ()) - {*trained, *evaluated}:
         there = ", ".join(map(str, sorted({*trained, *evaluated}))) or "none"
         raise InputError(f"--steps {min(missing)}: {run.rollouts} has no rollouts of it; it has {there}")
@@ -72,8 +72,19 @@ def choose(run: RunFolder, most: int, steps: Sequence[int] | None = None) -> tup
     room = most - half + _take(chosen, evaluations, half)
     room = _take(chosen, batches, room)
     _take(chosen, evaluations, room)
+    large = ""
+    if first and all(group[0].kind == "eval" for group in chosen):
+        size = len(next(_groups(run, "step", first[0])))
+        if not chosen:
+            raise InputError(f"--rollouts {most}: a group has {size} rollouts and the page whole groups; give {size}")
+        large = f"training groups have {size} rollouts and do not fit; --rollouts {2 * size} has room for one"
     chosen.sort(key=lambda group: (-group[0].step, group[0].kind, group[0].line))
-    return chosen, _told(run, chosen, most)
+    return chosen, [*_told(run, chosen, most), *filter(None, [large])]
+
+
+def _written(run: RunFolder, kind: str) -> list[int]:
+    """Steps with rollouts; an emptied file has none."""
+    return [step for step in run.written(kind) if (run.rollouts / f"{kind}_{step:06d}.jsonl").stat().st_size]
 
 
 def _take(chosen: list[Group], groups: Iterator[Group], room: int) -> int:
@@ -124,7 +135,7 @@ def _told(run: RunFolder, chosen: Sequence[Group], most: int) -> list[str]:
     told, others, more = [], [], ""
     for kind, name in (("eval", "evaluation"), ("step", "training")):
         parts, left = [], []
-        for step in run.written(kind):
+        for step in _written(run, kind):
             count = shown[file := f"{kind}_{step:06d}"]
             there = (run.rollouts / f"{file}.jsonl").read_bytes().count(b"\n") if count else 0
             if not count:

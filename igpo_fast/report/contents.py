@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 
@@ -12,13 +13,14 @@ from igpo_fast.report.choice import Group, Shown
 from igpo_fast.types import INVALID, Normalisation, Rollout, Turn
 from igpo_fast.update.rewards import exact_match, f1_score, normalise_answer
 
+INEXACT = "no exact match"
 FAILURES = {
     "malformed": "a turn that is neither a call nor an answer",
     "tokens": "cut by the limit of tokens",
     "turns": "out of turns",
     "no answer": "no answer",
-    "wrong": "not an accepted answer, and none stood in what was found",
-    "wrong though found": "not an accepted answer, although one stood in what was found",
+    INEXACT: "the answer is no exact match, and no accepted one stood in what was found",
+    f"{INEXACT} though found": "the answer is no exact match, although an accepted one stood in what was found",
     "found nothing": "a call found nothing",
     "failed call": "a call failed",
     "teaches nothing": "all advantages of the group are 0",
@@ -35,6 +37,7 @@ class Contents:
 
     def __init__(self, normalisation: Normalisation, decode: Callable[[list[int]], str] | None = None):
         self._normalisation = normalisation
+        self._normalise = lru_cache(maxsize=1 << 12)(partial(normalise_answer, normalisation=normalisation))
         self._decode = decode and lru_cache(maxsize=1 << 16)(lambda ids: decode(list(ids)))
 
     def index(self, groups: Iterable[Group]) -> list[dict[str, Any]]:
@@ -92,7 +95,9 @@ class Contents:
         if rollout.answer is None:
             yield "no answer"
         elif em == 0:
-            yield "wrong though found" if self._stood(rollout) else "wrong"
+            right = rollout.question.ground_truth
+            stood = any(self.stands(turn.response, right) for turn in rollout.turns if turn.found)
+            yield f"{INEXACT} though found" if stood else INEXACT
         if any(turn.calls and not turn.found and not turn.failed for turn in before):
             yield "found nothing"
         if any(turn.failed for turn in before):
@@ -101,26 +106,56 @@ class Contents:
         if all(credit is not None and not np.nan_to_num(credit.advantages).any() for credit in credits):
             yield "teaches nothing"
 
-    def _stood(self, rollout: Rollout) -> bool:
-        """Whether an accepted answer stands in what was found, word for word."""
-        said = [f" {normalise_answer(turn.response, self._normalisation)} " for turn in rollout.turns if turn.found]
-        right = [normalise_answer(answer, self._normalisation) for answer in rollout.question.ground_truth]
-        return any(f" {answer} " in text for answer in filter(None, right) for text in said)
+    def stands(self, text: str, answers: Sequence[str]) -> bool:
+        """Whether one of ``answers`` stands in ``text``, word for word."""
+        said = f" {self._normalise(text)} "
+        return any(f" {answer} " in said for answer in filter(None, map(self._normalise, answers)))
+
+    def marks(self, text: str, answers: Sequence[str]) -> list[tuple[int, int]]:
+        """Where ``answers`` stand in ``text``, word for word: ascending ranges of its characters, the longest answer
+        where several begin."""
+        if not self.stands(text, answers):
+            return []
+        words = list(self._words(text))
+        wanted = sorted((self._normalise(answer).split() for answer in answers), key=len, reverse=True)
+        found, now = [], 0
+        while now < len(words):
+            here = (answer for answer in wanted if [word for word, *_ in words[now : now + len(answer)]] == answer)
+            if length := len(next(here, ())):
+                found.append((words[now][1], words[now + length - 1][2]))
+            now += length or 1
+        return found
+
+    def _words(self, text: str) -> Iterator[tuple[str, int, int]]:
+        """The words of the normalised ``text``, and where each stands in ``text`` itself."""
+        apart = {char: self._normalise(f"x{char}x") for char in {*text, " "}}
+        dropped = {char for char, found in apart.items() if found == "xx"}
+        ends = {char for char, found in apart.items() if " " in found}  # between words, or a word of its own
+        start = end = 0
+        for place, char in enumerate(text + " "):
+            mark = category(char).startswith("M")
+            if end > start and (not mark if text[start] in ends else char in ends):
+                # After another word, an article is one, and nothing is left of it where articles are dropped.
+                yield from ((word, start, end) for word in self._normalise(f"x {text[start:end]}").split()[1:])
+                start = end
+            if char not in dropped and apart[char] != "x x":
+                start, end = start if end > start else place, place + 1
 
     def detail(self, group: Group) -> dict[str, Any]:
         """What one opened rollout needs besides, for a group: the prompt, and by ``Shown.key`` the turns."""
-        prompt = group[0].rollout.prompt_ids.tolist()
+        prompt, right = group[0].rollout.prompt_ids.tolist(), group[0].rollout.question.ground_truth
         return {
             "prompt": self._decode(tuple(prompt)) if self._decode else None,
-            "rollouts": {one.key: [self._turn(turn) for turn in one.rollout.turns] for one in group},
+            "rollouts": {one.key: [self._turn(turn, right) for turn in one.rollout.turns] for one in group},
         }
 
-    def _turn(self, turn: Turn) -> dict[str, Any]:
+    def _turn(self, turn: Turn, right: Sequence[str]) -> dict[str, Any]:
         said = pieces(self._decode, turn.ids.tolist()) if self._decode else [turn.text]
         return {
             "said": said,
             **({"logp": turn.logp.round(4)} if self._decode else {}),
             "response": turn.response,
+            "marks": self.marks(turn.response, right),
             "passages": turn.passages,
             "found": turn.found,
             "failed": turn.failed,

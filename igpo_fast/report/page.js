@@ -248,7 +248,7 @@ function turnOf(r, turns, t, most) {
   });
   box.append(head, said);
   if (turn.response) {
-    const response = marked(turn.response, r.answers);
+    const response = marked(turn.response, turn.marks);
     response.dir = "auto";
     box.append(make("div", null, "response", make("span", origin(turn), "quiet"), response));
   }
@@ -270,18 +270,16 @@ function folded(title, text) {
   return make("details", null, "", make("summary", title), make("pre", text));
 }
 
-// The text with the accepted answers marked, where they are short enough to be looked for.
-function marked(text, answers) {
-  const wanted = answers.map((answer) => answer.trim()).filter((answer) => answer && answer.length < 200);
-  wanted.sort((a, b) => b.length - a.length); // the longest that stands at a place
-  const pattern = wanted.map((answer) => answer.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&")).join("|");
+// The text with some ranges of its characters (code points) marked.
+function marked(text, ranges) {
   const box = make("pre");
+  const characters = ranges.length ? [...text] : [];
   let from = 0;
-  for (const match of pattern ? text.matchAll(new RegExp(pattern, "giu")) : []) {
-    box.append(text.slice(from, match.index), make("mark", match[0]));
-    from = match.index + match[0].length;
+  for (const [start, end] of ranges) {
+    box.append(characters.slice(from, start).join(""), make("mark", characters.slice(start, end).join("")));
+    from = end;
   }
-  box.append(text.slice(from));
+  box.append(ranges.length ? characters.slice(from).join("") : text);
   return box;
 }
 

@@ -34,6 +34,7 @@ from igpo_fast.run.checkpoint import RunFolder
 HERE = Path(__file__).parent
 WIDTH, HEIGHT = 340, 200
 """Of a chart, in units of its view box."""
+PLAIN = "turns are shown as text, not token by token"
 TEMPLATES = Environment(
     loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
@@ -62,9 +63,11 @@ class Report:
         """Write the page.
 
         Raises:
-            InputError: what ``html`` raises.
+            InputError: the target is a folder; what ``html`` raises.
             StorageError: the operating system refuses.
         """
+        if target.is_dir():
+            raise InputError(f"--output {target}: a folder; give a file, like {target / 'report.html'}")
         page = self.html()
         with atomic(target) as file:
             file.write(page)
@@ -81,7 +84,8 @@ class Report:
         run = RunFolder(self.path)
         config, rows = run.config, _rows(run)
         groups, told = choose(run, self.most, self.steps)
-        contents = Contents(config.algorithm.f1_normalisation, self._tokens(run))
+        decode, plain = self._tokens(run)
+        contents = Contents(config.algorithm.f1_normalisation, decode)
         index = {
             "rollouts": contents.index(groups),
             "failures": FAILURES,
@@ -98,7 +102,7 @@ class Report:
                 section: [Markup(draw([chart], width=WIDTH, height=HEIGHT, in_page=True)) for chart in charts]
                 for section, charts in curves(rows).items()
             },
-            told=told,
+            told=[*told, plain] if groups and plain else told,
             index=_embedded(index),
             groups={group[0].key: _embedded(contents.detail(group)) for group in groups},
             style=Markup(style),
@@ -118,12 +122,18 @@ class Report:
                 found.append((file.name, at.st_mtime_ns, at.st_size))
         return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
-    def _tokens(self, run: RunFolder) -> Callable[[list[int]], str] | None:
-        """Token ids to text, by the tokenizer of a checkpoint; None without one."""
-        if self._decode is None and (saved := run.saved()):
-            tokenizer = load_tokenizer(run.config, Data((), (), {}), str([*saved.values()][-1]))
+    def _tokens(self, run: RunFolder) -> tuple[Callable[[list[int]], str] | None, str]:
+        """Token ids to text, by the tokenizer of the newest checkpoint; or None, and why."""
+        if self._decode is None:
+            if not (saved := run.saved()):
+                return None, f"{PLAIN}: the run has no checkpoint, whose tokenizer this needs"
+            newest = [*saved.values()][-1]
+            try:
+                tokenizer = load_tokenizer(run.config, Data((), (), {}), str(newest))
+            except InputError:
+                return None, f"{PLAIN}: the tokenizer in {newest} is damaged"
             self._decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return self._decode
+        return self._decode, ""
 
 
 def about(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -22,7 +22,8 @@ def browser():
 
 def scored(i, step=1):
     one = rollout(
-        searches(f"query {i} of {step}", f"passage {i}: the WEIMAR (or so)"), answers("Weimar" if i % 2 else "Bonn"),
+        searches(f"query {i} of {step}", f"passage 🙂 {i}: the WEIMAR (or so) of Weimarer"),
+        answers("Weimar" if i % 2 else "Bonn"),
         truth=("Weimar", "Weimar (or so)"), index=i % 4,
         id=f"q{i // 4}", question=f"Question {i // 4}?",
     )  # fmt: skip
@@ -66,7 +67,7 @@ def test_a_rollout_by_its_address_the_keys_and_the_filters(browser, run, tmp_pat
     assert "p(answer) 0.050 → 0.002" in turn and "gain -3.000" in turn and "advantage +3.000" in turn
     assert browser.js("document.querySelectorAll('#rollout th a').length") == 4  # its group, side by side
     marks = "[...document.querySelectorAll('#rollout .response mark')].map(mark => mark.textContent)"
-    assert browser.js(marks) == ["WEIMAR (or so)"]
+    assert browser.js(marks) == ["WEIMAR (or so"]
     browser.press("j")
     assert browser.js("location.hash") == "#step_000001.7"
     browser.press("k")
@@ -79,9 +80,8 @@ def test_a_rollout_by_its_address_the_keys_and_the_filters(browser, run, tmp_pat
     assert browser.js("[at('text').value, document.activeElement.id]") == ["", ""]
     browser.js("at('text').value = 'QUERY 3'; filter()")
     assert browser.js("at('count').textContent") == "11 of 80 rollouts"  # 3, and 30 to 39
-    browser.js(
-        "[...document.querySelectorAll('#failures button')].find(b => b.textContent.startsWith('wrong though')).click()"
-    )
+    kinds = "[...document.querySelectorAll('#failures button')]"
+    browser.js(f"{kinds}.find(b => b.textContent.startsWith('no exact match though')).click()")
     assert browser.js("at('count').textContent") == "5 of 80 rollouts"  # 30, 32 .. 38
     browser.js("document.querySelector('#filters [type=reset]').click()")
     browser.js("new Promise(done => setTimeout(done))")

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from typer.testing import CliRunner
 from igpo_fast.cli import app
 from igpo_fast.errors import InputError
 from igpo_fast.report.choice import _spread, choose, ranges
-from igpo_fast.report.contents import pieces
+from igpo_fast.report.contents import Contents, pieces
 from igpo_fast.report.curves import curves
 from igpo_fast.report.page import Report, _embedded
 from igpo_fast.train import train
+from igpo_fast.update.rewards import normalise_answer
 from tests.report.made import Page, answers, calls, credit, rollout, run_folder, searches, turn
 from tests.tiny import Recorder, settings
 
@@ -73,6 +75,23 @@ def test_every_number_of_the_page_is_the_records(trained, page):
             assert entry["gains"] == [turn["info_gain"] for turn in record["turns"][:-1]]
         else:
             assert "advantages" not in entry and entry["outcome"] is None
+
+
+def test_without_a_tokenizer_turns_are_their_text(trained, page, tmp_path):
+    plain = "turns are shown as text, not token by token"
+    assert plain not in page.text
+    shutil.copytree(trained, folder := tmp_path / "run")
+    for path in folder.glob("checkpoints/*/tokenizer*.json"):
+        path.write_text("{")
+    damaged = Page(Report(folder).html())
+    assert f"{plain}: the tokenizer in {folder}/checkpoints/step_00000{STEPS} is damaged" in damaged.text
+    shutil.rmtree(folder / "checkpoints")
+    without = Page(Report(folder).html())
+    assert f"{plain}: the run has no checkpoint" in without.text
+    for found in (damaged, without):
+        for key, record in records(trained).items():
+            if key in found.rollouts:
+                assert [turn["said"] for turn in found.detail(key)] == [[turn["text"]] for turn in record["turns"]]
 
 
 def test_f1_of_an_evaluation_is_that_of_its_row(trained, page):
@@ -215,10 +234,42 @@ def test_what_went_wrong_by_hand(tmp_path):
         pairs.append((one, credit(one, f1=float(one.answer in ("Weimar", "weimar!")))))
     page = made(run_folder(tmp_path, step_1=pairs))
     expected = [
-        [], ["wrong"], ["wrong though found"], ["wrong"], ["malformed", "no answer"], ["tokens", "no answer"],
+        [], ["no exact match"], ["no exact match though found"], ["no exact match"],
+        ["malformed", "no answer"], ["tokens", "no answer"],
         ["turns", "no answer"], ["found nothing"], ["failed call"], ["malformed"],
     ]  # fmt: skip
     assert [entry["failures"] for entry in page.rollouts.values()] == expected
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "text", "truth", "marked"),
+    [
+        ("igpo", "a cat, a Cat: 'CAT' concat", ["cat"], ["cat", "Cat", "CAT"]),
+        ("igpo", "In New York; York, New-York", ["York", "New York"], ["New York", "York", "New-York"]),
+        ("igpo", "1,000 is not 1000", ["1000"], ["1000"]),
+        ("squad", "1,000 is (1000)", ["1000"], ["1,000", "1000"]),
+        ("squad", "The Who, then the band who sang", ["the who"], ["Who", "who"]),
+        ("igpo", "a banana, A. b", ["a"], ["a", "A"]),
+        ("igpo", "🙂🙂 in 東京都 🙂", ["東京"], ["東京"]),
+        ("igpo", "Cafe\u0301 caf\u00e9 cafe", ["caf\u00e9"], ["Cafe\u0301", "caf\u00e9"]),
+        ("igpo", "שלום עולם", ["שלום"], ["שלום"]),
+        ("igpo", "nothing", ["", "?"], []),
+    ],
+)
+def test_what_is_marked(normalisation, text, truth, marked):
+    assert [text[a:b] for a, b in Contents(normalisation).marks(text, truth)] == marked
+
+
+@given(
+    st.lists(st.sampled_from(["cat", "Cat", "the", "concat", ",", "-", " ", "x", "東", "é", "e\u0301", "ที่", "🙂"])),
+    st.sampled_from(["cat", "the cat", "cat x", "東東", "é", "ที่", "x,x", "🙂 cat"]), st.sampled_from(["igpo", "squad"]),
+)  # fmt: skip
+def test_what_stands_is_marked_and_reads_as_the_answer(pieces, answer, normalisation):
+    contents, text = Contents(normalisation), "".join(pieces)
+    marks = contents.marks(text, [answer])
+    assert bool(marks) == contents.stands(text, [answer])
+    for start, end in marks:
+        assert normalise_answer(text[start:end], normalisation) == normalise_answer(answer, normalisation)
 
 
 def test_a_group_without_advantages_teaches_nothing(tmp_path):
@@ -227,7 +278,7 @@ def test_a_group_without_advantages_teaches_nothing(tmp_path):
     pairs += [(three, credit(three, advantages=[-1.0]))]
     page = made(run_folder(tmp_path, step_1=pairs, evaluations={1: [rollout(answers("Weimar"))]}))
     assert [entry["failures"] for entry in page.rollouts.values()] == [
-        [], ["teaches nothing"], ["teaches nothing"], ["wrong"],
+        [], ["teaches nothing"], ["teaches nothing"], ["no exact match"],
     ]  # fmt: skip
 
 
@@ -333,6 +384,26 @@ def test_room_that_training_leaves_is_for_the_evaluation(tmp_path):
     assert shown(choose(run, 12)[0]) == ["eval_000001:1"] * 8 + ["step_000001:4"]
 
 
+def test_a_step_whose_file_was_emptied_has_no_rollouts(tmp_path):
+    run = run_folder(tmp_path, step_1=many(4), step_2=many(4))
+    (run.rollouts / "step_000002.jsonl").write_bytes(b"")
+    with pytest.raises(InputError, match=r"--steps 2: .* has no rollouts of it; it has 1$"):
+        choose(run, 10, [1, 2])
+    assert choose(run, 10)[1] == ["training rollouts: step 1 (4)"]
+
+
+def test_a_group_that_does_not_fit_is_told(tmp_path):
+    run = run_folder(tmp_path, evaluations={1: [rollout(answers("x"))]}, step_2=many(4))
+    with pytest.raises(InputError, match="--rollouts 3: a group has 4 rollouts and the page whole groups; give 4"):
+        choose(run, 3, [2])
+    assert shown(choose(run, 4, [2])[0]) == ["step_000002:4"]
+    groups, told = choose(run, 4, [1, 2])
+    assert shown(groups) == ["eval_000001:1"]
+    assert told[-1] == "training groups have 4 rollouts and do not fit; --rollouts 8 has room for one"
+    groups, told = choose(run, 8, [1, 2])
+    assert shown(groups) == ["step_000002:4", "eval_000001:1"] and "do not fit" not in " ".join(told)
+
+
 def test_a_question_that_comes_twice_in_a_step_is_two_groups(tmp_path):
     pairs = many(8)
     again = [(rollout(answers("x"), id="q1", index=i), credit(rollout(answers("x")))) for i in (0, 2, 3)]
@@ -382,6 +453,8 @@ def test_the_command_writes_a_file(trained, tmp_path):
     [
         (["--steps", "1,x"], "--steps 1,x: give a step, or several like 1,60,120"),
         (["--steps", "99"], "--steps 99: "),
+        (["--rollouts", "3", "--steps", "1"], "--rollouts 3: a group has 4 rollouts"),
+        (["--output", "/"], "--output /: a folder; give a file, like /report.html"),
         (["--live", "--output", "x"], "--output: --live writes no file; leave one of them out"),
         (["--output", "/nowhere/page.html"], "/nowhere/page.html: cannot write (No such file or directory)"),
     ],
