@@ -137,5 +137,13 @@ def page(rows: Sequence[Mapping], found: Mapping, charts: Charts) -> str:
         style_digest=digest,
         charts=[Markup(draw([chart], width=460, height=290, in_page=True)) for chart in drawn if chart.lines],
         alike=alike,
-        own={key: {row["variant"]: row["settings"].get(key, defaults[key]) for row in rows} for key in own_keys},
+        own={key: _told(rows, key, defaults[key]) for key in own_keys},
     )
+
+
+def _told(rows: Sequence[Mapping], key: str, default: object) -> dict[str, str]:
+    """Variant -> the values that its runs have of a key, each once."""
+    told: dict[str, dict[str, None]] = {}
+    for row in rows:
+        told.setdefault(row["variant"], {})[str(row["settings"].get(key, default))] = None
+    return {name: ", ".join(values) for name, values in told.items()}

@@ -28,6 +28,11 @@ STARTING = {
     "rollout.thinking", "rollout.max_turns", "rollout.max_tokens",
 }  # fmt: skip
 """Other keys that all variants of a comparison share."""
+SPEED = {
+    "model.device", "model.gradient_checkpointing", "rollout.concurrency", "rollout.tensor_parallel", "train.threads",
+    "train.token_budget", "distributed.engine", "distributed.zero_stage", "distributed.offload",
+}  # fmt: skip
+"""Keys that a session may change and that decide how fast a run is: the page shows them where runs differ."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ def check_alike(runs: Iterable[Run], expected: dict[str, Config], planned: Conta
     """Check that runs were made with the settings that this comparison would make them with.
 
     Runs of a variant may differ by seed alone, and runs of different variants by anything but start, questions,
-    evaluation and number of steps. What a later session of a run may change makes no difference.
+    evaluation and number of steps. What a later session of a run may change makes no difference, but for the steps of
+    its evaluations.
 
     Args:
         expected: settings of each variant, whatever the seed; a variant that is not among them gets those of its first
@@ -95,7 +101,8 @@ def _contents(run: Run) -> dict[tuple[str, str], str]:
 
 
 def different(config: Config, other: Config, shared_only: bool = False) -> list[tuple[str, object, object]]:
-    """The keys whose values differ, with both values, without the seed and keys that a session may change.
+    """The keys whose values differ, with both values, without the seed and keys that a session may change; of these
+    only ``eval.every`` counts.
 
     Args:
         shared_only: only keys that all variants share.
@@ -105,7 +112,7 @@ def different(config: Config, other: Config, shared_only: bool = False) -> list[
         (key, value, theirs[key])
         for key, value in ours.items()
         if value != theirs[key]
-        and key not in session_keys() | {"train.seed"}
+        and key not in session_keys() - {"eval.every"} | {"train.seed"}
         and not (shared_only and key.partition(".")[0] not in START and key not in STARTING)
     ]
 
@@ -143,7 +150,7 @@ def row_of(run: Run, score: str, steps: int) -> dict:
         "settings": {
             key: value
             for key, value in values_of(run.folder.config).items()
-            if value != defaults[key] and key not in session_keys()
+            if value != defaults[key] and key not in session_keys() - SPEED - {"eval.every"}
         },
         "steps": at,
         score: [_rounded(row[score], 6) for row in evaluated],

@@ -72,6 +72,14 @@ def test_every_number_is_there(tmp_path):
     assert json.loads((tmp_path / "compare.json").read_text())["pairs"]["igpo"]["steps"]["score"] == score
 
 
+def test_settings_that_change_the_speed_are_shown_where_runs_differ(tmp_path):
+    """Of every run: two of a variant may differ."""
+    made = rows()
+    made[0]["settings"]["train.threads"] = 4
+    written(tmp_path, *made)
+    assert Page((tmp_path / "compare.html").read_text()).row("train.threads") == ["train.threads", "4, 0", "0"]
+
+
 def test_nothing_runs_and_nothing_is_fetched(tmp_path):
     written(tmp_path)
     page = Page((tmp_path / "compare.html").read_text())

@@ -198,7 +198,7 @@ def test_what_ended_before_ctrl_c_keeps_what_made_it(comparison):
 
 
 def test_runs_made_by_hand_count(comparison):
-    """What a session may change is no difference: where it keeps its files, how often it evaluates."""
+    """What a session may change is no difference: where it keeps its files, how many threads it has."""
     plan = comparison.plan("igpo,grpo", "1-1", (), "run.cache=elsewhere", "run.tracker=tensorboard", "train.threads=1")
     run = comparison.folder / "igpo-1"
     run.mkdir(parents=True)
@@ -207,6 +207,7 @@ def test_runs_made_by_hand_count(comparison):
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     comparison("igpo,grpo", "1-1")
     assert comparison.trained == ["train grpo-1 after -1"]
+    assert comparison.rows["igpo-1"]["settings"]["train.threads"] == 1, "shown, for it changes the speed"
     assert comparison.rows["igpo-1"]["steps"] == [0, 4] and "versions" not in comparison.rows["igpo-1"]
 
 
@@ -216,10 +217,20 @@ def test_runs_made_by_hand_count(comparison):
         (dict(overrides=["train.lr=0.5"]), r"-1: train.lr is 1e-06 in this run and 0.5 in the comparison; give "),
         (dict(own=["grpo:train.lr=0.5"]), r"grpo-1: train.lr is 1e-06 in this run and 0.5 in"),
         (dict(overrides=["world.rows=9"], algorithms="rloo"), r"-1: world.rows is 20 in this run and 9 in"),
+        (dict(overrides=["eval.every=1"]), r"-1: eval.every is 2 in this run and 1 in"),
+        (dict(overrides=["eval.questions=1"]), r"-1: eval.questions is 128 in this run and 1 in"),
         (dict(steps=3), r"-1: train.steps is 4 in this run and 3 in"),
         (dict(steps=5, overrides=["train.lr_schedule=linear"]), r"-1: train.(lr_schedule|steps) is"),
     ],
-    ids=["lr", "lr of one", "start of others", "fewer steps", "more steps under a schedule"],
+    ids=[
+        "lr",
+        "lr of one",
+        "start of others",
+        "evaluations",
+        "their questions",
+        "fewer steps",
+        "more steps under a schedule",
+    ],
 )
 def test_runs_made_with_other_settings_are_refused(comparison, again, line):
     comparison("igpo,grpo", "1-1")
@@ -243,6 +254,13 @@ def test_a_folder_of_another_seed_or_with_other_data_is_refused(comparison):
     first.rename(comparison.folder / "igpo-7")
     with pytest.raises(InputError, match=r"igpo-7: train.seed is 1 in this run and 7 in"):
         comparison("igpo,grpo", "1-1")
+
+
+def test_evaluations_come_as_often_as_in_the_runs_of_the_folder(comparison):
+    """A twelfth of more steps would be another number."""
+    comparison("igpo", "1-1")
+    asked = make_plan(None, "igpo", "1-2", (), ["train.steps=120"], comparison.folder)
+    assert asked.config_of("igpo", 2).eval.every == 2
 
 
 def test_one_comparison_at_a_time(comparison):
