@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from igpo_fast.compare.results import left_out
 from igpo_fast.compare.statistics import BUDGETS, mean_curve, sentences, summarise
 from igpo_fast.config import Config, values_of
-from igpo_fast.errors import InputError
 from igpo_fast.files import atomic
 from igpo_fast.jsonl import json_bytes
 from igpo_fast.report.chart import Chart, Line, draw
@@ -19,27 +19,35 @@ GREY = "#8a8a85"
 UNITS = {"steps": "step", "seconds": "seconds of training", "tokens": "tokens"}
 
 
-def write_page(folder: Path, rows: Sequence[dict], baseline: str, score: str, at: float, stalled: float) -> dict:
+def write_page(
+    folder: Path,
+    rows: Sequence[dict],
+    baseline: str,
+    score: str,
+    at: float,
+    stalled: float,
+    absent: Sequence[str] = (),
+) -> dict:
     """Write what the rows say, variants in the order in which they come.
 
+    Args:
+        absent: names of runs that were asked for and have no row.
     Returns:
-        The statistics, with ``sentences``.
+        The statistics, with ``not_counted`` (name of a run -> why) and ``sentences``.
     Raises:
-        InputError: no finished run has the score, or none is of the baseline.
         StorageError: the operating system refuses.
     """
-    finished = [row for row in rows if row["finished"] and row["steps"]]
-    if not finished:
-        raise InputError(f"{folder}: no finished run has {score}; train on, or give another --score")
-    found = summarise(finished, baseline, score, at, stalled)
-    if baseline not in found["variants"]:
-        raise InputError(
-            f"--baseline {baseline}: no finished run; give one of {', '.join(found['variants'])}, or train on"
-        )
+    reasons = [left_out(row, score) for row in rows]
+    counted = [row for row, why in zip(rows, reasons, strict=True) if not why]
+    found = summarise(counted, baseline, score, at, stalled)
+    found["not_counted"] = {
+        f"{row['variant']}-{row['seed']}": why for row, why in zip(rows, reasons, strict=True) if why
+    } | dict.fromkeys(absent, "not begun")
     found["sentences"] = sentences(found)
-    charts = Charts(finished, found)
+    charts = Charts(counted, found)
     _write(folder / "compare.json", json_bytes(found, indent=True))
     _write(folder / "curves.svg", _picture([charts.curves("steps")]))
+    (folder / "differences.svg").unlink(missing_ok=True)
     if differences := charts.differences("steps"):
         _write(folder / "differences.svg", _picture(differences))
     _write(folder / "compare.html", page(rows, found, charts).encode(errors="replace"))
@@ -56,7 +64,7 @@ def _picture(charts: Sequence[Chart]) -> bytes:
 
 
 class Charts:
-    """The charts of finished rows; variants have the colours of their order."""
+    """The charts of rows that count; variants have the colours of their order."""
 
     def __init__(self, rows: Sequence[Mapping], found: Mapping):
         self._found, self._score = found, found["score"]
@@ -127,11 +135,12 @@ def page(rows: Sequence[Mapping], found: Mapping, charts: Charts) -> str:
     drawn = [charts.curves("steps"), *charts.differences("steps"), charts.curves("seconds"), charts.curves("tokens")]
     drawn += [charts.collapse()]
     defaults, seen = values_of(Config()), [row["settings"] for row in rows]
-    alike = {key: value for key, value in seen[0].items() if all(key in s and s[key] == value for s in seen)}
+    alike = {key: value for key, value in dict(*seen[:1]).items() if all(key in s and s[key] == value for s in seen)}
     own_keys = sorted({key for s in seen for key in s} - alike.keys() - {"train.seed"})
     return template.from_string(own.joinpath("page.html").read_text()).render(
         found=found,
         rows=rows,
+        names=list(dict.fromkeys(row["variant"] for row in rows)),
         budgets=BUDGETS,
         style=Markup(style),
         style_digest=digest,

@@ -15,7 +15,7 @@ from statistics import fmean
 from igpo_fast import __version__
 from igpo_fast.config import Config, session_keys, values_of
 from igpo_fast.errors import InputError
-from igpo_fast.files import atomic
+from igpo_fast.files import atomic, storage
 from igpo_fast.jsonl import finite, json_line, json_value
 from igpo_fast.run.checkpoint import RunFolder
 
@@ -49,9 +49,9 @@ class Run:
 
 
 def runs_in(folder: Path) -> list[Run]:
-    """The runs that have begun in a comparison's folder, by seed and variant."""
+    """The runs that have begun in a comparison's folder, by seed and variant. igpo-01 is none."""
     begun = [path.parent for path in folder.glob("*/config.yaml")]
-    named = [(re.fullmatch(rf"({NAME})-([0-9]+)", path.name), path) for path in begun]
+    named = [(re.fullmatch(rf"({NAME})-(0|[1-9][0-9]*)", path.name), path) for path in begun]
     runs = [Run(match[1], int(match[2]), RunFolder(path)) for match, path in named if match]
     return sorted(runs, key=lambda run: (run.seed, run.variant))
 
@@ -120,7 +120,7 @@ def different(config: Config, other: Config, shared_only: bool = False) -> list[
 def _differs(run: Run, key: str, value: object, wanted: object) -> InputError:
     return InputError(
         f"{run.folder.path}: {key} is {value!r} in this run and {wanted!r} in the comparison; give the same settings, "
-        "or another --dir"
+        f"delete {run.folder.path} to have it made anew, or give another --dir"
     )
 
 
@@ -133,9 +133,9 @@ def row_of(run: Run, score: str, steps: int) -> dict:
     and what the passes of the update read (``tokens/packed``). ``collapsed`` is the mean share of collapsed groups
     since the evaluation before.
     """
-    rows = run.folder.read_metrics()
+    rows = metrics_of(run)
     trained = [row for row in rows if row["step"] > 0]
-    evaluated = [row for row in rows if finite(row.get(score)) is not None]
+    evaluated = [row for row in rows if number_of(row.get(score)) is not None]
     at = [row["step"] for row in evaluated]
     seconds = _spent(trained, ("time/step",))
     tokens = _spent(trained, ("tokens/rollout", "tokens/packed"))
@@ -169,25 +169,63 @@ def row_of(run: Run, score: str, steps: int) -> dict:
 
 def is_finished(run: Run, steps: int) -> bool:
     """Whether the run has trained so many steps."""
-    rows = run.folder.read_metrics()
+    rows = metrics_of(run)
     return bool(rows) and rows[-1]["step"] >= steps
+
+
+def left_out(row: Mapping, score: str) -> str:
+    """Why the run of a row does not count, empty if it does."""
+    if not row["finished"]:
+        return "unfinished"
+    if not row["steps"]:
+        return f"no {score}"
+    return f"no {score} at its last step" if row["steps"][-1] < row["trained_steps"] else ""
+
+
+def metrics_of(run: Run) -> list[dict]:
+    """The rows of a run so far; InputError, naming file and line, if a line is none."""
+    return _rows(run.folder.metrics, "step")
+
+
+def rows_in(folder: Path) -> list[dict]:
+    """The rows that an earlier comparison wrote; InputError, naming file and line, if a line is none."""
+    return _rows(folder / "compare.jsonl", "seed")
+
+
+def _rows(path: Path, key: str) -> list[dict]:
+    """The JSON lines of a file, if it is there: objects with an integer under ``key``. A last line without its end is
+    still being written."""
+    with storage(path, "read"):
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            rows.append(json_value(line, where := f"{path}:{number}"))
+            if not (isinstance(rows[-1], dict) and type(rows[-1].get(key)) is int):
+                raise InputError(f"{where}: not an object with an integer {key!r}; restore or delete the line")
+    return rows
+
+
+def number_of(value: object) -> float | None:
+    """``value`` if it is a finite number, else None."""
+    return finite(value) if isinstance(value, int | float) else None
 
 
 def _spent(rows: Sequence[Mapping], keys: Sequence[str]) -> dict[int, float | None]:
     """Step -> the sum of ``keys`` up to it, 0 at the start; unknown once a row lacks one."""
-    number = lambda value: math.nan if finite(value) is None else value  # noqa: E731
+    number = lambda value: math.nan if number_of(value) is None else value  # noqa: E731
     costs = [sum(number(row.get(key)) for key in keys) for row in rows]
     sums = accumulate(costs, initial=0)
     return {step: finite(total) for step, total in zip([0, *(row["step"] for row in rows)], sums, strict=True)}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if finite(value) is not None]
+    known = [value for value in values if number_of(value) is not None]
     return fmean(known) if known else None
 
 
 def _rounded(number: float | None, digits: int) -> float | None:
-    return None if (number := finite(number)) is None else round(number, digits) if digits else round(number)
+    return None if (number := number_of(number)) is None else round(number, digits) if digits else round(number)
 
 
 def about() -> dict:
@@ -213,24 +251,17 @@ def _commit() -> str:
         return ""
 
 
-def write_rows(folder: Path, rows: Sequence[dict], trained: Sequence[str]) -> list[dict]:
+def write_rows(folder: Path, rows: Sequence[dict], before: Sequence[dict], trained: Sequence[str]) -> list[dict]:
     """Write compare.jsonl; returns its rows.
 
     Args:
-        trained: names of the runs that this process has trained. What made the others is what compare.jsonl said.
+        before: what it said.
+        trained: names of the runs that this process has trained. What made the others is what the rows before said.
     """
-    path = folder / "compare.jsonl"
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    before = [json_value(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
-    known = {
-        (row.get("variant"), row.get("seed")): {key: row[key] for key in ("versions", "commit") if key in row}
-        for row in before
-    }
-    made = about() if trained else {}
-    told = [
-        row | (made if f"{row['variant']}-{row['seed']}" in trained else known.get((row["variant"], row["seed"]), {}))
-        for row in rows
-    ]
-    with atomic(path) as file:
+    name = lambda row: f"{row.get('variant')}-{row['seed']}"  # noqa: E731
+    known = {name(row): {key: row[key] for key in ("versions", "commit") if key in row} for row in before}
+    known |= dict.fromkeys(trained, about() if trained else {})
+    told = [row | known.get(name(row), {}) for row in rows]
+    with atomic(folder / "compare.jsonl") as file:
         file.writelines(map(json_line, told))
     return told

@@ -135,13 +135,32 @@ def test_evaluations_that_lack_a_number_are_passed_over():
     found = differences(whole, holed, SCORE, "steps")
     assert found["score"] == pytest.approx(0.3)
     assert found["area"] == pytest.approx(0.4 - 0.2), "from the first evaluation of both"
-    untimed = row("b", 1, [0.0, 0.1, 0.2, 0.3], seconds=[0, 20, None, None])
-    assert differences(whole, untimed, SCORE, "seconds")["at"] == 20
+    untimed = row("b", 1, [0.0, 0.1, 0.2, 0.3], seconds=[0, None, 40, 60])
+    assert differences(whole, untimed, SCORE, "seconds")["score"] == pytest.approx(0.3)
     nothing = row("b", 1, [None] * 4)
     assert differences(whole, nothing, SCORE, "steps") is None
     statistics = compared([whole, nothing])
     assert statistics["pairs"]["a"]["steps"]["seeds"] == [] and statistics["variants"]["b"]["mean"] is None
     assert "nothing is compared" in sentences(statistics)[0]
+
+
+@pytest.mark.parametrize("seconds", [[0, 20, None], [0, None, None], [0, 0, 0]])
+def test_a_pair_counts_if_both_have_spent_something_known(seconds):
+    """Else scores before the last evaluations, or before any training, would pass for the last ones."""
+    a, b = row("a", 1, [0.0, 0.2, 0.4]), row("b", 1, [0.0, 0.1, 0.3], seconds=seconds)
+    assert differences(a, b, SCORE, "seconds") is None and differences(b, a, SCORE, "seconds") is None
+    assert compared([a, b])["pairs"]["a"]["seconds"]["seeds"] == []
+
+
+def test_runs_without_a_partner_are_named():
+    rows = [
+        row(name, seed, [0.0, 0.5])
+        for name, seeds in (("a", (1, 2)), ("c", (1, 3)), ("b", (1, 3, 4)))
+        for seed in seeds
+    ]
+    assert compared(rows)["unpaired"] == {"a-2": "no b-2", "b-4": "no a-4, no c-4"}
+    assert "In no pair: a-2 (no b-2), b-4 (no a-4, no c-4)." in sentences(compared(rows))
+    assert compared(rows[:2], baseline="a")["unpaired"] == {}
 
 
 def test_curves_of_other_lengths_and_rhythms():
@@ -186,7 +205,7 @@ def test_a_variant_in_numbers():
         row("b", s, [0.0, f], **{"group/collapsed": c}) for s, f, c in ((1, 0.1, 0.2), (2, 0.5, 0.4), (3, 0.9, None))
     ]
     found = compared(rows)
-    assert found["pairs"] == {} and sentences(found)[0] == "There is one variant only: nothing is compared."
+    assert found["pairs"] == {} and sentences(found)[0] == "Runs of b alone count: nothing is compared."
     known = found["variants"]["b"]
     assert known["runs"] == 3 and known["stalls"] == 1
     assert known["mean"] == pytest.approx(0.5) and known["collapsed"] == pytest.approx(0.3)
