@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from igpo_fast.compare.board import Board
-from igpo_fast.compare.page import write_page
+from igpo_fast.compare.page import left_out, write_page
 from igpo_fast.compare.plan import Plan
-from igpo_fast.compare.results import check_alike, left_out, metrics_of, row_of, rows_in, runs_in, write_rows
+from igpo_fast.compare.results import check_alike, metrics_of, row_of, rows_in, runs_in, write_rows
 from igpo_fast.compare.runs import PROGRAM, Outcome, refuse_failures, run_tasks, tasks_of
 from igpo_fast.errors import InputError
 from igpo_fast.files import check_writable, lock, storage

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from igpo_fast.compare.results import left_out
 from igpo_fast.compare.statistics import BUDGETS, mean_curve, sentences, summarise
 from igpo_fast.config import Config, values_of
 from igpo_fast.files import atomic
@@ -52,6 +51,13 @@ def write_page(
         _write(folder / "differences.svg", _picture(differences))
     _write(folder / "compare.html", page(rows, found, charts).encode(errors="replace"))
     return found
+
+
+def left_out(row: Mapping, score: str) -> str:
+    """Why the run of a row does not count, empty if it does."""
+    if not (row["finished"] and row["steps"]):
+        return f"no {score}" if row["finished"] else "unfinished"
+    return f"no {score} at its last step" if row["steps"][-1] < row["trained_steps"] else ""
 
 
 def _write(path: Path, content: bytes) -> None:

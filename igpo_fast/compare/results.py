@@ -173,15 +173,6 @@ def is_finished(run: Run, steps: int) -> bool:
     return bool(rows) and rows[-1]["step"] >= steps
 
 
-def left_out(row: Mapping, score: str) -> str:
-    """Why the run of a row does not count, empty if it does."""
-    if not row["finished"]:
-        return "unfinished"
-    if not row["steps"]:
-        return f"no {score}"
-    return f"no {score} at its last step" if row["steps"][-1] < row["trained_steps"] else ""
-
-
 def metrics_of(run: Run) -> list[dict]:
     """The rows of a run so far; InputError, naming file and line, if a line is none."""
     return _rows(run.folder.metrics, "step")
