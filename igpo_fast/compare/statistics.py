@@ -21,6 +21,9 @@ EXACT = 16
 RESAMPLES = 9999
 LEVEL = 0.05
 """A difference is called one if p is below this and the 95 % interval leaves 0 out."""
+TESTABLE = 6
+"""Fewest pairs whose p can be below ``LEVEL``: if all are ahead, 2 of 2^n sign flips are as far from 0, and of five
+pairs p is 0.0625."""
 
 
 def summarise(rows: Sequence[Mapping], baseline: str, score: str, at: float, stalled: float) -> dict:
@@ -29,7 +32,7 @@ def summarise(rows: Sequence[Mapping], baseline: str, score: str, at: float, sta
     Args:
         baseline: the variant that each other one is compared with.
         score: key of the score, ``eval/f1``.
-        at: the score whose costs are told (``reached``).
+        at: the score of which is told what it took to reach it (``reached``).
         stalled: a run whose last score is below this has stalled.
     """
     variants: dict[str, dict[int, Mapping]] = {}
@@ -262,8 +265,8 @@ def _verdict(name: str, baseline: str, score: str, pairs: Mapping) -> str:
     begin = f"{name} ended {level} {baseline} in {score} at equal steps{_uncertainty(pairs)}, "
     begin += f"ahead in {pairs['ahead']} of {count} {'pair' if count == 1 else 'pairs'}{ties}"
     better = "better" if mean >= 0 else "worse"
-    if ends is None:
-        return f"{begin}; fewer than {LEAST} pairs show nothing."
+    if count < TESTABLE:
+        return f"{begin}; with fewer than {TESTABLE} pairs p cannot be below {LEVEL}: not shown to be {better}."
     if ends[0] <= 0 <= ends[1]:
         return f"{begin}; the interval includes 0: not shown to be {better}."
     if pairs["p"] >= LEVEL:

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from igpo_fast.compare.statistics import (
+    LEVEL,
+    TESTABLE,
     area,
     differences,
     interval,
@@ -217,11 +219,13 @@ def test_a_variant_in_numbers():
     ("d", "verdict"),
     [
         ([0.1, 0.2, 0.1, 0.2], "a ended 0.150 higher than b in eval/f1 at equal steps (p = 0.12), ahead in 4 of 4 "
-         "pairs; fewer than 5 pairs show nothing."),
+         "pairs; with fewer than 6 pairs p cannot be below 0.05: not shown to be better."),
         ([0.1, -0.1, 0.1, -0.1, 0.0], "level with b"),
-        ([0.1, -0.1, 0.1, -0.1, 0.0], "2 of 5 pairs and level in 1; the interval includes 0: not shown to be better."),
-        ([-0.1, 0.1, -0.1, 0.05, 0.0], "includes 0: not shown to be worse."),
-        ([0.1, 0.2, 0.1, 0.2, 0.15], "leaves 0 out, but p is not below 0.05: not shown to be better."),
+        ([-0.1, -0.2, -0.1, -0.2, -0.15], "p = 0.062), ahead in 0 of 5 pairs; with "
+         "fewer than 6 pairs p cannot be below 0.05: not shown to be worse."),
+        ([0.1, -0.1, 0.1, -0.1, 0.0, 0], "2 of 6 pairs and level in 2; the interval includes 0: not shown to be b"),
+        ([-0.1, 0.1, -0.1, 0.05, 0.0, 0], "includes 0: not shown to be worse."),
+        ([0.1, 0.2, 0.1, 0.2, 0.15, -0.01], "leaves 0 out, but p is not below 0.05: not shown to be better."),
         ([-0.1, -0.2, -0.1, -0.2, -0.15, -0.1], "lower than b in eval/f1 at equal steps (95 % interval -"),
         ([-0.1, -0.2, -0.1, -0.2, -0.15, -0.1], "; worse here, by interval and test."),
     ],
@@ -232,6 +236,11 @@ def test_what_is_said(d, verdict):
     assert verdict in first
     assert second.startswith("a - b: ") and "at equal seconds" in second and "at equal tokens" in second
     assert last == f"Ended below 0.15: {sum(0.3 + x < 0.15 for x in d)} of {len(d)} runs of a, 0 of {len(d)} runs of b."
+
+
+@pytest.mark.parametrize("count", [TESTABLE - 1, TESTABLE])
+def test_how_many_pairs_can_show_something(count):
+    assert (sign_flip_p(np.full(count, 0.1)) < LEVEL) == (count == TESTABLE)
 
 
 def test_nothing_paired_has_no_numbers():
