@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from igpo_fast.compare.results import Run
+from igpo_fast.compare.results import Run, metrics_of, number_of
 from igpo_fast.errors import InputError
-from igpo_fast.jsonl import finite
 from igpo_fast.run.display import QUIET_SECONDS, duration
 
 LOOK = 2.0
@@ -110,10 +109,10 @@ class Board:
     def _state(self, task: Task) -> tuple[int, float | None]:
         """The run's last step and last score."""
         try:
-            rows = task.run.folder.read_metrics()
+            rows = metrics_of(task.run)
         except InputError:  # the run itself says what is wrong with the file
             return 0, None
-        scores = [row[self._score] for row in rows if finite(row.get(self._score)) is not None]
+        scores = [row[self._score] for row in rows if number_of(row.get(self._score)) is not None]
         return (rows[-1]["step"] if rows else 0), (scores[-1] if scores else None)
 
     def _said(self, score: float | None) -> str:

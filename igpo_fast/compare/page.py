@@ -10,7 +10,6 @@ from pathlib import Path
 
 from igpo_fast.compare.statistics import BUDGETS, mean_curve, sentences, summarise
 from igpo_fast.config import Config, values_of
-from igpo_fast.errors import InputError
 from igpo_fast.files import atomic
 from igpo_fast.jsonl import json_bytes
 from igpo_fast.report.chart import Chart, Line, draw
@@ -19,31 +18,46 @@ GREY = "#8a8a85"
 UNITS = {"steps": "step", "seconds": "seconds of training", "tokens": "tokens"}
 
 
-def write_page(folder: Path, rows: Sequence[dict], baseline: str, score: str, at: float, stalled: float) -> dict:
+def write_page(
+    folder: Path,
+    rows: Sequence[dict],
+    baseline: str,
+    score: str,
+    at: float,
+    stalled: float,
+    absent: Sequence[str] = (),
+) -> dict:
     """Write what the rows say, variants in the order in which they come.
 
+    Args:
+        absent: names of runs that were asked for and have no row.
     Returns:
-        The statistics, with ``sentences``.
+        The statistics, with ``not_counted`` (name of a run -> why) and ``sentences``.
     Raises:
-        InputError: no finished run has the score, or none is of the baseline.
         StorageError: the operating system refuses.
     """
-    finished = [row for row in rows if row["finished"] and row["steps"]]
-    if not finished:
-        raise InputError(f"{folder}: no finished run has {score}; train on, or give another --score")
-    found = summarise(finished, baseline, score, at, stalled)
-    if baseline not in found["variants"]:
-        raise InputError(
-            f"--baseline {baseline}: no finished run; give one of {', '.join(found['variants'])}, or train on"
-        )
+    reasons = [left_out(row, score) for row in rows]
+    counted = [row for row, why in zip(rows, reasons, strict=True) if not why]
+    found = summarise(counted, baseline, score, at, stalled)
+    found["not_counted"] = {
+        f"{row['variant']}-{row['seed']}": why for row, why in zip(rows, reasons, strict=True) if why
+    } | dict.fromkeys(absent, "not begun")
     found["sentences"] = sentences(found)
-    charts = Charts(finished, found)
+    charts = Charts(counted, found)
     _write(folder / "compare.json", json_bytes(found, indent=True))
     _write(folder / "curves.svg", _picture([charts.curves("steps")]))
+    (folder / "differences.svg").unlink(missing_ok=True)
     if differences := charts.differences("steps"):
         _write(folder / "differences.svg", _picture(differences))
     _write(folder / "compare.html", page(rows, found, charts).encode(errors="replace"))
     return found
+
+
+def left_out(row: Mapping, score: str) -> str:
+    """Why the run of a row does not count, empty if it does."""
+    if not (row["finished"] and row["steps"]):
+        return f"no {score}" if row["finished"] else "unfinished"
+    return f"no {score} at its last step" if row["steps"][-1] < row["trained_steps"] else ""
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -56,7 +70,7 @@ def _picture(charts: Sequence[Chart]) -> bytes:
 
 
 class Charts:
-    """The charts of finished rows; variants have the colours of their order."""
+    """The charts of rows that count; variants have the colours of their order."""
 
     def __init__(self, rows: Sequence[Mapping], found: Mapping):
         self._found, self._score = found, found["score"]
@@ -127,15 +141,24 @@ def page(rows: Sequence[Mapping], found: Mapping, charts: Charts) -> str:
     drawn = [charts.curves("steps"), *charts.differences("steps"), charts.curves("seconds"), charts.curves("tokens")]
     drawn += [charts.collapse()]
     defaults, seen = values_of(Config()), [row["settings"] for row in rows]
-    alike = {key: value for key, value in seen[0].items() if all(key in s and s[key] == value for s in seen)}
+    alike = {key: value for key, value in dict(*seen[:1]).items() if all(key in s and s[key] == value for s in seen)}
     own_keys = sorted({key for s in seen for key in s} - alike.keys() - {"train.seed"})
     return template.from_string(own.joinpath("page.html").read_text()).render(
         found=found,
         rows=rows,
+        names=list(dict.fromkeys(row["variant"] for row in rows)),
         budgets=BUDGETS,
         style=Markup(style),
         style_digest=digest,
         charts=[Markup(draw([chart], width=460, height=290, in_page=True)) for chart in drawn if chart.lines],
         alike=alike,
-        own={key: {row["variant"]: row["settings"].get(key, defaults[key]) for row in rows} for key in own_keys},
+        own={key: _told(rows, key, defaults[key]) for key in own_keys},
     )
+
+
+def _told(rows: Sequence[Mapping], key: str, default: object) -> dict[str, str]:
+    """Variant -> the values that its runs have of a key, each once."""
+    told: dict[str, dict[str, None]] = {}
+    for row in rows:
+        told.setdefault(row["variant"], {})[str(row["settings"].get(key, default))] = None
+    return {name: ", ".join(values) for name, values in told.items()}

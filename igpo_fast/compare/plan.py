@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from igpo_fast.compare.results import NAME, different
+from igpo_fast.compare.results import NAME, different, runs_in
 from igpo_fast.config import PRESETS, Algorithm, Config, load
 from igpo_fast.errors import InputError
 
 ALGORITHMS = typing.get_args(Algorithm.model_fields["name"].annotation)
 EVALUATIONS = 12
-"""Evaluations of a run after the first, unless ``eval.every`` is given."""
+"""Evaluations of a run after the first, unless ``eval.every`` is given or the folder has runs."""
 MOST_SEEDS = 100
 """Of a count; a larger one is taken for a seed."""
 
@@ -69,7 +69,7 @@ def make_plan(
     variants = parse_variants(algorithms)
     for text in own:
         variant, colon, setting = text.partition(":")
-        if not colon or variant not in variants:
+        if not colon or variant not in variants or "=" not in setting:
             raise InputError(
                 f"--for {text}: give VARIANT:section.key=value, where VARIANT is one of {', '.join(variants)}"
             )
@@ -79,15 +79,19 @@ def make_plan(
     taken += [text for text in owned if text.startswith("train.seed=")]
     if taken:
         raise InputError(f"{taken[0]}: the comparison sets this key of each run; give --dir and --seeds")
-    every = max(1, round(base.train.steps / EVALUATIONS))
+    begun = [run.folder.config.eval.every for run in runs_in(folder)]
+    every = begun[0] if begun else max(1, round(base.train.steps / EVALUATIONS))
     common = (f"run.cache={folder / 'cache'}", f"eval.every={every}", *overrides)
     plan = Plan(folder, config, common, variants, parse_seeds(seeds, base.train.seed))
-    first, *others = ((name, plan.config_of(name, plan.seeds[0])) for name in variants)
+    (first, shared), *others = ((name, plan.config_of(name, plan.seeds[0])) for name in variants)
     for name, settings in others:
-        for key, *_ in different(settings, first[1], shared_only=True):
+        for key, *_ in different(settings, shared, shared_only=True):
+            # Whose --for it was: of the two, only one may have been given a value.
+            pair = [name, first]
+            pair.sort(key=lambda one: not any(text.startswith(f"{key}=") for text in variants[one]))
             raise InputError(
-                f"--for {name}: {key} would differ from that of {first[0]}, but variants must have the same start, "
-                "questions and steps; give it without --for"
+                f"--for {pair[0]}: {key} would differ from that of {pair[1]}, but variants must have the same start, "
+                "questions, steps and evaluations; give it without --for"
             )
     return plan
 
@@ -103,7 +107,7 @@ def parse_variants(text: str) -> dict[str, tuple[str, ...]]:
         name, _, base = part.strip().partition("=")
         base = base or name
         if base not in (known := (*ALGORITHMS, *PRESETS)):
-            near = difflib.get_close_matches(base, known, n=1)
+            near = difflib.get_close_matches(base.lower(), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"give some of {', '.join(known)}"
             raise InputError(f"--algorithms {text}: {base!r} is no algorithm or preset; {hint}")
         if not re.fullmatch(NAME, name):

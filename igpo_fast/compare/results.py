@@ -15,7 +15,7 @@ from statistics import fmean
 from igpo_fast import __version__
 from igpo_fast.config import Config, session_keys, values_of
 from igpo_fast.errors import InputError
-from igpo_fast.files import atomic
+from igpo_fast.files import atomic, storage
 from igpo_fast.jsonl import finite, json_line, json_value
 from igpo_fast.run.checkpoint import RunFolder
 
@@ -28,6 +28,11 @@ STARTING = {
     "rollout.thinking", "rollout.max_turns", "rollout.max_tokens",
 }  # fmt: skip
 """Other keys that all variants of a comparison share."""
+SPEED = {
+    "model.device", "model.gradient_checkpointing", "rollout.concurrency", "rollout.tensor_parallel", "train.threads",
+    "train.token_budget", "distributed.engine", "distributed.zero_stage", "distributed.offload",
+}  # fmt: skip
+"""Keys that a session may change and that decide how fast a run is: the page shows them where runs differ."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,9 @@ class Run:
 
 
 def runs_in(folder: Path) -> list[Run]:
-    """The runs that have begun in a comparison's folder, by seed and variant."""
+    """The runs that have begun in a comparison's folder, by seed and variant. igpo-01 is none."""
     begun = [path.parent for path in folder.glob("*/config.yaml")]
-    named = [(re.fullmatch(rf"({NAME})-([0-9]+)", path.name), path) for path in begun]
+    named = [(re.fullmatch(rf"({NAME})-(0|[1-9][0-9]*)", path.name), path) for path in begun]
     runs = [Run(match[1], int(match[2]), RunFolder(path)) for match, path in named if match]
     return sorted(runs, key=lambda run: (run.seed, run.variant))
 
@@ -55,7 +60,8 @@ def check_alike(runs: Iterable[Run], expected: dict[str, Config], planned: Conta
     """Check that runs were made with the settings that this comparison would make them with.
 
     Runs of a variant may differ by seed alone, and runs of different variants by anything but start, questions,
-    evaluation and number of steps. What a later session of a run may change makes no difference.
+    evaluation and number of steps. What a later session of a run may change makes no difference, but for the steps of
+    its evaluations.
 
     Args:
         expected: settings of each variant, whatever the seed; a variant that is not among them gets those of its first
@@ -95,7 +101,8 @@ def _contents(run: Run) -> dict[tuple[str, str], str]:
 
 
 def different(config: Config, other: Config, shared_only: bool = False) -> list[tuple[str, object, object]]:
-    """The keys whose values differ, with both values, without the seed and keys that a session may change.
+    """The keys whose values differ, with both values, without the seed and keys that a session may change; of these
+    only ``eval.every`` counts.
 
     Args:
         shared_only: only keys that all variants share.
@@ -105,7 +112,7 @@ def different(config: Config, other: Config, shared_only: bool = False) -> list[
         (key, value, theirs[key])
         for key, value in ours.items()
         if value != theirs[key]
-        and key not in session_keys() | {"train.seed"}
+        and key not in session_keys() - {"eval.every"} | {"train.seed"}
         and not (shared_only and key.partition(".")[0] not in START and key not in STARTING)
     ]
 
@@ -113,7 +120,7 @@ def different(config: Config, other: Config, shared_only: bool = False) -> list[
 def _differs(run: Run, key: str, value: object, wanted: object) -> InputError:
     return InputError(
         f"{run.folder.path}: {key} is {value!r} in this run and {wanted!r} in the comparison; give the same settings, "
-        "or another --dir"
+        f"delete {run.folder.path} to have it made anew, or give another --dir"
     )
 
 
@@ -126,9 +133,9 @@ def row_of(run: Run, score: str, steps: int) -> dict:
     and what the passes of the update read (``tokens/packed``). ``collapsed`` is the mean share of collapsed groups
     since the evaluation before.
     """
-    rows = run.folder.read_metrics()
+    rows = metrics_of(run)
     trained = [row for row in rows if row["step"] > 0]
-    evaluated = [row for row in rows if finite(row.get(score)) is not None]
+    evaluated = [row for row in rows if number_of(row.get(score)) is not None]
     at = [row["step"] for row in evaluated]
     seconds = _spent(trained, ("time/step",))
     tokens = _spent(trained, ("tokens/rollout", "tokens/packed"))
@@ -143,7 +150,7 @@ def row_of(run: Run, score: str, steps: int) -> dict:
         "settings": {
             key: value
             for key, value in values_of(run.folder.config).items()
-            if value != defaults[key] and key not in session_keys()
+            if value != defaults[key] and key not in session_keys() - SPEED - {"eval.every"}
         },
         "steps": at,
         score: [_rounded(row[score], 6) for row in evaluated],
@@ -162,25 +169,54 @@ def row_of(run: Run, score: str, steps: int) -> dict:
 
 def is_finished(run: Run, steps: int) -> bool:
     """Whether the run has trained so many steps."""
-    rows = run.folder.read_metrics()
+    rows = metrics_of(run)
     return bool(rows) and rows[-1]["step"] >= steps
+
+
+def metrics_of(run: Run) -> list[dict]:
+    """The rows of a run so far; InputError, naming file and line, if a line is none."""
+    return _rows(run.folder.metrics, "step")
+
+
+def rows_in(folder: Path) -> list[dict]:
+    """The rows that an earlier comparison wrote; InputError, naming file and line, if a line is none."""
+    return _rows(folder / "compare.jsonl", "seed")
+
+
+def _rows(path: Path, key: str) -> list[dict]:
+    """The JSON lines of a file, if it is there: objects with an integer under ``key``. A last line without its end is
+    still being written."""
+    with storage(path, "read"):
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            rows.append(json_value(line, where := f"{path}:{number}"))
+            if not (isinstance(rows[-1], dict) and type(rows[-1].get(key)) is int):
+                raise InputError(f"{where}: not an object with an integer {key!r}; restore or delete the line")
+    return rows
+
+
+def number_of(value: object) -> float | None:
+    """``value`` if it is a finite number, else None."""
+    return finite(value) if isinstance(value, int | float) else None
 
 
 def _spent(rows: Sequence[Mapping], keys: Sequence[str]) -> dict[int, float | None]:
     """Step -> the sum of ``keys`` up to it, 0 at the start; unknown once a row lacks one."""
-    number = lambda value: math.nan if finite(value) is None else value  # noqa: E731
+    number = lambda value: math.nan if number_of(value) is None else value  # noqa: E731
     costs = [sum(number(row.get(key)) for key in keys) for row in rows]
     sums = accumulate(costs, initial=0)
     return {step: finite(total) for step, total in zip([0, *(row["step"] for row in rows)], sums, strict=True)}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if finite(value) is not None]
+    known = [value for value in values if number_of(value) is not None]
     return fmean(known) if known else None
 
 
 def _rounded(number: float | None, digits: int) -> float | None:
-    return None if (number := finite(number)) is None else round(number, digits) if digits else round(number)
+    return None if (number := number_of(number)) is None else round(number, digits) if digits else round(number)
 
 
 def about() -> dict:
@@ -206,24 +242,17 @@ def _commit() -> str:
         return ""
 
 
-def write_rows(folder: Path, rows: Sequence[dict], trained: Sequence[str]) -> list[dict]:
+def write_rows(folder: Path, rows: Sequence[dict], before: Sequence[dict], trained: Sequence[str]) -> list[dict]:
     """Write compare.jsonl; returns its rows.
 
     Args:
-        trained: names of the runs that this process has trained. What made the others is what compare.jsonl said.
+        before: what it said.
+        trained: names of the runs that this process has trained. What made the others is what the rows before said.
     """
-    path = folder / "compare.jsonl"
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    before = [json_value(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
-    known = {
-        (row.get("variant"), row.get("seed")): {key: row[key] for key in ("versions", "commit") if key in row}
-        for row in before
-    }
-    made = about() if trained else {}
-    told = [
-        row | (made if f"{row['variant']}-{row['seed']}" in trained else known.get((row["variant"], row["seed"]), {}))
-        for row in rows
-    ]
-    with atomic(path) as file:
+    name = lambda row: f"{row.get('variant')}-{row['seed']}"  # noqa: E731
+    known = {name(row): {key: row[key] for key in ("versions", "commit") if key in row} for row in before}
+    known |= dict.fromkeys(trained, about() if trained else {})
+    told = [row | known.get(name(row), {}) for row in rows]
+    with atomic(folder / "compare.jsonl") as file:
         file.writelines(map(json_line, told))
     return told

@@ -197,5 +197,6 @@ def refuse_failures(outcome: Outcome, folder: Path) -> None:
     more = f"; and {len(told) - 3} more" if len(told) > 3 else ""
     raise RunError(
         f"{len(told)} of the trainings failed ({first}{more}). Their logs are in {folder / 'logs'}; once the cause is "
-        "gone, the same command goes on with them"
+        f"gone, the same command goes on with them; a run is made anew, with other settings too, once its folder "
+        f"{folder}/VARIANT-SEED is deleted"
     )

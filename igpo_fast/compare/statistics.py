@@ -21,6 +21,9 @@ EXACT = 16
 RESAMPLES = 9999
 LEVEL = 0.05
 """A difference is called one if p is below this and the 95 % interval leaves 0 out."""
+TESTABLE = 6
+"""Fewest pairs whose p can be below ``LEVEL``: if all are ahead, 2 of 2^n sign flips are as far from 0, and of five
+pairs p is 0.0625."""
 
 
 def summarise(rows: Sequence[Mapping], baseline: str, score: str, at: float, stalled: float) -> dict:
@@ -29,7 +32,7 @@ def summarise(rows: Sequence[Mapping], baseline: str, score: str, at: float, sta
     Args:
         baseline: the variant that each other one is compared with.
         score: key of the score, ``eval/f1``.
-        at: the score whose costs are told (``reached``).
+        at: the score of which is told what it took to reach it (``reached``).
         stalled: a run whose last score is below this has stalled.
     """
     variants: dict[str, dict[int, Mapping]] = {}
@@ -46,7 +49,19 @@ def summarise(rows: Sequence[Mapping], baseline: str, score: str, at: float, sta
             for name, runs in variants.items()
             if name != baseline and baseline in variants
         },
+        "unpaired": _unpaired(variants, baseline),
     }
+
+
+def _unpaired(variants: Mapping[str, Mapping[int, Mapping]], baseline: str) -> dict[str, str]:
+    """Name of each run that is in no pair -> the partners that it lacks."""
+    found = {}
+    for name, runs in variants.items() if baseline in variants else ():
+        partners = [other for other in variants if other != name] if name == baseline else [baseline]
+        for seed in runs:
+            if partners and not any(seed in variants[partner] for partner in partners):
+                found[f"{name}-{seed}"] = ", ".join(f"no {partner}-{seed}" for partner in partners)
+    return found
 
 
 def _variant(rows: Sequence[Mapping], score: str, at: float, stalled: float) -> dict:
@@ -99,13 +114,13 @@ def differences(row: Mapping, other: Mapping, score: str, budget: str) -> dict[s
     Returns:
         ``at``, that budget; ``score``, the difference there; ``area``, the difference of the scores' means from the
         first budget known of both to ``at``. Between evaluations scores are interpolated. None if there is no such
-        budget.
+        budget above 0, or if what a run has spent in all is not known: the score there would not be its last.
     """
     (xs, ys), (other_xs, other_ys) = (points(r, score, budget) for r in (row, other))
-    if not (len(xs) and len(other_xs)):
+    if not (len(xs) and len(other_xs)) or None in (row[budget][-1], other[budget][-1]):
         return None
     first, last = max(xs[0], other_xs[0]), min(xs[-1], other_xs[-1])
-    if first > last:
+    if first > last or last <= 0:
         return None
     return {
         "at": float(last),
@@ -217,8 +232,13 @@ def mean_curve(rows: Sequence[Mapping], key: str, budget: str) -> dict[str, list
 
 
 def sentences(found: Mapping) -> list[str]:
-    """What the statistics say of each variant: at equal steps, at equal seconds and tokens, and who stalled."""
-    said = [] if found["pairs"] else ["There is one variant only: nothing is compared."]
+    """What the statistics say of each variant: at equal steps, at equal seconds and tokens; which runs are left out,
+    and who stalled."""
+    said = []
+    if found["baseline"] not in found["variants"]:
+        said.append(f"No run of {found['baseline']} counts: nothing is compared.")
+    elif not found["pairs"]:
+        said.append(f"Runs of {found['baseline']} alone count: nothing is compared.")
     for name, budgets in found["pairs"].items():
         said.append(_verdict(name, found["baseline"], found["score"], budgets["steps"]["score"]))
         others = [
@@ -228,8 +248,11 @@ def sentences(found: Mapping) -> list[str]:
         ]
         if others:
             said.append(f"{name} - {found['baseline']}: {', '.join(others)}.")
+    for begin, key in (("Not counted", "not_counted"), ("In no pair", "unpaired")):
+        if names := [f"{name} ({why})" for name, why in found.get(key, {}).items()]:
+            said.append(f"{begin}: {', '.join(names)}.")
     stalls = [f"{v['stalls']} of {v['runs']} runs of {name}" for name, v in found["variants"].items()]
-    return [*said, f"Ended below {found['stalled']:g}: {', '.join(stalls)}."]
+    return said + [f"Ended below {found['stalled']:g}: {', '.join(stalls)}."] * bool(stalls)
 
 
 def _verdict(name: str, baseline: str, score: str, pairs: Mapping) -> str:
@@ -242,8 +265,8 @@ def _verdict(name: str, baseline: str, score: str, pairs: Mapping) -> str:
     begin = f"{name} ended {level} {baseline} in {score} at equal steps{_uncertainty(pairs)}, "
     begin += f"ahead in {pairs['ahead']} of {count} {'pair' if count == 1 else 'pairs'}{ties}"
     better = "better" if mean >= 0 else "worse"
-    if ends is None:
-        return f"{begin}; fewer than {LEAST} pairs show nothing."
+    if count < TESTABLE:
+        return f"{begin}; with fewer than {TESTABLE} pairs p cannot be below {LEVEL}: not shown to be {better}."
     if ends[0] <= 0 <= ends[1]:
         return f"{begin}; the interval includes 0: not shown to be {better}."
     if pairs["p"] >= LEVEL:

@@ -72,6 +72,14 @@ def test_every_number_is_there(tmp_path):
     assert json.loads((tmp_path / "compare.json").read_text())["pairs"]["igpo"]["steps"]["score"] == score
 
 
+def test_settings_that_change_the_speed_are_shown_where_runs_differ(tmp_path):
+    """Of every run: two of a variant may differ."""
+    made = rows()
+    made[0]["settings"]["train.threads"] = 4
+    written(tmp_path, *made)
+    assert Page((tmp_path / "compare.html").read_text()).row("train.threads") == ["train.threads", "4, 0", "0"]
+
+
 def test_nothing_runs_and_nothing_is_fetched(tmp_path):
     written(tmp_path)
     page = Page((tmp_path / "compare.html").read_text())
@@ -108,16 +116,44 @@ def test_hostile_text_is_text(tmp_path):
         [row("igpo", 1, [0.1, 0.2], finished=False, steps=[0, 10]), row("grpo", 1, [0.0])],
         [row("igpo", 1, [0.1, 0.2]), row("grpo", 1, [], steps=[], finished=False), row("grpo", 2, [0.0, 0.2])],
         [row("igpo", 1, [0.1, 0.2], seconds=[None, None], tokens=[0, None]), row("grpo", 1, [0.1, 0.2])],
+        [row("igpo", 1, [0.1, 0.2], trained_steps=20), row("grpo", 1, [0.1, 0.2], finished=False)],
+        [],
         [row(name, seed, [0.5] * 3, turns=None) for name in ("igpo", "tips", "grpo") for seed in range(5)],
     ],
-    ids=["one evaluation", "no pair", "unfinished", "unevaluated", "unknown costs", "all level"],
+    ids=[
+        "one evaluation",
+        "no pair",
+        "unfinished",
+        "unevaluated",
+        "unknown costs",
+        "none counts",
+        "no run",
+        "all level",
+    ],
 )
 def test_what_is_missing_breaks_nothing(tmp_path, made):
-    baseline = "grpo" if any(r["variant"] == "grpo" and r["finished"] and r["steps"] for r in made) else "igpo"
-    found = written(tmp_path, *made, baseline=baseline)
+    found = write_page(tmp_path, made, "grpo", SCORE, 0.5, 0.15)
     page = Page((tmp_path / "compare.html").read_text())
     assert found["sentences"] and "nan" not in page.text.lower() and "None" not in page.text
     assert (tmp_path / "differences.svg").exists() == any(p["steps"]["seeds"] for p in found["pairs"].values())
+
+
+def test_what_does_not_count_is_named(tmp_path):
+    """A run whose last evaluation lacks the score ended nobody knows where."""
+    made = [
+        row("igpo", 1, [0.0, 0.2]),
+        row("grpo", 1, [0.0, 0.1]),
+        row("igpo", 2, [], steps=[]),
+        row("grpo", 2, [0.0, 0.1]),
+        row("igpo", 3, [0.0, 0.9], trained_steps=20),
+        row("grpo", 3, [0.0, 0.1]),
+    ]
+    found = write_page(tmp_path, made, "grpo", SCORE, 0.5, 0.15, ["igpo-4"])
+    assert found["variants"]["igpo"]["mean"] == 0.2 and found["pairs"]["igpo"]["steps"]["seeds"] == [1]
+    text = Page((tmp_path / "compare.html").read_text()).text
+    assert "Not counted: igpo-2 (no eval/f1), igpo-3 (no eval/f1 at its last step), igpo-4 (not begun)." in text
+    assert "In no pair: grpo-2 (no igpo-2), grpo-3 (no igpo-3)." in text
+    assert "igpo-3 (no eval/f1 at its last step, not counted)" in text
 
 
 def test_dots_are_at_their_seeds(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -198,7 +199,7 @@ def test_what_ended_before_ctrl_c_keeps_what_made_it(comparison):
 
 
 def test_runs_made_by_hand_count(comparison):
-    """What a session may change is no difference: where it keeps its files, how often it evaluates."""
+    """What a session may change is no difference: where it keeps its files, how many threads it has."""
     plan = comparison.plan("igpo,grpo", "1-1", (), "run.cache=elsewhere", "run.tracker=tensorboard", "train.threads=1")
     run = comparison.folder / "igpo-1"
     run.mkdir(parents=True)
@@ -207,6 +208,7 @@ def test_runs_made_by_hand_count(comparison):
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     comparison("igpo,grpo", "1-1")
     assert comparison.trained == ["train grpo-1 after -1"]
+    assert comparison.rows["igpo-1"]["settings"]["train.threads"] == 1, "shown, for it changes the speed"
     assert comparison.rows["igpo-1"]["steps"] == [0, 4] and "versions" not in comparison.rows["igpo-1"]
 
 
@@ -216,10 +218,20 @@ def test_runs_made_by_hand_count(comparison):
         (dict(overrides=["train.lr=0.5"]), r"-1: train.lr is 1e-06 in this run and 0.5 in the comparison; give "),
         (dict(own=["grpo:train.lr=0.5"]), r"grpo-1: train.lr is 1e-06 in this run and 0.5 in"),
         (dict(overrides=["world.rows=9"], algorithms="rloo"), r"-1: world.rows is 20 in this run and 9 in"),
+        (dict(overrides=["eval.every=1"]), r"-1: eval.every is 2 in this run and 1 in"),
+        (dict(overrides=["eval.questions=1"]), r"-1: eval.questions is 128 in this run and 1 in"),
         (dict(steps=3), r"-1: train.steps is 4 in this run and 3 in"),
         (dict(steps=5, overrides=["train.lr_schedule=linear"]), r"-1: train.(lr_schedule|steps) is"),
     ],
-    ids=["lr", "lr of one", "start of others", "fewer steps", "more steps under a schedule"],
+    ids=[
+        "lr",
+        "lr of one",
+        "start of others",
+        "evaluations",
+        "their questions",
+        "fewer steps",
+        "more steps under a schedule",
+    ],
 )
 def test_runs_made_with_other_settings_are_refused(comparison, again, line):
     comparison("igpo,grpo", "1-1")
@@ -245,6 +257,13 @@ def test_a_folder_of_another_seed_or_with_other_data_is_refused(comparison):
         comparison("igpo,grpo", "1-1")
 
 
+def test_evaluations_come_as_often_as_in_the_runs_of_the_folder(comparison):
+    """A twelfth of more steps would be another number."""
+    comparison("igpo", "1-1")
+    asked = make_plan(None, "igpo", "1-2", (), ["train.steps=120"], comparison.folder)
+    assert asked.config_of("igpo", 2).eval.every == 2
+
+
 def test_one_comparison_at_a_time(comparison):
     comparison("igpo", "1-1")
     with open(comparison.folder / ".lock", "a+") as held:
@@ -263,11 +282,86 @@ def test_without_training(comparison, tmp_path):
     found = compare(comparison.folder, None)
     assert found["baseline"] == "grpo" and list(found["variants"]) == ["dr_grpo", "igpo", "grpo"] and page.exists()
     assert list(compare(comparison.folder, None, baseline="igpo")["pairs"]) == ["dr_grpo", "grpo"]
-    with pytest.raises(InputError, match="--baseline tips: no finished run; give one of dr_grpo, grpo, igpo"):
+    with pytest.raises(InputError, match="--baseline tips: not among dr_grpo, grpo, igpo; give one of them"):
         compare(comparison.folder, None, baseline="tips")
+    before = page.read_bytes(), comparison.rows
     with pytest.raises(InputError, match="no finished run has eval/reward"):
         compare(comparison.folder, None, score="eval/reward")
+    assert before == (page.read_bytes(), comparison.rows)
     assert [run.name for run in runs_in(comparison.folder)] == ["dr_grpo-1", "grpo-1", "igpo-1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (dict(score="group/collapsed"), "--score group/collapsed: not a number of the evaluations; give one of theirs"),
+        (dict(score="time/train"), "--score time/train: not a number"),
+        (dict(at=float("nan")), "--at nan: not a score; give a finite number"),
+        (dict(stalled=float("inf")), "--stalled inf: not a score"),
+        ({}, "compared: no run is here, a folder VARIANT-SEED like igpo-1 with a config.yaml"),
+    ],
+)
+def test_a_refused_folder_is_left_as_it_was(comparison, options, line):
+    (comparison.folder / "igpo-01").mkdir(parents=True)
+    (comparison.folder / "igpo-01" / "config.yaml").touch()  # beside igpo-1 it would be the same run
+    with pytest.raises(InputError) as refused:
+        compare(comparison.folder, None, **options)
+    assert line in str(refused.value)
+    assert [path.name for path in comparison.folder.iterdir()] == ["igpo-01"]
+
+
+@pytest.mark.parametrize("line", ["5", "{", '{"seed": "1", "step": 1.5}'])
+@pytest.mark.parametrize("file", ["compare.jsonl", "grpo-1/metrics.jsonl"])
+def test_files_that_cannot_be_read_are_named_before_any_training(comparison, file, line):
+    comparison("igpo,grpo", "1-1")
+    path = comparison.folder / file
+    path.write_text(path.read_text().partition("\n")[0] + f"\n\n{line}\n")
+    with pytest.raises(InputError) as refused:
+        comparison("igpo", "2-2")
+    assert str(refused.value).startswith(f"{path}:3: not ") and "\n" not in str(refused.value)
+    assert comparison.calls == []
+
+
+def test_values_that_are_no_numbers_are_missing(comparison):
+    comparison("igpo,grpo", "1-1")
+    with (comparison.folder / "igpo-1/metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "eval/f1": "high", "time/step": [], "tokens/packed": null, "group/collapsed": {}}\n')
+    found = compare(comparison.folder, None)
+    assert found["not_counted"] == {"igpo-1": "no eval/f1 at its last step"}
+    assert found["sentences"][:2] == [
+        "Runs of grpo alone count: nothing is compared.",
+        "Not counted: igpo-1 (no eval/f1 at its last step).",
+    ]
+
+
+def test_without_a_run_of_the_baseline_the_page_says_so(comparison):
+    comparison("igpo,grpo", "1-1")
+    comparison.do(rloo_1="fail", rloo_2="refuse")
+    with pytest.raises(
+        RunError, match=r"made anew, with other settings too, once its folder .*/VARIANT-SEED is deleted"
+    ):
+        comparison("igpo,rloo", "1-2")
+    found = json.loads((comparison.folder / "compare.json").read_text())
+    assert found["pairs"] == {} and found["sentences"][:2] == [
+        "No run of rloo counts: nothing is compared.",
+        "Not counted: rloo-1 (unfinished), rloo-2 (not begun).",
+    ]
+    page = (comparison.folder / "compare.html").read_text()
+    assert found["sentences"][0] in page and "Differences from" not in page
+    assert not (comparison.folder / "differences.svg").exists(), "an old one would speak of other runs"
+    comparison.do()
+    with pytest.raises(InputError, match=r"rloo-1: train.lr is .* give the same settings, delete .*rloo-1 to have it"):
+        comparison("igpo,rloo", "1-2", ["rloo:train.lr=0.5"])
+    shutil.rmtree(comparison.folder / "rloo-1")
+    assert comparison("igpo,rloo", "1-2", ["rloo:train.lr=0.5"])["pairs"]["igpo"]["steps"]["seeds"] == [1, 2]
+
+
+def test_nothing_but_failures_is_a_page_too(comparison):
+    comparison.do(igpo_1="refuse", grpo_1="refuse")
+    with pytest.raises(RunError, match="2 of the trainings failed"):
+        comparison("igpo,grpo", "1-1")
+    page = (comparison.folder / "compare.html").read_text()
+    assert "No run of grpo counts" in page and "Not counted: grpo-1 (not begun), igpo-1 (not begun)." in page
 
 
 def test_an_unfinished_run_is_shown_and_not_counted(comparison):

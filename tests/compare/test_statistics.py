@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from igpo_fast.compare.statistics import (
+    LEVEL,
+    TESTABLE,
     area,
     differences,
     interval,
@@ -135,13 +137,32 @@ def test_evaluations_that_lack_a_number_are_passed_over():
     found = differences(whole, holed, SCORE, "steps")
     assert found["score"] == pytest.approx(0.3)
     assert found["area"] == pytest.approx(0.4 - 0.2), "from the first evaluation of both"
-    untimed = row("b", 1, [0.0, 0.1, 0.2, 0.3], seconds=[0, 20, None, None])
-    assert differences(whole, untimed, SCORE, "seconds")["at"] == 20
+    untimed = row("b", 1, [0.0, 0.1, 0.2, 0.3], seconds=[0, None, 40, 60])
+    assert differences(whole, untimed, SCORE, "seconds")["score"] == pytest.approx(0.3)
     nothing = row("b", 1, [None] * 4)
     assert differences(whole, nothing, SCORE, "steps") is None
     statistics = compared([whole, nothing])
     assert statistics["pairs"]["a"]["steps"]["seeds"] == [] and statistics["variants"]["b"]["mean"] is None
     assert "nothing is compared" in sentences(statistics)[0]
+
+
+@pytest.mark.parametrize("seconds", [[0, 20, None], [0, None, None], [0, 0, 0]])
+def test_a_pair_counts_if_both_have_spent_something_known(seconds):
+    """Else scores before the last evaluations, or before any training, would pass for the last ones."""
+    a, b = row("a", 1, [0.0, 0.2, 0.4]), row("b", 1, [0.0, 0.1, 0.3], seconds=seconds)
+    assert differences(a, b, SCORE, "seconds") is None and differences(b, a, SCORE, "seconds") is None
+    assert compared([a, b])["pairs"]["a"]["seconds"]["seeds"] == []
+
+
+def test_runs_without_a_partner_are_named():
+    rows = [
+        row(name, seed, [0.0, 0.5])
+        for name, seeds in (("a", (1, 2)), ("c", (1, 3)), ("b", (1, 3, 4)))
+        for seed in seeds
+    ]
+    assert compared(rows)["unpaired"] == {"a-2": "no b-2", "b-4": "no a-4, no c-4"}
+    assert "In no pair: a-2 (no b-2), b-4 (no a-4, no c-4)." in sentences(compared(rows))
+    assert compared(rows[:2], baseline="a")["unpaired"] == {}
 
 
 def test_curves_of_other_lengths_and_rhythms():
@@ -186,7 +207,7 @@ def test_a_variant_in_numbers():
         row("b", s, [0.0, f], **{"group/collapsed": c}) for s, f, c in ((1, 0.1, 0.2), (2, 0.5, 0.4), (3, 0.9, None))
     ]
     found = compared(rows)
-    assert found["pairs"] == {} and sentences(found)[0] == "There is one variant only: nothing is compared."
+    assert found["pairs"] == {} and sentences(found)[0] == "Runs of b alone count: nothing is compared."
     known = found["variants"]["b"]
     assert known["runs"] == 3 and known["stalls"] == 1
     assert known["mean"] == pytest.approx(0.5) and known["collapsed"] == pytest.approx(0.3)
@@ -198,11 +219,13 @@ def test_a_variant_in_numbers():
     ("d", "verdict"),
     [
         ([0.1, 0.2, 0.1, 0.2], "a ended 0.150 higher than b in eval/f1 at equal steps (p = 0.12), ahead in 4 of 4 "
-         "pairs; fewer than 5 pairs show nothing."),
+         "pairs; with fewer than 6 pairs p cannot be below 0.05: not shown to be better."),
         ([0.1, -0.1, 0.1, -0.1, 0.0], "level with b"),
-        ([0.1, -0.1, 0.1, -0.1, 0.0], "2 of 5 pairs and level in 1; the interval includes 0: not shown to be better."),
-        ([-0.1, 0.1, -0.1, 0.05, 0.0], "includes 0: not shown to be worse."),
-        ([0.1, 0.2, 0.1, 0.2, 0.15], "leaves 0 out, but p is not below 0.05: not shown to be better."),
+        ([-0.1, -0.2, -0.1, -0.2, -0.15], "p = 0.062), ahead in 0 of 5 pairs; with "
+         "fewer than 6 pairs p cannot be below 0.05: not shown to be worse."),
+        ([0.1, -0.1, 0.1, -0.1, 0.0, 0], "2 of 6 pairs and level in 2; the interval includes 0: not shown to be b"),
+        ([-0.1, 0.1, -0.1, 0.05, 0.0, 0], "includes 0: not shown to be worse."),
+        ([0.1, 0.2, 0.1, 0.2, 0.15, -0.01], "leaves 0 out, but p is not below 0.05: not shown to be better."),
         ([-0.1, -0.2, -0.1, -0.2, -0.15, -0.1], "lower than b in eval/f1 at equal steps (95 % interval -"),
         ([-0.1, -0.2, -0.1, -0.2, -0.15, -0.1], "; worse here, by interval and test."),
     ],
@@ -213,6 +236,11 @@ def test_what_is_said(d, verdict):
     assert verdict in first
     assert second.startswith("a - b: ") and "at equal seconds" in second and "at equal tokens" in second
     assert last == f"Ended below 0.15: {sum(0.3 + x < 0.15 for x in d)} of {len(d)} runs of a, 0 of {len(d)} runs of b."
+
+
+@pytest.mark.parametrize("count", [TESTABLE - 1, TESTABLE])
+def test_how_many_pairs_can_show_something(count):
+    assert (sign_flip_p(np.full(count, 0.1)) < LEVEL) == (count == TESTABLE)
 
 
 def test_nothing_paired_has_no_numbers():
