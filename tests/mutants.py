@@ -1457,7 +1457,7 @@ MUTANTS = [
     *faults("igpo_fast/report/contents.py",
         ("a turn that was cut is malformed", "before if cut else rollout.turns", "rollout.turns",
          "report/test_report.py::test_what_went_wrong_by_hand"),
-        ("a part of a word is the answer", 'f" {answer} " in text', "answer in text",
+        ("a part of a word is the answer", 'any(f" {answer} " in said for answer', "any(answer in said for answer",
          "report/test_report.py::test_what_went_wrong_by_hand"),
         ("an evaluation teaches nothing", "credit is not None and not", "credit is None or not",
          "report/test_report.py::test_a_group_without_advantages_teaches_nothing"),
