@@ -27,6 +27,12 @@ function make(tag, text, classes, ...children) {
   return element;
 }
 
+// A text of the run, which may be written from the right.
+function own(tag, text, classes) {
+  return Object.assign(make(tag, text, classes), { dir: "auto" });
+}
+
+const named = (action) => (action === "invalid" ? "malformed" : action); // as the failure is called
 const known = (x) => x !== null && x !== undefined;
 const number = (x) => (known(x) ? x.toFixed(3) : "–");
 const zero = (x) => Math.abs(x) < 0.0005; // shown as 0.000
@@ -110,11 +116,11 @@ function row(r, place) {
     `${r.kind === "eval" ? "eval " : ""}step ${r.step}`,
     r.kind === "train" && `#${r.index}`,
     known(r.f1) ? `F1 ${r.f1.toFixed(2)}` : known(r.outcome) && `outcome ${r.outcome.toFixed(2)}`,
-    `${r.turns.length} turns`,
+    `${r.turns.length} turn${r.turns.length > 1 ? "s" : ""}`,
     known(largest(r.gains)) && `gain ${signed(largest(r.gains))}`,
     ...r.failures,
   ];
-  link.append(make("div", r.question), make("div", scores.filter((part) => part).join(" · "), "quiet"));
+  link.append(own("div", r.question), make("div", scores.filter((part) => part).join(" · "), "quiet"));
   return link;
 }
 
@@ -144,7 +150,7 @@ function show(key) {
   const members = index.rollouts.filter((other) => other.group === r.group);
   const most = Math.max(...members.flatMap((one) => one.advantages ?? []).map((a) => Math.abs(a ?? 0)), 1e-9);
   at("rollout").replaceChildren(
-    make("h2", r.question),
+    own("h2", r.question),
     facts(r),
     members.length > 1 ? sideBySide(members, r) : "",
     ...r.turns.map((_, t) => turnOf(r, full.rollouts[key], t, most)),
@@ -161,7 +167,7 @@ function detail(r) {
 }
 
 function fact(label, text, classes) {
-  return make("span", `${label} `, "", make("b", text, classes));
+  return make("span", `${label} `, "", own("b", text, classes));
 }
 
 function facts(r) {
@@ -203,13 +209,14 @@ function sideBySide(members, current) {
       const cell = make("td");
       if (r === current) cell.className = "current";
       if (t < r.turns.length) {
-        cell.append(make("div", r.turns[t].join(": "), "did"), credit(r, t));
+        const [action, argument] = r.turns[t];
+        cell.append(own("div", [named(action), argument].filter((part) => part).join(": "), "did"), credit(r, t));
       }
       line.append(cell);
     }
     table.append(line);
   }
-  const last = make("tr", null, "", make("th", "answer"), ...members.map((r) => make("td", r.answer ?? "none", r.answer === null ? "bad" : "")));
+  const last = make("tr", null, "", make("th", "answer"), ...members.map((r) => own("td", r.answer ?? "none", r.answer === null ? "bad" : "")));
   table.append(last);
   return make("div", null, "scroll", table);
 }
@@ -225,7 +232,7 @@ function credit(r, t) {
 function turnOf(r, turns, t, most) {
   const turn = turns[t];
   const box = make("section", null, "turn");
-  const head = make("div", null, "facts", make("b", `${t + 1}. ${r.turns[t][0]}`));
+  const head = make("div", null, "facts", make("b", `${t + 1}. ${named(r.turns[t][0])}`));
   const [before, after] = [probability(r.values?.[t]), probability(r.values?.[t + 1])];
   if (known(before)) {
     const of = index.baseline === "masked" ? "next turn" : "answer";
@@ -250,12 +257,13 @@ function turnOf(r, turns, t, most) {
   if (turn.response) {
     const response = marked(turn.response, turn.marks);
     response.dir = "auto";
-    box.append(make("div", null, "response", make("span", origin(turn), "quiet"), response));
+    box.append(make("div", null, "response", make("span", origin(turn, r.turns[t][0]), "quiet"), response));
   }
   return box;
 }
 
-function origin(turn) {
+function origin(turn, action) {
+  if (action === "invalid") return "no call and no answer were read in this turn; told in return";
   if (turn.passages.length) return `passages ${turn.passages.join(", ")}`;
   return turn.found ? "result" : "nothing found";
 }

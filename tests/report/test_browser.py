@@ -1,5 +1,6 @@
 """The page in a real browser; needs Chromium, and is skipped without."""
 
+from dataclasses import replace
 from threading import Thread
 
 import pytest
@@ -8,7 +9,7 @@ from bench.browser import Browser, chromium
 from igpo_fast.report.live import Server
 from igpo_fast.report.page import Report
 from igpo_fast.run.records import record_of
-from tests.report.made import answers, credit, rollout, run_folder, searches
+from tests.report.made import answers, credit, rollout, run_folder, searches, turn
 from tests.report.test_report import HOSTILE, hostile  # noqa: F401 (a fixture)
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(chromium() is None, reason="there is no Chromium")]
@@ -95,6 +96,22 @@ def test_a_rollout_by_its_address_the_keys_and_the_filters(browser, run, tmp_pat
     assert browser.js("document.querySelector('#rollout h2').textContent") == "Held out 39?"
     assert browser.js("document.querySelector('#rows [aria-current]').textContent").startswith("Held out 39?")
     assert browser.js("document.querySelectorAll('#rows a').length") < 40  # those in sight
+
+
+def test_a_malformed_turn_is_no_search_and_texts_may_come_from_the_right(browser, tmp_path):
+    one = rollout(
+        turn("hm", response="a hint"), searches("x"), answers("\u05d2\u05ea\u05d4?"), question="\u05de\u05d9?"
+    )
+    run = run_folder(tmp_path / "run", step_1=[(one, credit(one)), (replace(one, index=1), credit(one))])
+    opened(browser, run, tmp_path, "step_000001.1")
+    heads = "[...document.querySelectorAll('#rollout .turn > .facts > b:first-child')].map(b => b.textContent)"
+    assert browser.js(heads)[:2] == ["1. malformed", "2. search"]
+    assert browser.js("document.querySelector('#rollout .did').textContent") == "malformed"
+    told = browser.js("[...document.querySelectorAll('#rollout .response span')].map(span => span.textContent)")
+    assert told == ["no call and no answer were read in this turn; told in return"]
+    for place in ("h2", ".facts b:nth-child(1)", "tr:last-child td"):
+        assert browser.js(f"document.querySelector('#rollout {place}').dir") == "auto", place
+    assert browser.js("document.querySelector('#rollout h2').matches(':dir(rtl)')")
 
 
 @pytest.mark.parametrize("width", [1280, 400])
