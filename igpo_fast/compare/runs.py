@@ -30,6 +30,8 @@ POLL = 0.2
 """Seconds between two looks at the processes."""
 GRACE = 10.0
 """Seconds that processes have to end after the second Ctrl-C, before they are killed."""
+BEGIN = b"\n--- a new process ---\n"
+"""Line of a log before those of a process; an earlier one may still write after it, if its command was killed."""
 QUOTED = 300
 """Characters of a failed run's last line that are told."""
 
@@ -146,6 +148,9 @@ def _start(task: Task) -> subprocess.Popen:
         task.log.parent.mkdir(parents=True, exist_ok=True)
         log = open(task.log, "ab")  # noqa: SIM115 (closed below, the process has its own)
     with log:
+        with storage(task.log):
+            log.write(BEGIN)
+            log.flush()
         return subprocess.Popen(
             task.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0,
             env={"OMP_NUM_THREADS": "1", **os.environ},
@@ -159,8 +164,10 @@ def _failure(task: Task, status: int) -> str:
         return "" if ended else f"ended before its last step, see {task.log}"
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
-    lines = task.log.read_text(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing said")
+    own = task.log.read_text(errors="replace").rpartition(BEGIN.decode())[2]
+    lines = [line.strip() for line in own.split("\n") if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    last = (errors or lines or ["nothing said"])[-1]
     return masked(last.removeprefix("error: ")[:QUOTED])
 
 

@@ -157,6 +157,16 @@ def test_a_failed_run_stops_no_other(comparison):
     assert comparison.trained == ["train grpo-1 after 1", "train grpo-2 after 1", "train igpo-2 after 1"]
 
 
+def test_the_reason_is_what_the_process_itself_said(comparison):
+    """After kill -9 of a comparison its runs still train, lock their folders and write into the same logs."""
+    comparison.do(igpo_1="fail", grpo_1="refused beside another")
+    with pytest.raises(RunError, match="grpo-1: another process trains here"):
+        comparison("igpo,grpo", "1-1")
+    comparison.do(igpo_1="crash", grpo_1="early")
+    with pytest.raises(RunError, match=r"igpo-1: ZeroDivisionError;"):
+        comparison("igpo,grpo", "1-1")
+
+
 def test_runs_do_not_begin_without_their_warm_start(comparison):
     comparison.do(sft="fail")
     with pytest.raises(RunError, match=r"6 of the trainings failed \(warm start of seed [12]: no warm start; "):

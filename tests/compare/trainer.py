@@ -42,6 +42,10 @@ if command == "sft":
 what = do.get(run.name, "")
 if what == "refuse":
     sys.exit("error: no data")
+if what == "crash":
+    sys.exit("Traceback\nZeroDivisionError")
+if what == "refused beside another":
+    sys.exit("error: another process trains here\nstep 54/400, says the other\n")
 run.mkdir(exist_ok=True)
 (run / "config.yaml").write_text((folder / f"{run.name}.yaml").read_text())
 metrics = run / "metrics.jsonl"
