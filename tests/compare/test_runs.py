@@ -163,7 +163,7 @@ def test_the_reason_is_what_the_process_itself_said(comparison):
     with pytest.raises(RunError, match="grpo-1: another process trains here"):
         comparison("igpo,grpo", "1-1")
     comparison.do(igpo_1="crash", grpo_1="early")
-    with pytest.raises(RunError, match=r"igpo-1: ZeroDivisionError;"):
+    with pytest.raises(RunError, match=r"igpo-1: ZeroDivisionError[;)]"):
         comparison("igpo,grpo", "1-1")
 
 
