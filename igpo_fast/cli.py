@@ -452,6 +452,7 @@ def plan(
 
 @app.command()
 def compare(
+    context: typer.Context,
     overrides: Overrides = None,
     config: ConfigFile = None,
     algorithms: Annotated[
@@ -484,6 +485,17 @@ def compare(
     from igpo_fast.compare.plan import make_plan
     from igpo_fast.run.interrupt import Interrupted
 
+    given = [
+        name
+        for name in ("algorithms", "seeds", "own", "overrides")
+        if context.get_parameter_source(name).name != "DEFAULT"
+    ]
+    if report_only and given:
+        names = {"own": "--for", "overrides": "section.key=value"}
+        raise InputError(
+            f"--report-only: {names.get(given[0], f'--{given[0]}')} says what to train, and the page is about all runs "
+            "of the folder; leave one of them out"
+        )
     folder = folder or Path("runs/compare") / (config.stem if config else "default")
     plan = None if report_only else make_plan(config, algorithms, seeds, own or (), overrides or (), folder)
     _quiet()

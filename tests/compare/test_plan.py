@@ -130,6 +130,8 @@ def test_no_settings(own, overrides, line):
         (["--config", "absent.yaml"], "absent.yaml: cannot read the configuration"),
         (["--baseline", "rloo", "--dir", "new"], "--baseline rloo: not among igpo, grpo"),
         (["--report-only", "--dir", "absent"], "absent: no such folder"),
+        (["--report-only", "--seeds", "3"], "--report-only: --seeds says what to train"),
+        (["--report-only", "train.lr=1"], "--report-only: section.key=value says what to train"),
         (["train.stps=3"], "unknown key train.stps; did you mean train.steps?"),
     ],
 )
