@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
+
+from markupsafe import Markup
 
 from igpo_fast.compare.statistics import BUDGETS, mean_curve, sentences, summarise
 from igpo_fast.config import Config, values_of
 from igpo_fast.files import atomic
 from igpo_fast.jsonl import json_bytes
 from igpo_fast.report.chart import Chart, Line, draw
+from igpo_fast.report.frame import policy, template
 
+HERE = Path(__file__).parent
 GREY = "#8a8a85"
 UNITS = {"steps": "step", "seconds": "seconds of training", "tokens": "tokens"}
 
@@ -131,25 +132,19 @@ class Charts:
 
 def page(rows: Sequence[Mapping], found: Mapping, charts: Charts) -> str:
     """The page as one HTML text that reads nothing else and runs nothing."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    own = files(__package__)
-    style = own.joinpath("page.css").read_text()
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    style = (HERE / "page.css").read_text(encoding="utf-8")
     drawn = [charts.curves("steps"), *charts.differences("steps"), charts.curves("seconds"), charts.curves("tokens")]
     drawn += [charts.collapse()]
     defaults, seen = values_of(Config()), [row["settings"] for row in rows]
     alike = {key: value for key, value in dict(*seen[:1]).items() if all(key in s and s[key] == value for s in seen)}
     own_keys = sorted({key for s in seen for key in s} - alike.keys() - {"train.seed"})
-    return template.from_string(own.joinpath("page.html").read_text()).render(
+    return template(HERE).render(
         found=found,
         rows=rows,
         names=list(dict.fromkeys(row["variant"] for row in rows)),
         budgets=BUDGETS,
         style=Markup(style),
-        style_digest=digest,
+        policy=policy(style=style),
         charts=[Markup(draw([chart], width=460, height=290, in_page=True)) for chart in drawn if chart.lines],
         alike=alike,
         own={key: _told(rows, key, defaults[key]) for key in own_keys},

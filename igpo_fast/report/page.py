@@ -6,7 +6,6 @@ shows them by ``textContent``. A Content-Security-Policy allows this script and 
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from igpo_fast import __version__
@@ -29,15 +27,13 @@ from igpo_fast.report.chart import draw
 from igpo_fast.report.choice import choose
 from igpo_fast.report.contents import FAILURES, Contents
 from igpo_fast.report.curves import curves
+from igpo_fast.report.frame import policy, template
 from igpo_fast.run.checkpoint import RunFolder
 
 HERE = Path(__file__).parent
 WIDTH, HEIGHT = 340, 200
 """Of a chart, in units of its view box."""
 PLAIN = "turns are shown as text, not token by token"
-TEMPLATES = Environment(
-    loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-)
 _ESCAPES = str.maketrans({char: f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"})
 
 
@@ -93,7 +89,7 @@ class Report:
             "baseline": config.algorithm.baseline,
         }
         style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-        text = TEMPLATES.get_template("page.html").render(
+        text = template(HERE).render(
             name=self.path.resolve().name,
             path=self.path,
             about=about(config, rows),
@@ -107,7 +103,7 @@ class Report:
             groups={group[0].key: _embedded(contents.detail(group)) for group in groups},
             style=Markup(style),
             script=Markup(script),
-            policy=_policy(style, script, live=bool(version)),
+            policy=policy(live=bool(version), style=style, script=script),
             version=version,
             made=f"igpo-fast {__version__}, {datetime.now():%Y-%m-%d %H:%M}",
         )
@@ -170,10 +166,3 @@ def _rows(run: RunFolder) -> list[dict[str, Any]]:
 def _embedded(value: Any) -> Markup:
     """``value`` as JSON that cannot end the script element which holds it, whatever its texts say."""
     return Markup(json_bytes(value).decode().translate(_ESCAPES))
-
-
-def _policy(style: str, script: str, live: bool) -> str:
-    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
-    allowed = ["default-src 'none'", "base-uri 'none'", "form-action 'none'"]
-    allowed += [f"{kind}-src 'sha256-{digest}'" for kind, digest in zip(("style", "script"), digests, strict=True)]
-    return "; ".join(allowed + ["connect-src 'self'"] * live)

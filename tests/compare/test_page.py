@@ -87,7 +87,8 @@ def test_nothing_runs_and_nothing_is_fetched(tmp_path):
     assert not [name for _, name, _ in page.attributes if name in ("src", "href", "style") or name.startswith("on")]
     policy = next(value for tag, name, value in page.attributes if tag == "meta" and "default-src" in str(value))
     digest = base64.b64encode(hashlib.sha256(page.style.encode()).digest()).decode()
-    assert policy == f"default-src 'none'; style-src 'sha256-{digest}'", "else the browser drops the style"
+    nothing = "default-src 'none'; base-uri 'none'; form-action 'none'"
+    assert policy == f"{nothing}; style-src 'sha256-{digest}'", "else the browser drops the style"
 
 
 def test_hostile_text_is_text(tmp_path):
