@@ -400,6 +400,7 @@ def test_mixed_precision(world, recorded, tmp_path):
     assert (ours - theirs).norm() <= 0.1 * theirs.norm()
 
 
+@pytest.mark.slow
 def test_groups_may_span_processes(world, recorded, tmp_path):
     alone = gradients(*made(world, recorded, tmp_path, packed="off", algorithm=PAPER))[1]
     torch.save((recorded, world.tokenizer, alone), tmp_path / "recorded.pt")

@@ -229,7 +229,12 @@ def dynamo():
 
 @pytest.mark.parametrize(
     ("family", "how", "checkpointing"),
-    [("qwen2", "model", False), ("gemma2", "layers", False), ("gemma2", "model", True), ("qwen2", "layers", True)],
+    [
+        pytest.param("qwen2", "model", False, marks=pytest.mark.slow),
+        ("gemma2", "layers", False),
+        ("gemma2", "model", True),
+        pytest.param("qwen2", "layers", True, marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_around_the_attention(family, how, checkpointing, dynamo):
     plain, lm = make(family), make(family).train()

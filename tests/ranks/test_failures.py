@@ -38,7 +38,8 @@ def test_a_rank_that_falls_silent_ends_the_run_with_its_number(tmp_path, cache, 
     same(folder, alone())
 
 
-@pytest.mark.parametrize("rank", [slow(0), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_ends_the_run_with_its_number(tmp_path, cache, alone, rank):
     folder = tmp_path / "run"
     done = faulty(folder, cache, rank, "kill_update", 3, EVERY)
