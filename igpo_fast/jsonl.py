@@ -37,6 +37,22 @@ def json_value(content: bytes | str, where: object) -> Any:
         raise InputError(f"{where}: not JSON ({error.msg}); restore or correct it") from None
 
 
+def json_rows(content: bytes, path: object, key: str) -> list[dict]:
+    """The rows of a JSON-lines file, objects with an integer under ``key``; a last line without its end is still being
+    written.
+
+    Raises:
+        InputError: a line is no such row, naming ``path`` and line.
+    """
+    rows = []
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        if line.strip():
+            rows.append(json_value(line, where := f"{path}:{number}"))
+            if not (isinstance(rows[-1], dict) and type(rows[-1].get(key)) is int):
+                raise InputError(f"{where}: not an object with an integer {key!r}; delete or repair the line")
+    return rows
+
+
 def finite(number: float | None) -> float | None:
     """``number``, or None where it is missing or not finite: what JSON and rows have in place of it."""
     return number if number is not None and math.isfinite(number) else None

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from igpo_fast.compare.results import Run, metrics_of, number_of
+from igpo_fast.compare.results import Run, number_of
 from igpo_fast.errors import InputError
 from igpo_fast.run.display import QUIET_SECONDS, duration
 
@@ -109,7 +109,7 @@ class Board:
     def _state(self, task: Task) -> tuple[int, float | None]:
         """The run's last step and last score."""
         try:
-            rows = metrics_of(task.run)
+            rows = task.run.folder.read_metrics()
         except InputError:  # the run itself says what is wrong with the file
             return 0, None
         scores = [row[self._score] for row in rows if number_of(row.get(self._score)) is not None]

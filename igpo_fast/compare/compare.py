@@ -10,7 +10,7 @@ from pathlib import Path
 from igpo_fast.compare.board import Board
 from igpo_fast.compare.page import left_out, write_page
 from igpo_fast.compare.plan import Plan
-from igpo_fast.compare.results import check_alike, metrics_of, row_of, rows_in, runs_in, write_rows
+from igpo_fast.compare.results import check_alike, row_of, rows_in, runs_in, write_rows
 from igpo_fast.compare.runs import PROGRAM, Outcome, refuse_failures, run_tasks, tasks_of
 from igpo_fast.errors import InputError
 from igpo_fast.files import check_writable, lock, storage
@@ -64,7 +64,7 @@ def compare(
     check_alike(begun, expected, planned)
     before = rows_in(folder)
     for run in begun:
-        metrics_of(run)
+        run.folder.read_metrics()  # a damaged line is told now, not after hours of training
     if baseline is None:
         baseline = asked[-1] if asked else "grpo" if "grpo" in names else names[-1]
     names.sort(key=lambda name: name == baseline)

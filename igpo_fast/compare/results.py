@@ -16,7 +16,7 @@ from igpo_fast import __version__
 from igpo_fast.config import Config, session_keys, values_of
 from igpo_fast.errors import InputError
 from igpo_fast.files import atomic, storage
-from igpo_fast.jsonl import finite, json_line, json_value
+from igpo_fast.jsonl import finite, json_line, json_rows, json_value
 from igpo_fast.run.checkpoint import RunFolder
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
@@ -133,7 +133,7 @@ def row_of(run: Run, score: str, steps: int) -> dict:
     and what the passes of the update read (``tokens/packed``). ``collapsed`` is the mean share of collapsed groups
     since the evaluation before.
     """
-    rows = metrics_of(run)
+    rows = run.folder.read_metrics()
     trained = [row for row in rows if row["step"] > 0]
     evaluated = [row for row in rows if number_of(row.get(score)) is not None]
     at = [row["step"] for row in evaluated]
@@ -169,32 +169,15 @@ def row_of(run: Run, score: str, steps: int) -> dict:
 
 def is_finished(run: Run, steps: int) -> bool:
     """Whether the run has trained so many steps."""
-    rows = metrics_of(run)
+    rows = run.folder.read_metrics()
     return bool(rows) and rows[-1]["step"] >= steps
-
-
-def metrics_of(run: Run) -> list[dict]:
-    """The rows of a run so far; InputError, naming file and line, if a line is none."""
-    return _rows(run.folder.metrics, "step")
 
 
 def rows_in(folder: Path) -> list[dict]:
     """The rows that an earlier comparison wrote; InputError, naming file and line, if a line is none."""
-    return _rows(folder / "compare.jsonl", "seed")
-
-
-def _rows(path: Path, key: str) -> list[dict]:
-    """The JSON lines of a file, if it is there: objects with an integer under ``key``. A last line without its end is
-    still being written."""
+    path = folder / "compare.jsonl"
     with storage(path, "read"):
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            rows.append(json_value(line, where := f"{path}:{number}"))
-            if not (isinstance(rows[-1], dict) and type(rows[-1].get(key)) is int):
-                raise InputError(f"{where}: not an object with an integer {key!r}; restore or delete the line")
-    return rows
+        return json_rows(path.read_bytes() if path.exists() else b"", path, "seed")
 
 
 def number_of(value: object) -> float | None:

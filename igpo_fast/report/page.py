@@ -78,7 +78,7 @@ class Report:
             StorageError: the operating system refuses to read.
         """
         run = RunFolder(self.path)
-        config, rows = run.config, _rows(run)
+        config, rows = run.config, run.read_metrics()
         groups, told = choose(run, self.most, self.steps)
         decode, plain = self._tokens(run)
         contents = Contents(config.algorithm.f1_normalisation, decode)
@@ -148,19 +148,6 @@ def about(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         "steps": f"{done:,} of {train.steps:,}",
         "seed": str(train.seed),
     }
-
-
-def _rows(run: RunFolder) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, without a last line that is half written.
-
-    Raises:
-        InputError: a line that is no row.
-    """
-    rows = run.read_metrics()
-    for row in rows:
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise InputError(f"{run.metrics}: {str(row)[:60]!r} is not a metrics row; delete or repair the line")
-    return rows
 
 
 def _embedded(value: Any) -> Markup:

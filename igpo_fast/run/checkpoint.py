@@ -43,7 +43,7 @@ from igpo_fast.files import (
     temporary_of,
     write_manifest,
 )  # fmt: skip
-from igpo_fast.jsonl import finite, json_bytes, json_line, json_value
+from igpo_fast.jsonl import finite, json_bytes, json_line, json_rows, json_value
 from igpo_fast.ranks import Ranks
 from igpo_fast.run.records import rollout_of
 from igpo_fast.types import Credit, Rollout
@@ -123,7 +123,7 @@ class RunFolder:
         """The folder of the checkpoint with the largest ``train.keep_best`` in its row, the first of equal ones; None
         if none was evaluated, or the key is empty."""
         key, saved = self.config.train.keep_best, self.saved()
-        values = {row.get("step"): finite(row.get(key)) for row in self.read_metrics()} if key else {}
+        values = {row["step"]: finite(row.get(key)) for row in self.read_metrics()} if key else {}
         evaluated = [step for step in saved if values.get(step) is not None]
         return saved[max(evaluated, key=values.__getitem__)] if evaluated else None
 
@@ -164,10 +164,9 @@ class RunFolder:
         """The rows so far, without a last line that is still being written.
 
         Raises:
-            InputError: a line is not JSON.
+            InputError: a line is no row, an object with an integer ``step``.
         """
-        lines = _content(self.metrics).split(b"\n")[:-1]
-        return [json_value(line, f"{self.metrics}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+        return json_rows(_content(self.metrics), self.metrics, "step")
 
     def append_metrics(self, row: Mapping) -> None:
         """Append one row; it is on disk when this returns. NaN and infinities are written as null."""

@@ -171,19 +171,18 @@ def assert_same(folder, reference):
         assert not list(ours.rglob(".*.tmp"))
 
 
-FAULTS = [
-    (in_rollout, 1),
-    (in_rollout, 5),
-    (in_evaluation, 30),
-    (in_backward, 5),
-    (in_checkpoint, 2),
-    (after_rename, 4),
-    (before_row, 4),
-    (in_row, 5),
-]
+def named(fault):
+    return f"{fault[0].__name__}_{fault[1]}"
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault[0].__name__}_{fault[1]}")
+FAULTS = [(in_rollout, 5), (in_evaluation, 30), (before_row, 4)]
+SLOW = [(in_rollout, 1), (in_backward, 5), (in_checkpoint, 2), (after_rename, 4), (in_row, 5)]
+"""``test_killed_again_and_again`` has these kinds, too."""
+
+
+@pytest.mark.parametrize(
+    "fault", [*FAULTS, *(pytest.param(fault, marks=pytest.mark.slow) for fault in SLOW)], ids=named
+)
 def test_killed_then_started_again(run_both, uninterrupted, tmp_path, fault):
     assert run_both(tmp_path, *fault) == [-signal.SIGKILL] * 2
     assert run_both(tmp_path) == [0, 0]

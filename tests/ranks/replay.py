@@ -1,5 +1,5 @@
-"""``python -m tests.ranks.replay FOLDER``: recorded groups replayed through the trainer's own updates, on every way of
-owning the weights; each rank runs it, and the first writes FOLDER/NAME.pt with what each update did."""
+"""``python -m tests.ranks.replay FOLDER CASE ...``: recorded groups replayed through the trainer's own updates under
+ZeRO; each rank runs it, and the first writes FOLDER/CASE.pt with what each update did."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import itertools
 import math
 import sys
 import tempfile
+from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +29,7 @@ from igpo_fast.update.policy import LossInputs
 from igpo_fast.update.scoring import Scoring
 from igpo_fast.update.update import Updater
 from igpo_kernels import LossSettings
-from tests.parity.test_parity import Case
+from tests.parity.test_parity import Case as Groups
 from tests.trees import VOCAB
 
 UPDATES = 5
@@ -58,6 +60,21 @@ WAYS += [Way("two", True, lora, critic=True) for lora in (False, True)]
 HALF = Way("one", True, False, "bfloat16")
 
 
+class Case(NamedTuple):
+    """A way under one of ZeRO's stages."""
+
+    way: Way
+    stage: int
+
+    def __str__(self) -> str:
+        return f"{self.way}-{self.stage}"
+
+
+CASES = [Case(way, stage) for way in (*WAYS, HALF) for stage in (1, 2, 3)]
+IN_CI = [Case(way, 1 + number % 3) for number, way in enumerate(WAYS)] + [Case(HALF, 3)]
+"""Each way once, the stages in turns; the other cases are slow."""
+
+
 def model(way: Way) -> torch.nn.Module:
     lm = build(
         VOCAB, hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=48, max_tokens=256, tie_embeddings=way.tied,
@@ -85,7 +102,7 @@ def replay(way: Way, make_learner, moment, ranks: Ranks) -> dict:
         make_learner: a model and a learner's options -> the learner.
         moment: a learner, a parameter's name and the parameter -> its exp_avg, whole.
     """
-    case = Case(7, GROUPS)
+    case = Groups(7, GROUPS)
     lm = model(way)
     critic = CriticSettings(lr=3e-3, coefficient=0.5) if way.critic else None
     settings = LossSettings(entropy=0.01, kl=0.05)
@@ -149,13 +166,14 @@ def replay(way: Way, make_learner, moment, ranks: Ranks) -> dict:
     )
 
 
+@cache
 def plain(way: Way) -> dict:
     """The replay in this process."""
     masters = lambda learner, name, _: learner.optimizer.state[learner._masters.of[name]]["exp_avg"]  # noqa: E731
     return replay(way, Learner, masters, Ranks())
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: Collection[str]) -> None:
     from functools import partial
 
     from deepspeed.utils import safe_get_full_optimizer_state
@@ -165,12 +183,12 @@ def main(folder: Path) -> None:
     ranks = Ranks()
     torch.manual_seed(0)
     np.random.seed(0)
-    for stage, way in itertools.product((1, 2, 3), (*WAYS, HALF)):
-        make = partial(ZeroLearner, ranks=ranks, stage=stage)
-        found = replay(way, make, lambda learner, _, p: safe_get_full_optimizer_state(p, "exp_avg"), ranks)
+    for case in (case for case in CASES if str(case) in names):
+        make = partial(ZeroLearner, ranks=ranks, stage=case.stage)
+        found = replay(case.way, make, lambda learner, _, p: safe_get_full_optimizer_state(p, "exp_avg"), ranks)
         if ranks.first:
-            torch.save(found, folder / f"{way}-{stage}.pt")
+            torch.save(found, folder / f"{case}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
