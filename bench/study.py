@@ -20,12 +20,45 @@ from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from igpo_fast.compare.statistics import summarise
 from igpo_fast.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
 CLI = [sys.executable, "-m", "igpo_fast"]
+QUICKSTART = "--config configs/quickstart.yaml"
+SHORT = f"{QUICKSTART} eval.every=10 train.steps=80"
+
+
+def variants(**settings: str) -> str:
+    """IGPO under several names, each with ``key=value`` settings of section ``algorithm``, separated by blanks."""
+    names = ",".join(f"{name}=igpo" for name in settings)
+    own = [f"--for {name}:algorithm.{each}" for name, given in settings.items() for each in given.split()]
+    return f"--algorithms {names} {' '.join(own)}"
+
+
+ABLATIONS = variants(
+    robust="", log_prob="basis=log_prob", joint="pool=joint", turn_index="pool=turn_index", raw="pool=raw",
+    centred="ig_center=true", no_gate="ig_gate=0", no_floor="ig_min_std=1e-6", unsummed="accumulate=none",
+)  # fmt: skip
+GAMMAS = variants(**{f"gamma_{gamma}": f"gamma={gamma}" for gamma in (0.5, 0.8, 0.9, 1)})
+KIN = "--algorithms igpo,ig_only,grpo,rloo,reinforce_pp,gspo,dr_grpo"
+HOPS = {f"{first}-{last}-hops": f"world.min_hops={first} world.max_hops={last}" for first, last in ((1, 2), (2, 3))}
+HOPS |= {"3-4-hops": ""}
+SIZES = {
+    "small": "--seeds 341-343 train.lr=6e-4",
+    "large": "--seeds 341-342 model.hidden_size=256 model.layers=3 train.lr=3e-4",  # twice as wide
+}
 COMPARISONS = {
-    "study": f"--config configs/quickstart.yaml --algorithms {','.join(PRESETS)},rloo,ppo,grpo --seeds 301-304",
+    "headline": f"{QUICKSTART} --algorithms igpo,grpo --seeds 201-216 train.lr=6e-4 eval.every=10",
+    "algorithms": f"{SHORT} {KIN} --seeds 311-313 train.lr=6e-4",
+    "ablations": f"{SHORT} {ABLATIONS} --seeds 321-323 train.lr=6e-4",
+    **{f"gamma-{name}": f"{SHORT} {GAMMAS} --seeds 331-332 train.lr=6e-4 {hops}" for name, hops in HOPS.items()},
+    **{
+        f"{size}-{name}": f"{SHORT} --algorithms igpo,grpo {about} {hops}"
+        for size, about in SIZES.items()
+        for name, hops in HOPS.items()
+    },
+    "study": f"{QUICKSTART} --algorithms {','.join(PRESETS)},rloo,ppo,grpo --seeds 301-304",
     "tables": "--config configs/tables.yaml --algorithms robust,grpo --seeds 401-403 eval.every=10",
 }
 """Name -> arguments of ``igpo-fast compare``."""
@@ -96,6 +129,33 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def ahead(rows: list[dict], baseline: str = "grpo") -> str:
+    """What the statistics of pairs say (igpo_fast.compare), in Markdown: per variant its mean F1 and, below, the
+    difference from the baseline at some of the evaluations, and where all is spent."""
+    found = summarise([row for row in rows if row["finished"]], baseline, "eval/f1", LEARNED, STALLED)
+    lines = []
+    for name, curve in found["by_step"].items():
+        lines += [f"| {name} - {baseline} | mean | 95 % interval |", "| --- | --- | --- |"]
+        for step, mean, low, high in list(zip(*curve.values(), strict=True))[3::3]:
+            lines.append(f"| F1 at step {step:.0f} | {mean:+.3f} | {low:+.3f} to {high:+.3f} |")
+        for what, key in (("F1 at equal", "score"), ("mean F1 over equal", "area")):
+            for budget, pairs in found["pairs"][name].items():
+                low, high = pairs[key]["interval"]
+                lines.append(
+                    f"| {what} {budget} | {pairs[key]['mean']:+.3f} | {low:+.3f} to {high:+.3f} (p = "
+                    f"{pairs[key]['p']:.1g}; ahead in {pairs[key]['ahead']} of {len(pairs['seeds'])}) |"
+                )
+    lines += ["", f"| | runs | F1 | stalls | collapsed groups | to F1 {LEARNED}: steps | seconds | tokens |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for name, its in found["variants"].items():
+        to = its["reached"]
+        lines.append(
+            f"| {name} | {its['runs']} | {its['mean']:.3f} ± {its['standard_error']:.3f} | {its['stalls']} | "
+            f"{its['collapsed']:.0%} | {to['steps']:.0f} | {to['seconds']:.0f} | {to['tokens']:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def learned_at(row: dict) -> str:
     """The step of the first evaluation at which the run has learned; a dash if there is none."""
     return next((str(s) for s, f1 in zip(row["steps"], row["eval/f1"], strict=True) if f1 >= LEARNED), "-")
@@ -108,7 +168,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the table of the rows that there are")
     args = parser.parse_args()
     for name in args.names or COMPARISONS:
-        print(table(rows_of(name) if args.table else compare(name, shlex.split(COMPARISONS[name]), args.jobs)))
+        rows = rows_of(name) if args.table else compare(name, shlex.split(COMPARISONS[name]), args.jobs)
+        print(name, table(rows), *[ahead(rows)] * (name == "headline"), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -1379,6 +1379,8 @@ MUTANTS = [
          "compare/test_statistics.py::test_many_pairs_are_flipped_at_random"),
         ("the interval alone decides", 'if pairs["p"] >= LEVEL:', "if False:",
          "compare/test_statistics.py::test_what_is_said"),
+        ("differences of other evaluations", "other_ys[theirs]", "other_ys[ours]",
+         "compare/test_statistics.py::test_differences_at_each_evaluation_by_hand"),
         ("a curve goes beyond what all have spent", "(x >= first) & (x <= last)", "x >= first",
          "compare/test_statistics.py::test_curves_of_other_lengths_and_rhythms"),
     ),

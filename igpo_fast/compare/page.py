@@ -103,6 +103,24 @@ class Charts:
             if mean["x"]
         ]
 
+    def ahead(self) -> Chart:
+        """Each variant's mean difference from the baseline at each evaluation, with its band."""
+        curves = {name: curve for name, curve in self._found["by_step"].items() if curve["x"]}
+        lines = [
+            Line(
+                f"{name} - {self._found['baseline']}",
+                c["x"],
+                c["mean"],
+                c["low"],
+                c["high"],
+                colour=self._colours[name],
+            )
+            for name, c in curves.items()
+        ]
+        ends = [edge(x for c in curves.values() for x in c["x"]) for edge in (min, max)] if curves else []
+        zero = [Line("", ends, [0, 0], colour=GREY, width=1)] if curves else []
+        return Chart(f"difference in {self._score}", zero + lines, "step")
+
     def differences(self, budget: str) -> list[Chart]:
         """Per variant a dot per seed, the mean, and its interval as a band."""
         return [
@@ -133,7 +151,13 @@ class Charts:
 def page(rows: Sequence[Mapping], found: Mapping, charts: Charts) -> str:
     """The page as one HTML text that reads nothing else and runs nothing."""
     style = (HERE / "page.css").read_text(encoding="utf-8")
-    drawn = [charts.curves("steps"), *charts.differences("steps"), charts.curves("seconds"), charts.curves("tokens")]
+    drawn = [
+        charts.curves("steps"),
+        charts.ahead(),
+        *charts.differences("steps"),
+        charts.curves("seconds"),
+        charts.curves("tokens"),
+    ]
     drawn += [charts.collapse()]
     defaults, seen = values_of(Config()), [row["settings"] for row in rows]
     alike = {key: value for key, value in dict(*seen[:1]).items() if all(key in s and s[key] == value for s in seen)}

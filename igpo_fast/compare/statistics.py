@@ -49,6 +49,11 @@ def summarise(rows: Sequence[Mapping], baseline: str, score: str, at: float, sta
             for name, runs in variants.items()
             if name != baseline and baseline in variants
         },
+        "by_step": {
+            name: _by_step(runs, variants[baseline], score)
+            for name, runs in variants.items()
+            if name != baseline and baseline in variants
+        },
         "unpaired": _unpaired(variants, baseline),
     }
 
@@ -99,6 +104,16 @@ def _pairs(runs: Mapping[int, Mapping], others: Mapping[int, Mapping], score: st
         "at": [pair["at"] for pair in known.values()],
         **{key: paired([pair[key] for pair in known.values()]) for key in ("score", "area")},
     }
+
+
+def _by_step(runs: Mapping[int, Mapping], others: Mapping[int, Mapping], score: str) -> dict[str, list]:
+    """The mean difference at each evaluation, over pairs, as ``mean_curve`` has it."""
+    pairs = []
+    for seed in sorted(runs.keys() & others.keys()):
+        (xs, ys), (other_xs, other_ys) = (points(run[seed], score) for run in (runs, others))
+        steps, ours, theirs = np.intersect1d(xs, other_xs, return_indices=True)
+        pairs.append({"steps": steps.tolist(), "difference": (ys[ours] - other_ys[theirs]).tolist()})
+    return mean_curve(pairs, "difference", "steps")
 
 
 def points(row: Mapping, score: str, budget: str = "steps") -> tuple[np.ndarray, np.ndarray]:

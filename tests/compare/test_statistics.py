@@ -86,6 +86,15 @@ def test_four_pairs_by_hand():
     assert pairs["area"]["differences"] == [0.125, 0.0, -0.125, 0.375], "half, on a straight way from 0"
 
 
+def test_differences_at_each_evaluation_by_hand():
+    rows = [row("a", 1, [0, 0.5, 0.625]), row("b", 1, [0, None, 0.375]), row("a", 2, [0, 0.25, 0.5])]
+    rows += [row("b", 2, [0, 0, 0.25]), row("b", 3, [0, 1, 1])]
+    # Of seed 1 step 10 is not known of b: 0.125 lies on the way from 0 to 0.25. Seed 3 has no pair.
+    assert compared(rows)["by_step"] == {
+        "a": {"x": [0, 10, 20], "mean": [0, (0.125 + 0.25) / 2, 0.25], "low": None, "high": None}
+    }
+
+
 @given(st.lists(st.tuples(SCORES, SCORES), min_size=1, max_size=8))
 def test_the_other_way_round_signs_flip(pairs):
     rows = [row(name, seed, [0, f]) for seed, both in enumerate(pairs) for name, f in zip("ab", both, strict=True)]
