@@ -19,8 +19,10 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from igpo_fast.compare.statistics import summarise
+from igpo_fast.compare.statistics import area, summarise
 from igpo_fast.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -28,37 +30,32 @@ CLI = [sys.executable, "-m", "igpo_fast"]
 QUICKSTART = "--config configs/quickstart.yaml"
 TUNED = "train.lr=6e-4 train.warmup_steps=0"
 """The best of a grid, for IGPO and for GRPO (docs/study.md)."""
-SHORT = f"{QUICKSTART} eval.every=10 train.steps=80"
+SHORT = f"{QUICKSTART} train.steps=60 eval.every=10"
+ALGORITHMS = "igpo,ig_only,rloo,reinforce_pp,gspo,dr_grpo,grpo"
+ABLATIONS = {
+    "log_prob": "basis=log_prob", "joint": "pool=joint", "turn_index": "pool=turn_index", "raw": "pool=raw",
+    "centred": "ig_center=true", "no_gate": "ig_gate=0", "no_floor": "ig_min_std=1e-6", "no_sum": "accumulate=none",
+}  # fmt: skip
+GAMMAS = {f"gamma_{gamma}": f"gamma={gamma}" for gamma in (0.5, 0.8, 0.9)}
+EASIER = {f"hops-{first}-{last}": f"world.min_hops={first} world.max_hops={last}" for first, last in ((1, 2), (2, 3))}
+LARGE = "model.hidden_size=256 model.layers=3 train.lr=3e-4 train.warmup_steps=0"
+"""Of a model twice as wide, with half the learning rate."""
 
 
-def variants(**settings: str) -> str:
-    """IGPO under several names, each with ``key=value`` settings of section ``algorithm``, separated by blanks."""
+def variants(algorithms: str, settings: dict[str, str]) -> str:
+    """Algorithms, and IGPO under further names, each with a ``key=value`` of section ``algorithm``."""
     names = ",".join(f"{name}=igpo" for name in settings)
-    own = [f"--for {name}:algorithm.{each}" for name, given in settings.items() for each in given.split()]
-    return f"--algorithms {names} {' '.join(own)}"
+    own = " ".join(f"--for {name}:algorithm.{setting}" for name, setting in settings.items())
+    return f"--algorithms {names},{algorithms} {own}"
 
 
-ABLATIONS = variants(
-    robust="", log_prob="basis=log_prob", joint="pool=joint", turn_index="pool=turn_index", raw="pool=raw",
-    centred="ig_center=true", no_gate="ig_gate=0", no_floor="ig_min_std=1e-6", unsummed="accumulate=none",
-)  # fmt: skip
-GAMMAS = variants(**{f"gamma_{gamma}": f"gamma={gamma}" for gamma in (0.5, 0.8, 0.9, 1)})
-KIN = "--algorithms igpo,ig_only,grpo,rloo,reinforce_pp,gspo,dr_grpo"
-HOPS = {f"{first}-{last}-hops": f"world.min_hops={first} world.max_hops={last}" for first, last in ((1, 2), (2, 3))}
-HOPS |= {"3-4-hops": ""}
-SIZES = {
-    "small": f"--seeds 341-343 {TUNED}",
-    "large": "--seeds 341-342 model.hidden_size=256 model.layers=3 train.lr=3e-4 train.warmup_steps=0",  # twice as wide
-}
 COMPARISONS = {
     "headline": f"{QUICKSTART} --algorithms igpo,grpo --seeds 201-216 {TUNED} eval.every=10",
-    "algorithms": f"{SHORT} {KIN} --seeds 311-313 {TUNED}",
-    "ablations": f"{SHORT} {ABLATIONS} --seeds 321-323 {TUNED}",
-    **{f"gamma-{name}": f"{SHORT} {GAMMAS} --seeds 331-332 {TUNED} {hops}" for name, hops in HOPS.items()},
+    "ablations": f"{SHORT} {variants(ALGORITHMS, ABLATIONS | GAMMAS)} --seeds 311-312 {TUNED}",
+    **{name: f"{SHORT} {variants('igpo,grpo', GAMMAS)} --seeds 311-312 {TUNED} {of}" for name, of in EASIER.items()},
     **{
-        f"{size}-{name}": f"{SHORT} --algorithms igpo,grpo {about} {hops}"
-        for size, about in SIZES.items()
-        for name, hops in HOPS.items()
+        f"large-{name}": f"{SHORT} --algorithms igpo,grpo --seeds 311-312 {LARGE} {of}"
+        for name, of in {**EASIER, "hops-3-4": ""}.items()
     },
     "study": f"{QUICKSTART} --algorithms {','.join(PRESETS)},rloo,ppo,grpo --seeds 301-304",
     "tables": "--config configs/tables.yaml --algorithms robust,grpo --seeds 401-403 eval.every=10",
@@ -95,7 +92,7 @@ def compare(
         ``rows_of`` it.
     """
     folder = ROOT / "runs" / name
-    given = ["--dir", str(folder), "--jobs", str(jobs), *arguments]
+    given = ["--dir", str(folder), "--jobs", str(jobs), f"run.cache={folder.parent / 'cache'}", *arguments]
     subprocess.run([*CLI, "compare", *given], check=True, cwd=ROOT)
     kept = {(variant_of(row), row["seed"]): row.get("commit") for row in rows_of(name)}
     for row in map(json.loads, (folder / "compare.jsonl").read_text().splitlines()):
@@ -111,9 +108,9 @@ def compare(
 def table(rows: list[dict]) -> str:
     """The rows per variant, in Markdown."""
     lines = [
-        "| variant | final F1, seed by seed | mean | steps to F1 0.5 | stalls | collapsed groups | turns | "
-        "tokens per step |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| variant | final F1, seed by seed | mean | F1 over the run | steps to F1 0.5 | stalls | collapsed groups | "
+        "turns | tokens per step |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     variants = {}
     for row in rows:
@@ -124,7 +121,8 @@ def table(rows: list[dict]) -> str:
         mean = lambda key, found=found: statistics.fmean(row[key] for row in found)  # noqa: E731
         lines.append(
             f"| `{variant}` | {' '.join(f'{final(row):.3f}'.lstrip('0') for row in found)} | "
-            f"{statistics.fmean(map(final, found)):.3f} | {' '.join(learned_at(row) for row in found)} | "
+            f"{statistics.fmean(map(final, found)):.3f} | {statistics.fmean(map(over_the_run, found)):.3f} | "
+            f"{' '.join(learned_at(row) for row in found)} | "
             f"{sum(final(row) < STALLED for row in found)} of {len(found)} | {mean('group/collapsed'):.0%} | "
             f"{mean('turns'):.1f} | {mean('tokens/packed'):,.0f} |"
         )
@@ -156,6 +154,11 @@ def ahead(rows: list[dict], baseline: str = "grpo") -> str:
             f"{its['collapsed']:.0%} | {to['steps']:.0f} | {to['seconds']:.0f} | {to['tokens']:,.0f} |"
         )
     return "\n".join(lines)
+
+
+def over_the_run(row: dict) -> float:
+    """The mean F1 over the steps: the area under the curve, over its length."""
+    return area(*(np.array(row[key], float) for key in ("steps", "eval/f1")), row["steps"][0], row["steps"][-1])
 
 
 def learned_at(row: dict) -> str:

@@ -42,7 +42,8 @@ def test_a_run_has_a_row_per_commit(tmp_path, monkeypatch):
     ]
 
     def train(command, **options):
-        assert command[3:] == ["compare", "--dir", str(tmp_path / "runs/mine"), "--jobs", "2", "--seeds", "1-1"]
+        cache = f"run.cache={tmp_path / 'runs/cache'}"
+        assert command[3:] == ["compare", "--dir", str(tmp_path / "runs/mine"), "--jobs", "2", cache, "--seeds", "1-1"]
         (tmp_path / "runs/mine").mkdir(parents=True, exist_ok=True)
         (tmp_path / "runs/mine/compare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
 
