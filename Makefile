@@ -81,8 +81,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python docs/mask.py > docs/mask.svg
 	$(BIN)/python docs/curve.py > docs/curve.svg
 	$(BIN)/python docs/curve.py smollm2 > docs/smollm2.svg
-	$(BIN)/python docs/study_curves.py > docs/study.svg
-	$(BIN)/python docs/study_curves.py tables > docs/tables.svg
+	for name in headline study tables; do $(BIN)/python docs/study_curves.py $$name > docs/$$name.svg; done
 	$(BIN)/python docs/cost.py > docs/cost.svg
 	$(BIN)/python docs/credit_scatter.py > docs/credit.svg
 

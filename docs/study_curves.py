@@ -1,8 +1,7 @@
-"""Draws a study's learning curves, a panel per variant: ``python docs/study_curves.py > docs/study.svg``, and
-``python docs/study_curves.py tables > docs/tables.svg``.
+"""Draws a study's learning curves: ``python docs/study_curves.py NAME > docs/NAME.svg`` from bench/results/NAME.jsonl.
 
-Each line is a seed of bench/results/study.jsonl, or tables.jsonl; the grey line is the mean of `robust`. Sampled F1 on
-held-out worlds.
+A panel per variant, where each line is a seed and the grey line the mean of `robust`; of ``headline`` the mean of each
+variant with its 95 % band and seeds as thin lines, over steps and over seconds. Sampled F1 on held-out worlds.
 """
 
 import json
@@ -10,6 +9,8 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
+from igpo_fast.compare.page import Charts
+from igpo_fast.compare.statistics import summarise
 from igpo_fast.report.chart import Chart, Line, draw
 
 RESULTS = Path(__file__).parents[1] / "bench/results"
@@ -39,6 +40,17 @@ def panels(name: str) -> list[Chart]:
     ]
 
 
+def means(name: str) -> list[Chart]:
+    """The curves of ``igpo-fast compare``'s page, over steps and over seconds."""
+    rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+    found = summarise(rows, "grpo", "eval/f1", at=0.5, stalled=0.15)
+    return [Charts(rows, found).curves(budget) for budget in ("steps", "seconds")]
+
+
 if __name__ == "__main__":
-    charts = panels(*sys.argv[1:] or ["study"])
-    print(draw(charts, columns=min(COLUMNS, len(charts)), width=210, height=160))
+    (name,) = sys.argv[1:]
+    if name == "headline":
+        print(draw(means(name), columns=2, width=420, height=260))
+    else:
+        charts = panels(name)
+        print(draw(charts, columns=min(COLUMNS, len(charts)), width=210, height=160))
