@@ -23,6 +23,7 @@ from scipy.stats import rankdata
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.timing import ROOT, circumstances
+from igpo_fast.jsonl import json_line
 from igpo_fast.report.contents import Contents
 from igpo_fast.run.checkpoint import RunFolder
 from igpo_fast.score import Scorer, load_scorer
@@ -76,7 +77,8 @@ def auc(gains: np.ndarray, found: np.ndarray) -> float:
 
 def measure(turns: Sequence[Found]) -> dict[str, dict]:
     """Which turns found -> their number, the mean gain of turns without, and by each of ``ANSWERS`` the AUC with its
-    95 % interval (bootstrap over questions) and the mean gain of turns that found."""
+    95 % interval (bootstrap over questions) and the mean gain of turns that found; nothing where
+    there are no turns to compare."""
     gains = np.array([turn.gains for turn in turns])
     of = np.unique([turn.question for turn in turns], return_inverse=True)[1]
     without = np.array([not turn.any for turn in turns])
@@ -85,6 +87,8 @@ def measure(turns: Sequence[Found]) -> dict[str, dict]:
     rng, members = np.random.default_rng(0), [np.flatnonzero(of == question) for question in range(of.max() + 1)]
     found = {}
     for kind, shown in kinds.items():
+        if not (shown.any() and without.any()):
+            continue
         used, found[kind] = shown | without, {"turns": int(shown.sum())}
         drawn = [
             np.concatenate([members[q] for q in rng.integers(len(members), size=len(members))])
@@ -108,11 +112,13 @@ def table(rows: Sequence[dict]) -> str:
     lines.append("| --- | --- |" + " --- |" * len(ANSWERS))
     for row in {row["name"]: row for row in rows}.values():
         for kind, what in WHICH.items():
-            its = row["found"][kind]
+            if not (its := row["found"].get(kind)):
+                continue
             cells = [f"{its[n]['auc']:.2f} ({its[n]['interval'][0]:.2f} to {its[n]['interval'][1]:.2f}); "
                      f"{its[n]['gain']:+.3f}" for n in ANSWERS]  # fmt: skip
             lines.append(f"| {what} | {its['turns']} | {' | '.join(cells)} |")
-        its = row["found"]["any"]
+        if not (its := row["found"].get("any")):
+            continue
         cells = [f"{its[name]['gain_without']:+.3f}" for name in ANSWERS]
         lines.append(f"| none | {row['turns'] - its['turns']} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -124,7 +130,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="run folders")
     parser.add_argument("--table", action="store_true", help="only print the table of the rows that there are")
     args = parser.parse_args()
-    if args.runs and not args.table:
+    if not args.table:
+        if not args.runs:
+            parser.error("give NAME and run folders, or --table")
         turns = []
         for path in args.runs:
             config = RunFolder(path).config
@@ -137,11 +145,13 @@ def main() -> None:
             records = [record for record in records if len(record.question.answers) > 1]
             turns += turns_of(scorer, records, Contents(config.algorithm.f1_normalisation, None))
             print(f"{path}: {len(records)} rollouts, {len(turns)} turns so far", flush=True)
+        if not turns:
+            parser.error("no question of these runs has several accepted answers, and a response")
         row = {"bench": "answers", **circumstances(), "name": args.name, "turns": len(turns),
                "questions": len({turn.question for turn in turns}), "found": measure(turns)}  # fmt: skip
-        with open(ROWS, "a") as file:
-            file.write(json.dumps(row) + "\n")
-    print(table([json.loads(line) for line in ROWS.read_text().splitlines()]))
+        with open(ROWS, "ab") as file:
+            file.write(json_line(row))
+    print(table([json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []))
 
 
 if __name__ == "__main__":

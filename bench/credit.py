@@ -133,11 +133,12 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) and np.ptp(y) else float("nan")
 
 
-def measure(setup: Setup, rollouts: Sequence[Rollout], prefixes: int, samples: int, seed: int) -> Points:
-    """Gains, outcomes and changes of drawn turns; ``rollouts`` are whole groups, one after the other."""
+def measure(setup: Setup, rollouts: Sequence[Rollout], step: int, prefixes: int, samples: int, seed: int) -> Points:
+    """Gains, outcomes and changes of drawn turns; ``rollouts`` are the step's whole groups, one after the other."""
     config = setup.config
     groups = [Group(question, tuple(of)) for question, of in groupby(rollouts, lambda rollout: rollout.question)]
-    recipe = replace(recipe_of(config.algorithm), algorithm="igpo", baseline="previous")
+    of_step = recipe_of(config.algorithm, config.train.steps).at(step)
+    recipe = replace(of_step, algorithm="igpo", baseline="previous")
     policy = Policy(setup.lm, config.rollout.temperature, LossSettings(), config.model.kernels)
     scoring = Scoring(lambda question: setup.agent.dialect.branches(question)[: recipe.scored_answers])
     value_of = partial(values_of, basis=recipe.basis, answers=recipe.answers)
@@ -248,7 +249,7 @@ def main() -> None:
     setup = set_up(load(args.run / "config.yaml", args.overrides), weights=str(run.chosen(str(checkpoint))))
     setup.agent.engine.load_weights(setup.lm.state_dict().items())
     rollouts = [rollout for rollout, _ in run.read_rollouts(f"step_{step:06d}")]
-    points = measure(setup, rollouts, args.prefixes, args.samples, args.seed)
+    points = measure(setup, rollouts, step, args.prefixes, args.samples, args.seed)
     algorithm = setup.config.algorithm
     f1 = np.mean([f1_score(r.answer, r.question.ground_truth, algorithm.f1_normalisation) for r in rollouts])
     row = {

@@ -42,6 +42,19 @@ LARGE = "model.hidden_size=256 model.layers=3 train.lr=3e-4 train.warmup_steps=0
 """Of a model twice as wide, with half the learning rate."""
 
 
+GRID = [("1.5e-4", 10), ("3e-4", 10), ("6e-4", 0), ("6e-4", 10), ("6e-4", 30), ("1.2e-3", 10)]
+"""Learning rates, and steps of warm-up: first the rate was varied, then the warm-up at the best."""
+
+
+def tuning() -> str:
+    """IGPO and GRPO in every cell of the grid, named like ``igpo_6e-4_0``."""
+    cells = [
+        (f"{algorithm}_{lr}_{steps}", algorithm, lr, steps) for algorithm in ("igpo", "grpo") for lr, steps in GRID
+    ]
+    own = [f"--for {name}:train.lr={lr} --for {name}:train.warmup_steps={steps}" for name, _, lr, steps in cells]
+    return f"--algorithms {','.join(f'{name}={algorithm}' for name, algorithm, *_ in cells)} {' '.join(own)}"
+
+
 def variants(algorithms: str, settings: dict[str, str]) -> str:
     """Algorithms, and IGPO under further names, each with a ``key=value`` of section ``algorithm``."""
     names = ",".join(f"{name}=igpo" for name in settings)
@@ -50,6 +63,7 @@ def variants(algorithms: str, settings: dict[str, str]) -> str:
 
 
 COMPARISONS = {
+    "tuning": f"{QUICKSTART} {tuning()} --seeds 101-102 eval.every=10",
     "headline": f"{QUICKSTART} --algorithms igpo,grpo --seeds 201-216 {TUNED} eval.every=10",
     "ablations": f"{SHORT} {variants(ALGORITHMS, ABLATIONS | GAMMAS)} --seeds 311-312 {TUNED}",
     **{name: f"{SHORT} {variants('igpo,grpo', GAMMAS)} --seeds 311-312 {TUNED} {of}" for name, of in EASIER.items()},
@@ -57,7 +71,7 @@ COMPARISONS = {
         f"large-{name}": f"{SHORT} --algorithms igpo,grpo --seeds 311-312 {LARGE} {of}"
         for name, of in {**EASIER, "hops-3-4": ""}.items()
     },
-    "study": f"{QUICKSTART} --algorithms {','.join(PRESETS)},rloo,ppo,grpo --seeds 301-304",
+    "study": f"{QUICKSTART} --algorithms {','.join(PRESETS)},ppo,grpo --seeds 301-304",
     "tables": "--config configs/tables.yaml --algorithms robust,grpo --seeds 401-403 eval.every=10",
 }
 """Name -> arguments of ``igpo-fast compare``."""
@@ -90,18 +104,22 @@ def compare(
         more: what a row has besides, from compare.jsonl's row and the run's folder.
     Returns:
         ``rows_of`` it.
+    Raises:
+        CalledProcessError: some run failed; the rows of the others are kept.
     """
     folder = ROOT / "runs" / name
     given = ["--dir", str(folder), "--jobs", str(jobs), f"run.cache={folder.parent / 'cache'}", *arguments]
-    subprocess.run([*CLI, "compare", *given], check=True, cwd=ROOT)
+    done = subprocess.run([*CLI, "compare", *given], cwd=ROOT)
     kept = {(variant_of(row), row["seed"]): row.get("commit") for row in rows_of(name)}
-    for row in map(json.loads, (folder / "compare.jsonl").read_text().splitlines()):
+    made = folder / "compare.jsonl"
+    for row in map(json.loads, made.read_text().splitlines() if made.exists() else []):
         key = row["variant"], row["seed"]
         if row["finished"] and (key not in kept or kept[key] != row.get("commit")):
             about = {"bench": name, "date": date.today().isoformat(), "overrides": []}
             about |= row | more(row, folder / f"{row['variant']}-{row['seed']}")
             with open(results(name), "a") as file:
                 file.write(json.dumps(about) + "\n")
+    done.check_returncode()
     return rows_of(name)
 
 
@@ -130,30 +148,41 @@ def table(rows: list[dict]) -> str:
 
 
 def ahead(rows: list[dict], baseline: str = "grpo") -> str:
-    """What the statistics of pairs say (igpo_fast.compare), in Markdown: per variant its mean F1 and, below, the
-    difference from the baseline at some of the evaluations, and where all is spent."""
+    """What the statistics of pairs say (igpo_fast.compare), in Markdown: each variant's difference from the baseline,
+    after some steps and over the run, and what either needed."""
     found = summarise([row for row in rows if row["finished"]], baseline, "eval/f1", LEARNED, STALLED)
-    lines = []
+    lines = [
+        "| difference from `" + baseline + "` | mean | 95 % interval | p | ahead |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name, curve in found["by_step"].items():
-        lines += [f"| {name} - {baseline} | mean | 95 % interval |", "| --- | --- | --- |"]
-        for step, mean, low, high in list(zip(*curve.values(), strict=True))[3::3]:
-            lines.append(f"| F1 at step {step:.0f} | {mean:+.3f} | {low:+.3f} to {high:+.3f} |")
+        for place in range(3, len(curve["x"]) - 1, 3):
+            ends = curve["low"] and (curve["low"][place], curve["high"][place])
+            lines.append(
+                f"| `{name}`, F1 at step {curve['x'][place]:.0f} | {curve['mean'][place]:+.3f} | {_ends(ends)} | | |"
+            )
         for what, key in (("F1 at equal", "score"), ("mean F1 over equal", "area")):
             for budget, pairs in found["pairs"][name].items():
-                low, high = pairs[key]["interval"]
+                its = pairs[key]
                 lines.append(
-                    f"| {what} {budget} | {pairs[key]['mean']:+.3f} | {low:+.3f} to {high:+.3f} (p = "
-                    f"{pairs[key]['p']:.1g}; ahead in {pairs[key]['ahead']} of {len(pairs['seeds'])}) |"
+                    f"| `{name}`, {what} {budget} | {its['mean']:+.3f} | {_ends(its['interval'])} | {its['p']:.2g} | "
+                    f"{its['ahead']} of {len(pairs['seeds'])} |"
                 )
-    lines += ["", f"| | runs | F1 | stalls | collapsed groups | to F1 {LEARNED}: steps | seconds | tokens |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines += ["", "| | runs | final F1 | stalls | collapsed groups | reached F1 0.5 | steps to it | seconds | tokens |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    whole = lambda number: "-" if number is None else f"{number:,.0f}"  # noqa: E731
     for name, its in found["variants"].items():
-        to = its["reached"]
+        to, error = its["reached"], its["standard_error"]
         lines.append(
-            f"| {name} | {its['runs']} | {its['mean']:.3f} ± {its['standard_error']:.3f} | {its['stalls']} | "
-            f"{its['collapsed']:.0%} | {to['steps']:.0f} | {to['seconds']:.0f} | {to['tokens']:,.0f} |"
+            f"| `{name}` | {its['runs']} | {its['mean']:.3f}{f' ± {error:.3f}' if error else ''} | {its['stalls']} | "
+            f"{its['collapsed']:.0%} | {to['runs']} | "
+            f"{whole(to['steps'])} | {whole(to['seconds'])} | {whole(to['tokens'])} |"
         )
     return "\n".join(lines)
+
+
+def _ends(interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else "{:+.3f} to {:+.3f}".format(*interval)
 
 
 def over_the_run(row: dict) -> float:

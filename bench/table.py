@@ -45,7 +45,10 @@ def newest(rows: Iterable[dict], bench: str) -> dict[str, dict]:
 
 def peers(rows: Sequence[dict], lengths: str) -> str:
     """A step of every side on one shape: decision tokens per second, seconds, peak memory, and its time over ours."""
-    lines = ["| a step | decision tokens/s | s | peak GB | time / ours |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| a step | decision tokens/s | s | ours beside it, s | time / ours | peak GB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     found = {side: row for side in SIDES if (row := newest(rows, f"peers/{side}").get(lengths))}
     if not found:
         return ""
@@ -53,9 +56,11 @@ def peers(rows: Sequence[dict], lengths: str) -> str:
     for side, words in SIDES.items():
         if side not in found and side != "ours":
             continue
-        figures, ratio = (ours, "1") if side == "ours" else (found[side]["peers"][side], _ratio(found[side]))
+        row = found.get(side)
+        figures, ratio = (row["peers"][side], _ratio(row)) if row else (ours, "1")
+        beside = f"{row['ours']['median'] / 1e3:.1f}" if row else ""
         speed, seconds, peak = figures["tokens_per_s"], figures["median"] / 1e3, figures["peak_bytes"] / 1e9
-        lines.append(f"| {words} | {speed:,.0f} | {seconds:.1f} | {peak:.2f} | {ratio} |")
+        lines.append(f"| {words} | {speed:,.0f} | {seconds:.1f} | {beside} | {ratio} | {peak:.2f} |")
     return "\n".join(lines)
 
 

@@ -50,6 +50,7 @@ CASES = [("musique", "ours"), ("musique", "scoring"), *((name, "trl") for name i
 SETTINGS = {
     "micro_batches": {f"micro_{n}": dict(micro=n) for n in (8, 4, 2, 1)},
     "modes": {
+        "plain": dict(micro=1),
         "eager": dict(micro=1, attention="eager"),
         "compiled": dict(micro=1, torch_compile=True),
         "bfloat16": dict(micro=1, bf16=True),

@@ -4,25 +4,23 @@ A panel per variant, where each line is a seed and the grey line the mean of `ro
 variant with its 95 % band and seeds as thin lines, over steps and over seconds. Sampled F1 on held-out worlds.
 """
 
-import json
 import sys
 from pathlib import Path
 from statistics import fmean
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import study
 from igpo_fast.compare.page import Charts
 from igpo_fast.compare.statistics import summarise
 from igpo_fast.report.chart import Chart, Line, draw
 
-RESULTS = Path(__file__).parents[1] / "bench/results"
 COLUMNS = 4
 
 
 def panels(name: str) -> list[Chart]:
     """A chart per variant, that with the highest last F1 first."""
-    lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
-    rows = {(row["variant"], row["seed"]): row for row in map(json.loads, lines) if not row["overrides"]}  # the newest
     variants: dict[str, list[dict]] = {}
-    for row in sorted(rows.values(), key=lambda row: row["seed"]):
+    for row in sorted(study.rows_of(name), key=lambda row: row["seed"]):
         variants.setdefault(row["variant"], []).append(row)
     order = sorted(variants, key=lambda name: -fmean(row["eval/f1"][-1] for row in variants[name]))
     usual = variants.get("robust", [])
@@ -42,7 +40,7 @@ def panels(name: str) -> list[Chart]:
 
 def means(name: str) -> list[Chart]:
     """The curves of ``igpo-fast compare``'s page, over steps and over seconds."""
-    rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+    rows = study.rows_of(name)
     found = summarise(rows, "grpo", "eval/f1", at=0.5, stalled=0.15)
     return [Charts(rows, found).curves(budget) for budget in ("steps", "seconds")]
 

@@ -58,6 +58,11 @@ def finite(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
+def number_of(value: object) -> float | None:
+    """``value`` if it is a finite number, else None."""
+    return finite(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def _as_list(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()

@@ -105,7 +105,7 @@ def test_a_runs_own_gains(cache, tmp_path):
     assert chosen(run, None) == (3, 2) and chosen(run, 1) == (1, 2)
     setup = set_up(config, weights=str(run.saved()[2]))
     recorded = list(run.read_rollouts("step_000003"))
-    points, again = (measure(setup, [rollout for rollout, _ in recorded], 12, 8, seed=1) for _ in range(2))
+    points, again = (measure(setup, [rollout for rollout, _ in recorded], 1, 12, 8, seed=1) for _ in range(2))
     own = [recorded[i][1].gains[t - 1] for i, t in zip(points.rollout, points.turn, strict=True)]
     np.testing.assert_allclose(points.credits["gain"], own, atol=1e-4)
     trained = [recorded[i][1].advantages[t - 1] for i, t in zip(points.rollout, points.turn, strict=True)]

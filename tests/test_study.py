@@ -11,12 +11,14 @@ from typer.testing import CliRunner
 from bench import smollm2, study
 from igpo_fast.cli import app
 from igpo_fast.compare import compare as comparing
+from tests.compare.rows import row as made_up
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.mark.parametrize(
-    ("name", "table"), [("study", study.table), ("tables", study.table), ("smollm2_nq", smollm2.table)]
+    ("name", "table"),
+    [*((name, study.table) for name in ("tuning", "study", "tables")), ("smollm2_nq", smollm2.table)],
 )
 def test_the_tables_are_those_of_the_rows(name, table):
     shown = (DOCS / "study.md").read_text()
@@ -46,15 +48,34 @@ def test_a_run_has_a_row_per_commit(tmp_path, monkeypatch):
         assert command[3:] == ["compare", "--dir", str(tmp_path / "runs/mine"), "--jobs", "2", cache, "--seeds", "1-1"]
         (tmp_path / "runs/mine").mkdir(parents=True, exist_ok=True)
         (tmp_path / "runs/mine/compare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+        return subprocess.CompletedProcess(command, status)
 
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(subprocess, "run", train)
     study.results("mine").parent.mkdir(parents=True)
     study.results("mine").write_text('{"algorithm": "igpo", "seed": 1, "overrides": ["train.lr=1"]}\n')
     more = lambda row, run: {"run": run.name}  # noqa: E731
+    status = 0
     for _ in range(2):
         (row,) = study.compare("mine", ["--seeds", "1-1"], more=more)
     assert row["run"] == "igpo-1" and row["bench"] == "mine" and row["overrides"] == []
     made[0] |= {"commit": "b", "eval/f1": [0, 0.5]}
-    (row,) = study.compare("mine", ["--seeds", "1-1"], more=more)
+    status = 2
+    with pytest.raises(subprocess.CalledProcessError):  # some run failed
+        study.compare("mine", ["--seeds", "1-1"], more=more)
+    (row,) = study.rows_of("mine")
     assert row["eval/f1"] == [0, 0.5] and len(study.results("mine").read_text().splitlines()) == 3
+
+
+def test_what_is_said_of_pairs():
+    """Two pairs have no interval, a variant that never learned no median of steps."""
+    rows = [made_up("igpo", seed, [0, 0.25, 0.5, 0.75, 1]) for seed in (1, 2)]
+    rows += [made_up("grpo", seed, [0, 0, 0.25, 0.25, 0.25 * seed]) for seed in (1, 2)]
+    said = study.ahead(rows)
+    assert "| `igpo`, F1 at step 30 | +0.500 | - | | |" in said and "step 20" not in said and "step 40" not in said
+    assert "| `igpo`, F1 at equal steps | +0.625 | - | 0.5 | 2 of 2 |" in said
+    assert "| `igpo` | 2 | 1.000 | 0 | 25% | 2 | 20 | 40 | 2,000 |" in said
+    assert "| `grpo` | 2 | 0.375 ± 0.125 | 0 | 25% | 1 | - | - | - |" in said
+    assert "| +0.625 | +" in study.ahead(
+        [made_up(v, s, [0, f]) for s in range(6) for v, f in (("igpo", 1), ("grpo", 0.375 + s / 1e9))]
+    )

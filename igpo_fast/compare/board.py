@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from igpo_fast.compare.results import Run, number_of
+from igpo_fast.compare.results import Run
 from igpo_fast.errors import InputError
+from igpo_fast.jsonl import number_of
 from igpo_fast.run.display import QUIET_SECONDS, duration
 
 LOOK = 2.0
@@ -83,6 +84,8 @@ class Board:
         if task.run:
             step, score = self._state(task)
             self._steps[task.name] = step if not why else task.steps
+            if why:  # what is left of it will not be done
+                self._left_before -= task.steps - step
             self._over += 1
             self._progress.update(self._all, completed=self._over)
             end = why or f"{step} steps{self._said(score)}"

@@ -16,7 +16,7 @@ from igpo_fast import __version__
 from igpo_fast.config import Config, session_keys, values_of
 from igpo_fast.errors import InputError
 from igpo_fast.files import atomic, storage
-from igpo_fast.jsonl import finite, json_line, json_rows, json_value
+from igpo_fast.jsonl import finite, json_line, json_rows, json_value, number_of
 from igpo_fast.run.checkpoint import RunFolder
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
@@ -24,8 +24,9 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
 START = {"model", "data", "world", "sft", "search", "tools", "eval"}
 """Sections that decide from what weights, questions and tools a run starts and how it is evaluated."""
 STARTING = {
-    "train.steps", "train.precision", "rollout.tools", "rollout.dialect", "rollout.system", "rollout.system_file",
-    "rollout.thinking", "rollout.max_turns", "rollout.max_tokens",
+    "train.steps", "train.questions", "train.precision", "algorithm.f1_normalisation",
+    "rollout.tools", "rollout.dialect", "rollout.system", "rollout.system_file",
+    "rollout.thinking", "rollout.max_turns", "rollout.max_turn_tokens", "rollout.max_tokens",
 }  # fmt: skip
 """Other keys that all variants of a comparison share."""
 SPEED = {
@@ -178,11 +179,6 @@ def rows_in(folder: Path) -> list[dict]:
     path = folder / "compare.jsonl"
     with storage(path, "read"):
         return json_rows(path.read_bytes() if path.exists() else b"", path, "seed")
-
-
-def number_of(value: object) -> float | None:
-    """``value`` if it is a finite number, else None."""
-    return finite(value) if isinstance(value, int | float) else None
 
 
 def _spent(rows: Sequence[Mapping], keys: Sequence[str]) -> dict[int, float | None]:

@@ -113,7 +113,7 @@ def _by_step(runs: Mapping[int, Mapping], others: Mapping[int, Mapping], score: 
         (xs, ys), (other_xs, other_ys) = (points(run[seed], score) for run in (runs, others))
         steps, ours, theirs = np.intersect1d(xs, other_xs, return_indices=True)
         pairs.append({"steps": steps.tolist(), "difference": (ys[ours] - other_ys[theirs]).tolist()})
-    return mean_curve(pairs, "difference", "steps")
+    return mean_curve(pairs, "difference", "steps", RESAMPLES)
 
 
 def points(row: Mapping, score: str, budget: str = "steps") -> tuple[np.ndarray, np.ndarray]:
@@ -221,7 +221,7 @@ def reached(row: Mapping, score: str, at: float) -> dict[str, float | None] | No
     return None
 
 
-def mean_curve(rows: Sequence[Mapping], key: str, budget: str) -> dict[str, list]:
+def mean_curve(rows: Sequence[Mapping], key: str, budget: str, resamples: int = 999) -> dict[str, list]:
     """The mean of ``key`` over runs, with a 95 % band, as far as all of them have spent.
 
     Returns:
@@ -236,7 +236,7 @@ def mean_curve(rows: Sequence[Mapping], key: str, budget: str) -> dict[str, list
     x = every if budget == "steps" else np.linspace(first, last, max(len(xs) for xs, _ in curves))
     x = x[(x >= first) & (x <= last)]
     values = np.array([np.interp(x, xs, ys) for xs, ys in curves])
-    bands = [interval(at, resamples=999) for at in values.T]
+    bands = [interval(at, resamples) for at in values.T]
     low, high = zip(*bands, strict=True) if bands and bands[0] else (None, None)
     return {
         "x": x.tolist(),
@@ -279,14 +279,14 @@ def _verdict(name: str, baseline: str, score: str, pairs: Mapping) -> str:
     ties = f" and level in {pairs['ties']}" if pairs["ties"] else ""
     begin = f"{name} ended {level} {baseline} in {score} at equal steps{_uncertainty(pairs)}, "
     begin += f"ahead in {pairs['ahead']} of {count} {'pair' if count == 1 else 'pairs'}{ties}"
-    better = "better" if mean >= 0 else "worse"
+    higher = "higher" if mean >= 0 else "lower"
     if count < TESTABLE:
-        return f"{begin}; with fewer than {TESTABLE} pairs p cannot be below {LEVEL}: not shown to be {better}."
+        return f"{begin}; with fewer than {TESTABLE} pairs p cannot be below {LEVEL}: not shown to be {higher}."
     if ends[0] <= 0 <= ends[1]:
-        return f"{begin}; the interval includes 0: not shown to be {better}."
+        return f"{begin}; the interval includes 0: not shown to be {higher}."
     if pairs["p"] >= LEVEL:
-        return f"{begin}; the interval leaves 0 out, but p is not below {LEVEL}: not shown to be {better}."
-    return f"{begin}; {better} here, by interval and test."
+        return f"{begin}; the interval leaves 0 out, but p is not below {LEVEL}: not shown to be {higher}."
+    return f"{begin}; {higher} here, by interval and test."
 
 
 def _uncertainty(pairs: Mapping) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from igpo_fast.jsonl import finite
+from igpo_fast.jsonl import number_of
 from igpo_fast.report.chart import Chart, Line
 
 ERROR = "_se"
@@ -64,7 +64,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Chart]]:
 
 def _line(key: str, rows: Sequence[Mapping[str, Any]]) -> Line:
     name, rows = key.partition("/")[2] or key, [row for row in rows if key in row]
-    ys, errors = ([_number(row.get(name)) for row in rows] for name in (key, key + ERROR))
+    ys, errors = ([number_of(row.get(name)) for row in rows] for name in (key, key + ERROR))
     if len(rows) > MANY:
         return _thinned(name, [row["step"] for row in rows], ys)
     low, high = (
@@ -85,7 +85,3 @@ def _thinned(name: str, steps: Sequence[float], ys: Sequence[float | None]) -> L
         low.append(min(known, default=None))
         high.append(max(known, default=None))
     return Line(name, xs, means, low, high)
-
-
-def _number(value: Any) -> float | None:
-    return finite(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -62,7 +62,7 @@ def test_every_number_is_there(tmp_path):
     score = found["pairs"]["igpo"]["steps"]["score"]
     low, high = score["interval"]
     line = page.row("igpo", "steps")
-    assert line[2:9] == ["6", f"{score['mean']:.3f}", f"{low:+.3f} to {high:+.3f}", "0.0312", "6", "0", "0"]
+    assert line[2:9] == ["6", f"{score['mean']:.3f}", f"{low:+.3f} to {high:+.3f}", "0.031", "6", "0", "0"]
     # Reached at step 20, after 40 s and 2,000 tokens by all; 25 % of groups collapsed.
     assert page.row("igpo", "6") == ["igpo", "6", "0.635", "0.008", "0", "25%", "6", "0", "20", "40", "2,000"]
     assert page.row("grpo", "6")[5] == "–"

@@ -413,7 +413,7 @@ def test_progress_as_lines(comparison):
         "igpo-1 begins",
         "igpo-1 3/4  eval/f1 0.250  (0 of 2 ended, 2:55 left)",  # 2 steps took 70 s, 1 and 4 are left
         "igpo-1: 3 steps  eval/f1 0.250  (1 of 2, 2:55 left)",
-        "igpo-2: failed: no  (2 of 2, 12 s left)",
+        "igpo-2: failed: no  (2 of 2, 35 s left)",
     ]
 
 

@@ -228,15 +228,15 @@ def test_a_variant_in_numbers():
     ("d", "verdict"),
     [
         ([0.1, 0.2, 0.1, 0.2], "a ended 0.150 higher than b in eval/f1 at equal steps (p = 0.12), ahead in 4 of 4 "
-         "pairs; with fewer than 6 pairs p cannot be below 0.05: not shown to be better."),
+         "pairs; with fewer than 6 pairs p cannot be below 0.05: not shown to be higher."),
         ([0.1, -0.1, 0.1, -0.1, 0.0], "level with b"),
         ([-0.1, -0.2, -0.1, -0.2, -0.15], "p = 0.062), ahead in 0 of 5 pairs; with "
-         "fewer than 6 pairs p cannot be below 0.05: not shown to be worse."),
-        ([0.1, -0.1, 0.1, -0.1, 0.0, 0], "2 of 6 pairs and level in 2; the interval includes 0: not shown to be b"),
-        ([-0.1, 0.1, -0.1, 0.05, 0.0, 0], "includes 0: not shown to be worse."),
-        ([0.1, 0.2, 0.1, 0.2, 0.15, -0.01], "leaves 0 out, but p is not below 0.05: not shown to be better."),
+         "fewer than 6 pairs p cannot be below 0.05: not shown to be lower."),
+        ([0.1, -0.1, 0.1, -0.1, 0.0, 0], "2 of 6 pairs and level in 2; the interval includes 0: not shown to be"),
+        ([-0.1, 0.1, -0.1, 0.05, 0.0, 0], "includes 0: not shown to be lower."),
+        ([0.1, 0.2, 0.1, 0.2, 0.15, -0.01], "leaves 0 out, but p is not below 0.05: not shown to be higher."),
         ([-0.1, -0.2, -0.1, -0.2, -0.15, -0.1], "lower than b in eval/f1 at equal steps (95 % interval -"),
-        ([-0.1, -0.2, -0.1, -0.2, -0.15, -0.1], "; worse here, by interval and test."),
+        ([-0.1, -0.2, -0.1, -0.2, -0.15, -0.1], "; lower here, by interval and test."),
     ],
 )  # fmt: skip
 def test_what_is_said(d, verdict):
