@@ -81,7 +81,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python docs/mask.py > docs/mask.svg
 	$(BIN)/python docs/curve.py > docs/curve.svg
 	$(BIN)/python docs/curve.py smollm2 > docs/smollm2.svg
-	for name in headline study tables; do $(BIN)/python docs/study_curves.py $$name > docs/$$name.svg; done
+	for name in headline warmed study tables; do $(BIN)/python docs/study_curves.py $$name > docs/$$name.svg; done
 	$(BIN)/python docs/cost.py > docs/cost.svg
 	$(BIN)/python docs/credit_scatter.py > docs/credit.svg
 

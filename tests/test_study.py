@@ -18,11 +18,20 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 @pytest.mark.parametrize(
     ("name", "table"),
-    [*((name, study.table) for name in ("tuning", "study", "tables")), ("smollm2_nq", smollm2.table)],
+    [
+        *((name, study.table) for name in ("tuning", "headline", "warmed", "study", "tables")),
+        ("smollm2_nq", smollm2.table),
+    ],
 )
 def test_the_tables_are_those_of_the_rows(name, table):
     shown = (DOCS / "study.md").read_text()
     assert [line for line in table(study.rows_of(name)).splitlines() if line not in shown] == []
+
+
+@pytest.mark.parametrize("name", ["headline", "warmed"])
+def test_what_is_said_of_the_pairs_is_in_the_docs(name):
+    shown = (DOCS / "study.md").read_text()
+    assert [line for line in study.ahead(study.rows_of(name)).splitlines() if line not in shown] == []
 
 
 @pytest.mark.parametrize("name", study.COMPARISONS)
