@@ -42,6 +42,7 @@ suite with-vllm slow aot: export PATH := $(abspath $(BIN)):$(PATH)
 
 test: suite with-vllm
 
+# Files in their own order: those of few tests, which would run last, take longest.
 suite: $(VENV)/.installed optional
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not vllm and not aot"
 
