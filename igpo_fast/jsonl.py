@@ -37,10 +37,12 @@ def json_value(content: bytes | str, where: object) -> Any:
         raise InputError(f"{where}: not JSON ({error.msg}); restore or correct it") from None
 
 
-def json_rows(content: bytes, path: object, key: str) -> list[dict]:
+def json_rows(content: bytes, path: object, key: str, *, ascending: bool = False) -> list[dict]:
     """The rows of a JSON-lines file, objects with an integer under ``key``; a last line without its end is still being
     written.
 
+    Args:
+        ascending: each row's integer is larger than that of the row before.
     Raises:
         InputError: a line is no such row, naming ``path`` and line.
     """
@@ -50,6 +52,10 @@ def json_rows(content: bytes, path: object, key: str) -> list[dict]:
             rows.append(json_value(line, where := f"{path}:{number}"))
             if not (isinstance(rows[-1], dict) and type(rows[-1].get(key)) is int):
                 raise InputError(f"{where}: not an object with an integer {key!r}; delete or repair the line")
+            if ascending and len(rows) > 1 and rows[-1][key] <= rows[-2][key]:
+                raise InputError(
+                    f"{where}: {key} {rows[-1][key]} after {key} {rows[-2][key]}; delete or repair the line"
+                )
     return rows
 
 

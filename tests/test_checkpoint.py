@@ -765,3 +765,11 @@ def test_what_a_run_read_and_is_edited_since_is_told_by_name(tmp_path):
         other.write_text(source.read_text())
         elsewhere = settings.model_copy(update={"data": settings.data.model_copy(update={"train": str(other)})})
         assert run.changed_contents(elsewhere) == []
+
+
+@pytest.mark.parametrize("step", [1, 0])
+def test_a_row_that_stands_twice_is_named_when_rows_are_read(tmp_path, step):
+    run = RunFolder(tmp_path)
+    run.metrics.write_text('{"step": 0}\n{"step": 1}\n' + json.dumps({"step": step}) + "\n")
+    with pytest.raises(InputError, match=rf"metrics\.jsonl:3: step {step} after step 1; delete or repair the line"):
+        run.read_metrics()

@@ -164,9 +164,9 @@ class RunFolder:
         """The rows so far, without a last line that is still being written.
 
         Raises:
-            InputError: a line is no row, an object with an integer ``step``.
+            InputError: a line is no row, an object with an integer ``step`` above that of the row before.
         """
-        return json_rows(_content(self.metrics), self.metrics, "step")
+        return json_rows(_content(self.metrics), self.metrics, "step", ascending=True)
 
     def append_metrics(self, row: Mapping) -> None:
         """Append one row; it is on disk when this returns. NaN and infinities are written as null."""
