@@ -43,8 +43,9 @@ suite with-vllm slow aot: export PATH := $(abspath $(BIN)):$(PATH)
 test: suite with-vllm
 
 # Files in their own order: those of few tests, which would run last, take longest.
+SUITE := -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not vllm and not aot"
 suite: $(VENV)/.installed optional
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not vllm and not aot"
+	$(BIN)/python -m pytest $(SUITE)
 
 # vLLM wants a process of its own. It leaves a core idle, so CI runs it beside the suite: make -j 2 test.
 with-vllm: $(VENV)/.installed optional
@@ -60,7 +61,7 @@ test-newest:
 	.venv-newest/bin/pip install --quiet -e ".[train,bench,dev]"
 	.venv-newest/bin/pip install --quiet --upgrade "$(TORCH)" triton transformers peft liger-kernel tokenizers
 	.venv-newest/bin/pip install --quiet --upgrade --no-build-isolation deepspeed
-	.venv-newest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not vllm and not aot"
+	.venv-newest/bin/python -m pytest $(SUITE)
 
 # Property tests with other examples in every run, and more of them. A run again: make fuzz SEED=number
 fuzz: $(VENV)/.installed

@@ -143,7 +143,7 @@ def main() -> None:
             files = sorted((path / "rollouts").glob("*.jsonl"))
             records = [record for file in files for record in read_records(file)]
             records = [record for record in records if len(record.question.answers) > 1]
-            turns += turns_of(scorer, records, Contents(config.algorithm.f1_normalisation, None))
+            turns += turns_of(scorer, records, Contents(config.algorithm.f1_normalisation))
             print(f"{path}: {len(records)} rollouts, {len(turns)} turns so far", flush=True)
         if not turns:
             parser.error("no question of these runs has several accepted answers, and a response")
