@@ -68,6 +68,7 @@ COMPARISONS = {
     "tuning": f"{QUICKSTART} {tuning()} --seeds 101-102 eval.every=10",
     "headline": f"{QUICKSTART} --algorithms igpo,grpo --seeds 201-216 {FAST} eval.every=10",
     "warmed": f"{QUICKSTART} --algorithms igpo,grpo --seeds 201-216 {TUNED} eval.every=10",
+    "quickstart": f"{QUICKSTART} --algorithms igpo,grpo --seeds 201-216 eval.every=10",
     "ablations": f"{SHORT} {variants(ALGORITHMS, ABLATIONS | GAMMAS)} --seeds 311-312 {TUNED}",
     **{name: f"{SHORT} {variants('igpo,grpo', GAMMAS)} --seeds 311-312 {TUNED} {of}" for name, of in EASIER.items()},
     **{
