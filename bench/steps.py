@@ -22,7 +22,7 @@ from bench.recorded import Recorded
 from bench.timing import DEVICE
 from igpo_fast.config import load
 from igpo_fast.integrations.trl import IGPOConfig, IGPOTrainer
-from igpo_fast.model import use_attend
+from igpo_fast.model import recompute_layers, use_attend
 from igpo_fast.ranks import Ranks
 from igpo_fast.run.metrics import StepMetrics
 from igpo_fast.types import REWARD, Batch, Rollout
@@ -94,16 +94,20 @@ def largest_rollout(data: Recorded) -> int:
 
 def updater(
     size: Size, data: Recorded, *, algorithm: str = "igpo", preset: str = "robust", passes: str = "one",
-    budget: int | None = None,
+    budget: int | None = None, recomputed: bool = False,
 ) -> Updater:  # fmt: skip
     """The trainer's own update.
 
     Args:
         budget: tokens of a pack; None holds the largest group.
+        recomputed: gradient checkpointing.
     """
     settings = [f"algorithm.name={algorithm}", f"algorithm.preset={preset}", *SCORED]
     recipe = recipe_of(load(None, settings).algorithm)
-    learner = Learner(use_attend(size.lm().eval()), settings=LossSettings(), lr=LR, factor=lambda _: 1.0)
+    lm = use_attend(size.lm().eval())
+    if recomputed:
+        recompute_layers(lm)
+    learner = Learner(lm, settings=LossSettings(), lr=LR, factor=lambda _: 1.0)
     scoring = Scoring(lambda question: data.branches[question.id] if recipe.needs_values else ())
     packer = Packer(learner, scoring, recipe, passes, budget or counts(data)["largest_group"], Ranks())
     return Updater(

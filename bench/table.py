@@ -14,6 +14,7 @@ FILES = ("peers_cpu", "step_cpu", "lm_head_cpu")
 SIDES = {
     "outcome_only": "outcome-only (our GRPO)",
     "ours": "**IGPO, one pass**",
+    "recomputed": "IGPO, one pass, gradient checkpointing",
     "two_passes": "IGPO, two passes",
     "small_packs": "IGPO, two passes over packs of a rollout",
     "igpo_trainer": "IGPO in TRL's trainer (`IGPOTrainer`)",
@@ -67,16 +68,19 @@ def peers(rows: Sequence[dict], lengths: str) -> str:
 def shapes(rows: Sequence[dict]) -> str:
     """Ours beside TRL on every shape."""
     lines = [
-        "| | decision tokens/s, ours and TRL | TRL / ours | peak GB, ours and TRL | IGPO / outcome-only | its bar |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| | decision tokens/s, ours and TRL | TRL / ours | peak GB, ours and TRL | ours with gradient checkpointing: "
+        "time / ours, peak GB | IGPO / outcome-only | its bar |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    trl, step = newest(rows, "peers/trl"), newest(rows, "step/igpo_vs_grpo")
+    trl, step, again = (newest(rows, bench) for bench in ("peers/trl", "step/igpo_vs_grpo", "peers/recomputed"))
     for lengths, words in SHAPES.items():
         if not (row := trl.get(lengths)):
             continue
         ours, theirs = row["ours"], row["peers"]["trl"]
         cells = [words, f"{ours['tokens_per_s']:,.0f}, {theirs['tokens_per_s']:,.0f}", _ratio(row)]
         cells.append(f"{ours['peak_bytes'] / 1e9:.2f}, {theirs['peak_bytes'] / 1e9:.2f}")
+        less = again.get(lengths)
+        cells.append(f"{_ratio(less)}, {less['peers']['recomputed']['peak_bytes'] / 1e9:.2f}" if less else "")
         bar = step.get(lengths)
         cells += [f"{1 / bar['ratio']:.3f}", f"{bar['shape']['bar']:.3f}"] if bar else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")

@@ -1,6 +1,7 @@
 """A training step on rollouts of recorded lengths: ours beside TRL's ``GRPOTrainer`` and the usual ways of scoring.
 
     ours           IGPO in one pass: values of every prefix, gains, loss and gradients
+    recomputed     the same with gradient checkpointing
     two_passes     the same update from a pass without gradient and one with it
     small_packs    two passes, each over packs of about one rollout: the least memory
     outcome_only   our GRPO: the same packed trees without answers
@@ -42,8 +43,8 @@ FULL = {"equal_lengths": SMALL, "own_prompts": SMALL, "large": LARGE}
 """Two groups of 8 rollouts; with --full one group: all rollouts of one length, or each with a prompt of its own, or in
 a model of eight times the work per token."""
 PEERS = {
-    "ours": ("two_passes", "small_packs", "outcome_only", "igpo_trainer"),
-    "trl": ("trl",),
+    "ours": ("recomputed", "two_passes", "small_packs", "outcome_only", "igpo_trainer"),
+    "trl": ("trl", "recomputed"),
     "scoring": ("trl", "full_logits", "kv_reuse"),
 }
 CASES = [("musique", "ours"), ("musique", "scoring"), *((name, "trl") for name in FULL)]
@@ -90,6 +91,7 @@ def test_peers(name, peers, compare, request, tmp_path):
     lm = size.lm().eval()
     branches_of = lambda rollout: data.branches[rollout.question.id]  # noqa: E731
     made = {
+        "recomputed": lambda: ours(size, data, recomputed=True),
         "two_passes": lambda: ours(size, data, passes="two"),
         "small_packs": lambda: ours(size, data, passes="two", budget=largest_rollout(data)),
         "outcome_only": lambda: ours(size, data, algorithm="grpo"),

@@ -63,8 +63,8 @@ def ways(turns: int, tokens_a_turn: int, wrapper: int, answer: int):
 
     def run(plan):
         of = lambda name: plan.tensor(name, DEVICE)  # noqa: E731
-        hidden = hidden_states(ours, of("input_ids"), of("position_ids"), TreeAttend(plan))
-        return linear_logprob(hidden, head, of("label"), of("row"))
+        hidden = hidden_states(ours, of("input_ids"), of("position_ids"), TreeAttend(plan, rows_read=True))
+        return linear_logprob(hidden, head, plan.pairs(rows_read=True))
 
     def trunk_only():
         run(pack([Tree([alone])]))

@@ -389,6 +389,7 @@ def assumptions(config: Config, gpu_name: str, gpu: Gpu, assumed: Assumed) -> li
         f"{assumed.per_host} GPUs per host, no overlap of traffic with work: guesses",
         f"offloaded states updated at {assumed.host:g} GB/s per rank, rollouts exchanged at {assumed.exchange:g} GB/s "
         f"per rank with {assumed.rollout_bytes} bytes per token: guesses",
+        "the last layer counted whole: the rows that nothing reads are left out there, up to 1 / layers of a pass",
         "no time for tools, evaluation, checkpoints and packing; no stragglers",
     ]
 

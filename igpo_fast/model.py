@@ -31,7 +31,7 @@ from igpo_fast.errors import InputError, reason_of
 from igpo_fast.pretrained import read_model
 from igpo_kernels import Branch, RolloutTokens, Tree, pack
 from igpo_kernels.backend import chosen
-from igpo_kernels.huggingface import ATTENTION, Attend, TreeAttend, heads_of
+from igpo_kernels.huggingface import ATTENTION, Attend, TreeAttend, heads_of, read_rows_in_last_layer
 from igpo_kernels.tree_attention import automatic
 
 
@@ -43,7 +43,8 @@ def hidden_states(
     Args:
         lm: a causal LM made by ``load``. input_ids, position_ids: int64 [S].
     Returns:
-        [S, H], in the model's dtype.
+        [S, H], in the model's dtype; [U, H] of ``plan.rows_read`` under a ``TreeAttend`` with ``rows_read``, for which
+        the last layer computes only what those need (igpo_kernels.huggingface.read_rows_in_last_layer).
     Raises:
         ValueError: ``lm`` is not set to run under ``attend``; other attention would silently ignore it.
         InputError: a layer asks of its attention what packed attention refuses (windows in a mask alone, unknown
@@ -57,7 +58,10 @@ def hidden_states(
         if not str(error).startswith(f"{ATTENTION}: "):
             raise
         raise InputError(f"{type(lm).__name__} cannot run packed: {error}") from error
-    return out.last_hidden_state[0]
+    hidden = out.last_hidden_state[0]
+    if getattr(attend, "rows_read", False) and len(hidden) != len(attend.plan.rows_read):
+        hidden = hidden[attend.plan.tensor("rows_read", hidden.device)]
+    return hidden
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
-    return lm.eval()
+    return use_attend(lm.eval())
 
 
 def load(
@@ -171,11 +175,13 @@ def use_attend(lm: PreTrainedModel) -> PreTrainedModel:
             f"{type(lm).__name__} cannot run packed: {_mixers(lm)[0]} does not go through transformers' attention "
             "interface; use a model whose every layer is softmax attention"
         )
+    read_rows_in_last_layer(lm)
     return lm
 
 
 def recompute_layers(lm: PreTrainedModel) -> None:
     """Gradient checkpointing: each decoder layer keeps only its input and runs again in the backward pass.
+    (The last also keeps its keys and values, which its hook makes.)
 
     transformers does so only for layers in training mode, where some drop out; here none is.
 
@@ -223,7 +229,7 @@ def _probe(lm: PreTrainedModel) -> None:
     in_second = plan.tree_start > 0
     plan = replace(plan, position_ids=plan.position_ids + offset * in_second)
     recorder = _Recorder(TreeAttend(plan))
-    tensors = [plan.tensor(name, lm.device) for name in ("input_ids", "position_ids", "row")]
+    tensors = [plan.tensor(name, lm.device) for name in ("input_ids", "position_ids")]
     hidden_states(lm, tensors[0], tensors[1], recorder)
     silent = [name for i, name in enumerate(_mixers(lm)) if i not in recorder.layers]
     if silent:
@@ -232,7 +238,8 @@ def _probe(lm: PreTrainedModel) -> None:
             "interface, so branches would see each other; use a model whose every layer is softmax attention"
         )
     with _scaled_logits(lm, recorder.largest), _short_windows(lm) as windows:
-        packed = hidden_states(lm, tensors[0], tensors[1], TreeAttend(plan))[tensors[2]]
+        read = hidden_states(lm, tensors[0], tensors[1], TreeAttend(plan, rows_read=True))
+        packed = read[plan.pairs(rows_read=True).on(lm.device).rows]
         separate, logits = separate_passes(lm, trees, offset)
     head = lm_head(lm)
     ours = packed @ head.weight.T + (0 if head.bias is None else head.bias)

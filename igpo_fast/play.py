@@ -270,7 +270,7 @@ def _do(game: Game, screen: Screen, line: str) -> None:
         _answers(game, screen)
     elif line in UNDO:
         game.undo()
-        screen.say("undone", f"{len(game.rollout.turns)} turns are left")
+        screen.say("undone", f"turns so far: {len(game.rollout.turns)}")
     elif line in HELP or not line:
         _help(game, screen)
     else:

@@ -110,6 +110,7 @@ INSPECT = "kernels/triton/test_inspect.py"
 GAPS = "test_mutant_gaps.py"
 PLAY = "test_play.py"
 AUTOGRAD = "kernels/test_autograd.py"
+LAST_LAYER = "kernels/test_huggingface.py::test_a_last_layer_of_rows_that_are_read"
 HEADS = "kernels/test_huggingface_head.py"
 ONE_PASS = f"{GAPS}::test_a_one_pass_update_has_the_naive_gradient"
 TWO_PASSES = f"{GAPS}::test_a_two_pass_step_has_the_naive_gradient_of_each_share"
@@ -152,7 +153,8 @@ MUTANTS = [
          f"{GAPS}::test_pairs_come_in_the_documented_order"),
         ("a trained first token passes", "if rollout.turn[0] >= 0:", "if rollout.turn[0] > 0:",
          "kernels/test_plan.py::test_what_cannot_be_packed_is_named"),
-        ("parts of a plan share their pairs", '("pairs", *part.indices(self.n_pairs))', '("pairs",)',
+        ("parts of a plan share their pairs", '("pairs", *part.indices(self.n_pairs), rows_read)',
+         '("pairs", rows_read)',
          f"{PAIRS}::test_a_plan_groups_its_pairs_once_per_part"),
         ("every tree starts at 0", "np.repeat(starts, sizes)", "np.repeat(0 * starts, sizes)",
          f"{GAPS}::test_every_token_knows_where_its_tree_starts"),
@@ -328,6 +330,8 @@ MUTANTS = [
          f"{LOSS}::test_the_lm_heads_loss_scales_the_clip_range_by_hand"),
     ),
     *faults(f"{KERNELS}/tree_attention/torch_path.py",
+        ("the mask of a tile's first rows", 'bias[plan.tensor("rows_read", k.device)[rows] - tile.start]',
+         "bias[: rows.stop - rows.start]", "kernels/test_tree_attention.py::test_rows_that_are_read"),
         ("strided heads read as dense", "(x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))",
          "(x for x in (q, k, v))", "kernels/test_layouts.py::test_tree_attention"),
     ),
@@ -857,8 +861,8 @@ MUTANTS = [
          "test_gains.py::test_repeated_passages_by_hand"),
     ),
     *faults("igpo_fast/update/policy.py",
-        ("values of other pairs' states", '"row", hidden.device)[: plan.n_decisions]])',
-         '"label", hidden.device)[: plan.n_decisions]])', PPO),
+        ("values of other pairs' states", "slice(0, plan.n_decisions), rows_read=True).on(hidden.device).rows])",
+         "slice(0, plan.n_decisions), rows_read=True).on(hidden.device).rows.flip(0)])", PPO),
         ("no value loss", "loss, sums = loss + of_critic", "loss, sums = loss + 0 * of_critic", PPO),
         ("values of the prefix after", "rollout.turn_of_token, rollout.boundaries,",
          "rollout.turn_of_token, np.append(rollout.boundaries[1:], len(rollout.ids)),", VALUES),
@@ -919,6 +923,10 @@ MUTANTS = [
          f"{HEADS}::test_a_head_with_an_adapter_is_refused_even_while_it_adds_nothing"),
         ("a head is tried once, whatever changes", "_measured[model][0] != state", "False",
          f"{HEADS}::test_a_head_that_changed_after_it_was_tried_is_tried_again"),
+    ),
+    *faults(f"{KERNELS}/huggingface/last_layer.py",
+        ("positions of the first rows", "return x[:, rows]", "return x[:, : len(rows)]", LAST_LAYER),
+        ("keys of tokens that no norm has seen", "layer.input_layernorm(hidden)", "hidden", LAST_LAYER),
     ),
     *faults("kernels/igpo_kernels/huggingface/dispatch.py",
         ("encoders taken as causal", "is_causal is None else is_causal) is False", "False else is_causal) is False",

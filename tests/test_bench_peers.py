@@ -167,10 +167,10 @@ def test_the_table_shows_the_newest_row_of_every_side():
         "| IGPO, two passes | 250 | 8.0 | 3.0 | 4.00 (3.50-4.50) | 1.50 |",
         "| TRL's `GRPOTrainer`, no gains | 250 | 8.0 | 2.0 | 4.00 (3.50-4.50) | 1.50 |",
     ]
-    rows.append(row("step/igpo_vs_grpo", ratio=0.8, bar=1.3))
+    rows += [row("step/igpo_vs_grpo", ratio=0.8, bar=1.3), row("peers/recomputed", "large", 1.25)]
     assert table.shapes(rows).splitlines()[2:] == [
-        "| 16 rollouts | 1,000, 250 | 4.00 (3.50-4.50) | 1.50, 1.50 | 1.250 | 1.300 |",
-        "| 8 rollouts, H 512 x 8 layers | 1,000, 500 | 2.00 (1.50-2.50) | 1.50, 1.50 |  |  |",
+        "| 16 rollouts | 1,000, 250 | 4.00 (3.50-4.50) | 1.50, 1.50 |  | 1.250 | 1.300 |",
+        "| 8 rollouts, H 512 x 8 layers | 1,000, 500 | 2.00 (1.50-2.50) | 1.50, 1.50 | 1.25 (0.75-1.75), 1.50 |  |  |",
     ]
     assert table.peers([], "musique") == ""
 

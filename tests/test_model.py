@@ -36,7 +36,7 @@ from transformers import (
 from igpo_fast import model
 from igpo_fast.errors import InputError
 from igpo_fast.pretrained import read_config
-from igpo_kernels import RolloutTokens, Tree, huggingface, pack
+from igpo_kernels import Branch, RolloutTokens, Tree, huggingface, pack
 
 SIZES = dict(
     vocab_size=97, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -181,11 +181,11 @@ def test_the_probe_sees_a_window_that_is_measured_in_packed_indices(monkeypatch,
     lm = make(MistralConfig, sliding_window=window)
     original = huggingface.dispatch.tree_attention
 
-    def by_packed_index(q, k, v, plan, scale, softcap, window, backend):
+    def by_packed_index(q, k, v, plan, scale, softcap, window, backend, **rows):
         from dataclasses import replace
 
         wrong = replace(plan, position_ids=np.arange(plan.n_tokens))
-        return original(q, k, v, wrong, scale, softcap, window, backend)
+        return original(q, k, v, wrong, scale, softcap, window, backend, **rows)
 
     monkeypatch.setattr(huggingface.dispatch, "tree_attention", by_packed_index)
     with pytest.raises(InputError, match=r"MistralAttention .*gives hidden states that differ"):
@@ -216,12 +216,13 @@ def test_the_probe_leaves_the_model_as_it_was():
         assert torch.equal(p, weights[name]) and p.grad is None
 
 
-def gradients(lm, attend):
+def gradients(lm, attend, rows=slice(None)):
+    """Hidden states, and the gradients of the sum of squares of those of ``rows``."""
     plan, lm = attend.plan, lm.requires_grad_(True)
     lm.zero_grad()
     hidden = model.hidden_states(lm, plan.tensor("input_ids"), plan.tensor("position_ids"), attend)
-    hidden.square().sum().backward()
-    return [hidden.detach(), *(p.grad for p in model._decoder(lm).parameters())]
+    hidden[rows].square().sum().backward()
+    return [hidden.detach(), *(p.grad.clone() for p in model._decoder(lm).parameters())]
 
 
 class Noted(huggingface.TreeAttend):
@@ -233,6 +234,24 @@ class Noted(huggingface.TreeAttend):
 
 
 calls: list[int] = []
+
+
+@pytest.mark.parametrize(("config_class", "alone"), [(LlamaConfig, True), (GPT2Config, False)])
+def test_hidden_states_of_the_rows_that_are_read(config_class, alone):
+    """Of a last layer that gives them alone, recomputed too, and of one that is whole."""
+    ids = np.arange(40) % 31
+    rollout = RolloutTokens(0, ids, np.where(ids == 7, 0, -1), np.array([12, 30]))
+    plan = pack([Tree([rollout], [Branch(np.arange(5), 3, 5)])])
+    lm, rows, fed = model.use_attend(make(config_class)), plan.tensor("rows_read"), []
+    layers = next(m for m in lm.modules() if isinstance(m, torch.nn.ModuleList))
+    expected, *grads = gradients(lm, huggingface.TreeAttend(plan), rows)
+    layers[-1].mlp.register_forward_pre_hook(lambda module, args: fed.append(args[0].shape[1]))
+    for times in (1, 2):
+        found = gradients(lm, huggingface.TreeAttend(plan, rows_read=True))
+        torch.testing.assert_close(found, [expected[rows], *grads], rtol=1e-5, atol=1e-5)
+        assert fed == [len(rows) if alone else plan.n_tokens] * times
+        fed.clear()
+        model.recompute_layers(lm)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_the_conversation(run, question):
     said = result.stdout
     assert question.question in said and f"answer    {answer}" in said
     assert said.count(f"you       <search> {subject(question)} </search>") == 2
-    assert said.count("result    <information>") == 2 and "undone    0 turns are left" in said
+    assert said.count("result    <information>") == 2 and "undone    turns so far: 0" in said
     assert "does not know a word of it ('nosuchword')" in said
     assert said.count(" nats") == 3, "after both searches, and of the one that stayed at the end"
     assert f"the end   answered {answer!r}" in said and "F1 1.000  EM 1.000  reward 1.000" in said

@@ -274,16 +274,16 @@ class IGPOTrainer(GRPOTrainer):
     def _logp(self, hidden: torch.Tensor, plan: TreePlan, part: slice, entropy: bool = False):
         head = lm_head(self._packed)
         return linear_logprob(
-            hidden, head.weight, plan.pairs(part), bias=head.bias, temperature=self.temperature, softcap=head.softcap,
-            entropy=entropy,
+            hidden, head.weight, plan.pairs(part, rows_read=True), bias=head.bias, temperature=self.temperature,
+            softcap=head.softcap, entropy=entropy,
         )  # fmt: skip
 
     def _hidden(self, plan: TreePlan) -> torch.Tensor:
-        """The decoder's hidden states of a pack: [N, H], in the LM head's dtype."""
+        """The decoder's hidden states that a pack's pairs read: [U, H], in the LM head's dtype."""
         device = self._packed.device
         ids, positions = (plan.tensor(name, device) for name in ("input_ids", "position_ids"))
         with self.accelerator.autocast():
-            hidden = hidden_states(self._packed, ids, positions, TreeAttend(plan))
+            hidden = hidden_states(self._packed, ids, positions, TreeAttend(plan, rows_read=True))
         return hidden.to(lm_head(self._packed).weight.dtype)
 
     @torch.no_grad()

@@ -138,7 +138,7 @@ class Policy(torch.nn.Module):
         with torch.set_grad_enabled(inputs is not None and torch.is_grad_enabled()):
             hidden = hidden_states(
                 self.lm, plan.tensor("input_ids", device), plan.tensor("position_ids", device),
-                TreeAttend(plan, self.backend),
+                TreeAttend(plan, self.backend, rows_read=True),
             )  # fmt: skip
         n = plan.n_decisions
         if inputs is None:
@@ -165,7 +165,7 @@ class Policy(torch.nn.Module):
 
     def _values(self, hidden: torch.Tensor, plan: TreePlan) -> torch.Tensor:
         """The critic's value of each decision pair: float32 [D]."""
-        return self.critic(hidden[plan.tensor("row", hidden.device)[: plan.n_decisions]])
+        return self.critic(hidden[plan.pairs(slice(0, plan.n_decisions), rows_read=True).on(hidden.device).rows])
 
     def _head(self) -> tuple[torch.Tensor, dict]:
         head = lm_head(self.lm)
@@ -174,7 +174,7 @@ class Policy(torch.nn.Module):
 
     def _logp(self, hidden: torch.Tensor, plan: TreePlan, part: slice, **more):
         weight, options = self._head()
-        return linear_logprob(hidden, weight, plan.pairs(part), **options, **more)
+        return linear_logprob(hidden, weight, plan.pairs(part, rows_read=True), **options, **more)
 
     @torch.no_grad()
     def _answers(self, hidden: torch.Tensor, plan: TreePlan) -> torch.Tensor:
@@ -202,7 +202,8 @@ class Policy(torch.nn.Module):
             )  # fmt: skip
             return loss, sums, logp.detach()
         weight, options = self._head()
-        loss, sums = linear_policy_loss(hidden, weight, plan.pairs(part), None, settings=settings, **on, **options)
+        pairs = plan.pairs(part, rows_read=True)
+        loss, sums = linear_policy_loss(hidden, weight, pairs, None, settings=settings, **on, **options)
         return loss, sums, sums.pop("logp")
 
 

@@ -133,16 +133,27 @@ class TreePlan(Cached):
         return int(np.count_nonzero(self.kind == DECISION))
 
     @property
+    def rows_read(self) -> np.ndarray:
+        """The packed tokens whose hidden states some pair reads, ascending: int64 [U]."""
+        return self.cached("rows read", lambda: np.unique(self.row))
+
+    @property
     def is_sequences(self) -> bool:
         """Whether every tree is a single sequence: nothing shared, no branches."""
         depth = self.position_ids - self.position_ids[self.tree_start]
         return bool((depth == np.arange(self.n_tokens) - self.tree_start).all())
 
-    def pairs(self, part: slice = slice(None)) -> Pairs:
+    def pairs(self, part: slice = slice(None), *, rows_read: bool = False) -> Pairs:
         """Labels and rows of the pairs ``part``, grouped once for the LM head's ops, which take them in place of
-        ``labels``. ValueError unless ``part`` is a slice."""
+        ``labels``. With ``rows_read`` the rows are places in ``rows_read``, of whose hidden states alone the head then
+        reads. ValueError unless ``part`` is a slice."""
         check_kind("TreePlan.pairs", "part", part, slice)
-        return self.cached(("pairs", *part.indices(self.n_pairs)), lambda: Pairs(self.label[part], self.row[part]))
+
+        def grouped() -> Pairs:
+            row = self.row[part]
+            return Pairs(self.label[part], np.searchsorted(self.rows_read, row) if rows_read else row)
+
+        return self.cached(("pairs", *part.indices(self.n_pairs), rows_read), grouped)
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """A field as a tensor on ``device``, copied once."""

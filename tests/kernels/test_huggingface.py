@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GPT2Config,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from igpo_kernels import Branch, RolloutTokens, Tree, pack
-from igpo_kernels.huggingface import ATTENTION, TreeAttend, heads_of, model_inputs
+from igpo_kernels.huggingface import ATTENTION, TreeAttend, heads_of, last_layer, model_inputs, read_rows_in_last_layer
 from igpo_kernels.tree_attention import backend_for
 
 VOCAB = 53
@@ -121,6 +122,82 @@ def test_bfloat16_errs_no_more_than_separate_forwards(family):
     allowed = 2 * difference(results(plain, *separate(plain, made)), expected) + 1e-2
     found = results(ours, *packed(ours, pack(made)))
     assert difference(found, expected) < allowed < 0.5
+
+
+def of_rows(lm, plan, **changed):
+    """``packed``, by a decoder whose last layer gives ``plan.rows_read`` alone."""
+    attend = TreeAttend(plan, rows_read=True)
+    out = lm(**{**model_inputs(plan), "plan": attend, **changed}, output_hidden_states=True)
+    assert out.logits.shape[1] == len(plan.rows_read) < plan.n_tokens
+    place = plan.pairs(rows_read=True).on("cpu").rows
+    return out.logits[0, place], out.hidden_states[-1][0, place]
+
+
+def answers_alone(made):
+    """The same trees with one decision token a rollout: most rows are read by nothing."""
+    return [
+        Tree([replace(r, turn=np.where(np.arange(len(r.ids)) == 6, 0, -1)) for r in tree.rollouts], tree.branches)
+        for tree in made
+    ]
+
+
+@pytest.mark.parametrize("how", ["kept", "recomputed", "reentrant"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_last_layer_of_rows_that_are_read(family, how):
+    """As the whole layer in values and every gradient, also when it is recomputed; called twice, the hook is one."""
+    lm, plan = make(family), pack(answers_alone(trees()))
+    expected = results(lm, *packed(lm, plan))
+    assert read_rows_in_last_layer(lm) and read_rows_in_last_layer(lm)
+    if how != "kept":
+        lm.train().gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+    *others, last = lm.model.layers
+    fed = []
+    for layer in (*others, last):
+        layer.mlp.register_forward_hook(lambda module, args, out: fed.append(out.shape[1]))
+    out = of_rows(lm, plan)
+    assert fed == [plan.n_tokens, len(plan.rows_read)]
+    assert difference(results(lm, *out), expected) < 2e-6
+    assert len(last._forward_pre_hooks) == 1
+
+
+def test_a_last_layer_of_rows_changes_no_other_forward():
+    lm, plan = make("llama"), pack(trees())
+    expected = lm(**model_inputs(plan)).logits
+    read_rows_in_last_layer(lm)
+    assert torch.equal(lm(**model_inputs(plan)).logits, expected)
+    assert torch.equal(lm(**{**model_inputs(plan), "plan": TreeAttend(plan)}).logits, expected)
+
+
+def test_a_plan_that_reads_nothing_leaves_the_last_layer_whole():
+    lm, plan = make("llama"), pack([Tree([RolloutTokens(0, np.arange(5), np.full(5, -1))])])
+    read_rows_in_last_layer(lm)
+    logits = lm(**{**model_inputs(plan), "plan": TreeAttend(plan, rows_read=True)}).logits
+    assert logits.shape[1] == plan.n_tokens > len(plan.rows_read) == 0
+
+
+def test_a_last_layer_without_the_parts_stays_whole():
+    lm = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0),
+        attn_implementation=ATTENTION,
+    ).eval()
+    plan = pack(trees())
+    assert not read_rows_in_last_layer(lm)
+    whole = lm(**{**model_inputs(plan), "plan": TreeAttend(plan, rows_read=True)}).logits
+    assert whole.shape[1] == plan.n_tokens
+
+
+def test_keys_of_the_rows_alone_are_seen(monkeypatch):
+    """What the tests above would notice: a last layer whose rows attend to a wrong token's keys."""
+    lm, plan = make("llama"), pack(answers_alone(trees()))
+    expected = results(lm, *packed(lm, plan))
+    read_rows_in_last_layer(lm)
+    keep = last_layer._Keys.__call__
+
+    def shifted(self, layer, q, k, v, **options):
+        return keep(self, layer, q, k.roll(1, 0), v, **options)
+
+    monkeypatch.setattr(last_layer._Keys, "__call__", shifted)
+    assert difference(results(lm, *of_rows(lm, plan)), expected) > 1e-2
 
 
 def a_token_too_far(plan):
@@ -255,6 +332,19 @@ def test_compiled_around_the_attention(family, how, checkpointing, dynamo):
     assert all(2 * graphs[0] <= n <= 2 * graphs[0] + more for n, more in zip(graphs[1:], anew, strict=True))
     (reason,) = counters["graph_break"]
     assert "torch.compiler.disable" in reason and "attention" in reason
+
+
+@pytest.mark.parametrize("how", ["model", "layers"])
+def test_a_last_layer_of_rows_is_compiled_around(how, dynamo):
+    plain, lm = make("llama"), make("llama")
+    read_rows_in_last_layer(lm)
+    run = compiled(lm, how, "aot_eager")
+    for longest in (9, 12):
+        plan = pack(answers_alone(trees(longest=longest)))
+        expected = results(plain, *packed(plain, plan))
+        logits = run(**{**model_inputs(plan), "plan": TreeAttend(plan, rows_read=True)}).logits[0]
+        place = plan.pairs(rows_read=True).on("cpu").rows
+        assert difference(results(lm, logits[place], expected["hidden"]), expected) < 1e-5
 
 
 @pytest.mark.parametrize("depth", [2, 6])

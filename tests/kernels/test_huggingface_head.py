@@ -49,6 +49,8 @@ def test_logprobs_are_those_of_the_models_own_logits(family, temperature):
     expected = log_p.gather(1, plan.tensor("label")[:, None])[:, 0]
     hidden = lm.base_model(**inputs).last_hidden_state
     logp, entropy = logprobs(lm, hidden, plan, temperature, entropy=True)
+    of_rows = logprobs(lm, hidden[:, plan.tensor("rows_read")], plan, temperature, rows_read=True)
+    torch.testing.assert_close(of_rows, logp, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(logp, expected, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1), atol=2e-5, rtol=1e-5)
     weight = lm.get_output_embeddings().weight

@@ -61,6 +61,72 @@ def test_softcapped(seed, window):
     check(plan_of(seed)[-1], softcap=5.0, window=window, seed=seed)
 
 
+def rows_and_all(plan, backend, q_heads=4, kv_heads=2, **options):
+    """Output and gradients of the rows that are read, by ``backend``, and those rows of everything by the definition,
+    whose other rows have no upstream gradient: float64."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n, heads: torch.randn(n, heads, 16, generator=generator, dtype=torch.float64)  # noqa: E731
+    q, k, v = (draw(plan.n_tokens, heads) for heads in (q_heads, kv_heads, kv_heads))
+    rows = plan.tensor("rows_read")
+    upstream = draw(len(rows), q_heads)
+
+    def run(q, upstream, **how):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = tree_attention(*leaves, plan, **options, **how)
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+    ours = run(q[rows], upstream, backend=backend, rows_read=True)
+    out, dq, *others = run(q, torch.zeros_like(q).index_copy(0, rows, upstream), backend="reference")
+    return ours, [out[rows], dq[rows], *others]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 2**32), st.sampled_from([(4, 2), (8, 1)]), st.sampled_from([None, 1, 5]), st.sampled_from([0.0, 5.0])
+)
+def test_rows_that_are_read(seed, heads, window, softcap):
+    """Each backend that has gradients here; keys that no row sees get none."""
+    for backend in ("torch", "reference"):
+        ours, exact = rows_and_all(plan_of(seed)[-1], backend, *heads, window=window, softcap=softcap)
+        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_rows_that_are_read_of_many_tiles(window, monkeypatch):
+    """Of tiles in which nothing is read too, and no other row is computed."""
+    asked, flash = [], torch_path._flash
+
+    def counted(q, *given, **how):
+        asked.append(q.shape[2])
+        return flash(q, *given, **how)
+
+    monkeypatch.setattr(torch_path, "_flash", counted)
+    trunk = np.arange(1500)
+    turn = np.where((trunk > 700) & (trunk < 720), 0, -1)
+    plan = pack([Tree([RolloutTokens(0, trunk, turn, np.array([100, 1400]))], [Branch(np.arange(9), 6, 9)])])
+    ours, exact = rows_and_all(plan, "torch", window=window)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=1e-9)
+    assert sum(asked) == len(plan.rows_read) == 19 + 2 * 3 < 0.02 * plan.n_tokens
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_backends_that_compute_all_rows_give_those_that_are_read():
+    plan = comb(300, 3, 24)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(plan.n_tokens, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    rows = plan.tensor("rows_read")
+    found = tree_attention(q[rows], k, v, plan, backend="flex", rows_read=True)
+    torch.testing.assert_close(found, tree_attention(q, k, v, plan)[rows], rtol=0, atol=1e-6)
+
+
+def test_rows_that_are_not_those_read_are_refused():
+    plan = comb(10, 2)
+    with pytest.raises(ValueError, match=f"q has {N} rows, the plan {len(plan.rows_read)} rows that are read"):
+        tree_attention(Q, KV, KV, plan, rows_read=True)
+    with pytest.raises(ValueError, match=f"k and v have {N - 1} rows, the plan {N} tokens"):
+        tree_attention(Q[: len(plan.rows_read)], KV[1:], KV[1:], plan, rows_read=True)
+
+
 @pytest.mark.parametrize("trunk", [65, schedule.TILE, schedule.TILE + 3, 700])
 @pytest.mark.parametrize("window", [None, 100])
 def test_trunks_longer_than_a_tile(trunk, window):

@@ -6,7 +6,7 @@ Importing this module registers it. A causal LM that is set to it reads a pack i
     hidden = model.base_model(**model_inputs(plan, model.device)).last_hidden_state
     logp = logprobs(model, hidden, plan)
 
-The plan travels as a forward argument to every layer, so nothing is patched and a model may serve many plans. Gradient
+The plan travels as a forward argument to every layer, so no class is patched and a model may serve many plans. Gradient
 checkpointing recomputes the attention with the plan's schedules as they are. Under ``torch.compile`` the attention is
 left out, because a plan is no tensor: one graph break per layer; the code between is compiled for any length.
 
@@ -24,6 +24,7 @@ from igpo_kernels.huggingface.dispatch import (
     masked_limits,
     model_inputs,
 )
+from igpo_kernels.huggingface.last_layer import read_rows_in_last_layer
 from igpo_kernels.huggingface.lm_head import Head, head_of, logprobs
 from igpo_kernels.huggingface.verify import use_tree_attention
 
@@ -38,5 +39,6 @@ __all__ = [
     "logprobs",
     "masked_limits",
     "model_inputs",
+    "read_rows_in_last_layer",
     "use_tree_attention",
 ]

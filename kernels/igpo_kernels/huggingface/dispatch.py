@@ -33,13 +33,20 @@ class Attend(Protocol):
 
 @dataclass(frozen=True)
 class TreeAttend:
-    """Attention under a TreePlan's mask."""
+    """Attention under a TreePlan's mask.
+
+    Args:
+        rows_read: have the last layer give ``plan.rows_read`` alone, of a model that ``read_rows_in_last_layer`` has
+            prepared.
+    """
 
     plan: TreePlan
     backend: str = "auto"
+    rows_read: bool = False
 
     def __call__(self, layer, q, k, v, *, scale, softcap, window):
-        return tree_attention(q, k, v, self.plan, scale, softcap, window, self.backend)
+        some = len(q) < len(k)  # those of plan.rows_read
+        return tree_attention(q, k, v, self.plan, scale, softcap, window, self.backend, rows_read=some)
 
 
 def model_inputs(plan: TreePlan, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -148,15 +148,16 @@ def _decoder_gives(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[Non
 
 
 def logprobs(
-    model: PreTrainedModel, hidden: torch.Tensor, plan: TreePlan, temperature: float = 1.0, *, entropy: bool = False,
-    backend: str = "auto",
+    model: PreTrainedModel, hidden: torch.Tensor, plan: TreePlan, temperature: float = 1.0, *, rows_read: bool = False,
+    entropy: bool = False, backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Log-probabilities of a pack's labels under the model's head, without logits [N, V].
 
     Args:
         model: a causal LM; its head's weight, bias, scale and soft cap are read as it defines them (``head_of``).
-        hidden: the decoder's last hidden states of ``plan``, [N, H] or [1, N, H].
+        hidden: the decoder's last hidden states of ``plan``, [N, H] or [1, N, H]; with ``rows_read`` [U, H].
         temperature: divides the model's logits.
+        rows_read: ``hidden`` has the rows of ``plan.rows_read`` alone, as under ``TreeAttend(plan, rows_read=True)``.
         entropy, backend: as in ``linear_logprob``.
     Returns:
         logp [M] of ``plan.row``, ``plan.label``, in nats; with ``entropy`` also entropies [M]. Differentiable once in
@@ -166,15 +167,16 @@ def logprobs(
     """
     if hidden.ndim == 3 and len(hidden) == 1:
         hidden = hidden[0]
-    if hidden.ndim != 2 or len(hidden) != plan.n_tokens:
+    due = len(plan.rows_read) if rows_read else plan.n_tokens
+    if hidden.ndim != 2 or len(hidden) != due:
+        what = "rows that are read" if rows_read else "tokens"
         raise ValueError(
-            f"logprobs: hidden {tuple(hidden.shape)} for a plan of {plan.n_tokens} tokens; give the decoder's last "
-            f"hidden states of model_inputs(plan), [{plan.n_tokens}, H]"
+            f"logprobs: hidden {tuple(hidden.shape)} for a plan of {due} {what}; give the decoder's last "
+            f"hidden states of model_inputs(plan), [{due}, H]"
         )
     head = head_of(model)
     temperature = number("logprobs", "temperature", temperature) / head.scale
-    label, row = (plan.tensor(name, hidden.device) for name in ("label", "row"))
     return linear_logprob(
-        hidden, head.weight, label, row, head.bias, temperature=temperature, softcap=head.softcap / head.scale,
-        entropy=entropy, backend=backend,
+        hidden, head.weight, plan.pairs(rows_read=rows_read), None, head.bias, temperature=temperature,
+        softcap=head.softcap / head.scale, entropy=entropy, backend=backend,
     )  # fmt: skip

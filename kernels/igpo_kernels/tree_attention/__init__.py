@@ -21,6 +21,8 @@ IMPLEMENTATIONS = {
     "flash": lazy("igpo_kernels.tree_attention.flash_path", "tree_attention"),
     "flex": lazy("igpo_kernels.tree_attention.flex_path", "tree_attention"),
 }
+CHOOSE_ROWS = "reference", "torch"
+"""Implementations that can compute some rows alone."""
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
 """Largest head size that the Triton kernels and flash-attn support."""
@@ -38,6 +40,8 @@ def tree_attention(
     softcap: float | None = 0.0,
     window: int | None = None,
     backend: str = "auto",
+    *,
+    rows_read: bool = False,
 ) -> torch.Tensor:
     """``out[q] = sum_k softmax_k(softcap(scale * q . k)) v[k]`` over keys with ``k <= q < subtree_end[k]``.
 
@@ -53,8 +57,10 @@ def tree_attention(
         backend: ``auto`` (see ``automatic``), ``triton``, ``torch``, ``reference``, ``flash`` (flash-attn, for plans
             whose trees are single sequences), or ``flex`` (torch's FlexAttention, which ``auto`` never takes; gradients
             on a GPU only).
+        rows_read: q has the rows of ``plan.rows_read`` alone, [U, Hq, D]. ``torch`` and ``reference`` then compute no
+            others; the other backends compute all rows, and give those.
     Returns:
-        [N, Hq, D], in q's dtype. Differentiable once in q, k, v; a second time raises RuntimeError.
+        Of q's shape and dtype. Differentiable once in q, k, v; a second time raises RuntimeError.
     Raises:
         ValueError: other shapes, dtypes, devices or numbers; an unknown backend, or one that does not support the
             plan, the heads, the dtype or the device.
@@ -65,14 +71,21 @@ def tree_attention(
     q, k, v = _autocast(q, k, v)
     scale = None if scale is None else number(op, "scale", scale)
     softcap = 0.0 if softcap is None else number(op, "softcap", softcap)
-    _check(q, k, v, plan, scale, softcap, window)
+    _check(q, k, v, plan, scale, softcap, window, rows_read)
     window = None if window is None else int(window)
     d = q.shape[2]
     if backend == "auto":
         backend = backend_for(plan, q.device, q.dtype, d, q.shape[1] // k.shape[1])
     attend = choose("tree_attention", backend, q.device, IMPLEMENTATIONS)
+    scale = d**-0.5 if scale is None else scale
     with no_autocast(q.device):
-        return attend(q, k, v, plan, d**-0.5 if scale is None else scale, softcap, window)
+        if not rows_read:
+            return attend(q, k, v, plan, scale, softcap, window)
+        if backend in CHOOSE_ROWS:
+            return attend(q, k, v, plan, scale, softcap, window, rows_read=True)
+        rows = plan.tensor("rows_read", q.device)
+        every = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, rows, q)
+        return attend(every, k, v, plan, scale, softcap, window)[rows]
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -82,20 +95,24 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _check(q, k, v, plan, scale, softcap, window) -> None:
+def _check(q, k, v, plan, scale, softcap, window, rows_read) -> None:
     shapes = [tuple(x.shape) for x in (q, k, v)]
     if q.ndim != 3 or shapes[1] != shapes[2] or k.ndim != 3 or 0 in shapes[0] + shapes[1]:
         expected = "[N, Hq, D] and twice [N, Hkv, D], nothing of size 0"
         raise ValueError(f"tree_attention: q {shapes[0]}, k {shapes[1]}, v {shapes[2]} do not fit; expected {expected}")
     (n, q_heads, d), (k_rows, kv_heads, k_size) = shapes[:2]
-    if (k_rows, k_size) != (n, d) or q_heads % kv_heads:
+    if (k_rows != n and not rows_read) or k_size != d or q_heads % kv_heads:
         expected = "one N, one D, and Hq a multiple of Hkv"
         raise ValueError(f"tree_attention: q {shapes[0]}, k and v {shapes[1]} do not fit; expected {expected}")
     if not q.is_floating_point() or not (q.dtype, q.device) == (k.dtype, k.device) == (v.dtype, v.device):
         got = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in zip("qkv", (q, k, v), strict=True))
         raise ValueError(f"tree_attention: got {got}; expected one floating-point dtype and one device")
-    if n != plan.n_tokens:
-        raise ValueError(f"tree_attention: q has {n} rows, the plan {plan.n_tokens} tokens")
+    due = len(plan.rows_read) if rows_read else plan.n_tokens
+    if n != due:
+        what = "rows that are read" if rows_read else "tokens"
+        raise ValueError(f"tree_attention: q has {n} rows, the plan {due} {what}")
+    if k_rows != plan.n_tokens:
+        raise ValueError(f"tree_attention: k and v have {k_rows} rows, the plan {plan.n_tokens} tokens")
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"tree_attention: got scale {scale}; expected a number above 0")
     if not 0 <= softcap < math.inf:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from igpo_kernels.autograd import first_order
@@ -21,20 +22,20 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def tree_attention(q, k, v, plan, scale, softcap, window):
-    return _TreeAttention.apply(q, k, v, plan, scale, softcap, window)
+def tree_attention(q, k, v, plan, scale, softcap, window, rows_read=False):
+    return _TreeAttention.apply(q, k, v, plan, scale, softcap, window, rows_read)
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, plan, scale, softcap, window):
+    def forward(ctx, q, k, v, plan, scale, softcap, window, rows_read):
         # ATen's flash attention assumes contiguous heads, and does not check.
         q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = []
         for heads in _pieces(plan, window, q, k, softcap):
-            for tile, bias, k_tile, v_tile in heads.tiles(plan, window, k, v):
-                q_tile = heads.queries(q, tile)
+            for _, rows, bias, k_tile, v_tile in heads.tiles(plan, window, k, v, rows_read):
+                q_tile = heads.queries(q, rows)
                 if _uses_flash(q, softcap):
                     k_tile, v_tile = (x.unsqueeze(1).expand(-1, q_tile.shape[1], -1, -1) for x in (k_tile, v_tile))
                     out_tile, lse_tile = _flash(q_tile, k_tile, v_tile, 0.0, False, attn_mask=bias, scale=scale)
@@ -42,9 +43,9 @@ class _TreeAttention(torch.autograd.Function):
                 else:
                     p, _ = _probabilities(q_tile, k_tile, bias, scale, softcap)
                     out_tile = (p.to(v.dtype) @ v_tile).view(q_tile.shape)
-                heads.queries(out, tile).copy_(out_tile)
+                heads.queries(out, rows).copy_(out_tile)
         ctx.save_for_backward(q, k, v, out, *lse)
-        ctx.plan, ctx.scale, ctx.softcap, ctx.window = plan, scale, softcap, window
+        ctx.plan, ctx.scale, ctx.softcap, ctx.window, ctx.rows_read = plan, scale, softcap, window, rows_read
         return out
 
     @staticmethod
@@ -57,8 +58,8 @@ class _TreeAttention(torch.autograd.Function):
         dv = torch.zeros_like(dk)
         lse = iter(lse)
         for heads in _pieces(plan, window, q, k, softcap):
-            for tile, bias, k_tile, v_tile in heads.tiles(plan, window, k, v):
-                q_tile, out_tile, dout_tile = (heads.queries(x, tile) for x in (q, out, dout))
+            for tile, rows, bias, k_tile, v_tile in heads.tiles(plan, window, k, v, ctx.rows_read):
+                q_tile, out_tile, dout_tile = (heads.queries(x, rows) for x in (q, out, dout))
                 if _uses_flash(q, softcap):
                     k_tile, v_tile = (x.unsqueeze(1).expand(-1, q_tile.shape[1], -1, -1) for x in (k_tile, v_tile))
                     dq_tile, dk_tile, dv_tile = _flash_backward(
@@ -69,10 +70,10 @@ class _TreeAttention(torch.autograd.Function):
                     dq_tile, dk_tile, dv_tile = _plain_backward(
                         dout_tile, q_tile, k_tile, v_tile, out_tile, bias, scale, softcap
                     )
-                heads.queries(dq, tile).copy_(dq_tile)
+                heads.queries(dq, rows).copy_(dq_tile)
                 heads.add(dk, dk_tile, tile)
                 heads.add(dv, dv_tile, tile)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
 
 
 class _Heads(NamedTuple):
@@ -82,17 +83,26 @@ class _Heads(NamedTuple):
     of_queries: slice
     group: int
 
-    def tiles(self, plan, window, k, v) -> Iterator[tuple[Tile, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Every tile, its mask [tile, keys], and its keys and values [h, keys, D], valid until the next tile."""
+    def tiles(
+        self, plan, window, k, v, rows_read
+    ) -> Iterator[tuple[Tile, slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Every tile that has queries: it, the rows of q in it, their mask [rows, keys], and its keys and values
+        [h, keys, D], valid until the next tile."""
         every = tiles(plan, window)
         paths = (_paths(x[:, self.of_keys], every) for x in (k, v))
         for number, (tile, *path) in enumerate(zip(every, *paths, strict=True)):
-            yield tile, mask(plan, number, window, k.dtype, k.device), *path
+            rows = slice(*np.searchsorted(plan.rows_read, tile[:2])) if rows_read else slice(*tile[:2])
+            if rows.start == rows.stop:
+                continue
+            bias = mask(plan, number, window, k.dtype, k.device)
+            if rows_read:
+                bias = bias[plan.tensor("rows_read", k.device)[rows] - tile.start]
+            yield tile, rows, bias, *path
 
-    def queries(self, x: torch.Tensor, tile: Tile) -> torch.Tensor:
-        """The tile's part of ``x`` [N, Hq, D], as a view [h, g, tile, D]."""
-        rows = x[tile.start : tile.stop].unflatten(1, (-1, self.group))
-        return rows[:, self.of_keys, self.of_queries].permute(1, 2, 0, 3)
+    def queries(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Some rows of ``x`` [U, Hq, D], as a view [h, g, rows, D]."""
+        part = x[rows].unflatten(1, (-1, self.group))
+        return part[:, self.of_keys, self.of_queries].permute(1, 2, 0, 3)
 
     def add(self, grad: torch.Tensor, grad_tile: torch.Tensor, tile: Tile) -> None:
         """Add [h, keys, D] to the tile's keys of [N, Hkv, D]."""

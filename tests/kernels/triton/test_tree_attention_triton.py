@@ -52,6 +52,23 @@ def run(case, plan, dtype, backend, **options):
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
+def test_rows_that_are_read():
+    """Kernels compute all rows."""
+    plan = plan_of(7)[-1]
+    q, k, v, upstream = (x.float() for x in case_of(plan))
+    rows = plan.tensor("rows_read", DEVICE)
+
+    def gradients(q, upstream, **how):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = tree_attention(*leaves, plan, **how)
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+    found = gradients(q[rows], upstream[rows], backend="triton", rows_read=True)
+    read = torch.zeros_like(upstream).index_copy(0, rows, upstream[rows])
+    out, dq, *others = gradients(q, read, backend="reference")
+    torch.testing.assert_close(found, [out[rows], dq[rows], *others], rtol=0, atol=2e-5)
+
+
 def check(plan, dtype=torch.float32, options=None, **sizes):
     """Rule of error 3: no more than twice what plain torch errs in the same dtype."""
     case, options = case_of(plan, **sizes), options or {}
