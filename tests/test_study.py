@@ -19,7 +19,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 @pytest.mark.parametrize(
     ("name", "table"),
     [
-        *((name, study.table) for name in ("tuning", "headline", "warmed", "ablations", "study", "tables")),
+        *((name, study.table) for name in study.COMPARISONS),
         ("smollm2_nq", smollm2.table),
     ],
 )
