@@ -79,6 +79,8 @@ COMPARISONS = {
     "tables": "--config configs/tables.yaml --algorithms robust,grpo --seeds 401-403 eval.every=10",
 }
 """Name -> arguments of ``igpo-fast compare``."""
+PAIRED = "headline", "warmed", "quickstart"
+"""Comparisons of IGPO with GRPO on 16 seeds."""
 LEARNED, STALLED = 0.5, 0.15
 """A run has learned from the first evaluation with at least this F1; one that ends below the other has stalled."""
 
@@ -207,7 +209,7 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.names or COMPARISONS:
         rows = rows_of(name) if args.table else compare(name, shlex.split(COMPARISONS[name]), args.jobs)
-        print(name, table(rows), *[ahead(rows)] * (name in ("headline", "warmed")), sep="\n\n")
+        print(name, table(rows), *[ahead(rows)] * (name in PAIRED), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def newest(rows: Iterable[dict], bench: str) -> dict[str, dict]:
 def peers(rows: Sequence[dict], lengths: str) -> str:
     """A step of every side on one shape: decision tokens per second, seconds, peak memory, and its time over ours."""
     lines = [
-        "| a step | decision tokens/s | s | ours beside it, s | time / ours | peak GB |",
+        "| a step | decision tokens/s | s | IGPO in the same rounds, s | times IGPO's | peak GB |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     found = {side: row for side in SIDES if (row := newest(rows, f"peers/{side}").get(lengths))}
@@ -69,7 +69,7 @@ def shapes(rows: Sequence[dict]) -> str:
     """Ours beside TRL on every shape."""
     lines = [
         "| | decision tokens/s, ours and TRL | TRL / ours | peak GB, ours and TRL | ours with gradient checkpointing: "
-        "time / ours, peak GB | IGPO / outcome-only | its bar |",
+        "times without, peak GB | IGPO / outcome-only | bar of that |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     trl, step, again = (newest(rows, bench) for bench in ("peers/trl", "step/igpo_vs_grpo", "peers/recomputed"))

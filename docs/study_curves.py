@@ -1,6 +1,6 @@
 """Draws a study's learning curves: ``python docs/study_curves.py NAME > docs/NAME.svg`` from bench/results/NAME.jsonl.
 
-A panel per variant, where each line is a seed and the grey line the mean of `robust`; of ``headline`` and ``warmed``
+A panel per variant, where each line is a seed and the grey line the mean of `robust`; of the comparisons on 16 seeds
 the mean of each variant with its 95 % band and seeds as thin lines, over steps and over seconds. Sampled F1 on held-out
 worlds.
 """
@@ -48,7 +48,7 @@ def means(name: str) -> list[Chart]:
 
 if __name__ == "__main__":
     (name,) = sys.argv[1:]
-    if name in ("headline", "warmed"):
+    if name in study.PAIRED:
         print(draw(means(name), columns=2, width=420, height=260))
     else:
         charts = panels(name)

@@ -99,7 +99,7 @@ def test_a_row_by_hand():
 
 
 def test_a_runs_own_gains(cache, tmp_path):
-    config = tiny.settings(tmp_path / "run", cache, "train.steps=3", "eval.every=0", "train.lr=1e-2")
+    config = tiny.settings(tmp_path / "run", cache, "train.steps=3", "eval.every=0", "train.lr=2e-3")
     train(config, tiny.Recorder())
     run = RunFolder(tmp_path / "run")
     assert chosen(run, None) == (3, 2) and chosen(run, 1) == (1, 2)

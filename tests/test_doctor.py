@@ -122,9 +122,9 @@ def test_a_configuration_that_does_not_load_is_a_line():
 def faulty(attend):
     """Attention that every later token of the pack sees: the plan's mask is made plainly causal."""
 
-    def run(q, k, v, plan, *rest):
+    def run(q, k, v, plan, *rest, **how):
         leaky = replace(plan, subtree_end=plan.subtree_end * 0 + plan.n_tokens)
-        return attend(q, k, v, leaky, *rest)
+        return attend(q, k, v, leaky, *rest, **how)
 
     return run
 

@@ -28,7 +28,7 @@ def test_the_tables_are_those_of_the_rows(name, table):
     assert [line for line in table(study.rows_of(name)).splitlines() if line not in shown] == []
 
 
-@pytest.mark.parametrize("name", ["headline", "warmed"])
+@pytest.mark.parametrize("name", study.PAIRED)
 def test_what_is_said_of_the_pairs_is_in_the_docs(name):
     shown = (DOCS / "study.md").read_text()
     assert [line for line in study.ahead(study.rows_of(name)).splitlines() if line not in shown] == []
