@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bench import smollm2, study
+from bench import answers, smollm2, study
 from igpo_fast.cli import app
 from igpo_fast.compare import compare as comparing
 from tests.compare.rows import row as made_up
@@ -26,6 +26,11 @@ DOCS = Path(__file__).parents[1] / "docs"
 def test_the_tables_are_those_of_the_rows(name, table):
     shown = (DOCS / "study.md").read_text()
     assert [line for line in table(study.rows_of(name)).splitlines() if line not in shown] == []
+
+
+def test_the_table_of_answers_is_that_of_its_rows():
+    rows = list(map(json.loads, answers.ROWS.read_text().splitlines()))
+    assert answers.table(rows) in (DOCS / "study.md").read_text()
 
 
 @pytest.mark.parametrize("name", study.PAIRED)
