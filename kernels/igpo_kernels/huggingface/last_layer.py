@@ -52,7 +52,8 @@ def _on_rows(layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     keys = _Keys()
     layer.self_attn(hidden_states=layer.input_layernorm(hidden), **{**kwargs, "plan": keys})
     of_rows = {name: _chosen(x, rows, hidden.shape[1]) for name, x in kwargs.items()}
-    return (hidden[:, rows],), of_rows | {"plan": _ToAllKeys(attend, keys)}
+    # index_select: rows are distinct, so its gradient is a copy; that of indexing would sort on a GPU.
+    return (hidden.index_select(1, rows),), of_rows | {"plan": _ToAllKeys(attend, keys)}
 
 
 def _chosen(x: Any, rows: torch.Tensor, length: int) -> Any:

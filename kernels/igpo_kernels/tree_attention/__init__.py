@@ -85,7 +85,7 @@ def tree_attention(
             return attend(q, k, v, plan, scale, softcap, window, rows_read=True)
         rows = plan.tensor("rows_read", q.device)
         every = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, rows, q)
-        return attend(every, k, v, plan, scale, softcap, window)[rows]
+        return attend(every, k, v, plan, scale, softcap, window).index_select(0, rows)
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
