@@ -14,7 +14,7 @@ from bench.steps import ours
 from bench.test_peers import FEWER, FULL, SHAPES, data_of, shape_of
 
 SLACK = 1.25
-ROUNDS = 7
+ROUNDS = 16
 
 
 def bar_of(shape: dict) -> float:
