@@ -61,13 +61,13 @@ def test_softcapped(seed, window):
     check(plan_of(seed)[-1], softcap=5.0, window=window, seed=seed)
 
 
-def rows_and_all(plan, backend, q_heads=4, kv_heads=2, **options):
+def rows_and_all(plan, backend, q_heads=4, kv_heads=2, dtype=torch.float64, device="cpu", **options):
     """Output and gradients of the rows that are read, by ``backend``, and those rows of everything by the definition,
-    whose other rows have no upstream gradient: float64."""
+    whose other rows have no upstream gradient."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda n, heads: torch.randn(n, heads, 16, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = lambda n, heads: torch.randn(n, heads, 16, generator=generator, dtype=dtype).to(device)  # noqa: E731
     q, k, v = (draw(plan.n_tokens, heads) for heads in (q_heads, kv_heads, kv_heads))
-    rows = plan.tensor("rows_read")
+    rows = plan.tensor("rows_read", device)
     upstream = draw(len(rows), q_heads)
 
     def run(q, upstream, **how):

@@ -17,7 +17,7 @@ from igpo_kernels import Branch, RolloutTokens, Tree, pack, tree_attention
 from igpo_kernels.tree_attention import triton_kernels, triton_path
 from igpo_kernels.triton_variants import Config
 from tests.kernels.test_plan import plan_of
-from tests.kernels.test_tree_attention import comb
+from tests.kernels.test_tree_attention import comb, rows_and_all
 from tests.kernels.triton.conftest import Poison
 
 pytestmark = pytest.mark.usefixtures("bf16_dots")
@@ -54,19 +54,8 @@ def run(case, plan, dtype, backend, **options):
 
 def test_rows_that_are_read():
     """Kernels compute all rows."""
-    plan = plan_of(7)[-1]
-    q, k, v, upstream = (x.float() for x in case_of(plan))
-    rows = plan.tensor("rows_read", DEVICE)
-
-    def gradients(q, upstream, **how):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = tree_attention(*leaves, plan, **how)
-        return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
-
-    found = gradients(q[rows], upstream[rows], backend="triton", rows_read=True)
-    read = torch.zeros_like(upstream).index_copy(0, rows, upstream[rows])
-    out, dq, *others = gradients(q, read, backend="reference")
-    torch.testing.assert_close(found, [out[rows], dq[rows], *others], rtol=0, atol=2e-5)
+    found, expected = rows_and_all(plan_of(7)[-1], "triton", 2, 1, dtype=torch.float32, device=DEVICE)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
 def check(plan, dtype=torch.float32, options=None, **sizes):
