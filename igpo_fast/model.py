@@ -29,10 +29,18 @@ from transformers import (
 from igpo_fast import adapter
 from igpo_fast.errors import InputError, reason_of
 from igpo_fast.pretrained import read_model
-from igpo_kernels import Branch, RolloutTokens, Tree, pack
+from igpo_kernels import Branch, RolloutTokens, Tree, TreePlan, pack
 from igpo_kernels.backend import chosen
-from igpo_kernels.huggingface import ATTENTION, Attend, TreeAttend, heads_of, read_rows_in_last_layer
-from igpo_kernels.tree_attention import automatic
+from igpo_kernels.huggingface import (
+    ATTENTION,
+    Attend,
+    BranchAttend,
+    TreeAttend,
+    TrunkAttend,
+    heads_of,
+    read_rows_in_last_layer,
+)
+from igpo_kernels.tree_attention import CHOOSE_ROWS, automatic, backend_for
 
 
 def hidden_states(
@@ -43,8 +51,8 @@ def hidden_states(
     Args:
         lm: a causal LM made by ``load``. input_ids, position_ids: int64 [S].
     Returns:
-        [S, H], in the model's dtype; [U, H] of ``plan.rows_read`` under a ``TreeAttend`` with ``rows_read``, for which
-        the last layer computes only what those need (igpo_kernels.huggingface.read_rows_in_last_layer).
+        [S, H], in the model's dtype; under a ``TreeAttend`` with ``rows_read`` the rows that some pair reads, [U, H],
+        for which the last layer computes only what those need (igpo_kernels.huggingface.read_rows_in_last_layer).
     Raises:
         ValueError: ``lm`` is not set to run under ``attend``; other attention would silently ignore it.
         InputError: a layer asks of its attention what packed attention refuses (windows in a mask alone, unknown
@@ -59,9 +67,56 @@ def hidden_states(
             raise
         raise InputError(f"{type(lm).__name__} cannot run packed: {error}") from error
     hidden = out.last_hidden_state[0]
-    if getattr(attend, "rows_read", False) and len(hidden) != len(attend.plan.rows_read):
-        hidden = hidden[attend.plan.tensor("rows_read", hidden.device)]
-    return hidden
+    rows = attend.last_rows(hidden.device) if isinstance(attend, TreeAttend) else None
+    return hidden if rows is None or len(rows) == len(hidden) else hidden[rows]
+
+
+def tokens_of(plan: TreePlan, device: torch.device, part: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and their positions, those of the plan's rows ``part`` or all: int64 [S] each."""
+    tokens = tuple(plan.tensor(name, device) for name in ("input_ids", "position_ids"))
+    return tuple(x[plan.tensor(part, device)] for x in tokens) if part else tokens
+
+
+def attention_of(lm: PreTrainedModel, plan: TreePlan, backend: str) -> str:
+    """The attention implementation that ``backend`` is for a plan: decided once, so call it as soon as the plan is
+    built."""
+    return backend_for(plan, lm.device, lm.dtype, *heads_of(lm)) if backend == "auto" else backend
+
+
+def hidden_states_of_loss(
+    lm: PreTrainedModel, plan: TreePlan, backend: str = "auto", *, in_parts: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, TreePlan]:
+    """The decoder's last hidden states for a loss on a plan's decision tokens, and for the values of its answers: in
+    parts if a backward is to come and attention computes only the rows of each (``CHOOSE_ROWS``), else in one forward.
+
+    Args:
+        in_parts: False is one forward in any case.
+    Returns:
+        The loss's [G, H], by ``pairs(rows_read=True)`` of the plan that is returned, whose decision pairs are those of
+        ``plan``; and without gradient those of all pairs, [U, H], by ``plan``.
+    """
+    pays = torch.is_grad_enabled() and attention_of(lm, plan, backend) in CHOOSE_ROWS
+    if in_parts and pays and plan.n_decisions and len(plan.rows_read_without_gradient):
+        return *hidden_states_in_parts(lm, plan, backend), plan.with_gradient
+    hidden = hidden_states(lm, *tokens_of(plan, lm.device), TreeAttend(plan, backend, rows_read=True))
+    return hidden, hidden.detach(), plan
+
+
+def hidden_states_in_parts(lm: PreTrainedModel, plan: TreePlan, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The decoder's last hidden states in two forwards: the tokens that a loss on decision tokens has a gradient at,
+    and then all others, without one. No token of a rollout attends to an answer, so that a backward through answers
+    would be one through zeros.
+
+    Returns:
+        Those of ``plan.with_gradient.rows_read``, [G, H]; without gradient those of ``plan.rows_read``, [U, H].
+    """
+    trunk = TrunkAttend(plan.with_gradient, backend, rows_read=True)
+    hidden = hidden_states(lm, *tokens_of(trunk.plan, lm.device), trunk)
+    with torch.no_grad():
+        branches = BranchAttend(plan, backend, rows_read=True, trunk=trunk)
+        others = hidden_states(lm, *tokens_of(plan, lm.device, "rows_without_gradient"), branches)
+        every = torch.cat([hidden.detach(), others])[plan.tensor("place_in_parts", lm.device)]
+    return hidden, every
 
 
 @dataclass(frozen=True)
@@ -229,8 +284,7 @@ def _probe(lm: PreTrainedModel) -> None:
     in_second = plan.tree_start > 0
     plan = replace(plan, position_ids=plan.position_ids + offset * in_second)
     recorder = _Recorder(TreeAttend(plan))
-    tensors = [plan.tensor(name, lm.device) for name in ("input_ids", "position_ids")]
-    hidden_states(lm, tensors[0], tensors[1], recorder)
+    hidden_states(lm, *tokens_of(plan, lm.device), recorder)
     silent = [name for i, name in enumerate(_mixers(lm)) if i not in recorder.layers]
     if silent:
         raise InputError(
@@ -238,14 +292,17 @@ def _probe(lm: PreTrainedModel) -> None:
             "interface, so branches would see each other; use a model whose every layer is softmax attention"
         )
     with _scaled_logits(lm, recorder.largest), _short_windows(lm) as windows:
-        read = hidden_states(lm, tensors[0], tensors[1], TreeAttend(plan, rows_read=True))
-        packed = read[plan.pairs(rows_read=True).on(lm.device).rows]
+        read = hidden_states(lm, *tokens_of(plan, lm.device), TreeAttend(plan, rows_read=True))
+        _, in_parts = hidden_states_in_parts(lm, plan, "auto")
+        rows = plan.pairs(rows_read=True).on(lm.device).rows
+        packed = read[rows]
         separate, logits = separate_passes(lm, trees, offset)
     head = lm_head(lm)
     ours = packed @ head.weight.T + (0 if head.bias is None else head.bias)
     ours = head.softcap * torch.tanh(ours / head.softcap) if head.softcap else ours
     tolerance = 1e-4 if packed.dtype == torch.float32 else 5e-2
-    error = float((packed - separate).abs().max() / separate.abs().max())
+    differences = torch.stack([packed - separate, in_parts[rows] - separate])
+    error = float(differences.abs().max() / separate.abs().max())
     if not error <= tolerance:
         raise InputError(
             f"{type(lm).__name__} cannot run packed: {_mixers(lm)[0]}{_rope_type(lm)}{windows} gives hidden states "

@@ -110,7 +110,10 @@ INSPECT = "kernels/triton/test_inspect.py"
 GAPS = "test_mutant_gaps.py"
 PLAY = "test_play.py"
 AUTOGRAD = "kernels/test_autograd.py"
+IN_PARTS = "kernels/test_huggingface.py::test_a_pack_in_two_parts"
+READ_ONCE = "parity/test_parity.py::test_each_packed_token_is_read_exactly_once_in_one_pass_mode"
 LAST_LAYER = "kernels/test_huggingface.py::test_a_last_layer_of_rows_that_are_read"
+PARTS = "kernels/test_plan.py::test_tokens_with_a_gradient_are_the_pack_without_answers"
 HEADS = "kernels/test_huggingface_head.py"
 ONE_PASS = f"{GAPS}::test_a_one_pass_update_has_the_naive_gradient"
 TWO_PASSES = f"{GAPS}::test_a_two_pass_step_has_the_naive_gradient_of_each_share"
@@ -330,8 +333,8 @@ MUTANTS = [
          f"{LOSS}::test_the_lm_heads_loss_scales_the_clip_range_by_hand"),
     ),
     *faults(f"{KERNELS}/tree_attention/torch_path.py",
-        ("the mask of a tile's first rows", 'bias[plan.tensor("rows_read", k.device)[rows] - tile.start]',
-         "bias[: rows.stop - rows.start]", "kernels/test_tree_attention.py::test_rows_that_are_read"),
+        ("the mask of a tile's first rows", "bias[plan.tensor(chosen, k.device)[rows] - tile.start]",
+         "bias[: rows.stop - rows.start]", "kernels/test_tree_attention.py::test_rows_alone"),
         ("strided heads read as dense", "(x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))",
          "(x for x in (q, k, v))", "kernels/test_layouts.py::test_tree_attention"),
     ),
@@ -885,6 +888,9 @@ MUTANTS = [
          "pairs += length * (length + 1) // 2", COST),
         ("a tree's size counts a shared boundary twice", "met = {boundary for boundary in met if boundary <= before}",
          "met = set()", COST),
+        ("a gradient at tokens behind a last decision", "np.flatnonzero(following < self.subtree_end)",
+         "np.flatnonzero(following <= self.subtree_end)", PARTS),
+        ("subtrees end where they did in the pack", "place(self.subtree_end[kept])", "self.subtree_end[kept]", PARTS),
         ("a replaced plan keeps its cache", "default_factory=dict, init=False,", "default_factory=dict,",
          f"{AUTOGRAD}::test_a_copy_of_a_used_plan_has_no_cache"),
     ),
@@ -923,6 +929,19 @@ MUTANTS = [
          f"{HEADS}::test_a_head_with_an_adapter_is_refused_even_while_it_adds_nothing"),
         ("a head is tried once, whatever changes", "_measured[model][0] != state", "False",
          f"{HEADS}::test_a_head_that_changed_after_it_was_tried_is_tried_again"),
+    ),
+    *faults(f"{KERNELS}/huggingface/parts.py",
+        ("branches see no trunk", '("rows_with_gradient", trunk), (', '("rows_with_gradient", 0 * trunk), (', IN_PARTS),
+        ("branches at the trunk's places", '("rows_without_gradient", branches))',
+         '("rows_without_gradient", branches.flip(0)))', IN_PARTS),
+        ("recomputed keys are kept", "self.kept.setdefault(layer, (k.detach(), v.detach()))",
+         "self.kept[layer] = k.detach(), v.detach()", IN_PARTS),
+        ("the last layer gives the first branch rows", "np.searchsorted(plan.rows_without_gradient, getattr(plan, of))",
+         "np.arange(len(getattr(plan, of)))", IN_PARTS),
+    ),
+    *faults("igpo_fast/model.py",
+        ("answers have a backward", "pays = torch.is_grad_enabled() and", "pays = False and", READ_ONCE),
+        ("states of parts in the parts' order", '[plan.tensor("place_in_parts", lm.device)]', "", ONE_PASS),
     ),
     *faults(f"{KERNELS}/huggingface/last_layer.py",
         ("positions of the first rows", "return x[:, rows]", "return x[:, : len(rows)]", LAST_LAYER),

@@ -31,7 +31,7 @@ from igpo_fast.config_load import validated
 from igpo_fast.data.fields import BadField
 from igpo_fast.data.questions import ANSWER_KEYS, accepted_answers
 from igpo_fast.errors import InputError
-from igpo_fast.model import hidden_states, lm_head, probe, recompute_layers
+from igpo_fast.model import hidden_states_of_loss, lm_head, probe, recompute_layers
 from igpo_fast.rollouts.dialect import make_dialect
 from igpo_fast.rollouts.tools.search import SEARCH_TOOL
 from igpo_fast.types import Credit, Group, Question, Rollout, Turn
@@ -40,7 +40,6 @@ from igpo_fast.update.gains import values_of
 from igpo_fast.update.packs import means_of
 from igpo_fast.update.policy import make_trees
 from igpo_kernels import ANSWER, TreePlan, linear_logprob, pack
-from igpo_kernels.huggingface import TreeAttend
 
 logger = logging.getLogger(__name__)
 
@@ -278,18 +277,17 @@ class IGPOTrainer(GRPOTrainer):
             softcap=head.softcap, entropy=entropy,
         )  # fmt: skip
 
-    def _hidden(self, plan: TreePlan) -> torch.Tensor:
-        """The decoder's hidden states that a pack's pairs read: [U, H], in the LM head's dtype."""
-        device = self._packed.device
-        ids, positions = (plan.tensor(name, device) for name in ("input_ids", "position_ids"))
+    def _hidden(self, plan: TreePlan) -> tuple[torch.Tensor, torch.Tensor, TreePlan]:
+        """``hidden_states_of_loss`` of a pack, in the LM head's dtype."""
         with self.accelerator.autocast():
-            hidden = hidden_states(self._packed, ids, positions, TreeAttend(plan, rows_read=True))
-        return hidden.to(lm_head(self._packed).weight.dtype)
+            hidden, every, trained = hidden_states_of_loss(self._packed, plan)
+        dtype = lm_head(self._packed).weight.dtype
+        return hidden.to(dtype), every.to(dtype), trained
 
     @torch.no_grad()
     def _values_of(self, plan: TreePlan, hidden: torch.Tensor, count: int) -> list[np.ndarray]:
         """v_t of a pack's ``count`` rollouts: float64 [T] each."""
-        logp = self._logp(hidden.detach(), plan, slice(plan.n_decisions, None)).double().cpu().numpy()
+        logp = self._logp(hidden, plan, slice(plan.n_decisions, None)).double().cpu().numpy()
         means = means_of(plan, logp, ANSWER)
         return [values_of(means[i], self._recipe.basis, self._recipe.answers) for i in range(count)]
 
@@ -304,7 +302,8 @@ class IGPOTrainer(GRPOTrainer):
         for start in range(0, len(rollouts), size):
             several = rollouts[start : start + size]
             plan = self._plan(several, scored=True)
-            found += self._values_of(plan, self._hidden(plan), len(several))
+            _, every, _ = self._hidden(plan)
+            found += self._values_of(plan, every, len(several))
         return found
 
     @torch.no_grad()
@@ -381,12 +380,12 @@ class IGPOTrainer(GRPOTrainer):
         inputs = self._reading
         rollouts = inputs["rollouts"]
         plan = self._plan(rollouts, scored=self.one_pass)
-        hidden, n = self._hidden(plan), plan.n_decisions
+        (hidden, every, trained), n = self._hidden(plan), plan.n_decisions
         if self.one_pass:
-            values = self._values_of(plan, hidden, len(rollouts))
+            values = self._values_of(plan, every, len(rollouts))
             credits = self._credits(rollouts, values, inputs["outcomes"].tolist())
             inputs["advantages"] = self._per_token(inputs, rollouts, credits)
-        read = self._logp(hidden, plan, slice(0, n), entropy=True)
+        read = self._logp(hidden, trained, slice(0, n), entropy=True)
         place, token = (plan.tensor(name, hidden.device)[:n] for name in ("rollout", "token"))
         column = token - inputs["prompt_mask"].sum(1)[place]
         # The loss masks tokens that were not read, whose ratio is 1.

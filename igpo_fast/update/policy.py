@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from igpo_fast.model import hidden_states, lm_head
+from igpo_fast.model import attention_of, hidden_states, hidden_states_of_loss, lm_head, tokens_of
 from igpo_fast.types import Group
 from igpo_fast.update.critic import ValueHead, ValueInputs, value_loss
 from igpo_fast.update.scoring import Forks
@@ -27,8 +27,7 @@ from igpo_kernels import (
     linear_policy_loss,
     policy_loss,
 )
-from igpo_kernels.huggingface import TreeAttend, heads_of
-from igpo_kernels.tree_attention import backend_for
+from igpo_kernels.huggingface import TreeAttend
 
 
 @dataclass(frozen=True)
@@ -115,11 +114,13 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.lm, self.temperature, self.settings, self.backend = lm, temperature, settings, backend
         self.critic, self._value_clip = critic, value_clip
+        self.in_parts = True
+        """Whether a pass may run the decoder twice. Where forwards gather weights (ZeRO-3) it may not: ranks whose
+        packs have no answers would not join in."""
 
     def choose_attention(self, plan: TreePlan) -> None:
         """Choose the attention implementation for a plan that was just built."""
-        if self.backend == "auto":
-            backend_for(plan, self.lm.device, self.lm.dtype, *heads_of(self.lm))
+        attention_of(self.lm, plan, self.backend)
 
     def forward(
         self,
@@ -135,11 +136,15 @@ class Policy(torch.nn.Module):
                 answer log-probabilities (one-pass mode); with advantages that are known, answers are not scored.
         """
         device = self.lm.device
+        if isinstance(inputs, LossInputs) and inputs.advantages is None:
+            hidden, every, trained = hidden_states_of_loss(self.lm, plan, self.backend, in_parts=self.in_parts)
+            (scored,) = read(self._answers(every, plan))
+            advantages = torch.as_tensor(advantages_of(scored), device=device)
+            loss, sums, logp = self._loss(hidden, trained, replace(inputs, advantages=advantages))
+            return PackResult(scored, logp, loss, sums, advantages=advantages)
         with torch.set_grad_enabled(inputs is not None and torch.is_grad_enabled()):
-            hidden = hidden_states(
-                self.lm, plan.tensor("input_ids", device), plan.tensor("position_ids", device),
-                TreeAttend(plan, self.backend, rows_read=True),
-            )  # fmt: skip
+            attend = TreeAttend(plan, self.backend, rows_read=True)
+            hidden = hidden_states(self.lm, *tokens_of(plan, device), attend)
         n = plan.n_decisions
         if inputs is None:
             with torch.no_grad():
@@ -152,16 +157,11 @@ class Policy(torch.nn.Module):
             logp = self._logp(hidden, plan, slice(0, n))
             weight = weight.to(logp.dtype)
             return PackResult(np.zeros(0), loss=-(weight * logp).sum() / weight.sum())
-        scored, advantages = np.zeros(0), None
-        if inputs.advantages is None:
-            (scored,) = read(self._answers(hidden, plan))
-            advantages = torch.as_tensor(advantages_of(scored), device=device)
-            inputs = replace(inputs, advantages=advantages)
         loss, sums, logp = self._loss(hidden, plan, inputs)
         if inputs.critic is not None:
             of_critic, more = value_loss(self._values(hidden, plan), inputs.critic, self._value_clip)
             loss, sums = loss + of_critic, sums | more
-        return PackResult(scored, logp, loss, sums, advantages=advantages)
+        return PackResult(np.zeros(0), logp, loss, sums)
 
     def _values(self, hidden: torch.Tensor, plan: TreePlan) -> torch.Tensor:
         """The critic's value of each decision pair: float32 [D]."""

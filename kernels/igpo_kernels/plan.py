@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -136,6 +137,56 @@ class TreePlan(Cached):
     def rows_read(self) -> np.ndarray:
         """The packed tokens whose hidden states some pair reads, ascending: int64 [U]."""
         return self.cached("rows read", lambda: np.unique(self.row))
+
+    @property
+    def rows_with_gradient(self) -> np.ndarray:
+        """The packed tokens that some decision pair's row sees, ascending: int64 [G]. A loss on decision pairs has no
+        gradient at any other token."""
+
+        def found() -> np.ndarray:
+            read = np.unique(self.row[: self.n_decisions])
+            following = np.append(read, self.n_tokens)[np.searchsorted(read, np.arange(self.n_tokens))]
+            return np.flatnonzero(following < self.subtree_end)
+
+        return self.cached("rows with gradient", found)
+
+    @property
+    def rows_without_gradient(self) -> np.ndarray:
+        """The other packed tokens, ascending: int64 [N - G]. Answers, forks, and what follows a last decision token."""
+        rows = range(self.n_tokens)
+        return self.cached("rows without gradient", lambda: np.setdiff1d(rows, self.rows_with_gradient, True))
+
+    @property
+    def rows_read_without_gradient(self) -> np.ndarray:
+        """The tokens that are in both ``rows_read`` and ``rows_without_gradient``, ascending."""
+        both = lambda: np.intersect1d(self.rows_read, self.rows_without_gradient, True)  # noqa: E731
+        return self.cached("rows read without gradient", both)
+
+    @property
+    def place_in_parts(self) -> np.ndarray:
+        """Where each of ``rows_read`` comes when those with a gradient come first: int64 [U]."""
+
+        def found() -> np.ndarray:
+            later = np.isin(self.rows_read, self.rows_without_gradient)
+            return np.argsort(np.argsort(later, kind="stable"))
+
+        return self.cached("place in parts", found)
+
+    @property
+    def with_gradient(self) -> TreePlan:
+        """The plan of ``rows_with_gradient`` alone, and of the pairs that read them: all decision pairs first."""
+
+        def cut() -> TreePlan:
+            kept = self.rows_with_gradient
+            place = partial(np.searchsorted, kept)
+            pairs = np.isin(self.row, kept)
+            columns = {name: getattr(self, name)[pairs] for name in _PAIR_COLUMNS}
+            return TreePlan(
+                self.input_ids[kept], self.position_ids[kept], place(self.subtree_end[kept]),
+                place(self.tree_start[kept]), **columns | {"row": place(columns["row"])},
+            )  # fmt: skip
+
+        return self.cached("with gradient", cut)
 
     @property
     def is_sequences(self) -> bool:

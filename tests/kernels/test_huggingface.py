@@ -23,7 +23,16 @@ from transformers import (
 )
 
 from igpo_kernels import Branch, RolloutTokens, Tree, pack
-from igpo_kernels.huggingface import ATTENTION, TreeAttend, heads_of, last_layer, model_inputs, read_rows_in_last_layer
+from igpo_kernels.huggingface import (
+    ATTENTION,
+    BranchAttend,
+    TreeAttend,
+    TrunkAttend,
+    heads_of,
+    last_layer,
+    model_inputs,
+    read_rows_in_last_layer,
+)
 from igpo_kernels.tree_attention import backend_for
 
 VOCAB = 53
@@ -158,6 +167,45 @@ def test_a_last_layer_of_rows_that_are_read(family, how):
     assert fed == [plan.n_tokens, len(plan.rows_read)]
     assert difference(results(lm, *out), expected) < 2e-6
     assert len(last._forward_pre_hooks) == 1
+
+
+def in_parts(lm, plan):
+    """Logits and hidden states of all pairs, those of decision pairs with a graph, from a forward of each part."""
+    trunk = TrunkAttend(plan.with_gradient, rows_read=True)
+    out = lm(**{**model_inputs(trunk.plan), "plan": trunk}, output_hidden_states=True)
+    with torch.no_grad():
+        chosen = plan.tensor("rows_without_gradient")
+        branches = BranchAttend(plan, rows_read=True, trunk=trunk)
+        tokens = {"input_ids": plan.tensor("input_ids")[chosen][None], "plan": branches, "use_cache": False}
+        rest = lm(**tokens, position_ids=plan.tensor("position_ids")[chosen][None], output_hidden_states=True)
+    rows = plan.pairs(rows_read=True).on("cpu").rows
+    parts = zip((out.logits, out.hidden_states[-1]), (rest.logits, rest.hidden_states[-1]), strict=True)
+    both = (torch.cat([a[0], b[0]])[plan.tensor("place_in_parts")][rows] for a, b in parts)
+    assert out.logits.shape[1] + rest.logits.shape[1] == len(plan.rows_read)
+    return *both, trunk
+
+
+def results_of_decisions(lm, plan, logits, hidden):
+    """``results``, whose function is one of the decision pairs alone."""
+    n = plan.n_decisions
+    return {**results(lm, logits[:n], hidden[:n]), "all": torch.cat([logits, hidden], 1).detach().double()}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("how", ["kept", "recomputed", "reentrant"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pack_in_two_parts(family, how):
+    """As one forward in all values, and in every gradient of a loss on decisions; keys are kept until read."""
+    lm, plan = make(family), pack(trees())
+    expected = results_of_decisions(lm, plan, *packed(lm, plan))
+    read_rows_in_last_layer(lm)
+    if how != "kept":
+        lm.train().gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+    *out, trunk = in_parts(lm, plan)
+    assert difference(results_of_decisions(lm, plan, *out), expected) < 2e-6
+    assert list(trunk.kept.values()) == [()] * lm.config.num_hidden_layers
+    with pytest.raises(ValueError, match="the trunk keeps no keys of layer 0"):
+        BranchAttend(plan, trunk=trunk)(0, *[torch.zeros(4, 2, 8)] * 3, scale=1.0, softcap=0.0, window=None)
 
 
 def test_a_last_layer_of_rows_changes_no_other_forward():

@@ -54,6 +54,23 @@ def test_shared_tokens_have_an_owner_each():
     assert len(np.unique(plan.row)) < plan.n_pairs
 
 
+def test_tokens_with_a_gradient_by_hand():
+    # Two trees of a turn 3 4, whose response 5 is fed for the answer 8 9 in the wrapper 0; 4 is a label only, but for
+    # that. Fed: 1 3 4 5, the wrapper and 8, and the same again.
+    made = rollout(0, [1, 3, 4, 5], [-1, 0, 0, -1], [4])
+    plan = pack([Tree([made], [Branch(np.array([0, 8, 9]), 1, 3)])] * 2)
+    assert plan.input_ids.tolist() == [1, 3, 4, 5, 0, 8] * 2
+    assert plan.rows_with_gradient.tolist() == [0, 1, 6, 7]
+    assert plan.rows_without_gradient.tolist() == [2, 3, 4, 5, 8, 9, 10, 11]
+    assert plan.rows_read.tolist() == [0, 1, 4, 5, 6, 7, 10, 11]
+    assert plan.rows_read_without_gradient.tolist() == [4, 5, 10, 11]
+    assert plan.place_in_parts.tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    trained = plan.with_gradient
+    assert trained.input_ids.tolist() == [1, 3, 1, 3] and trained.position_ids.tolist() == [0, 1, 0, 1]
+    assert trained.subtree_end.tolist() == [2, 2, 4, 4] and trained.tree_start.tolist() == [0, 0, 2, 2]
+    assert trained.row.tolist() == [0, 1, 2, 3] and trained.label.tolist() == [3, 4, 3, 4]
+
+
 def test_a_rollout_that_is_a_prefix_of_another_adds_no_token():
     long = rollout(0, [1, 2, 3, 4, 5], [-1, 0, -1, 1, 1])
     short = rollout(1, [1, 2, 3, 4], [-1, 0, -1, 1])
@@ -155,6 +172,22 @@ def test_the_visible_path_of_every_pair_is_its_rollouts_prefix(seed):
             expected = [*owner.ids[: owner.boundaries[plan.turn[m]]], *branch.ids[:at]]
             assert plan.label[m] == branch.ids[at]
         assert plan.input_ids[seen].tolist() == list(expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32))
+def test_tokens_with_a_gradient_are_the_pack_without_answers(seed):
+    rollouts, _, groups, plan = plan_of(seed)
+    numbers = np.split(np.arange(len(rollouts)), np.cumsum([len(g.rollouts) for g in groups])[:-1])
+    alone, trained = pack(make_trees(groups, None, numbers)), plan.with_gradient
+    for name in ("input_ids", "position_ids", "subtree_end", "tree_start"):
+        assert getattr(trained, name).tolist() == getattr(alone, name).tolist(), name
+    for name in ("row", "label", "kind", "rollout", "turn", "answer", "token"):
+        assert getattr(trained, name)[: trained.n_decisions].tolist() == getattr(alone, name).tolist(), name
+    by_place = np.empty_like(plan.rows_read)
+    by_place[plan.place_in_parts] = plan.rows_read
+    first = plan.rows_with_gradient[trained.rows_read]
+    assert by_place.tolist() == [*first.tolist(), *plan.rows_read_without_gradient.tolist()]
 
 
 @settings(max_examples=60, deadline=None)

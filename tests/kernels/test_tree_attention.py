@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpo_kernels import Branch, RolloutTokens, Tree, pack, tree_attention
-from igpo_kernels.tree_attention import flex_path, reference, schedule, torch_path
+from igpo_kernels.tree_attention import ROWS, flex_path, reference, schedule, torch_path
 from tests.allocations import peak_bytes
 from tests.kernels.test_plan import plan_of
 
@@ -61,13 +61,15 @@ def test_softcapped(seed, window):
     check(plan_of(seed)[-1], softcap=5.0, window=window, seed=seed)
 
 
-def rows_and_all(plan, backend, q_heads=4, kv_heads=2, dtype=torch.float64, device="cpu", **options):
-    """Output and gradients of the rows that are read, by ``backend``, and those rows of everything by the definition,
+def rows_and_all(
+    plan, backend, chosen="rows_read", q_heads=4, kv_heads=2, dtype=torch.float64, device="cpu", **options
+):
+    """Output and gradients of the rows ``chosen``, by ``backend``, and those rows of everything by the definition,
     whose other rows have no upstream gradient."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda n, heads: torch.randn(n, heads, 16, generator=generator, dtype=dtype).to(device)  # noqa: E731
     q, k, v = (draw(plan.n_tokens, heads) for heads in (q_heads, kv_heads, kv_heads))
-    rows = plan.tensor("rows_read", device)
+    rows = plan.tensor(chosen, device)
     upstream = draw(len(rows), q_heads)
 
     def run(q, upstream, **how):
@@ -75,19 +77,20 @@ def rows_and_all(plan, backend, q_heads=4, kv_heads=2, dtype=torch.float64, devi
         out = tree_attention(*leaves, plan, **options, **how)
         return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
-    ours = run(q[rows], upstream, backend=backend, rows_read=True)
+    ours = run(q[rows], upstream, backend=backend, rows=chosen)
     out, dq, *others = run(q, torch.zeros_like(q).index_copy(0, rows, upstream), backend="reference")
     return ours, [out[rows], dq[rows], *others]
 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.integers(0, 2**32), st.sampled_from([(4, 2), (8, 1)]), st.sampled_from([None, 1, 5]), st.sampled_from([0.0, 5.0])
-)
-def test_rows_that_are_read(seed, heads, window, softcap):
+    st.integers(0, 2**32), st.sampled_from(ROWS), st.sampled_from([(4, 2), (8, 1)]), st.sampled_from([None, 1, 5]),
+    st.sampled_from([0.0, 5.0]),
+)  # fmt: skip
+def test_rows_alone(seed, chosen, heads, window, softcap):
     """Each backend that has gradients here; keys that no row sees get none."""
     for backend in ("torch", "reference"):
-        ours, exact = rows_and_all(plan_of(seed)[-1], backend, *heads, window=window, softcap=softcap)
+        ours, exact = rows_and_all(plan_of(seed)[-1], backend, chosen, *heads, window=window, softcap=softcap)
         torch.testing.assert_close(ours, exact, rtol=0, atol=1e-9)
 
 
@@ -115,16 +118,18 @@ def test_backends_that_compute_all_rows_give_those_that_are_read():
     torch.manual_seed(0)
     q, k, v = (torch.randn(plan.n_tokens, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
     rows = plan.tensor("rows_read")
-    found = tree_attention(q[rows], k, v, plan, backend="flex", rows_read=True)
+    found = tree_attention(q[rows], k, v, plan, backend="flex", rows="rows_read")
     torch.testing.assert_close(found, tree_attention(q, k, v, plan)[rows], rtol=0, atol=1e-6)
 
 
 def test_rows_that_are_not_those_read_are_refused():
     plan = comb(10, 2)
-    with pytest.raises(ValueError, match=f"q has {N} rows, the plan {len(plan.rows_read)} rows that are read"):
-        tree_attention(Q, KV, KV, plan, rows_read=True)
+    with pytest.raises(ValueError, match=f"q has {N} rows, the plan {len(plan.rows_read)} rows_read"):
+        tree_attention(Q, KV, KV, plan, rows="rows_read")
     with pytest.raises(ValueError, match=f"k and v have {N - 1} rows, the plan {N} tokens"):
-        tree_attention(Q[: len(plan.rows_read)], KV[1:], KV[1:], plan, rows_read=True)
+        tree_attention(Q[: len(plan.rows_read)], KV[1:], KV[1:], plan, rows="rows_read")
+    with pytest.raises(ValueError, match="got rows 'row'; expected one of rows_read, rows_without_gradient, "):
+        tree_attention(Q, KV, KV, plan, rows="row")
 
 
 @pytest.mark.parametrize("trunk", [65, schedule.TILE, schedule.TILE + 3, 700])

@@ -305,13 +305,20 @@ def test_each_packed_token_is_read_exactly_once_in_one_pass_mode():
     case, (ours, _) = Case(5), models()
     policy = Policy(ours, TEMPERATURE, LossSettings())
     read = []
-    ours.model.embed_tokens.register_forward_hook(lambda module, args, out: read.append(args[0].numel()))
+
+    def note(module, args, out):
+        read.append((args[0].numel(), torch.is_grad_enabled()))
+
+    ours.model.embed_tokens.register_forward_hook(note)
     plans = case.plans(2)
     for plan in plans:
         n = plan.n_decisions
         inputs = LossInputs(np.full(n, 1 / n, np.float32), None)
         policy(plan, inputs, lambda scored_logp, n=n: np.ones(n, np.float32)).loss.backward()
-    assert read == [plan.n_tokens for plan in plans]
+    # First what the same rollouts would be without answers, then all else; no gradient there.
+    alone = [plan.n_tokens for plan in case.plans(2, branches=False)]
+    rest = [plan.n_tokens - n for plan, n in zip(plans, alone, strict=True)]
+    assert read == [x for pair in zip(alone, rest, strict=True) for x in ((pair[0], True), (pair[1], False))]
     decisions = sum(r.decision_tokens for r in case.rollouts)
     answers = sum(
         len(r.turns) * sum(b.stop - b.start for b in case.branches[case.group_of[i]])

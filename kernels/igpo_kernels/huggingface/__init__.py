@@ -26,13 +26,16 @@ from igpo_kernels.huggingface.dispatch import (
 )
 from igpo_kernels.huggingface.last_layer import read_rows_in_last_layer
 from igpo_kernels.huggingface.lm_head import Head, head_of, logprobs
+from igpo_kernels.huggingface.parts import BranchAttend, TrunkAttend
 from igpo_kernels.huggingface.verify import use_tree_attention
 
 __all__ = [
     "ATTENTION",
     "Attend",
+    "BranchAttend",
     "Head",
     "TreeAttend",
+    "TrunkAttend",
     "attention",
     "head_of",
     "heads_of",

@@ -45,8 +45,12 @@ class TreeAttend:
     rows_read: bool = False
 
     def __call__(self, layer, q, k, v, *, scale, softcap, window):
-        some = len(q) < len(k)  # those of plan.rows_read
-        return tree_attention(q, k, v, self.plan, scale, softcap, window, self.backend, rows_read=some)
+        rows = "rows_read" if len(q) < len(k) else None
+        return tree_attention(q, k, v, self.plan, scale, softcap, window, self.backend, rows=rows)
+
+    def last_rows(self, device: torch.device) -> torch.Tensor | None:
+        """Places, among the tokens of a forward, of the rows that the last layer gives; None for all."""
+        return self.plan.tensor("rows_read", device) if self.rows_read else None
 
 
 def model_inputs(plan: TreePlan, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -44,11 +44,12 @@ def _on_rows(layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     attend to those. (The first run projects queries and outputs in vain, the second some keys and values: about a sixth
     of a forward of the layer.)"""
     attend = kwargs.get("plan")
-    wanted = isinstance(attend, TreeAttend) and attend.rows_read and len(attend.plan.rows_read)
-    if not wanted or len(args) != 1:
+    if not isinstance(attend, TreeAttend) or len(args) != 1:
         return None
     (hidden,) = args
-    rows = attend.plan.tensor("rows_read", hidden.device)
+    rows = attend.last_rows(hidden.device)
+    if rows is None or not len(rows):
+        return None
     keys = _Keys()
     layer.self_attn(hidden_states=layer.input_layernorm(hidden), **{**kwargs, "plan": keys})
     of_rows = {name: _chosen(x, rows, hidden.shape[1]) for name, x in kwargs.items()}

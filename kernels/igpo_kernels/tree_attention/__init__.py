@@ -23,6 +23,8 @@ IMPLEMENTATIONS = {
 }
 CHOOSE_ROWS = "reference", "torch"
 """Implementations that can compute some rows alone."""
+ROWS = "rows_read", "rows_without_gradient", "rows_read_without_gradient"
+"""Rows of a plan that can be computed alone."""
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
 """Largest head size that the Triton kernels and flash-attn support."""
@@ -41,7 +43,7 @@ def tree_attention(
     window: int | None = None,
     backend: str = "auto",
     *,
-    rows_read: bool = False,
+    rows: str | None = None,
 ) -> torch.Tensor:
     """``out[q] = sum_k softmax_k(softcap(scale * q . k)) v[k]`` over keys with ``k <= q < subtree_end[k]``.
 
@@ -57,8 +59,8 @@ def tree_attention(
         backend: ``auto`` (see ``automatic``), ``triton``, ``torch``, ``reference``, ``flash`` (flash-attn, for plans
             whose trees are single sequences), or ``flex`` (torch's FlexAttention, which ``auto`` never takes; gradients
             on a GPU only).
-        rows_read: q has the rows of ``plan.rows_read`` alone, [U, Hq, D]. ``torch`` and ``reference`` then compute no
-            others; the other backends compute all rows, and give those.
+        rows: one of ``ROWS``: q has those rows of the plan alone, [len(plan.<rows>), Hq, D]. Backends in
+            ``CHOOSE_ROWS`` then compute no others; the other backends compute all rows, and give those.
     Returns:
         Of q's shape and dtype. Differentiable once in q, k, v; a second time raises RuntimeError.
     Raises:
@@ -71,7 +73,7 @@ def tree_attention(
     q, k, v = _autocast(q, k, v)
     scale = None if scale is None else number(op, "scale", scale)
     softcap = 0.0 if softcap is None else number(op, "softcap", softcap)
-    _check(q, k, v, plan, scale, softcap, window, rows_read)
+    _check(q, k, v, plan, scale, softcap, window, rows)
     window = None if window is None else int(window)
     d = q.shape[2]
     if backend == "auto":
@@ -79,13 +81,13 @@ def tree_attention(
     attend = choose("tree_attention", backend, q.device, IMPLEMENTATIONS)
     scale = d**-0.5 if scale is None else scale
     with no_autocast(q.device):
-        if not rows_read:
+        if rows is None:
             return attend(q, k, v, plan, scale, softcap, window)
         if backend in CHOOSE_ROWS:
-            return attend(q, k, v, plan, scale, softcap, window, rows_read=True)
-        rows = plan.tensor("rows_read", q.device)
-        every = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, rows, q)
-        return attend(every, k, v, plan, scale, softcap, window).index_select(0, rows)
+            return attend(q, k, v, plan, scale, softcap, window, rows)
+        places = plan.tensor(rows, q.device)
+        every = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, places, q)
+        return attend(every, k, v, plan, scale, softcap, window).index_select(0, places)
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -95,21 +97,23 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _check(q, k, v, plan, scale, softcap, window, rows_read) -> None:
+def _check(q, k, v, plan, scale, softcap, window, rows) -> None:
+    if rows not in (None, *ROWS):
+        raise ValueError(f"tree_attention: got rows {described(rows)}; expected one of {', '.join(ROWS)}, or None")
     shapes = [tuple(x.shape) for x in (q, k, v)]
     if q.ndim != 3 or shapes[1] != shapes[2] or k.ndim != 3 or 0 in shapes[0] + shapes[1]:
         expected = "[N, Hq, D] and twice [N, Hkv, D], nothing of size 0"
         raise ValueError(f"tree_attention: q {shapes[0]}, k {shapes[1]}, v {shapes[2]} do not fit; expected {expected}")
     (n, q_heads, d), (k_rows, kv_heads, k_size) = shapes[:2]
-    if (k_rows != n and not rows_read) or k_size != d or q_heads % kv_heads:
+    if (k_rows != n and rows is None) or k_size != d or q_heads % kv_heads:
         expected = "one N, one D, and Hq a multiple of Hkv"
         raise ValueError(f"tree_attention: q {shapes[0]}, k and v {shapes[1]} do not fit; expected {expected}")
     if not q.is_floating_point() or not (q.dtype, q.device) == (k.dtype, k.device) == (v.dtype, v.device):
         got = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in zip("qkv", (q, k, v), strict=True))
         raise ValueError(f"tree_attention: got {got}; expected one floating-point dtype and one device")
-    due = len(plan.rows_read) if rows_read else plan.n_tokens
+    due = len(getattr(plan, rows)) if rows else plan.n_tokens
     if n != due:
-        what = "rows that are read" if rows_read else "tokens"
+        what = rows or "tokens"
         raise ValueError(f"tree_attention: q has {n} rows, the plan {due} {what}")
     if k_rows != plan.n_tokens:
         raise ValueError(f"tree_attention: k and v have {k_rows} rows, the plan {plan.n_tokens} tokens")

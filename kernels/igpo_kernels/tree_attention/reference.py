@@ -17,13 +17,13 @@ def visible(plan: TreePlan, window: int | None, device: torch.device) -> torch.T
     return mask
 
 
-def tree_attention(q, k, v, plan, scale, softcap, window, rows_read=False):
+def tree_attention(q, k, v, plan, scale, softcap, window, rows=None):
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     seen = visible(plan, window, q.device)
-    seen = seen[plan.tensor("rows_read", q.device)] if rows_read else seen
+    seen = seen[plan.tensor(rows, q.device)] if rows else seen
     scores = scores.masked_fill(~seen, float("-inf"))
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)

@@ -22,19 +22,19 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def tree_attention(q, k, v, plan, scale, softcap, window, rows_read=False):
-    return _TreeAttention.apply(q, k, v, plan, scale, softcap, window, rows_read)
+def tree_attention(q, k, v, plan, scale, softcap, window, rows=None):
+    return _TreeAttention.apply(q, k, v, plan, scale, softcap, window, rows)
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, plan, scale, softcap, window, rows_read):
+    def forward(ctx, q, k, v, plan, scale, softcap, window, chosen):
         # ATen's flash attention assumes contiguous heads, and does not check.
         q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = []
         for heads in _pieces(plan, window, q, k, softcap):
-            for _, rows, bias, k_tile, v_tile in heads.tiles(plan, window, k, v, rows_read):
+            for _, rows, bias, k_tile, v_tile in heads.tiles(plan, window, k, v, chosen):
                 q_tile = heads.queries(q, rows)
                 if _uses_flash(q, softcap):
                     k_tile, v_tile = (x.unsqueeze(1).expand(-1, q_tile.shape[1], -1, -1) for x in (k_tile, v_tile))
@@ -45,7 +45,7 @@ class _TreeAttention(torch.autograd.Function):
                     out_tile = (p.to(v.dtype) @ v_tile).view(q_tile.shape)
                 heads.queries(out, rows).copy_(out_tile)
         ctx.save_for_backward(q, k, v, out, *lse)
-        ctx.plan, ctx.scale, ctx.softcap, ctx.window, ctx.rows_read = plan, scale, softcap, window, rows_read
+        ctx.plan, ctx.scale, ctx.softcap, ctx.window, ctx.chosen = plan, scale, softcap, window, chosen
         return out
 
     @staticmethod
@@ -58,7 +58,7 @@ class _TreeAttention(torch.autograd.Function):
         dv = torch.zeros_like(dk)
         lse = iter(lse)
         for heads in _pieces(plan, window, q, k, softcap):
-            for tile, rows, bias, k_tile, v_tile in heads.tiles(plan, window, k, v, ctx.rows_read):
+            for tile, rows, bias, k_tile, v_tile in heads.tiles(plan, window, k, v, ctx.chosen):
                 q_tile, out_tile, dout_tile = (heads.queries(x, rows) for x in (q, out, dout))
                 if _uses_flash(q, softcap):
                     k_tile, v_tile = (x.unsqueeze(1).expand(-1, q_tile.shape[1], -1, -1) for x in (k_tile, v_tile))
@@ -84,19 +84,19 @@ class _Heads(NamedTuple):
     group: int
 
     def tiles(
-        self, plan, window, k, v, rows_read
+        self, plan, window, k, v, chosen
     ) -> Iterator[tuple[Tile, slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Every tile that has queries: it, the rows of q in it, their mask [rows, keys], and its keys and values
         [h, keys, D], valid until the next tile."""
         every = tiles(plan, window)
         paths = (_paths(x[:, self.of_keys], every) for x in (k, v))
         for number, (tile, *path) in enumerate(zip(every, *paths, strict=True)):
-            rows = slice(*np.searchsorted(plan.rows_read, tile[:2])) if rows_read else slice(*tile[:2])
+            rows = slice(*np.searchsorted(getattr(plan, chosen), tile[:2])) if chosen else slice(*tile[:2])
             if rows.start == rows.stop:
                 continue
             bias = mask(plan, number, window, k.dtype, k.device)
-            if rows_read:
-                bias = bias[plan.tensor("rows_read", k.device)[rows] - tile.start]
+            if chosen:
+                bias = bias[plan.tensor(chosen, k.device)[rows] - tile.start]
             yield tile, rows, bias, *path
 
     def queries(self, x: torch.Tensor, rows: slice) -> torch.Tensor:

@@ -54,7 +54,7 @@ def run(case, plan, dtype, backend, **options):
 
 def test_rows_that_are_read():
     """Kernels compute all rows."""
-    found, expected = rows_and_all(plan_of(7)[-1], "triton", 2, 1, dtype=torch.float32, device=DEVICE)
+    found, expected = rows_and_all(plan_of(7)[-1], "triton", q_heads=2, kv_heads=1, dtype=torch.float32, device=DEVICE)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
