@@ -135,13 +135,9 @@ class Policy(torch.nn.Module):
                 ``inputs.advantages`` may be None if ``advantages_of`` is given, which is called with this pass's
                 answer log-probabilities (one-pass mode); with advantages that are known, answers are not scored.
         """
+        if isinstance(inputs, LossInputs):
+            return self._with_loss(plan, inputs, advantages_of)
         device = self.lm.device
-        if isinstance(inputs, LossInputs) and inputs.advantages is None:
-            hidden, every, trained = hidden_states_of_loss(self.lm, plan, self.backend, in_parts=self.in_parts)
-            (scored,) = read(self._answers(every, plan))
-            advantages = torch.as_tensor(advantages_of(scored), device=device)
-            loss, sums, logp = self._loss(hidden, trained, replace(inputs, advantages=advantages))
-            return PackResult(scored, logp, loss, sums, advantages=advantages)
         with torch.set_grad_enabled(inputs is not None and torch.is_grad_enabled()):
             attend = TreeAttend(plan, self.backend, rows_read=True)
             hidden = hidden_states(self.lm, *tokens_of(plan, device), attend)
@@ -152,16 +148,23 @@ class Policy(torch.nn.Module):
                 scored, *others = read(self._answers(hidden, plan), self._logp(hidden, plan, slice(0, n)), *critic)
             logp, *critic = (x.astype(np.float32) for x in others)
             return PackResult(scored, logp, critic=critic[0] if critic else None)
-        if isinstance(inputs, SupervisedInputs):
-            weight = torch.as_tensor(inputs.weights, device=device)
-            logp = self._logp(hidden, plan, slice(0, n))
-            weight = weight.to(logp.dtype)
-            return PackResult(np.zeros(0), loss=-(weight * logp).sum() / weight.sum())
-        loss, sums, logp = self._loss(hidden, plan, inputs)
+        weight = torch.as_tensor(inputs.weights, device=device)
+        logp = self._logp(hidden, plan, slice(0, n))
+        weight = weight.to(logp.dtype)
+        return PackResult(np.zeros(0), loss=-(weight * logp).sum() / weight.sum())
+
+    def _with_loss(self, plan: TreePlan, inputs: LossInputs, advantages_of: AdvantagesOf | None) -> PackResult:
+        hidden, every, of_loss = hidden_states_of_loss(self.lm, plan, self.backend, in_parts=self.in_parts)
+        scored, advantages = np.zeros(0), None
+        if inputs.advantages is None:
+            (scored,) = read(self._answers(every, plan))
+            advantages = torch.as_tensor(advantages_of(scored), device=hidden.device)
+            inputs = replace(inputs, advantages=advantages)
+        loss, sums, logp = self._loss(hidden, of_loss, inputs)
         if inputs.critic is not None:
-            of_critic, more = value_loss(self._values(hidden, plan), inputs.critic, self._value_clip)
+            of_critic, more = value_loss(self._values(hidden, of_loss), inputs.critic, self._value_clip)
             loss, sums = loss + of_critic, sums | more
-        return PackResult(np.zeros(0), logp, loss, sums)
+        return PackResult(scored, logp, loss, sums, advantages=advantages)
 
     def _values(self, hidden: torch.Tensor, plan: TreePlan) -> torch.Tensor:
         """The critic's value of each decision pair: float32 [D]."""
