@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from igpo_fast.errors import InputError, reason_of
-from igpo_fast.model import hidden_states, tokens_of
+from igpo_fast.model import hidden_states
 from igpo_kernels import RolloutTokens, Tree, pack, triton_variants
 from igpo_kernels.huggingface import TreeAttend
 
@@ -91,4 +91,4 @@ def _sample(lm: PreTrainedModel) -> torch.Tensor:
     """Hidden states [S, H] of a short rollout."""
     ids = np.arange(16) % lm.config.get_text_config().vocab_size
     plan = pack([Tree([RolloutTokens(0, ids, np.where(ids == 0, -1, 0))])])
-    return hidden_states(lm, *tokens_of(plan, lm.device), TreeAttend(plan))
+    return hidden_states(lm, *plan.tokens(lm.device), TreeAttend(plan))

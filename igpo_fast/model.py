@@ -34,10 +34,9 @@ from igpo_kernels.backend import chosen
 from igpo_kernels.huggingface import (
     ATTENTION,
     Attend,
-    BranchAttend,
     TreeAttend,
-    TrunkAttend,
     heads_of,
+    read_in_parts,
     read_rows_in_last_layer,
 )
 from igpo_kernels.tree_attention import CHOOSE_ROWS, automatic, backend_for
@@ -71,12 +70,6 @@ def hidden_states(
     return hidden if rows is None or len(rows) == len(hidden) else hidden[rows]
 
 
-def tokens_of(plan: TreePlan, device: torch.device, part: str = "") -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and their positions, those of the plan's rows ``part`` or all: int64 [S] each."""
-    tokens = tuple(plan.tensor(name, device) for name in ("input_ids", "position_ids"))
-    return tuple(x[plan.tensor(part, device)] for x in tokens) if part else tokens
-
-
 def attention_of(lm: PreTrainedModel, plan: TreePlan, backend: str) -> str:
     """The attention implementation that ``backend`` is for a plan: decided once, so call it as soon as the plan is
     built."""
@@ -92,31 +85,14 @@ def hidden_states_of_loss(
     Args:
         in_parts: False is one forward in any case.
     Returns:
-        The loss's [G, H], by ``pairs(rows_read=True)`` of the plan that is returned, whose decision pairs are those of
-        ``plan``; and without gradient those of all pairs, [U, H], by ``plan``.
+        Those that the returned plan reads, whose decision pairs are those of ``plan``; without gradient those that
+        ``plan`` reads; and that plan. (Rows by ``pairs(rows_read=True)`` of each.)
     """
-    pays = torch.is_grad_enabled() and attention_of(lm, plan, backend) in CHOOSE_ROWS
-    if in_parts and pays and plan.n_decisions and len(plan.rows_read_without_gradient):
-        return *hidden_states_in_parts(lm, plan, backend), plan.with_gradient
-    hidden = hidden_states(lm, *tokens_of(plan, lm.device), TreeAttend(plan, backend, rows_read=True))
+    in_parts = in_parts and torch.is_grad_enabled() and plan.n_decisions and len(plan.rows_read_without_gradient)
+    if in_parts and attention_of(lm, plan, backend) in CHOOSE_ROWS:
+        return *read_in_parts(partial(hidden_states, lm), plan, lm.device, backend), plan.with_gradient
+    hidden = hidden_states(lm, *plan.tokens(lm.device), TreeAttend(plan, backend, rows_read=True))
     return hidden, hidden.detach(), plan
-
-
-def hidden_states_in_parts(lm: PreTrainedModel, plan: TreePlan, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The decoder's last hidden states in two forwards: the tokens that a loss on decision tokens has a gradient at,
-    and then all others, without one. No token of a rollout attends to an answer, so that a backward through answers
-    would be one through zeros.
-
-    Returns:
-        Those of ``plan.with_gradient.rows_read``, [G, H]; without gradient those of ``plan.rows_read``, [U, H].
-    """
-    trunk = TrunkAttend(plan.with_gradient, backend, rows_read=True)
-    hidden = hidden_states(lm, *tokens_of(trunk.plan, lm.device), trunk)
-    with torch.no_grad():
-        branches = BranchAttend(plan, backend, rows_read=True, trunk=trunk)
-        others = hidden_states(lm, *tokens_of(plan, lm.device, "rows_without_gradient"), branches)
-        every = torch.cat([hidden.detach(), others])[plan.tensor("place_in_parts", lm.device)]
-    return hidden, every
 
 
 @dataclass(frozen=True)
@@ -284,7 +260,7 @@ def _probe(lm: PreTrainedModel) -> None:
     in_second = plan.tree_start > 0
     plan = replace(plan, position_ids=plan.position_ids + offset * in_second)
     recorder = _Recorder(TreeAttend(plan))
-    hidden_states(lm, *tokens_of(plan, lm.device), recorder)
+    hidden_states(lm, *plan.tokens(lm.device), recorder)
     silent = [name for i, name in enumerate(_mixers(lm)) if i not in recorder.layers]
     if silent:
         raise InputError(
@@ -292,8 +268,8 @@ def _probe(lm: PreTrainedModel) -> None:
             "interface, so branches would see each other; use a model whose every layer is softmax attention"
         )
     with _scaled_logits(lm, recorder.largest), _short_windows(lm) as windows:
-        read = hidden_states(lm, *tokens_of(plan, lm.device), TreeAttend(plan, rows_read=True))
-        _, in_parts = hidden_states_in_parts(lm, plan, "auto")
+        read = hidden_states(lm, *plan.tokens(lm.device), TreeAttend(plan, rows_read=True))
+        _, in_parts = read_in_parts(partial(hidden_states, lm), plan, lm.device)
         rows = plan.pairs(rows_read=True).on(lm.device).rows
         packed = read[rows]
         separate, logits = separate_passes(lm, trees, offset)

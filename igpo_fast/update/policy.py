@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from igpo_fast.model import attention_of, hidden_states, hidden_states_of_loss, lm_head, tokens_of
+from igpo_fast.model import attention_of, hidden_states, hidden_states_of_loss, lm_head
 from igpo_fast.types import Group
 from igpo_fast.update.critic import ValueHead, ValueInputs, value_loss
 from igpo_fast.update.scoring import Forks
@@ -115,8 +115,8 @@ class Policy(torch.nn.Module):
         self.lm, self.temperature, self.settings, self.backend = lm, temperature, settings, backend
         self.critic, self._value_clip = critic, value_clip
         self.in_parts = True
-        """Whether a pass may run the decoder twice. Where forwards gather weights (ZeRO-3) it may not: ranks whose
-        packs have no answers would not join in."""
+        """Whether a pass may run the decoder twice. Where ranks gather weights in forwards (ZeRO-3) it may not: those
+        whose packs have no answers would not join in."""
 
     def choose_attention(self, plan: TreePlan) -> None:
         """Choose the attention implementation for a plan that was just built."""
@@ -140,7 +140,7 @@ class Policy(torch.nn.Module):
         device = self.lm.device
         with torch.set_grad_enabled(inputs is not None and torch.is_grad_enabled()):
             attend = TreeAttend(plan, self.backend, rows_read=True)
-            hidden = hidden_states(self.lm, *tokens_of(plan, device), attend)
+            hidden = hidden_states(self.lm, *plan.tokens(self.lm.device), attend)
         n = plan.n_decisions
         if inputs is None:
             with torch.no_grad():
@@ -154,7 +154,9 @@ class Policy(torch.nn.Module):
         return PackResult(np.zeros(0), loss=-(weight * logp).sum() / weight.sum())
 
     def _with_loss(self, plan: TreePlan, inputs: LossInputs, advantages_of: AdvantagesOf | None) -> PackResult:
-        hidden, every, of_loss = hidden_states_of_loss(self.lm, plan, self.backend, in_parts=self.in_parts)
+        """A pass with the policy loss: first the answers, if advantages come from them."""
+        in_parts = self.in_parts and inputs.advantages is None
+        hidden, every, of_loss = hidden_states_of_loss(self.lm, plan, self.backend, in_parts=in_parts)
         scored, advantages = np.zeros(0), None
         if inputs.advantages is None:
             (scored,) = read(self._answers(every, plan))
@@ -184,7 +186,7 @@ class Policy(torch.nn.Module):
         """log pi of each pair of answers and forks: [M - D]."""
         if plan.n_pairs == plan.n_decisions:
             return hidden.new_empty(0)
-        return self._logp(hidden.detach(), plan, slice(plan.n_decisions, None))
+        return self._logp(hidden, plan, slice(plan.n_decisions, None))
 
     def _loss(self, hidden: torch.Tensor, plan: TreePlan, inputs: LossInputs):
         """Loss, metric sums, and the decision pairs' log-probabilities without gradient."""

@@ -1,6 +1,6 @@
 """One batch, one update: trees, one pass or two, turn rewards, advantages, loss, backward, optimiser steps.
 
-One-pass mode reads each pack once: answers first, then gains on the host and advantages on the device, then the loss
+One-pass mode reads each token once: answers first, then gains on the host and advantages on the device, then the loss
 from the same hidden states, whose backward leaves the answers out. The host waits for the device once per pack, for its
 answers, and reads the rest when the device has all its work. Two-pass mode first scores answers and old
 log-probabilities without gradient, then trains without branches.

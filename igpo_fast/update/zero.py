@@ -87,7 +87,7 @@ class ZeroLearner(Learner):
         self._ranks, self._stage, self._offload = ranks, stage, offload
         super().__init__(lm, **options)
         self.alone = stage < 3 or ranks.size == 1
-        self.policy.in_parts = stage < 3
+        self.policy.in_parts = self.alone
 
     def _optimise(self, betas, weight_decay) -> None:
         inner = _AdamW(self._groups(self._trained()), lr=self._lr, betas=betas, weight_decay=weight_decay)

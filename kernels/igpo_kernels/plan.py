@@ -163,6 +163,11 @@ class TreePlan(Cached):
         return self.cached("rows read without gradient", both)
 
     @property
+    def last_rows_without_gradient(self) -> np.ndarray:
+        """The places of ``rows_read_without_gradient`` in ``rows_without_gradient``."""
+        return np.searchsorted(self.rows_without_gradient, self.rows_read_without_gradient)
+
+    @property
     def place_in_parts(self) -> np.ndarray:
         """Where each of ``rows_read`` comes when those with a gradient come first: int64 [U]."""
 
@@ -205,6 +210,11 @@ class TreePlan(Cached):
             return Pairs(self.label[part], np.searchsorted(self.rows_read, row) if rows_read else row)
 
         return self.cached(("pairs", *part.indices(self.n_pairs), rows_read), grouped)
+
+    def tokens(self, device: torch.device | str = "cpu", rows: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and their positions on ``device``, all or those of the field ``rows``: int64 [S] each."""
+        every = (self.tensor(name, device) for name in ("input_ids", "position_ids"))
+        return tuple(x[self.tensor(rows, device)] if rows else x for x in every)
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """A field as a tensor on ``device``, copied once."""

@@ -22,15 +22,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from igpo_kernels import Branch, RolloutTokens, Tree, pack
+from igpo_kernels import Branch, Fork, RolloutTokens, Tree, pack
 from igpo_kernels.huggingface import (
     ATTENTION,
-    BranchAttend,
     TreeAttend,
-    TrunkAttend,
     heads_of,
     last_layer,
     model_inputs,
+    read_in_parts,
     read_rows_in_last_layer,
 )
 from igpo_kernels.tree_attention import backend_for
@@ -170,19 +169,31 @@ def test_a_last_layer_of_rows_that_are_read(family, how):
 
 
 def in_parts(lm, plan):
-    """Logits and hidden states of all pairs, those of decision pairs with a graph, from a forward of each part."""
-    trunk = TrunkAttend(plan.with_gradient, rows_read=True)
-    out = lm(**{**model_inputs(trunk.plan), "plan": trunk}, output_hidden_states=True)
-    with torch.no_grad():
-        chosen = plan.tensor("rows_without_gradient")
-        branches = BranchAttend(plan, rows_read=True, trunk=trunk)
-        tokens = {"input_ids": plan.tensor("input_ids")[chosen][None], "plan": branches, "use_cache": False}
-        rest = lm(**tokens, position_ids=plan.tensor("position_ids")[chosen][None], output_hidden_states=True)
-    rows = plan.pairs(rows_read=True).on("cpu").rows
-    parts = zip((out.logits, out.hidden_states[-1]), (rest.logits, rest.hidden_states[-1]), strict=True)
-    both = (torch.cat([a[0], b[0]])[plan.tensor("place_in_parts")][rows] for a, b in parts)
-    assert out.logits.shape[1] + rest.logits.shape[1] == len(plan.rows_read)
-    return *both, trunk
+    """Logits and hidden states of all pairs, from a forward of each part; those of decision pairs have a graph."""
+    attends = []
+
+    def forward(ids, positions, attend):
+        attends.append((attend, torch.is_grad_enabled()))
+        out = lm(
+            input_ids=ids[None], position_ids=positions[None], plan=attend, use_cache=False, output_hidden_states=True
+        )
+        return torch.cat([out.logits[0], out.hidden_states[-1][0]], 1)
+
+    of_loss, every = read_in_parts(forward, plan)
+    (trunk, with_graph), (_, others) = attends
+    assert with_graph and not others and not trunk.kept
+    n = plan.n_decisions
+    decisions = trunk.plan.pairs(slice(0, n), rows_read=True).on("cpu").rows
+    answers = plan.pairs(slice(n, None), rows_read=True).on("cpu").rows
+    return *torch.cat([of_loss[decisions], every[answers]]).split([VOCAB, every.shape[1] - VOCAB], 1), attends
+
+
+def with_forks(made):
+    """``answers_alone`` of the trees, each rollout with another continuation, and a rollout that trains nothing."""
+    fork = Fork(5, np.arange(6), 2, 5, turn=0)
+    trees = [replace(tree, rollouts=[replace(r, forks=[fork]) for r in tree.rollouts]) for tree in answers_alone(made)]
+    ids = np.arange(9)
+    return [*trees, Tree([RolloutTokens(9, ids, np.full(9, -1), np.array([4, 9]))], trees[0].branches)]
 
 
 def results_of_decisions(lm, plan, logits, hidden):
@@ -194,18 +205,34 @@ def results_of_decisions(lm, plan, logits, hidden):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 @pytest.mark.parametrize("how", ["kept", "recomputed", "reentrant"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_pack_in_two_parts(family, how):
-    """As one forward in all values, and in every gradient of a loss on decisions; keys are kept until read."""
-    lm, plan = make(family), pack(trees())
+@pytest.mark.parametrize("of", [trees, lambda: with_forks(trees())], ids=["answers", "forks"])
+def test_a_pack_in_two_parts(of, family, how):
+    """As one forward in all values, and in every gradient of a loss on decisions; keys are kept until they are read."""
+    lm, plan = make(family), pack(of())
     expected = results_of_decisions(lm, plan, *packed(lm, plan))
     read_rows_in_last_layer(lm)
     if how != "kept":
         lm.train().gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
-    *out, trunk = in_parts(lm, plan)
+    *out, attends = in_parts(lm, plan)
     assert difference(results_of_decisions(lm, plan, *out), expected) < 2e-6
-    assert list(trunk.kept.values()) == [()] * lm.config.num_hidden_layers
-    with pytest.raises(ValueError, match="the trunk keeps no keys of layer 0"):
-        BranchAttend(plan, trunk=trunk)(0, *[torch.zeros(4, 2, 8)] * 3, scale=1.0, softcap=0.0, window=None)
+    (trunk, _), (branches, _) = attends
+    assert not trunk.kept  # neither after the backward, which may have run the layers again
+    with pytest.raises(ValueError, match="the trunk keeps no keys for layer 0"):
+        branches(0, *[torch.zeros(4, 2, 8)] * 3, scale=1.0, softcap=0.0, window=None)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_parts_of_layers_that_run_twice_and_of_a_last_layer_that_is_whole(family):
+    """Each run of a layer has its own keys. Without the hook the last layer gives all rows."""
+    lm, plan = make(family), pack(trees())
+    first, *_ = lm.model.layers
+    lm.model.layers.insert(1, first)
+    lm.config.num_hidden_layers += 1
+    if hasattr(lm.config, "layer_types"):
+        lm.config.layer_types = [lm.config.layer_types[0], *lm.config.layer_types]
+    expected = results_of_decisions(lm, plan, *packed(lm, plan))
+    *out, _ = in_parts(lm, plan)
+    assert difference(results_of_decisions(lm, plan, *out), expected) < 2e-6
 
 
 def test_a_last_layer_of_rows_changes_no_other_forward():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from igpo_fast import model
 from igpo_fast.model import use_attend
 from igpo_fast.update.advantages import Recipe, credit_rollouts
 from igpo_fast.update.critic import CriticSettings, ValueHead, ValueInputs, estimate
@@ -301,9 +302,13 @@ def test_values_and_gradients_of_a_critic(packs, level):
     assert_same_gradients(gradients(ours), gradients(plain))
 
 
-def test_each_packed_token_is_read_exactly_once_in_one_pass_mode():
+@pytest.mark.parametrize("how", ["in parts", "in one forward", "by all rows"])
+def test_each_packed_token_is_read_exactly_once_in_one_pass_mode(monkeypatch, how):
     case, (ours, _) = Case(5), models()
     policy = Policy(ours, TEMPERATURE, LossSettings())
+    policy.in_parts = how != "in one forward"
+    if how == "by all rows":
+        monkeypatch.setattr(model, "CHOOSE_ROWS", ())
     read = []
 
     def note(module, args, out):
@@ -317,8 +322,11 @@ def test_each_packed_token_is_read_exactly_once_in_one_pass_mode():
         policy(plan, inputs, lambda scored_logp, n=n: np.ones(n, np.float32)).loss.backward()
     # First what the same rollouts would be without answers, then all else; no gradient there.
     alone = [plan.n_tokens for plan in case.plans(2, branches=False)]
-    rest = [plan.n_tokens - n for plan, n in zip(plans, alone, strict=True)]
-    assert read == [x for pair in zip(alone, rest, strict=True) for x in ((pair[0], True), (pair[1], False))]
+    if how == "in parts":
+        rest = [plan.n_tokens - n for plan, n in zip(plans, alone, strict=True)]
+        assert read == [x for a, b in zip(alone, rest, strict=True) for x in ((a, True), (b, False))]
+    else:
+        assert read == [(plan.n_tokens, True) for plan in plans]
     decisions = sum(r.decision_tokens for r in case.rollouts)
     answers = sum(
         len(r.turns) * sum(b.stop - b.start for b in case.branches[case.group_of[i]])

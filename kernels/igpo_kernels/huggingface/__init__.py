@@ -26,7 +26,7 @@ from igpo_kernels.huggingface.dispatch import (
 )
 from igpo_kernels.huggingface.last_layer import read_rows_in_last_layer
 from igpo_kernels.huggingface.lm_head import Head, head_of, logprobs
-from igpo_kernels.huggingface.parts import BranchAttend, TrunkAttend
+from igpo_kernels.huggingface.parts import BranchAttend, TrunkAttend, read_in_parts
 from igpo_kernels.huggingface.verify import use_tree_attention
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "logprobs",
     "masked_limits",
     "model_inputs",
+    "read_in_parts",
     "read_rows_in_last_layer",
     "use_tree_attention",
 ]

@@ -55,8 +55,8 @@ class TreeAttend:
 
 def model_inputs(plan: TreePlan, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Arguments of a model's forward for a pack: one row of N tokens, with positions along their paths."""
-    ids, positions = (plan.tensor(name, device)[None] for name in ("input_ids", "position_ids"))
-    return dict(input_ids=ids, position_ids=positions, plan=plan, use_cache=False)
+    ids, positions = plan.tokens(device)
+    return dict(input_ids=ids[None], position_ids=positions[None], plan=plan, use_cache=False)
 
 
 def heads_of(model: PreTrainedModel) -> tuple[int, int]:
