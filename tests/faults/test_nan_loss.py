@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from igpo_fast import model
 from igpo_fast.train import Trainer, train
-from igpo_fast.update import policy as policy_module
 from igpo_fast.update.policy import Policy
 from tests.tiny import STEPS, Recorder, rows, settings
 
@@ -34,8 +34,8 @@ class Run:
             spoiled = inputs is not None and calls[0] in passes
             with monkeypatch.context() as patch:
                 if spoiled and spoil == "hidden states":
-                    hidden_states = policy_module.hidden_states
-                    patch.setattr(policy_module, "hidden_states", lambda *a: hidden_states(*a) * float("nan"))
+                    hidden_states = model.hidden_states
+                    patch.setattr(model, "hidden_states", lambda *a: hidden_states(*a) * float("nan"))
                 scores = forward(policy, plan, inputs, advantages_of)
             if spoiled and spoil == "loss":
                 return replace(scores, loss=scores.loss * float("nan"))
