@@ -167,7 +167,8 @@ def test_gains_and_gradients_are_those_of_separate_passes(monkeypatch, baseline,
     read = []
     ours.model.embed_tokens.register_forward_hook(lambda module, args, out: read.append(args[0].numel()))
     run = Updates(monkeypatch, case, ours, *settings, baseline=baseline, **options)
-    assert packs <= len(read) <= packs if passes == "one" else packs < len(read) <= 2 * packs
+    # One pass reads each pack in two parts.
+    assert len(read) == 2 * packs if passes == "one" else packs < len(read) <= 2 * packs
     scored = []
     for i, rollout in enumerate(case.rollouts):
         if baseline == "masked":
@@ -223,7 +224,8 @@ def test_forks_cost_their_own_tokens_and_no_pass(monkeypatch, passes):
         packed = len(paths) + sum(trie(key[0]) for key in blocks)
         assert row["tokens/scored"] == scored
         assert row["tokens/packed"] == packed + (len(plain) if passes == "two" else 0) == sum(forwards)
-        assert len(forwards) == (1 if passes == "one" else 2)
+        # One pass: what the loss has a gradient at, then the rest. Two: everything, then the rollouts.
+        assert forwards == ([len(plain), packed - len(plain)] if passes == "one" else [packed, len(plain)])
         read[baseline] = packed
     assert read["masked"] < read["random"]
 
