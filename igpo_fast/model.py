@@ -66,8 +66,7 @@ def hidden_states(
             raise
         raise InputError(f"{type(lm).__name__} cannot run packed: {error}") from error
     hidden = out.last_hidden_state[0]
-    rows = attend.last_rows(hidden.device) if isinstance(attend, TreeAttend) else None
-    return hidden if rows is None or len(rows) == len(hidden) else hidden[rows]
+    return attend.last_of(hidden) if isinstance(attend, TreeAttend) else hidden
 
 
 def attention_of(lm: PreTrainedModel, plan: TreePlan, backend: str) -> str:

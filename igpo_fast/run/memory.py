@@ -239,9 +239,7 @@ def _pack(config: Config, lm: PretrainedConfig, size: int, gpu: bool) -> Iterabl
     saved = 4 * ffn + (9 if size == 4 else 11) * hidden  # numbers per token that a layer keeps for backward
     last = 6 * ffn + 12 * hidden  # the same, and gradients on their way
     if config.model.gradient_checkpointing and not gpu:  # until the answers are read, the trunk's keys and values stay
-        heads = getattr(lm, "num_key_value_heads", None) or lm.num_attention_heads
-        head = getattr(lm, "head_dim", None) or hidden // lm.num_attention_heads
-        last = max(last, 2 * layers * heads * head)
+        last = max(last, kv_bytes_per_token(lm, getattr(torch, config.train.precision)) // size)
     kept = token * (layers * hidden + last if config.model.gradient_checkpointing else (layers - 1) * saved + last)
     yield Part("activations of a pack", kept, ("packs",))
     if config.algorithm.name in CRITICS:  # hidden states of decision tokens, and three float32 copies in backward

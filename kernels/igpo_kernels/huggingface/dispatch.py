@@ -52,6 +52,11 @@ class TreeAttend:
         """Places, among the tokens of a forward, of the rows that the last layer gives; None for all."""
         return self.plan.tensor("rows_read", device) if self.rows_read else None
 
+    def last_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``last_rows`` of a forward's hidden states, whether its last layer gave all rows, [S, H], or those alone."""
+        rows = self.last_rows(hidden.device)
+        return hidden if rows is None or len(rows) == len(hidden) else hidden[rows]
+
 
 def model_inputs(plan: TreePlan, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Arguments of a model's forward for a pack: one row of N tokens, with positions along their paths."""

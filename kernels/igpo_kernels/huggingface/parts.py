@@ -87,15 +87,9 @@ def read_in_parts(
         that ``plan`` reads, [len(plan.rows_read), H]. ``logprobs(..., rows_read=True)`` takes either with its plan.
     """
     trunk = TrunkAttend(plan.with_gradient, backend, rows_read=True)
-    hidden = _last(forward(*trunk.plan.tokens(device), trunk), trunk)
+    hidden = trunk.last_of(forward(*trunk.plan.tokens(device), trunk))
     with torch.no_grad():
         branches = BranchAttend(plan, backend, rows_read=True, trunk=trunk)
-        others = _last(forward(*plan.tokens(device, "rows_without_gradient"), branches), branches)
+        others = branches.last_of(forward(*plan.tokens(device, "rows_without_gradient"), branches))
         every = torch.cat([hidden.detach(), others])[plan.tensor("place_in_parts", device)]
     return hidden, every
-
-
-def _last(hidden: torch.Tensor, attend: TreeAttend) -> torch.Tensor:
-    """The rows that are read, of a forward whose last layer may have given all."""
-    rows = attend.last_rows(hidden.device)
-    return hidden if len(rows) == len(hidden) else hidden[rows]
