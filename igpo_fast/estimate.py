@@ -131,14 +131,14 @@ def training_flops(shape: Shape, work: Work, checkpointing: bool) -> float:
     """FLOPs of a forward and its backward.
 
     The backward multiplies for inputs and for weights, of which frozen ones have none; attention's does five products
-    for the forward's two. Checkpointing repeats the decoder's forward.
+    for the forward's two. Checkpointing repeats the decoder's forward, but for its attention.
     """
     layers = shape.linear + shape.adapters
     updated = shape.adapters or shape.linear
     attention = _attention_flops(shape, work)
     decoder = 2 * (layers + updated) * work.tokens + 2.5 * attention
     head = 2 * shape.head * work.decisions * (1 if shape.adapters else 2)
-    again = (2 * layers * work.tokens + attention) if checkpointing else 0.0
+    again = 2 * layers * work.tokens if checkpointing else 0.0
     return forward_flops(shape, work) + decoder + head + again
 
 

@@ -36,6 +36,7 @@ from igpo_kernels.huggingface import (
     Attend,
     TreeAttend,
     heads_of,
+    keep_attention,
     read_in_parts,
     read_rows_in_last_layer,
 )
@@ -210,8 +211,8 @@ def use_attend(lm: PreTrainedModel) -> PreTrainedModel:
 
 
 def recompute_layers(lm: PreTrainedModel) -> None:
-    """Gradient checkpointing: each decoder layer keeps only its input and runs again in the backward pass.
-    (The last also keeps its keys and values, which its hook makes.)
+    """Gradient checkpointing: each decoder layer keeps only its input and its attention's output, and runs again in the
+    backward pass without computing attention again. (The last also keeps its keys and values, which its hook makes.)
 
     transformers does so only for layers in training mode, where some drop out; here none is.
 
@@ -222,7 +223,9 @@ def recompute_layers(lm: PreTrainedModel) -> None:
     if not layers:
         raise InputError(f"model.gradient_checkpointing: {type(lm).__name__} does not support it; set it to false")
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=keep_attention
+        )
 
 
 def probe(lm: PreTrainedModel) -> PreTrainedModel:

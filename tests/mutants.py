@@ -110,6 +110,7 @@ INSPECT = "kernels/triton/test_inspect.py"
 GAPS = "test_mutant_gaps.py"
 PLAY = "test_play.py"
 AUTOGRAD = "kernels/test_autograd.py"
+RECOMPUTE = "kernels/test_recompute.py"
 IN_PARTS = "kernels/test_huggingface.py::test_a_pack_in_two_parts"
 READ_ONCE = "parity/test_parity.py::test_each_packed_token_is_read_exactly_once_in_one_pass_mode"
 LAST_LAYER = "kernels/test_huggingface.py::test_a_last_layer_of_rows_that_are_read"
@@ -191,8 +192,8 @@ MUTANTS = [
          f"{LOGPROB_GPU}::test_repeated_rows_and_cells_accumulate"),
     ),
     *faults(f"{KERNELS}/tree_attention/torch_path.py",
-        ("scale dropped in the forward", "attn_mask=bias, scale=scale)\n                    lse",
-         "attn_mask=bias)\n                    lse", SCALE),
+        ("scale dropped in the forward", "attn_mask=bias, scale=scale)\n                lse",
+         "attn_mask=bias)\n                lse", SCALE),
         ("scale dropped in the backward", "attn_mask=bias, scale=scale\n", "attn_mask=bias\n", SCALE),
         ("scale dropped with a soft cap", ".mul_(scale)\n    capped", "\n    capped", SOFTCAP),
         ("soft cap ignored", "capped = scores.div_(softcap).tanh_()", "capped = scores.div_(softcap)", SOFTCAP),
@@ -931,6 +932,18 @@ MUTANTS = [
          f"{HEADS}::test_a_head_with_an_adapter_is_refused_even_while_it_adds_nothing"),
         ("a head is tried once, whatever changes", "_measured[model][0] != state", "False",
          f"{HEADS}::test_a_head_that_changed_after_it_was_tried_is_tried_again"),
+    ),
+    *faults(f"{KERNELS}/recompute.py",
+        ("attention runs again", "kept = next(self._calls)", "kept = [(x, x._version) for x in compute()]",
+         f"{RECOMPUTE}::test_attention_is_computed_once"),
+        ("every call takes the first one's", "self._calls = iter(self._kept)", "self._calls = iter(self._kept[:1] * 9)",
+         f"{RECOMPUTE}::test_attention_is_computed_once"),
+        ("a forward that failed goes on", "_running.reset(self._before)", "pass",
+         f"{RECOMPUTE}::test_a_forward_that_fails_leaves_nothing_behind"),
+        ("what was written to is taken", "if any(x._version != version for x, version in kept):", "if False:",
+         f"{RECOMPUTE}::test_an_output_that_is_written_to_is_refused"),
+        ("results stay in their graph", "[(x.detach(), x._version) for x in result]",
+         "[(x, x._version) for x in result]", f"{RECOMPUTE}::test_nothing_stays_after_the_backward"),
     ),
     *faults(f"{KERNELS}/huggingface/parts.py",
         ("branches see no trunk", '("rows_with_gradient", trunk), (', '("rows_with_gradient", 0 * trunk), (', IN_PARTS),

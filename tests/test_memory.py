@@ -63,7 +63,7 @@ def test_one_process_by_hand(dtype, size, checkpointing):
         "gradients": COUNT * 4,
         "Adam states": COUNT * 8,
         "reference": COUNT * size,
-        "activations of a pack": 100 * size * (3 * 8 + last if checkpointing else 2 * saved + last),
+        "activations of a pack": 100 * size * (2 * 3 * 8 + last if checkpointing else 2 * saved + last),
         "LM head": 2 * 100 * size * 8 + 2**26,
         "AdamW's temporaries": 8 * 8 * 12,  # a feed-forward matrix, twice
     }

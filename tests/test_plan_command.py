@@ -60,7 +60,7 @@ def test_flops_by_hand():
     decoder, attention, head = 2 * 3 * MATRICES * 97, 4 * 8 * 3 * pairs, 2 * 80 * 54
     assert forward_flops(shape, work) == decoder + attention + head
     assert training_flops(shape, work, False) == 3 * decoder + 3.5 * attention + 3 * head
-    assert training_flops(shape, work, True) == 4 * decoder + 4.5 * attention + 3 * head
+    assert training_flops(shape, work, True) == 4 * decoder + 3.5 * attention + 3 * head
     lora = memory.shape_of(config.load(None, ["model.lora_rank=1"]), tiny())
     adapters = 2 * lora.adapters * 97
     assert training_flops(lora, work, False) == 2 * decoder + 3 * adapters + 3.5 * attention + 2 * head

@@ -240,7 +240,8 @@ def _pack(config: Config, lm: PretrainedConfig, size: int, gpu: bool) -> Iterabl
     last = 6 * ffn + 12 * hidden  # the same, and gradients on their way
     if config.model.gradient_checkpointing and not gpu:  # until the answers are read, the trunk's keys and values stay
         last = max(last, kv_bytes_per_token(lm, getattr(torch, config.train.precision)) // size)
-    kept = token * (layers * hidden + last if config.model.gradient_checkpointing else (layers - 1) * saved + last)
+    recomputed = layers * hidden + _width(lm, "num_attention_heads")  # a layer's input and its attention's output
+    kept = token * (recomputed + last if config.model.gradient_checkpointing else (layers - 1) * saved + last)
     yield Part("activations of a pack", kept, ("packs",))
     if config.algorithm.name in CRITICS:  # hidden states of decision tokens, and three float32 copies in backward
         yield Part("critic", token * hidden + 3 * 4 * config.train.token_budget * hidden, ("packs",))
@@ -278,15 +279,20 @@ def total(parts: Iterable[Part]) -> int:
 
 def kv_bytes_per_token(lm: PretrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values in all layers."""
+    return 2 * _width(lm, "num_key_value_heads") * dtype.itemsize
+
+
+def _width(lm: PretrainedConfig, which: str) -> int:
+    """Numbers per token of the heads that ``which`` counts, in all layers."""
     count = lm.num_hidden_layers
     layers = lm.per_layer_config if getattr(lm, "is_heterogeneous", False) else [lm] * count
-    return sum(2 * _kv_width(layers[i]) * dtype.itemsize for i in range(count))
 
+    def width(layer: PretrainedConfig) -> int:
+        heads = layer.num_attention_heads
+        size = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+        return size * (getattr(layer, which, None) or heads)
 
-def _kv_width(layer: PretrainedConfig) -> int:
-    heads = layer.num_attention_heads
-    size = getattr(layer, "head_dim", None) or layer.hidden_size // heads
-    return (getattr(layer, "num_key_value_heads", None) or heads) * size
+    return sum(width(layers[i]) for i in range(count))
 
 
 def place_of(device: str, ranks: int) -> Place:

@@ -27,6 +27,7 @@ from igpo_kernels.huggingface import (
     ATTENTION,
     TreeAttend,
     heads_of,
+    keep_attention,
     last_layer,
     model_inputs,
     read_in_parts,
@@ -50,6 +51,13 @@ FAMILIES = {
     ),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
 }  # fmt: skip
+
+RECOMPUTED = {
+    "recomputed": {"use_reentrant": False},
+    "reentrant": {"use_reentrant": True},
+    "attention kept": {"use_reentrant": False, "context_fn": keep_attention},
+}
+"""Ways of gradient checkpointing."""
 
 
 def make(family, attention=ATTENTION, **more):
@@ -149,7 +157,7 @@ def answers_alone(made):
     ]
 
 
-@pytest.mark.parametrize("how", ["kept", "recomputed", "reentrant"])
+@pytest.mark.parametrize("how", ["kept", *RECOMPUTED])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_last_layer_of_rows_that_are_read(family, how):
     """As the whole layer in values and every gradient, also when it is recomputed; called twice, the hook is one."""
@@ -157,7 +165,7 @@ def test_a_last_layer_of_rows_that_are_read(family, how):
     expected = results(lm, *packed(lm, plan))
     assert read_rows_in_last_layer(lm) and read_rows_in_last_layer(lm)
     if how != "kept":
-        lm.train().gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+        lm.train().gradient_checkpointing_enable(RECOMPUTED[how])
     *others, last = lm.model.layers
     fed = []
     for layer in (*others, last):
@@ -203,7 +211,7 @@ def results_of_decisions(lm, plan, logits, hidden):
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
-@pytest.mark.parametrize("how", ["kept", "recomputed", "reentrant"])
+@pytest.mark.parametrize("how", ["kept", *RECOMPUTED])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("of", [trees, lambda: with_forks(trees())], ids=["answers", "forks"])
 def test_a_pack_in_two_parts(of, family, how):
@@ -212,7 +220,7 @@ def test_a_pack_in_two_parts(of, family, how):
     expected = results_of_decisions(lm, plan, *packed(lm, plan))
     read_rows_in_last_layer(lm)
     if how != "kept":
-        lm.train().gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+        lm.train().gradient_checkpointing_enable(RECOMPUTED[how])
     *out, attends = in_parts(lm, plan)
     assert difference(results_of_decisions(lm, plan, *out), expected) < 2e-6
     (trunk, _), (branches, _) = attends
@@ -345,15 +353,15 @@ class Writes(dict):
         return self[key]
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("how", RECOMPUTED)
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
-def test_gradient_checkpointing(family, use_reentrant):
+def test_gradient_checkpointing(family, how):
     lm = make(family).train()
     kept_plan, plan = (pack(trees()) for _ in range(2))
     for each in (kept_plan, plan):
         object.__setattr__(each, "cache", Writes())
     kept = results(lm, *packed(lm, kept_plan))
-    lm.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    lm.gradient_checkpointing_enable(RECOMPUTED[how])
     attend = Counted(plan)
     out = packed(lm, plan, plan=attend)
     assert attend.calls == [0, 1]

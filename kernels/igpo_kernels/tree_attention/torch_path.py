@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from igpo_kernels.autograd import first_order
+from igpo_kernels.recompute import once
 from igpo_kernels.tree_attention.schedule import Tile, mask, tiles
 from igpo_kernels.workspace import workspace_bytes
 
@@ -31,19 +32,7 @@ class _TreeAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, plan, scale, softcap, window, chosen):
         # ATen's flash attention assumes contiguous heads, and does not check.
         q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = []
-        for heads in _pieces(plan, window, q, k, softcap):
-            for _, rows, bias, k_tile, v_tile in heads.tiles(plan, window, k, v, chosen):
-                q_tile = heads.queries(q, rows)
-                if _uses_flash(q, softcap):
-                    k_tile, v_tile = (x.unsqueeze(1).expand(-1, q_tile.shape[1], -1, -1) for x in (k_tile, v_tile))
-                    out_tile, lse_tile = _flash(q_tile, k_tile, v_tile, 0.0, False, attn_mask=bias, scale=scale)
-                    lse.append(lse_tile)
-                else:
-                    p, _ = _probabilities(q_tile, k_tile, bias, scale, softcap)
-                    out_tile = (p.to(v.dtype) @ v_tile).view(q_tile.shape)
-                heads.queries(out, rows).copy_(out_tile)
+        out, *lse = once(lambda: _forward(q, k, v, plan, scale, softcap, window, chosen))
         ctx.save_for_backward(q, k, v, out, *lse)
         ctx.plan, ctx.scale, ctx.softcap, ctx.window, ctx.chosen = plan, scale, softcap, window, chosen
         return out
@@ -74,6 +63,24 @@ class _TreeAttention(torch.autograd.Function):
                 heads.add(dk, dk_tile, tile)
                 heads.add(dv, dv_tile, tile)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+
+
+def _forward(q, k, v, plan, scale, softcap, window, chosen) -> tuple[torch.Tensor, ...]:
+    """The output, and the log-sum-exp of each tile if it runs as flash attention."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = []
+    for heads in _pieces(plan, window, q, k, softcap):
+        for _, rows, bias, k_tile, v_tile in heads.tiles(plan, window, k, v, chosen):
+            q_tile = heads.queries(q, rows)
+            if _uses_flash(q, softcap):
+                k_tile, v_tile = (x.unsqueeze(1).expand(-1, q_tile.shape[1], -1, -1) for x in (k_tile, v_tile))
+                out_tile, lse_tile = _flash(q_tile, k_tile, v_tile, 0.0, False, attn_mask=bias, scale=scale)
+                lse.append(lse_tile)
+            else:
+                p, _ = _probabilities(q_tile, k_tile, bias, scale, softcap)
+                out_tile = (p.to(v.dtype) @ v_tile).view(q_tile.shape)
+            heads.queries(out, rows).copy_(out_tile)
+    return out, *lse
 
 
 class _Heads(NamedTuple):

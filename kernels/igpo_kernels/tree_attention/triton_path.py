@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from igpo_kernels.autograd import first_order
 from igpo_kernels.plan import Branch, RolloutTokens, Tree, TreePlan, pack
+from igpo_kernels.recompute import once
 from igpo_kernels.tree_attention import LARGEST_GROUP, LARGEST_HEAD
 from igpo_kernels.tree_attention import triton_kernels as kernels
 from igpo_kernels.tree_attention.blocks import block_lists
@@ -47,15 +48,8 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, plan, scale, softcap, window):
         q, k, v = map(addressable, (q, k, v))
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        log_mass = statistic(q)
-        ctx.launch = launch = Launch(q, k, plan, scale, softcap, window)
-        config = launch.config("forward")
-        tma, sources = launch.sources(config["TMA"], config["BLOCK_N"], k, v)
-        grid, mask, lists = launch.visits(config, tma)
-        kernels.attention_forward[grid](
-            q, *sources, out, log_mass, *mask, *lists, *strides(q, k, v), *launch.sizes, **launch.options(config, tma)
-        )
+        ctx.launch = Launch(q, k, plan, scale, softcap, window)
+        out, log_mass = once(lambda: _forward(q, k, v, ctx.launch))
         ctx.save_for_backward(q, k, v, out, log_mass)
         return out
 
@@ -88,6 +82,19 @@ class _TreeAttention(torch.autograd.Function):
             *launch.sizes, **launch.options(config, tma),
         )  # fmt: skip
         return d_q, d_k, d_v, None, None, None, None
+
+
+def _forward(q, k, v, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and the log-sum-exp in base 2."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    log_mass = statistic(q)
+    config = launch.config("forward")
+    tma, sources = launch.sources(config["TMA"], config["BLOCK_N"], k, v)
+    grid, mask, lists = launch.visits(config, tma)
+    kernels.attention_forward[grid](
+        q, *sources, out, log_mass, *mask, *lists, *strides(q, k, v), *launch.sizes, **launch.options(config, tma)
+    )
+    return out, log_mass
 
 
 class Launch:
