@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
 from igpo_kernels import Branch, RolloutTokens, Tree, pack, tree_attention
+from igpo_kernels.recompute import keep_attention
 from igpo_kernels.tree_attention import triton_kernels, triton_path
 from igpo_kernels.triton_variants import Config
 from tests.kernels.test_plan import plan_of
@@ -56,6 +58,22 @@ def test_rows_that_are_read():
     """Kernels compute all rows."""
     found, expected = rows_and_all(plan_of(7)[-1], "triton", q_heads=2, kv_heads=1, dtype=torch.float32, device=DEVICE)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_a_recomputed_function_takes_the_output_that_it_gave(monkeypatch):
+    plan, launches, forward = plan_of(7)[-1], [], triton_path._forward
+    monkeypatch.setattr(triton_path, "_forward", lambda *args: launches.append(1) or forward(*args))
+    case = case_of(plan)
+    expected = run(case, plan, torch.float32, "triton")
+    *leaves, upstream = (x.float() for x in case)
+    leaves = [x.requires_grad_() for x in leaves]
+    out = checkpoint(
+        lambda *x: tree_attention(*x, plan, backend="triton").sin(), *leaves, use_reentrant=False,
+        context_fn=keep_attention,
+    )  # fmt: skip
+    found = torch.autograd.grad(out, leaves, upstream / expected[0].cos())
+    torch.testing.assert_close(found, tuple(expected[1:]), rtol=1e-5, atol=1e-5)
+    assert len(launches) == 2
 
 
 def check(plan, dtype=torch.float32, options=None, **sizes):
