@@ -238,7 +238,7 @@ def _pack(config: Config, lm: PretrainedConfig, size: int, gpu: bool) -> Iterabl
     token = size * config.train.token_budget  # bytes of one number per packed token
     saved = 4 * ffn + (9 if size == 4 else 11) * hidden  # numbers per token that a layer keeps for backward
     last = 6 * ffn + 12 * hidden  # the same, and gradients on their way
-    if config.model.gradient_checkpointing and not gpu:  # until the answers are read, the trunk's keys and values stay
+    if config.model.gradient_checkpointing:  # until the answers are read, the trunk's keys and values stay
         last = max(last, kv_bytes_per_token(lm, getattr(torch, config.train.precision)) // size)
     recomputed = layers * hidden + _width(lm, "num_attention_heads")  # a layer's input and its attention's output
     kept = token * (recomputed + last if config.model.gradient_checkpointing else (layers - 1) * saved + last)

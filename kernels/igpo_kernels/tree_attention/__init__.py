@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -21,8 +22,8 @@ IMPLEMENTATIONS = {
     "flash": lazy("igpo_kernels.tree_attention.flash_path", "tree_attention"),
     "flex": lazy("igpo_kernels.tree_attention.flex_path", "tree_attention"),
 }
-CHOOSE_ROWS = "reference", "torch"
-"""Implementations that can compute some rows alone."""
+CHOOSE_ROWS = "reference", "torch", "triton"
+"""Implementations that can compute some rows alone; Triton's computes the tiles that hold them."""
 ROWS = "rows_read", "rows_without_gradient", "rows_read_without_gradient"
 """Rows of a plan that can be computed alone."""
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -85,9 +86,15 @@ def tree_attention(
             return attend(q, k, v, plan, scale, softcap, window)
         if backend in CHOOSE_ROWS:
             return attend(q, k, v, plan, scale, softcap, window, rows)
-        places = plan.tensor(rows, q.device)
-        every = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, places, q)
-        return attend(every, k, v, plan, scale, softcap, window).index_select(0, places)
+        return rows_of_all(lambda every: attend(every, k, v, plan, scale, softcap, window), q, plan, rows)
+
+
+def rows_of_all(attend: Callable[[torch.Tensor], torch.Tensor], q: torch.Tensor, plan: TreePlan, rows: str):
+    """Rows of what ``attend`` gives for queries of all tokens [N, Hq, D], of which ``q`` is those rows alone and the
+    others are zeros."""
+    places = plan.tensor(rows, q.device)
+    every = q.new_zeros(plan.n_tokens, *q.shape[1:]).index_copy(0, places, q)
+    return attend(every).index_select(0, places)
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -19,7 +19,7 @@ class BlockLists:
     """
 
     order: torch.Tensor
-    """Rows by descending number of visits, so that long rows start first [rows]."""
+    """The rows to compute, by descending number of visits, so that long ones start first [rows or fewer]."""
     offset: torch.Tensor
     """Row r's full runs are ``runs[offset[2 * r] : offset[2 * r + 1]]``, its masked ones follow, up to
     ``offset[2 * r + 2]`` [2 * rows + 1]."""
@@ -34,15 +34,27 @@ class BlockLists:
 
 
 def block_lists(
-    plan: TreePlan, window: int | None, queries: int, keys: int, *, by_key: bool = False, device="cpu"
-) -> BlockLists:
+    plan: TreePlan, window: int | None, queries: int, keys: int, *, by_key: bool = False, only: str | None = None,
+    device="cpu",
+) -> BlockLists:  # fmt: skip
     """The runs for tiles of ``queries`` and blocks of ``keys`` tokens, both counted from the pack's start, as tensors
-    on ``device``: one row per tile, or with ``by_key`` one row per block."""
-    key = ("blocks", window, queries, keys, by_key, str(device))
-    return plan.cached(key, lambda: _block_lists(plan, window, queries, keys, by_key, device))
+    on ``device``: one row per tile, or with ``by_key`` one row per block.
+
+    Args:
+        only: rows of the plan (``rows_read``, ...); ``order`` then has the tiles that hold some of them.
+    """
+    key = ("blocks", window, queries, keys, by_key)
+
+    def make():
+        order, *lists = plan.cached(key, lambda: _block_lists(plan, window, queries, keys, by_key))
+        if only is not None:
+            order = order[np.isin(order, getattr(plan, only) // queries)]
+        return BlockLists(*(torch.from_numpy(array).to(device) for array in (order, *lists)))
+
+    return plan.cached((*key, only, str(device)), make)
 
 
-def _block_lists(plan: TreePlan, window: int | None, queries: int, keys: int, by_key: bool, device) -> BlockLists:
+def _block_lists(plan: TreePlan, window: int | None, queries: int, keys: int, by_key: bool) -> list[np.ndarray]:
     rows = -(-plan.n_tokens // (keys if by_key else queries))
     bounds = _bounds(plan, queries, keys)
     if window is not None:
@@ -51,9 +63,7 @@ def _block_lists(plan: TreePlan, window: int | None, queries: int, keys: int, by
         place, runs = (_runs_of_blocks if by_key else _runs_of_tiles)(bounds)
     offset = np.concatenate([[0], np.cumsum(np.bincount(place, minlength=2 * rows))])
     visits = np.bincount(place // 2, runs[:, 1] - runs[:, 0], rows)
-    arrays = np.argsort(-visits, kind="stable"), offset, runs
-    tensors = (torch.from_numpy(array.astype(np.int32)).to(device) for array in arrays)
-    return BlockLists(*tensors)
+    return [array.astype(np.int32) for array in (np.argsort(-visits, kind="stable"), offset, runs)]
 
 
 def visible_area(plan: TreePlan, window: int | None = None) -> int:

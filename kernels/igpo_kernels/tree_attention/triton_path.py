@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from igpo_kernels.autograd import first_order
 from igpo_kernels.plan import Branch, RolloutTokens, Tree, TreePlan, pack
 from igpo_kernels.recompute import once
-from igpo_kernels.tree_attention import LARGEST_GROUP, LARGEST_HEAD
+from igpo_kernels.tree_attention import LARGEST_GROUP, LARGEST_HEAD, rows_of_all
 from igpo_kernels.tree_attention import triton_kernels as kernels
 from igpo_kernels.tree_attention.blocks import block_lists
 from igpo_kernels.triton_variants import DTYPE_NAMES, DTYPES, Config, Tunable, Variant, arch_of, config_for, configs
@@ -29,7 +29,7 @@ ALIGNED = TMA_BYTES // 4
 """Rows of numbers per token, of 4 bytes each, lie a multiple of this many numbers apart."""
 
 
-def tree_attention(q, k, v, plan, scale, softcap, window):
+def tree_attention(q, k, v, plan, scale, softcap, window, rows=None):
     if q.dtype not in DTYPE_NAMES:
         raise ValueError(
             f"tree_attention: the triton backend takes {', '.join(map(str, DTYPE_NAMES))}; got {q.dtype}; convert the "
@@ -41,14 +41,15 @@ def tree_attention(q, k, v, plan, scale, softcap, window):
             f"tree_attention: the triton backend takes heads of up to {LARGEST_HEAD} numbers, up to {LARGEST_GROUP} "
             f"query heads per key head; got {q.shape[2]} and {heads_a_group}; pass backend='torch'"
         )
-    return _TreeAttention.apply(q, k, v, plan, scale, softcap, window)
+    attend = lambda q: _TreeAttention.apply(q, k, v, plan, scale, softcap, window, rows)  # noqa: E731
+    return attend(q) if rows is None else rows_of_all(attend, q, plan, rows)
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, plan, scale, softcap, window):
+    def forward(ctx, q, k, v, plan, scale, softcap, window, rows):
         q, k, v = map(addressable, (q, k, v))
-        ctx.launch = Launch(q, k, plan, scale, softcap, window)
+        ctx.launch = Launch(q, k, plan, scale, softcap, window, rows)
         out, log_mass = once(lambda: _forward(q, k, v, ctx.launch))
         ctx.save_for_backward(q, k, v, out, log_mass)
         return out
@@ -60,7 +61,8 @@ class _TreeAttention(torch.autograd.Function):
         launch = ctx.launch
         d_out = addressable(d_out)
         delta = statistic(q)
-        d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        d_q = launch.queries(q)
+        d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         config = launch.config("deltas")
         kernels.attention_deltas[(triton.cdiv(delta.numel(), config["BLOCK_M"]),)](
             out, d_out, delta, *strides(d_out), q.shape[0], q.shape[1],
@@ -81,13 +83,15 @@ class _TreeAttention(torch.autograd.Function):
             q_source, k, v, d_out_source, *statistics, d_k, d_v, *mask, *lists, *strides(q, k, v, d_out),
             *launch.sizes, **launch.options(config, tma),
         )  # fmt: skip
-        return d_q, d_k, d_v, None, None, None, None
+        return d_q, d_k, d_v, *[None] * 5
 
 
 def _forward(q, k, v, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the log-sum-exp in base 2."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = launch.queries(q)
     log_mass = statistic(q)
+    if launch.rows is not None:  # the backward of keys reads it of all queries
+        log_mass.zero_()
     config = launch.config("forward")
     tma, sources = launch.sources(config["TMA"], config["BLOCK_N"], k, v)
     grid, mask, lists = launch.visits(config, tma)
@@ -98,16 +102,24 @@ def _forward(q, k, v, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Launch:
-    """Arguments that the kernels of one call share."""
+    """Arguments that the kernels of one call share.
 
-    def __init__(self, q, k, plan: TreePlan, scale: float, softcap: float, window: int | None):
+    With ``rows`` only the tiles that hold some of those rows are computed; what others would give is 0.
+    """
+
+    def __init__(self, q, k, plan: TreePlan, scale: float, softcap: float, window: int | None, rows: str | None):
         n, heads, self.head_dim = q.shape
-        self.plan, self.window, self.device = plan, window, q.device
+        self.plan, self.window, self.rows, self.device = plan, window, rows, q.device
         self.kv_heads, self.group = k.shape[1], heads // k.shape[1]
         self.arch, self.dtype = arch_of(q.device), DTYPE_NAMES[q.dtype]
         self.capped = softcap > 0
         unit = math.log2(math.e) * (1.0 if self.capped else scale)
         self.sizes = n, self.kv_heads, self.group, unit, float(scale), float(softcap), window or 0
+
+    def queries(self, q: torch.Tensor) -> torch.Tensor:
+        """Room for a result per query, of q's shape and dtype."""
+        make = torch.empty if self.rows is None else torch.zeros
+        return make(q.shape, dtype=q.dtype, device=q.device)
 
     def config(self, part: str) -> Config:
         size = shape_class(self.head_dim, part != "deltas" and self.capped)
@@ -123,7 +135,10 @@ class Launch:
         """The grid, mask and block lists as the kernels take them: for tiles of queries with all heads of a group, or
         for blocks of keys, which take the heads one by one."""
         queries = config["BLOCK_M"] if by_key else config["BLOCK_M"] // self.group
-        lists = block_lists(self.plan, self.window, queries, config["BLOCK_N"], by_key=by_key, device=self.device)
+        only = None if by_key else self.rows
+        lists = block_lists(
+            self.plan, self.window, queries, config["BLOCK_N"], by_key=by_key, only=only, device=self.device
+        )
         end, position = (self._int32(name) for name in ("subtree_end", "position_ids"))
         mask = (end, position)
         if not by_key:  # of keys, which the loop reads, and positions of the tile's queries

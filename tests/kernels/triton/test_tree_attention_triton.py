@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from igpo_kernels import Branch, RolloutTokens, Tree, pack, tree_attention
 from igpo_kernels.recompute import keep_attention
-from igpo_kernels.tree_attention import triton_kernels, triton_path
+from igpo_kernels.tree_attention import ROWS, triton_kernels, triton_path
 from igpo_kernels.triton_variants import Config
 from tests.kernels.test_plan import plan_of
 from tests.kernels.test_tree_attention import comb, rows_and_all
@@ -54,10 +54,38 @@ def run(case, plan, dtype, backend, **options):
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
-def test_rows_that_are_read():
-    """Kernels compute all rows."""
-    found, expected = rows_and_all(plan_of(7)[-1], "triton", q_heads=2, kv_heads=1, dtype=torch.float32, device=DEVICE)
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+@settings(max_examples=6, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([None, 5]), st.sampled_from([0.0, 5.0]))
+def test_rows_alone(seed, window, softcap):
+    plan = plan_of(seed)[-1]
+    for chosen in ROWS:
+        if not len(getattr(plan, chosen)):
+            continue
+        with Poison():
+            ours, exact = rows_and_all(
+                plan, "triton", chosen, 2, 1, torch.float32, DEVICE, window=window, softcap=softcap
+            )
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=2e-5)
+
+
+def test_only_tiles_that_hold_the_rows_are_computed(monkeypatch):
+    """Answers of 6 tokens at two of 200 tokens' turns: of 14 tiles those 1 or 2 that each is in."""
+    tree = Tree([rollout(0, range(200), [100, 200])], [Branch(np.arange(90, 96), 2, 6)])
+    plan, grids, visits = pack([tree]), [], triton_path.Launch.visits
+
+    def counted(self, *args, **how):
+        found = visits(self, *args, **how)
+        grids.append(found[0][0] // self.kv_heads)
+        return found
+
+    monkeypatch.setattr(triton_path.Launch, "visits", counted)
+    set_blocks(monkeypatch, rows=32)
+    for rows in (None, "rows_without_gradient"):
+        q, k, v, _ = (x.float() for x in case_of(plan))
+        q = q if rows is None else q[plan.tensor(rows, DEVICE)]
+        tree_attention(q, k, v, plan, backend="triton", rows=rows)
+    tiles = {int(row) // 16 for row in plan.rows_without_gradient}
+    assert grids == [14, len(tiles)] and len(tiles) < 5
 
 
 def test_a_recomputed_function_takes_the_output_that_it_gave(monkeypatch):
