@@ -60,7 +60,7 @@ SETTINGS = {
 }
 """GRPOTrainer's settings that may make its step faster; the last is no setting: its LM head reads completions alone, as
 TRL's does on a GPU."""
-ROUNDS, FEWER = 3, 2
+ROUNDS = 5
 
 
 def data_of(name: str, size: Size) -> Recorded:
@@ -102,8 +102,7 @@ def test_peers(name, peers, compare, request, tmp_path):
     }
     sides = {"ours": ours(size, data)} | {peer: made[peer]() for peer in PEERS[peers]}
     sums = {f"igpo_{way}": (way, "trl") for way in ("full_logits", "kv_reuse") if way in sides}
-    rounds = ROUNDS if name in SHAPES else FEWER
-    compare("peers", shape_of(name, size, data), sides, rounds, long=True, sums=sums, tokens=data.decision_tokens)
+    compare("peers", shape_of(name, size, data), sides, ROUNDS, long=True, sums=sums, tokens=data.decision_tokens)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

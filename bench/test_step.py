@@ -11,10 +11,10 @@ pytest.importorskip("pydantic")
 pytest.importorskip("trl", exc_type=ImportError)
 
 from bench.steps import ours
-from bench.test_peers import FEWER, FULL, SHAPES, data_of, shape_of
+from bench.test_peers import FULL, ROUNDS, SHAPES, data_of, shape_of
 
 SLACK = 1.25
-ROUNDS = 16
+MORE_ROUNDS = 16
 
 
 def bar_of(shape: dict) -> float:
@@ -30,7 +30,9 @@ def test_step(name, compare, request, capsys):
     shape = shape_of(name, size, data)
     shape["bar"] = round(bar_of(shape), 3)
     sides = {"ours": ours(size, data), "igpo_vs_grpo": ours(size, data, algorithm="grpo")}
-    found = compare("step", shape, sides, FEWER if name in FULL else ROUNDS, long=True, tokens=data.decision_tokens)
+    found = compare(
+        "step", shape, sides, MORE_ROUNDS if name in SHAPES else ROUNDS, long=True, tokens=data.decision_tokens
+    )
     igpo, outcome_only = (found[name]["median"] for name in sides)
     with capsys.disabled():
         print(f"IGPO / outcome-only: {igpo / outcome_only:.3f}, the bar is {shape['bar']}")
