@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import numpy as np
 import torch
+
+
+def on_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """A copy on a device, which the host does not wait for: from pinned memory, for a copy from other memory would wait
+    for all that the device has yet to do."""
+    cuda = torch.device(device).type == "cuda"
+    return torch.tensor(array, pin_memory=cuda).to(device, non_blocking=cuda)
 
 
 class Cached:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from igpo_kernels.cache import Cached
+from igpo_kernels.cache import Cached, on_device
 from igpo_kernels.checks import whole_numbers
 
 ALIGNMENT = 16
@@ -93,7 +93,7 @@ class Pairs(Cached):
         arrays = self._grouped
         step = ALIGNMENT // np.dtype(np.int64).itemsize
         padded = [np.pad(array, (0, -len(array) % step)) for array in arrays.values()]
-        parts = torch.from_numpy(np.concatenate(padded)).to(device).split([len(array) for array in padded])
+        parts = on_device(np.concatenate(padded), device).split([len(array) for array in padded])
         tensors = {name: part[: len(arrays[name])] for name, part in zip(arrays, parts, strict=True)}
         one_to_one = len(arrays["distinct"]) == len(self) and bool((arrays["order"] == np.arange(len(self))).all())
         return Cells(**tensors, one_to_one=one_to_one)
@@ -113,7 +113,7 @@ class Pairs(Cached):
         edges = np.searchsorted(label, [*starts, columns[-1].stop])
         column = label.copy()
         column[edges[0] : edges[-1]] -= np.repeat(starts, np.diff(edges))
-        pairs, row, column = (torch.from_numpy(x).to(device) for x in (pairs, row, column))
+        pairs, row, column = (on_device(x, device) for x in (pairs, row, column))
         parts = [slice(*part) for part in pairwise(edges.tolist())]
         panels = [(c, part, (row[part], column[part])) for c, part in zip(columns, parts, strict=True)]
         return Chunk(self.on(device).distinct[rows], pairs, row, panels)

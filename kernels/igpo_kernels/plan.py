@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from igpo_kernels.cache import Cached
+from igpo_kernels.cache import Cached, on_device
 from igpo_kernels.checks import check_kind, whole_numbers
 from igpo_kernels.pairs import Pairs
 
@@ -218,7 +218,7 @@ class TreePlan(Cached):
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """A field as a tensor on ``device``, copied once."""
-        return self.cached((name, str(device)), lambda: torch.tensor(getattr(self, name), device=device))
+        return self.cached((name, str(device)), lambda: on_device(getattr(self, name), device))
 
 
 def pack(trees: Sequence[Tree]) -> TreePlan:

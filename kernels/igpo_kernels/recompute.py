@@ -25,15 +25,16 @@ def keep_attention() -> tuple[_Run, _Run]:
 
     Returns:
         Context managers of the forward and of each recomputation. The latter raises RuntimeError if the output of an
-        attention was written to in place.
+        attention was written to in place, or if there are more attentions than in the forward.
     """
     kept: Kept = []
     return _Run(kept, first=True), _Run(kept, first=False)
 
 
 def once(compute: Callable[[], Tensors]) -> Tensors:
-    """What ``compute`` gives, without gradient; in a recomputation what it gave in the forward."""
-    run = _running.get()
+    """What ``compute`` gives, without gradient; in a recomputation what it gave in the forward, but not in a compiled
+    one, for torch.compile traces no ContextVar."""
+    run = None if torch.compiler.is_compiling() else _running.get()
     return compute() if run is None else run(compute)
 
 
@@ -56,7 +57,12 @@ class _Run:
             result = compute()
             self._kept.append([(x.detach(), x._version) for x in result])
             return result
-        kept = next(self._calls)
+        kept = next(self._calls, None)
+        if kept is None:
+            raise RuntimeError(
+                "keep_attention: a forward that was run again computed more attentions than at first; leave context_fn "
+                "out, or have the function do the same each time"
+            )
         if any(x._version != version for x, version in kept):
             raise RuntimeError(
                 "keep_attention: the output of an attention was written to in place, so its gradients would be wrong; "

@@ -115,3 +115,25 @@ def test_an_output_that_is_written_to_is_refused():
     for run in (writes, lambda *x: checkpoint(writes, *x, use_reentrant=False, context_fn=keep_attention)):
         with pytest.raises(RuntimeError, match=r"modified by an inplace operation|written to in place"):
             gradients(run, *leaves())
+
+
+def test_more_attentions_than_at_first_are_refused():
+    calls = []
+
+    def grows(*given):
+        with torch.no_grad():
+            for _ in calls:
+                layer(*given)
+        calls.append(1)
+        return layer(*given)
+
+    with pytest.raises(RuntimeError, match="computed more attentions than at first"):
+        gradients(lambda *x: checkpoint(grows, *x, use_reentrant=False, context_fn=keep_attention), *leaves())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_graph_without_breaks(checkpointed):
+    expected = gradients(layer, *leaves())
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    run = lambda *x: checkpoint(compiled, *x, use_reentrant=False, context_fn=keep_attention)  # noqa: E731
+    assert all(map(torch.equal, gradients(run if checkpointed else compiled, *leaves()), expected))

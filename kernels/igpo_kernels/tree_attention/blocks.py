@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from igpo_kernels.cache import on_device
 from igpo_kernels.plan import TreePlan
 
 
@@ -45,11 +46,13 @@ def block_lists(
     """
     key = ("blocks", window, queries, keys, by_key)
 
-    def make():
-        order, *lists = plan.cached(key, lambda: _block_lists(plan, window, queries, keys, by_key))
-        if only is not None:
-            order = order[np.isin(order, getattr(plan, only) // queries)]
-        return BlockLists(*(torch.from_numpy(array).to(device) for array in (order, *lists)))
+    def make() -> BlockLists:
+        arrays = plan.cached(key, lambda: _block_lists(plan, window, queries, keys, by_key))
+        if only is None:
+            return BlockLists(*(on_device(array, device) for array in arrays))
+        order = arrays[0][np.isin(arrays[0], getattr(plan, only) // queries)]
+        every = block_lists(plan, window, queries, keys, by_key=by_key, device=device)
+        return replace(every, order=on_device(order, device))
 
     return plan.cached((*key, only, str(device)), make)
 

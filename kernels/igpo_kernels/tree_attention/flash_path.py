@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from igpo_kernels.cache import on_device
 from igpo_kernels.plan import TreePlan
 
 try:
@@ -28,6 +29,6 @@ def _sequences(plan: TreePlan, device: torch.device) -> tuple[torch.Tensor, int]
         if not plan.is_sequences:
             raise ValueError("tree_attention: backend='flash' takes plans without branches or sharing; pass 'auto'")
         starts = np.append(np.unique(plan.tree_start), plan.n_tokens).astype(np.int32)
-        return torch.from_numpy(starts).to(device), int(np.diff(starts).max())
+        return on_device(starts, device), int(np.diff(starts).max())
 
     return plan.cached(("sequences", str(device)), make)

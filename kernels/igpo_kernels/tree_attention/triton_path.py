@@ -16,6 +16,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from igpo_kernels.autograd import first_order
+from igpo_kernels.cache import on_device
 from igpo_kernels.plan import Branch, RolloutTokens, Tree, TreePlan, pack
 from igpo_kernels.recompute import once
 from igpo_kernels.tree_attention import LARGEST_GROUP, LARGEST_HEAD, rows_of_all
@@ -146,7 +147,7 @@ class Launch:
         return (len(lists.order) * self.kv_heads,), mask, (lists.order, lists.offset, lists.runs)
 
     def _int32(self, name: str) -> torch.Tensor:
-        make = lambda: torch.from_numpy(getattr(self.plan, name).astype(np.int32)).to(self.device)  # noqa: E731
+        make = lambda: on_device(getattr(self.plan, name).astype(np.int32), self.device)  # noqa: E731
         return self.plan.cached((name, torch.int32, str(self.device)), make)
 
     def sources(self, tma: int, rows: int, *tensors: torch.Tensor) -> tuple[int, list]:

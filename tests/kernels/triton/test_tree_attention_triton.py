@@ -275,3 +275,18 @@ def test_what_the_kernels_do_not_take_is_refused(sizes, dtype, message):
     q, kv = (torch.zeros(plan.n_tokens, n, d, dtype=dtype) for n in (heads, kv_heads))
     with pytest.raises(ValueError, match=message):
         tree_attention(q, kv, kv, plan, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_plan_comes_to_the_device_without_a_wait():
+    """So the second forward of a pass in parts is launched while the first one runs."""
+    plan = plan_of(7)[-1]
+    q, k, v, _ = (x.float() for x in case_of(plan))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows = plan.tensor("rows_without_gradient", DEVICE)
+        out = tree_attention(q[rows], k, v, plan, backend="triton", rows="rows_without_gradient")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(out, tree_attention(q, k, v, plan, backend="triton")[rows])
