@@ -1,4 +1,4 @@
-"""FLOPs of a training step of ours and of TRL's GRPOTrainer, counted while they run.
+"""FLOPs of a training step of ours, with gains and without, and of TRL's GRPOTrainer, counted while they run.
 
     python -m bench.flops
 
@@ -62,14 +62,15 @@ def gigaflop(step: Callable[[], None]) -> tuple[float, float, float]:
 def main() -> None:
     parts = "products", "attention", "in all"
     heads = [f"{who}: {part}" for who in ("ours", "TRL") for part in parts]
-    table = Table("GFLOP", *heads, "TRL / ours", box=box.MARKDOWN)
+    table = Table("GFLOP", *heads, "TRL / ours", "IGPO / outcome-only", box=box.MARKDOWN)
     for name, size in {**SHAPES, **FULL}.items():
         data = data_of(name, size)
         with tempfile.TemporaryDirectory() as folder:
-            sides = ours(size, data), grpo_trainer(size, data, Path(folder), **TRL)
-            mine, theirs = map(gigaflop, sides)
-        table.add_row(name, *(f"{x:,.0f}" for x in (*mine, *theirs)), f"{theirs[2] / mine[2]:.2f}")
-    Console(width=160).print(table)
+            sides = ours(size, data), grpo_trainer(size, data, Path(folder), **TRL), ours(size, data, algorithm="grpo")
+            mine, theirs, plain = map(gigaflop, sides)
+        numbers = (f"{x:,.0f}" for x in (*mine, *theirs))
+        table.add_row(name, *numbers, f"{theirs[2] / mine[2]:.2f}", f"{mine[2] / plain[2]:.3f}")
+    Console(width=180).print(table)
 
 
 if __name__ == "__main__":

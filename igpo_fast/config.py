@@ -147,7 +147,7 @@ class Model(Section):
     """Liger's RMSNorm, RoPE and SwiGLU in the model, checked at load. `auto` takes them on a GPU where liger-kernel is
     installed and knows the model; its loss is never used."""
     gradient_checkpointing: Annotated[bool, SESSION] = False
-    """Recompute activations in the backward, except attention: less memory for most of one more forward."""
+    """Recompute activations in the backward, except attention (torch and Triton): less memory, one more forward."""
     probe: bool = True
     """Check at load that the architecture gives the same results in a packed tree as in separate passes."""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Tensors = tuple[torch.Tensor, ...]
 Kept = list[list[tuple[torch.Tensor, int]]]
@@ -24,9 +25,14 @@ def keep_attention() -> tuple[_Run, _Run]:
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_attention})
 
     Returns:
-        Context managers of the forward and of each recomputation. The latter raises RuntimeError if the output of an
-        attention was written to in place, or if there are more attentions than in the forward.
+        Context managers of the forward and of each recomputation; under torch.compile those of plain checkpointing.
+        A recomputation raises RuntimeError if the output of an attention was written to in place, or if there are more
+        attentions than in the forward.
     """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    if get_proxy_mode() is not None:  # inside torch.compile, which takes no other contexts: it recomputes all
+        return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
     kept: Kept = []
     return _Run(kept, first=True), _Run(kept, first=False)
 

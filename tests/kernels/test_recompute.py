@@ -131,9 +131,10 @@ def test_more_attentions_than_at_first_are_refused():
         gradients(lambda *x: checkpoint(grows, *x, use_reentrant=False, context_fn=keep_attention), *leaves())
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_graph_without_breaks(checkpointed):
+@pytest.mark.parametrize("where", ["outside", "around", "inside"])
+def test_a_graph_without_breaks(where):
+    """With checkpointing in no place, around the graph, and inside it."""
     expected = gradients(layer, *leaves())
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    run = lambda *x: checkpoint(compiled, *x, use_reentrant=False, context_fn=keep_attention)  # noqa: E731
-    assert all(map(torch.equal, gradients(run if checkpointed else compiled, *leaves()), expected))
+    run = torch.compile(kept if where == "inside" else layer, backend="aot_eager", fullgraph=True)
+    compiled = lambda *x: checkpoint(run, *x, use_reentrant=False, context_fn=keep_attention)  # noqa: E731
+    assert all(map(torch.equal, gradients(compiled if where == "around" else run, *leaves()), expected))
