@@ -1,4 +1,4 @@
-"""Prints the README's table from the newest rows of bench/results/: ``python -m bench.table``.
+"""Prints the tables of README.md and docs/measured.md from the newest rows: ``python -m bench.table``.
 
 pytest bench/ -k "peers or step" --full --results FILE      makes such rows
 """
@@ -47,8 +47,8 @@ def newest(rows: Iterable[dict], bench: str) -> dict[str, dict]:
 def peers(rows: Sequence[dict], lengths: str) -> str:
     """A step of every side on one shape: decision tokens per second, seconds, peak memory, and its time over ours."""
     lines = [
-        "| a step | decision tokens/s | s | IGPO in the same rounds, s | times IGPO's | peak GB |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| a step | decision tokens/s | s | times IGPO's | peak GB |",
+        "| --- | --- | --- | --- | --- |",
     ]
     found = {side: row for side in SIDES if (row := newest(rows, f"peers/{side}").get(lengths))}
     if not found:
@@ -59,31 +59,40 @@ def peers(rows: Sequence[dict], lengths: str) -> str:
             continue
         row = found.get(side)
         figures, ratio = (row["peers"][side], _ratio(row)) if row else (ours, "1")
-        beside = f"{row['ours']['median'] / 1e3:.1f}" if row else ""
         speed, seconds, peak = figures["tokens_per_s"], figures["median"] / 1e3, figures["peak_bytes"] / 1e9
-        lines.append(f"| {words} | {speed:,.0f} | {seconds:.1f} | {beside} | {ratio} | {peak:.2f} |")
+        lines.append(f"| {words} | {speed:,.0f} | {seconds:.1f} | {ratio} | {peak:.2f} |")
     return "\n".join(lines)
 
 
 def shapes(rows: Sequence[dict]) -> str:
     """Ours beside TRL on every shape."""
     lines = [
-        "| | decision tokens/s, ours and TRL | TRL / ours | peak GB, ours and TRL | ours with gradient checkpointing: "
-        "times without, peak GB | IGPO / outcome-only | bar of that |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| shape | decision tokens/s, IGPO and TRL | TRL's time / IGPO's | peak GB, IGPO and TRL | IGPO with gradient "
+        "checkpointing: TRL's time / IGPO's, peak GB |",
+        "| --- | --- | --- | --- | --- |",
     ]
-    trl, step, again = (newest(rows, bench) for bench in ("peers/trl", "step/igpo_vs_grpo", "peers/recomputed"))
+    trl, again = newest(rows, "peers/trl"), newest(rows, "peers/recomputed")
     for lengths, words in SHAPES.items():
         if not (row := trl.get(lengths)):
             continue
         ours, theirs = row["ours"], row["peers"]["trl"]
         cells = [words, f"{ours['tokens_per_s']:,.0f}, {theirs['tokens_per_s']:,.0f}", _ratio(row)]
         cells.append(f"{ours['peak_bytes'] / 1e9:.2f}, {theirs['peak_bytes'] / 1e9:.2f}")
-        less = again.get(lengths)
-        cells.append(f"{_ratio(less)}, {less['peers']['recomputed']['peak_bytes'] / 1e9:.2f}" if less else "")
-        bar = step.get(lengths)
-        cells += [f"{1 / bar['ratio']:.3f}", f"{bar['shape']['bar']:.3f}"] if bar else ["", ""]
+        if less := again.get(lengths):
+            cells.append(f"{row['ratio'] / less['ratio']:.2f}, {less['peers']['recomputed']['peak_bytes'] / 1e9:.2f}")
+        else:
+            cells.append("")
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def bars(rows: Sequence[dict]) -> str:
+    """IGPO's step beside the outcome-only one: the median over rounds, the least and the most, and the bar."""
+    lines = ["| shape | IGPO / outcome-only | bar: 1 + 1.25 x branch tokens / trunk tokens |", "| --- | --- | --- |"]
+    for lengths, row in newest(rows, "step/igpo_vs_grpo").items():
+        low, high = sorted(1 / ratio for ratio in row["ratio_spread"])
+        measured = f"{1 / row['ratio']:.3f} ({low:.2f}-{high:.2f})"
+        lines.append(f"| {SHAPES[lengths]} | {measured} | {row['shape']['bar']:.3f} |")
     return "\n".join(lines)
 
 
@@ -107,7 +116,7 @@ def _ratio(row: dict) -> str:
 
 def main() -> None:
     rows = read()
-    for part in (peers(rows, "musique"), shapes(rows), head(rows)):
+    for part in (peers(rows, "musique"), shapes(rows), bars(rows), head(rows)):
         print(part, end="\n\n")
 
 

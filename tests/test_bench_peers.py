@@ -163,15 +163,16 @@ def test_the_table_shows_the_newest_row_of_every_side():
     rows[-1]["ours"] = {**rows[-1]["ours"], "median": 3000.0}  # of another run
     said = table.peers(rows, "musique").splitlines()
     assert said[2:] == [
-        "| **IGPO, one pass** | 1,000 | 2.0 |  | 1 | 1.50 |",
-        "| IGPO, two passes | 250 | 8.0 | 3.0 | 4.00 (3.50-4.50) | 1.50 |",
-        "| TRL's `GRPOTrainer`, no gains | 250 | 8.0 | 2.0 | 4.00 (3.50-4.50) | 1.50 |",
+        "| **IGPO, one pass** | 1,000 | 2.0 | 1 | 1.50 |",
+        "| IGPO, two passes | 250 | 8.0 | 4.00 (3.50-4.50) | 1.50 |",
+        "| TRL's `GRPOTrainer`, no gains | 250 | 8.0 | 4.00 (3.50-4.50) | 1.50 |",
     ]
     rows += [row("step/igpo_vs_grpo", ratio=0.8, bar=1.3), row("peers/recomputed", "large", 1.25)]
     assert table.shapes(rows).splitlines()[2:] == [
-        "| 16 rollouts | 1,000, 250 | 4.00 (3.50-4.50) | 1.50, 1.50 |  | 1.250 | 1.300 |",
-        "| 8 rollouts, H 512 x 8 layers | 1,000, 500 | 2.00 (1.50-2.50) | 1.50, 1.50 | 1.25 (0.75-1.75), 1.50 |  |  |",
+        "| 16 rollouts | 1,000, 250 | 4.00 (3.50-4.50) | 1.50, 1.50 |  |",
+        "| 8 rollouts, H 512 x 8 layers | 1,000, 500 | 2.00 (1.50-2.50) | 1.50, 1.50 | 1.60, 1.50 |",
     ]
+    assert table.bars(rows).splitlines()[2:] == ["| 16 rollouts | 1.250 (0.77-3.33) | 1.300 |"]
     assert table.peers([], "musique") == ""
 
 
@@ -199,6 +200,8 @@ def test_the_table_of_the_committed_rows(capsys):
     assert "GRPOTrainer" in said and "linear_cross_entropy / ours" in said and "loss | from lm_head" in said
 
 
-def test_the_readmes_table_is_that_of_the_committed_rows():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert table.peers(table.read(), "musique") in readme
+def test_the_tables_of_the_readme_and_the_docs_are_those_of_the_committed_rows():
+    rows, root = table.read(), Path(__file__).parents[1]
+    readme, measured = (root / "README.md").read_text(), (root / "docs/measured.md").read_text()
+    assert table.peers(rows, "musique") in readme and table.shapes(rows) in readme
+    assert all(part in measured for part in (table.peers(rows, "musique"), table.shapes(rows), table.bars(rows)))
