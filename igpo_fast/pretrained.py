@@ -27,7 +27,9 @@ def read_model(model_class: type, path: str, *, dtype: torch.dtype, source: str 
             ignore_mismatched_sizes=True,  # the check below then names them all
         )  # fmt: skip
     except Exception as error:  # the files may hold anything, and other libraries read them
-        raise InputError(f"{source}: no causal LM loads from there ({reason_of(error)}); give another model") from error
+        raise InputError(
+            f"{source}: no causal LM loads from there ({reason_of(error)}); give the folder of a model"
+        ) from error
     faults = {
         "missing": info["missing_keys"],
         "of another shape": {name for name, *_ in info["mismatched_keys"]},
@@ -52,7 +54,7 @@ def read_config(path: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the file may hold anything, and other libraries read it
         raise InputError(
-            f"model.path={path}: no configuration loads from there ({reason_of(error)}); give another model"
+            f"model.path={path}: no configuration loads from there ({reason_of(error)}); give the folder of a model"
         ) from error
 
 

@@ -107,8 +107,9 @@ def parse_variants(text: str) -> dict[str, tuple[str, ...]]:
         name, _, base = part.strip().partition("=")
         base = base or name
         if base not in (known := (*ALGORITHMS, *PRESETS)):
-            near = difflib.get_close_matches(base.lower(), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"give some of {', '.join(known)}"
+            wanted = base.lower()
+            near = [wanted] if wanted in known else difflib.get_close_matches(wanted, known)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"give some of {', '.join(known)}"
             raise InputError(f"--algorithms {text}: {base!r} is no algorithm or preset; {hint}")
         if not re.fullmatch(NAME, name):
             raise InputError(f"--algorithms {text}: {name!r} cannot name a folder; use letters, digits and _ . + -")

@@ -60,6 +60,7 @@ def test_variants_are_algorithms_presets_and_other_names_for_them():
     [
         ("igpo,grop", "'grop' is no algorithm or preset; did you mean grpo?"),
         ("GRPO", "'GRPO' is no algorithm or preset; did you mean grpo?"),
+        ("gprox", "'gprox' is no algorithm or preset; did you mean igpo or gspo or grpo?"),
         ("", "'' is no algorithm or preset; give some of igpo"),
         ("igpo,igpo", "igpo is there twice; name one of them otherwise, other=igpo"),
         ("../x=igpo", "'../x' cannot name a folder"),
